@@ -1,0 +1,125 @@
+"""Train the four checkpoints of the digits benchmark that ship in ``checkpoints/``.
+
+    python -m hdrq_deploy.calibration_data.make_checkpoints --out DIR
+
+The source model learns typeset digits. Each adapted model starts from it and is fine-tuned
+on its own target domain. Weight averaging needs models that stay in one basin, so the
+fine-tuning is short, at a low learning rate, and pulled towards the source weights (L2-SP,
+Li et al., ICML 2018).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from . import digits
+from .models import ResNet14, resnet14
+
+__all__ = ["CHECKPOINTS", "RECIPES", "accuracy", "load", "train"]
+
+CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+RECIPES = {
+    "fonts": {"epochs": 10, "lr": 3e-3, "pull": 0.0},
+    "handwriting": {"epochs": 3, "lr": 5e-4, "pull": 1e-2},
+    "photo": {"epochs": 4, "lr": 7e-4, "pull": 1e-2},
+    "night": {"epochs": 2, "lr": 4e-4, "pull": 1e-2},
+}
+
+
+def tensors(domain: str, split: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A split as the model reads it: (N, 3, 32, 32) float32 in [0, 1], and labels (N,)."""
+    data = digits.make(domain, split, seed)
+    pixels = np.ascontiguousarray(data.images.transpose(0, 3, 1, 2))
+    return torch.from_numpy(pixels).float() / 255, torch.from_numpy(data.labels)
+
+
+def exposure(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Photograph (N, 3, H, W) images in [0, 1] again: darker, flatter, with read noise."""
+    shape = (len(x), 1, 1, 1)
+    gain = 0.15 + 0.85 * torch.rand(shape, generator=generator)
+    offset = (1 - gain) * torch.rand(shape, generator=generator)
+    noise = 0.06 * torch.rand(shape, generator=generator)
+    return (x * gain + offset + noise * torch.randn(x.shape, generator=generator)).clamp(0, 1)
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, domain: str, split: str = "test") -> float:
+    """Top-1 accuracy of ``model`` on one split, 0 to 1."""
+    x, y = tensors(domain, split)
+    return float((model.eval()(x).argmax(1) == y).float().mean())
+
+
+def load(domain: str) -> ResNet14:
+    """The shipped checkpoint of ``domain``."""
+    model = resnet14()
+    model.load_state_dict(load_file(CHECKPOINTS / f"{domain}.safetensors"))
+    return model.eval()
+
+
+def train(domain: str, start: ResNet14 | None, seed: int = 0) -> ResNet14:
+    """Train (``start`` None) or adapt a model to ``domain``; same seed, same model."""
+    recipe = RECIPES[domain]
+    torch.manual_seed(seed)
+    model = resnet14()
+    if start is not None:
+        model.load_state_dict(start.state_dict())
+    source = [p.detach().clone() for p in model.parameters()]
+    x, y = tensors(domain, "train", seed)
+    steps = int(recipe["epochs"]) * (len(x) // 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], steps)
+    order = torch.Generator().manual_seed(seed)
+    model.train()
+    for _ in range(int(recipe["epochs"])):
+        for rows in torch.randperm(len(x), generator=order).split(64):
+            if len(rows) < 64:
+                continue
+            loss = functional.cross_entropy(model(exposure(x[rows], order)), y[rows])
+            if start is not None:
+                pairs = zip(model.parameters(), source, strict=True)
+                loss = loss + recipe["pull"] * torch.stack(
+                    [(p - s).square().sum() for p, s in pairs]
+                ).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train all four, write them and ``checkpoints.json`` with what they reach."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=CHECKPOINTS)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    source = None
+    record = {}
+    for domain in digits.DOMAINS:
+        model = train(domain, source, args.seed)
+        source = source or model
+        path = args.out / f"{domain}.safetensors"
+        save_file(model.state_dict(), path)
+        record[domain] = {
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "seed": args.seed,
+            "recipe": RECIPES[domain],
+            "accuracy": {name: accuracy(model, name) for name in digits.DOMAINS},
+        }
+        print(domain, record[domain]["accuracy"], flush=True)
+    (args.out / "checkpoints.json").write_text(json.dumps(record, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,282 @@
+"""The bundle: a folder of three files that carries a model between all stations.
+
+``weights.safetensors`` holds every number that a merge changes, ``model.onnx`` the graph,
+whose initializers point into it (ONNX external data), ``manifest.json`` all the rest.
+A merge therefore writes a new weights file of the same layout and copies the graph.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import safetensors.numpy
+from google.protobuf.message import DecodeError
+
+from . import affine
+from .errors import BundleError
+from .files import new_directory, sha256_bytes, sha256_file, write_bytes
+from .manifest import FileRecord, Manifest, Tensor
+
+__all__ = ["GRAPH", "MANIFEST", "WEIGHTS", "Bundle", "Span", "read_header"]
+
+GRAPH = "model.onnx"
+WEIGHTS = "weights.safetensors"
+MANIFEST = "manifest.json"
+
+_STORED = {"float32": "F32", "int8": "I8", "int4": "U8", "int64": "I64", "bool": "BOOL"}
+_ONNX = {
+    "float32": onnx.TensorProto.FLOAT,
+    "int8": onnx.TensorProto.INT8,
+    "int4": onnx.TensorProto.INT4,
+    "int64": onnx.TensorProto.INT64,
+    "bool": onnx.TensorProto.BOOL,
+}
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where one tensor lies in a safetensors file: dtype tag, shape, byte offset and length."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+def read_header(path: Path) -> dict[str, Span]:
+    """Tensors of a safetensors file with offsets from the start of the file.
+
+    Raises:
+        BundleError: The file is missing, truncated or not safetensors.
+
+    Source:
+        github.com/huggingface/safetensors, section Format
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size - 8:
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        spans = {
+            name: Span(
+                entry["dtype"],
+                tuple(entry["shape"]),
+                8 + length + entry["data_offsets"][0],
+                entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
+            for name, entry in header.items()
+        }
+        if any(span.offset + span.length > size for span in spans.values()):
+            raise ValueError(f"tensors beyond the end of the file at {size} bytes")
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise BundleError(
+            f"{path}: cannot be read as safetensors ({error}); copy or make the file again"
+        ) from error
+    return spans
+
+
+class Bundle:
+    """A bundle on disk, read on demand.
+
+    >>> Bundle.open("night.hdrq").manifest.domains  # doctest: +SKIP
+    {'night': 1.0}
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], check: bool = True) -> Bundle:
+        """Open a bundle and, unless ``check`` is False, validate all of it.
+
+        Raises:
+            BundleError: A file is missing, truncated or altered, the schema is another one,
+                or graph, weights and manifest contradict each other.
+        """
+        folder = Path(path)
+        file = folder / MANIFEST
+        if not file.is_file():
+            found = "a file" if folder.is_file() else "nothing" if not folder.exists() else "no"
+            raise BundleError(
+                f"{folder}: found {found} {MANIFEST if found == 'no' else 'there'}; needed a "
+                "bundle folder as hdrq-calibrate or hdrq-merge writes it"
+            )
+        try:
+            text = file.read_bytes()
+        except OSError as error:
+            raise BundleError(f"{file}: cannot be read ({error.strerror})") from error
+        bundle = cls(folder, Manifest.from_json(text, str(file)))
+        if check:
+            bundle.validate()
+        return bundle
+
+    @classmethod
+    def write(
+        cls,
+        path: str | os.PathLike[str],
+        manifest: Manifest,
+        tensors: Mapping[str, Array],
+        graph: bytes,
+    ) -> Bundle:
+        """Write a whole bundle or nothing.
+
+        Args:
+            path: Folder to make; an earlier bundle there is replaced.
+            manifest: Its ``files`` are filled in here.
+            tensors: Unpacked codes, scales and floats, one for each manifest tensor.
+            graph: ``model.onnx`` whose external data fits the layout of ``tensors``.
+        """
+        target = Path(os.path.abspath(path))
+        weights = serialize(tensors, manifest.tensors)
+        manifest = manifest.model_copy(
+            update={
+                "files": {
+                    name: FileRecord(bytes=len(data), sha256=sha256_bytes(data))
+                    for name, data in ((WEIGHTS, weights), (GRAPH, graph))
+                }
+            }
+        )
+        with new_directory(target) as folder:
+            write_bytes(folder / WEIGHTS, weights)
+            write_bytes(folder / GRAPH, graph)
+            write_bytes(folder / MANIFEST, manifest.to_json())
+            cls(folder, manifest).validate()
+        return cls(target, manifest)
+
+    @property
+    def size_bytes(self) -> int:
+        """Weights and graph together."""
+        return sum(record.bytes for record in self.manifest.files.values())
+
+    @property
+    def graph_sha256(self) -> str:
+        """Hash of ``model.onnx``: equal for two bundles of one architecture and scheme."""
+        return self.manifest.files[GRAPH].sha256
+
+    def tensor(self, name: str) -> Array:
+        """One tensor, codes unpacked."""
+        with safetensors.safe_open(self.path / WEIGHTS, framework="numpy") as file:
+            return self._unpack(name, file.get_tensor(name))
+
+    def tensors(self) -> dict[str, Array]:
+        """All tensors, codes unpacked."""
+        with safetensors.safe_open(self.path / WEIGHTS, framework="numpy") as file:
+            return {
+                name: self._unpack(name, file.get_tensor(name)) for name in self.manifest.tensors
+            }
+
+    def graph(self) -> onnx.ModelProto:
+        """The graph, its external data not loaded."""
+        return onnx.load(str(self.path / GRAPH), load_external_data=False)
+
+    def validate(self) -> None:
+        """Check hashes, dtypes, shapes, scales and the graph's pointers into the weights.
+
+        Raises:
+            BundleError: Names the first contradiction.
+        """
+        for name in (WEIGHTS, GRAPH):
+            self._check_file(name)
+        spans = read_header(self.path / WEIGHTS)
+        self._check_same(set(spans), set(self.manifest.tensors), WEIGHTS)
+        for name, entry in self.manifest.tensors.items():
+            stored = ((int(np.prod(entry.shape)) + 1) // 2,) if entry.packed else entry.shape
+            found = (spans[name].dtype, spans[name].shape)
+            if found != (_STORED.get(entry.dtype), stored):
+                raise self._error(
+                    WEIGHTS, f"{name} is {found[0]} {found[1]}, manifest {entry.dtype} {stored}"
+                )
+        self._check_graph(spans)
+        self._check_scales()
+
+    def _unpack(self, name: str, stored: Array) -> Array:
+        entry = self.manifest.tensors[name]
+        return affine.unpack_int4(stored, entry.shape) if entry.packed else stored
+
+    def _error(self, file: str, problem: str) -> BundleError:
+        return BundleError(
+            f"{self.path / file}: {problem}; the bundle is damaged, copy or make it again"
+        )
+
+    def _check_same(self, found: set[str], needed: set[str], file: str) -> None:
+        if found != needed:
+            missing, extra = sorted(needed - found)[:1], sorted(found - needed)[:1]
+            raise self._error(file, f"tensors missing {missing or 'none'}, extra {extra or 'none'}")
+
+    def _check_file(self, name: str) -> None:
+        record = self.manifest.files.get(name)
+        if record is None:
+            raise self._error(MANIFEST, f"no hash of {name}")
+        file = self.path / name
+        if not file.is_file():
+            raise self._error(name, "missing")
+        if file.stat().st_size != record.bytes:
+            raise self._error(
+                name, f"found {file.stat().st_size} bytes, manifest says {record.bytes}"
+            )
+        found = sha256_file(file)
+        if found != record.sha256:
+            raise self._error(
+                name, f"found sha256 {found[:12]}, manifest says {record.sha256[:12]}"
+            )
+
+    def _check_graph(self, spans: Mapping[str, Span]) -> None:
+        try:
+            initializers = self.graph().graph.initializer
+        except DecodeError as error:
+            raise self._error(GRAPH, "cannot be parsed as ONNX") from error
+        external = {i.name: i for i in initializers if i.external_data}
+        self._check_same(set(external), set(spans), GRAPH)
+        for name, initializer in external.items():
+            entry, span = self.manifest.tensors[name], spans[name]
+            pointer = {item.key: item.value for item in initializer.external_data}
+            found = (
+                pointer.get("location"),
+                int(pointer.get("offset", 0)),
+                int(pointer.get("length", -1)),
+                initializer.data_type,
+                tuple(initializer.dims),
+            )
+            needed = (WEIGHTS, span.offset, span.length, _ONNX[entry.dtype], entry.shape)
+            if found != needed:
+                raise self._error(GRAPH, f"{name} points to {found}, weights have {needed}")
+
+    def _check_scales(self) -> None:
+        for name, entry in self.manifest.tensors.items():
+            if "scale" in entry.role:
+                scale = self.tensor(name)
+                if not (np.isfinite(scale).all() and (scale > 0).all()):
+                    raise self._error(WEIGHTS, f"{name} holds a step that is not > 0")
+            elif entry.role == "codes" and entry.scale not in self.manifest.tensors:
+                raise self._error(MANIFEST, f"{name} names no scale tensor")
+
+
+def serialize(tensors: Mapping[str, Array], entries: Mapping[str, Tensor]) -> bytes:
+    """The bytes of ``weights.safetensors``; same names, dtypes and shapes, same layout."""
+    stored = {}
+    for name, entry in entries.items():
+        array = np.ascontiguousarray(tensors[name]).reshape(entry.shape)
+        stored[name] = affine.pack_int4(array) if entry.packed else array.astype(entry.dtype)
+    return safetensors.numpy.save(stored)
+
+
+def layout(tensors: Mapping[str, Array], entries: Mapping[str, Tensor], folder: Path) -> dict[str, Span]:
+    """Where each tensor will lie in the weights file; ``folder`` is for scratch."""
+    path = folder / WEIGHTS
+    path.write_bytes(serialize(tensors, entries))
+    return read_header(path)

@@ -1,0 +1,120 @@
+"""Whole files and folders, or nothing: temporary sibling, fsync, rename."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import HdrqError
+
+__all__ = ["new_directory", "sha256_bytes", "sha256_file", "write_bytes"]
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hexadecimal SHA-256 of ``data``."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that a reader sees the old file or the new one."""
+    _check_parent(path)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+@contextmanager
+def new_directory(path: Path, marker: str = "manifest.json") -> Iterator[Path]:
+    """Yield a temporary sibling of ``path`` that takes its place when the block succeeds.
+
+    An older result at ``path`` (a directory that holds ``marker``, or an empty one) is
+    replaced; anything else there is left alone.
+
+    Raises:
+        HdrqError: ``path`` is a file or a directory with other content, or its parent
+            cannot be written to.
+    """
+    _check_parent(path)
+    if path.exists() and not _replaceable(path, marker):
+        raise HdrqError(
+            f"found other content at {path}; needed a new, empty or earlier output directory "
+            f"(with {marker}): choose another -o"
+        )
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())
+            _sync(file)
+        temporary.chmod(0o777 & ~_umask())
+        _sync(temporary)
+        _swap(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(path.parent)
+
+
+def _swap(new: Path, path: Path) -> None:
+    if not path.exists():
+        new.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+    path.replace(old)
+    new.rename(path)
+    shutil.rmtree(old)
+
+
+def _replaceable(path: Path, marker: str) -> bool:
+    return path.is_dir() and ((path / marker).is_file() or not any(path.iterdir()))
+
+
+def _check_parent(path: Path) -> None:
+    parent = path.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HdrqError(
+            f"cannot create {parent} ({error.strerror}): choose another -o"
+        ) from error
+    if not os.access(parent, os.W_OK):
+        raise HdrqError(f"found no write permission in {parent}: choose another -o")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,169 @@
+"""``manifest.json`` of a bundle: how the bundle was made and what its tensors are."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import BundleError
+from .spec import QuantSpec
+
+__all__ = [
+    "SCHEMA",
+    "Activation",
+    "FileRecord",
+    "Layer",
+    "Manifest",
+    "ParentRecord",
+    "Preprocessing",
+    "Scheme",
+    "Tensor",
+]
+
+SCHEMA = 1
+
+Role = Literal["codes", "scale", "activation_scale", "float", "bn_mean", "bn_var", "constant"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileRecord(_Frozen):
+    """Size and hash of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+class Tensor(_Frozen):
+    """One tensor of ``weights.safetensors``.
+
+    ``shape`` is that of the codes; 4-bit codes are stored packed, as uint8 of half the
+    length. ``scale`` names the tensor with the steps of these codes.
+    """
+
+    role: Role
+    dtype: str
+    shape: tuple[int, ...]
+    bits: int | None = None
+    lo: int | None = None
+    hi: int | None = None
+    axis: int | None = None
+    scale: str | None = None
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The codes' width, range and axis (role ``codes`` only)."""
+        assert self.bits is not None and self.lo is not None and self.hi is not None
+        return QuantSpec(self.bits, self.lo, self.hi, self.axis)
+
+    @property
+    def packed(self) -> bool:
+        """Two codes share a byte."""
+        return self.dtype == "int4"
+
+
+class Activation(_Frozen):
+    """One quantized activation: where it is, its codes, the tensor with its step."""
+
+    scale: str
+    module: str
+    bits: int
+    lo: int
+    hi: int
+
+
+class Layer(_Frozen):
+    """One convolution, linear or matrix product and what was asked of it.
+
+    ``node`` is its ONNX node; ``requested`` is ``int8`` when all its operands are codes,
+    else ``float32`` with the ``reason``.
+    """
+
+    node: str
+    op: str
+    module: str
+    weight: str | None
+    weight_bits: int | None
+    activation_bits: tuple[int, ...]
+    requested: Literal["int8", "float32"]
+    reason: str = ""
+
+
+class Scheme(_Frozen):
+    """What two bundles must share to be merged, beside the graph."""
+
+    grid: str | None
+    wbits: int | None
+    abits: int | None
+    per_channel: bool
+    fold: str
+
+
+class Preprocessing(_Frozen):
+    """From an image file to the network's input: resize, scale to [0, 1], (x - mean) / std."""
+
+    height: int
+    width: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    colour: Literal["RGB", "L"] = "RGB"
+    layout: Literal["NCHW"] = "NCHW"
+
+
+class ParentRecord(_Frozen):
+    """A bundle that was merged into this one."""
+
+    manifest_sha256: str
+    domains: dict[str, float]
+    weight: float
+
+
+class Manifest(_Frozen):
+    """Everything a bundle says of itself. The JSON schema is ``Manifest.model_json_schema()``."""
+
+    schema_version: Literal[1] = Field(default=SCHEMA)
+    kind: Literal["hdrq-bundle"] = "hdrq-bundle"
+    model: str
+    method: str
+    domains: Annotated[dict[str, float], Field(min_length=1)]
+    scheme: Scheme
+    layers: tuple[Layer, ...]
+    activations: tuple[Activation, ...]
+    tensors: dict[str, Tensor]
+    source_sha256: str
+    adapted_sha256: dict[str, str]
+    data_sha256: dict[str, str]
+    options: dict[str, Any]
+    seed: int
+    input_shape: tuple[int, ...]
+    preprocessing: Preprocessing | None
+    classes: tuple[str, ...] | None
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    parents: tuple[ParentRecord, ...] = ()
+    versions: dict[str, str] = Field(default_factory=dict)
+    files: dict[str, FileRecord] = Field(default_factory=dict)
+
+    def to_json(self) -> bytes:
+        """The text of ``manifest.json``."""
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, text: bytes, origin: str) -> Manifest:
+        """Read a manifest; ``origin`` names it in errors.
+
+        Raises:
+            BundleError: Not JSON, another schema version, or a field that does not fit.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the whole file"
+            raise BundleError(
+                f"{origin}: found a manifest that does not fit schema {SCHEMA} at {where} "
+                f"({first['msg'].lower()}); make the bundle again with this version"
+            ) from error
