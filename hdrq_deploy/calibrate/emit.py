@@ -1,0 +1,342 @@
+"""From the calibrated graph to tensors and ONNX.
+
+Two custom operators mark what is quantized; their translation writes QuantizeLinear, Clip
+and DequantizeLinear (the QCDQ form: codes narrower than their integer type are clipped as
+integers, so the graph needs no new constants when a merge changes the steps).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx, nn
+
+from ..bundle import WEIGHTS, Span, layout
+from ..errors import ModelError
+from ..manifest import Layer
+from ..manifest import Tensor as Entry
+from .capture import Capture, attribute, module_path, set_attribute
+from .placement import HEAVY, PRODUCTS, Plan, root
+from .reconstruct import Quantized
+
+__all__ = ["OPSET", "emit_float", "emit_quantized", "onnx_graph", "state_tensors"]
+
+# 21 knows INT4; TensorRT 10 and 11 and ONNX Runtime all read it.
+OPSET = 21
+_HEAVY_ONNX = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+@torch.library.custom_op("hdrq::quantize_dequantize", mutates_args=())
+def quantize_dequantize(x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
+    """scale * clamp(round(x / scale), lo, hi)."""
+    return torch.round(x / scale).clamp(lo, hi) * scale
+
+
+@quantize_dequantize.register_fake
+def _(x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("hdrq::dequantize", mutates_args=())
+def dequantize(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
+    """scale * codes; ``axis`` -1 when one scale serves the tensor."""
+    if axis >= 0:
+        shape = [1] * codes.ndim
+        shape[axis] = -1
+        scale = scale.reshape(shape)
+    return codes.to(scale.dtype) * scale
+
+
+@dequantize.register_fake
+def _(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
+    return torch.empty(codes.shape, dtype=scale.dtype, device=codes.device)
+
+
+def _translations() -> dict[Any, Any]:
+    from onnxscript import opset21 as op
+
+    def onnx_quantize_dequantize(x, scale, lo: int, hi: int):  # type: ignore[no-untyped-def]
+        kind = ir.DataType.UINT8 if hi > 127 else ir.DataType.INT8
+        lowest, highest = (0, 255) if hi > 127 else (-128, 127)
+        zero = op.Constant(value=ir.tensor(np.array(0, kind.numpy())))
+        codes = op.QuantizeLinear(x, scale, zero)
+        # A tensor with lo == 0 is never negative, so only its upper end needs a clip.
+        if (lo > lowest and lo != 0) or hi < highest:
+            low = op.Constant(value=ir.tensor(np.array(lo, kind.numpy())))
+            high = op.Constant(value=ir.tensor(np.array(hi, kind.numpy())))
+            codes = op.Clip(codes, low, high)
+        return op.DequantizeLinear(codes, scale, zero)
+
+    def onnx_dequantize(codes, scale, axis: int):  # type: ignore[no-untyped-def]
+        if axis < 0:
+            return op.DequantizeLinear(codes, scale)
+        return op.DequantizeLinear(codes, scale, axis=axis)
+
+    return {
+        torch.ops.hdrq.quantize_dequantize.default: onnx_quantize_dequantize,
+        torch.ops.hdrq.dequantize.default: onnx_dequantize,
+    }
+
+
+def emit_quantized(found: Capture, plan: Plan, result: Quantized) -> tuple[nn.Module, dict[str, Entry]]:
+    """The fake-quantized model that computes from codes, and what its tensors are.
+
+    Returns:
+        A module whose ``state_dict`` holds exactly the bundle's tensors, and their entries.
+    """
+    module = copy.deepcopy(found.module).cpu()
+    graph = module.graph
+    by_name = {node.name: node for node in graph.nodes}
+    entries: dict[str, Entry] = {}
+    for site in plan.activations:
+        source = by_name[site.source.name]
+        set_attribute(module, site.name, result.activations[site.name].scale.detach().cpu())
+        with graph.inserting_after(source):
+            scale = graph.get_attr(site.name)
+        with graph.inserting_after(scale):
+            coded = graph.call_function(
+                torch.ops.hdrq.quantize_dequantize.default,
+                (source, scale, site.spec.lo, site.spec.hi),
+            )
+        readers = [u for u in source.users if u is not coded and u.op != "output"]
+        for reader in readers:
+            reader.replace_input_with(source, coded)
+        entries[site.name] = Entry(role="activation_scale", dtype="float32", shape=())
+    specs = {s.weight: s.spec for s in plan.layers if s.weight is not None}
+    for node in list(graph.nodes):
+        if node.op != "get_attr" or node.target not in specs or not node.users:
+            continue
+        name, spec = str(node.target), specs[node.target]
+        assert spec is not None
+        quantizer = result.weights[name]
+        codes = quantizer.codes().cpu()
+        scale_value = quantizer.scale.detach().cpu()
+        set_attribute(module, f"{name}_codes", codes)
+        set_attribute(module, f"{name}_scale", scale_value)
+        with graph.inserting_before(node):
+            parts = (graph.get_attr(f"{name}_codes"), graph.get_attr(f"{name}_scale"))
+            axis = -1 if spec.axis is None else spec.axis
+            real = graph.call_function(torch.ops.hdrq.dequantize.default, (*parts, axis))
+        node.replace_all_uses_with(real)
+        graph.erase_node(node)
+        entries[f"{name}_codes"] = Entry(
+            role="codes",
+            dtype="int4" if spec.bits <= 4 else "int8",
+            shape=tuple(codes.shape),
+            bits=spec.bits,
+            lo=spec.lo,
+            hi=spec.hi,
+            axis=spec.axis,
+            scale=f"{name}_scale",
+        )
+        entries[f"{name}_scale"] = Entry(
+            role="scale", dtype="float32", shape=tuple(scale_value.shape)
+        )
+    return _finish(module, entries)
+
+
+def emit_float(found: Capture) -> tuple[nn.Module, dict[str, Entry]]:
+    """The unquantized model, BatchNorm kept apart so that a merge can match its moments."""
+    return _finish(copy.deepcopy(found.module).cpu(), {})
+
+
+def _finish(module: fx.GraphModule, entries: dict[str, Entry]) -> tuple[nn.Module, dict[str, Entry]]:
+    """Drop unused tensors; give the floats that are left their roles."""
+    graph = module.graph
+    graph.eliminate_dead_code()
+    used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    clean = nn.Module()
+    for name in sorted(used):
+        value = attribute(module, name)
+        set_attribute(clean, name, value.contiguous())
+        if name not in entries:
+            kind = str(value.dtype).removeprefix("torch.")
+            if kind not in {"float32", "int64", "bool"}:
+                raise ModelError(f"found a parameter {name} of dtype {kind}; needed float32")
+            role = "float" if kind == "float32" else "constant"
+            if name.endswith("running_mean"):
+                role = "bn_mean"
+            elif name.endswith("running_var"):
+                role = "bn_var"
+            entries[name] = Entry.model_validate(
+                {"role": role, "dtype": kind, "shape": tuple(value.shape)}
+            )
+    return fx.GraphModule(clean, graph), entries
+
+
+def state_tensors(module: nn.Module) -> dict[str, np.ndarray[Any, Any]]:
+    """The module's buffers as NumPy arrays."""
+    return {name: value.detach().cpu().numpy() for name, value in module.state_dict().items()}
+
+
+def onnx_graph(
+    module: nn.Module, example: Tensor, entries: dict[str, Entry], found: Capture, plan: Plan | None
+) -> tuple[bytes, list[Layer]]:
+    """``model.onnx`` with every tensor of ``entries`` as external data, and its layers.
+
+    Raises:
+        ModelError: An operator has no ONNX form; it is named with its module path.
+    """
+    program = _export(module, example)
+    model = program.model
+    tensors = state_tensors(module)
+    with tempfile.TemporaryDirectory() as scratch:
+        spans = layout(tensors, entries, Path(scratch))
+    _point_outside(model, entries, spans)
+    model.graph.name = "hdrq"
+    model.producer_name, model.producer_version = "hdrq-deploy", ""
+    _plain(model)
+    layers = _name_layers(model, found, plan)
+    text = ir.to_proto(model)
+    return text.SerializeToString(deterministic=True), layers
+
+
+def _export(module: nn.Module, example: Tensor) -> Any:
+    loud = logging.getLogger("torch.onnx")
+    level = loud.level
+    loud.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(
+                module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
+            )
+            return torch.onnx.export(
+                program,
+                dynamo=True,
+                optimize=False,  # its deduplication would drop tensors that a merge needs
+                opset_version=OPSET,
+                custom_translation_table=_translations(),
+                input_names=["input"],
+                output_names=["output"],
+                verbose=False,
+            )
+    except Exception as error:  # the exporter's errors share no base class
+        raise ModelError(
+            f"the model cannot be written as ONNX: {_explain(error, module)}; "
+            "replace this operator in the model"
+        ) from error
+    finally:
+        loud.setLevel(level)
+
+
+def _explain(error: BaseException, module: nn.Module) -> str:
+    """The operator and module path inside an exporter's error."""
+    seen: BaseException | None = error
+    text = ""
+    while seen is not None:
+        text = f"{seen}\n{text}"
+        seen = seen.__cause__
+    assert isinstance(module, fx.GraphModule)
+    for node in module.graph.nodes:
+        if node.op == "call_function" and str(node.target) in text:
+            return f"operator {node.target} in {module_path(node)} has no ONNX form"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _point_outside(model: ir.Model, entries: dict[str, Entry], spans: dict[str, Span]) -> None:
+    graph = model.graph
+    for name, entry in entries.items():
+        value = graph.initializers.get(name)
+        if value is None:
+            raise ModelError(
+                f"the exported graph does not use {name}; this is a bug of hdrq-deploy or of "
+                "the exporter, please report the model"
+            )
+        dtype = {"float32": "FLOAT", "int8": "INT8", "int4": "INT4", "int64": "INT64"}.get(
+            entry.dtype, "BOOL"
+        )
+        kind = ir.DataType[dtype]
+        value.const_value = ir.ExternalTensor(
+            WEIGHTS,
+            spans[name].offset,
+            spans[name].length,
+            kind,
+            shape=ir.Shape(entry.shape),
+            name=name,
+        )
+        value.dtype = kind
+
+
+def _plain(model: ir.Model) -> None:
+    """Drop the exporter's debugging metadata (it holds paths of this machine)."""
+    model.metadata_props.clear()
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+
+
+def _name_layers(model: ir.Model, found: Capture, plan: Plan | None) -> list[Layer]:
+    """Name each heavy ONNX node after its module and describe it; the others by number."""
+    nodes = [n for n in model.graph if n.op_type in _HEAVY_ONNX]
+    sources = [n for n in found.graph.nodes if n.target in HEAVY]
+    if len(nodes) != len(sources):
+        raise ModelError(
+            f"found {len(nodes)} convolutions and products in ONNX for {len(sources)} in the "
+            "captured graph; the exporter changed their number, please report the model"
+        )
+    taken: dict[str, int] = {}
+    layers = []
+    for node, source in zip(nodes, sources, strict=True):
+        path = _layer_path(source)
+        count = taken[path] = taken.get(path, 0) + 1
+        node.name = f"{path}/{node.op_type}" + (f"_{count}" if count > 1 else "")
+        layers.append(_describe(node, source, path, plan))
+    for i, node in enumerate(n for n in model.graph if n.op_type not in _HEAVY_ONNX):
+        node.name = f"{node.op_type}/{i}"
+    return layers
+
+
+def _layer_path(source: fx.Node) -> str:
+    weight = source.args[1]
+    if source.target not in PRODUCTS and isinstance(weight, fx.Node) and weight.op == "get_attr":
+        return str(weight.target).removesuffix(".weight")
+    return module_path(source)
+
+
+def _describe(node: ir.Node, source: fx.Node, path: str, plan: Plan | None) -> Layer:
+    if plan is None:
+        return Layer(
+            node=node.name or "",
+            op=node.op_type,
+            module=path,
+            weight=None,
+            weight_bits=None,
+            activation_bits=(),
+            requested="float32",
+            reason="method float: nothing is quantized",
+        )
+    site = next(s for s in plan.layers if s.node.name == source.name)
+    bits = {s.source.name: s.spec.bits for s in plan.activations}
+    count = 2 if source.target in PRODUCTS else 1
+    sources = [a for a in source.args[:count] if isinstance(a, fx.Node) and a.op != "get_attr"]
+    return Layer(
+        node=node.name or "",
+        op=node.op_type,
+        module=path,
+        weight=f"{site.weight}_codes" if site.weight else None,
+        weight_bits=site.spec.bits if site.spec else None,
+        activation_bits=tuple(bits[root(a).name] for a in sources),
+        requested="int8",
+    )
+
+
+def check_graph(graph: bytes, folder: Path) -> None:
+    """onnx.checker with full_check, external data included."""
+    path = folder / "model.onnx"
+    path.write_bytes(graph)
+    onnx.checker.check_model(str(path), full_check=True)

@@ -1,0 +1,232 @@
+"""Where quantizers go.
+
+1. Every operand that a convolution, linear or matrix product reads gets one quantizer, put
+   behind the activation function, pooling or reshaping that made it and shared by all its
+   readers. Max pooling and pure reordering keep codes as they are, so the quantizer goes
+   before them.
+2. A convolution's output that rule 1 leaves alone (a branch of a residual add, the input of
+   SiLU or HardSwish) gets an 8-bit one: engines only run a convolution in INT8 when it
+   writes codes. The network's outputs stay real.
+3. Weights: ``wbits``, but 8 in the first and last layer. Operands: ``abits``, but 8 for the
+   network's input and the input of the last layer.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import ModelError
+from ..spec import QuantSpec
+from .capture import (
+    CONVOLUTIONS,
+    LINEAR,
+    PRODUCTS,
+    TRANSPOSED,
+    Capture,
+    attribute,
+    module_path,
+)
+
+__all__ = ["ActivationSite", "LayerSite", "Plan", "plan_quantizers"]
+
+aten = torch.ops.aten
+
+HEAVY = CONVOLUTIONS | TRANSPOSED | LINEAR | PRODUCTS
+# Codes pass through these unchanged.
+_TRANSPARENT = {
+    aten.max_pool2d.default,
+    aten.max_pool1d.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.t.default,
+}
+_CLAMPS = {aten.hardtanh.default, aten.clamp.default, aten.relu6.default}
+_NONNEGATIVE = {
+    aten.relu.default,
+    aten.relu6.default,
+    aten.sigmoid.default,
+    aten.hardsigmoid.default,
+    aten.softmax.int,
+    aten._softmax.default,
+    aten.abs.default,
+    aten.square.default,
+    aten.exp.default,
+}
+_KEEPS_SIGN = _TRANSPARENT | {
+    aten.adaptive_avg_pool2d.default,
+    aten.avg_pool2d.default,
+    aten.mean.dim,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.upsample_nearest2d.vec,
+    aten.upsample_bilinear2d.vec,
+    operator.getitem,
+}
+_JOINS = {aten.add.Tensor, aten.mul.Tensor, aten.maximum.default}
+
+
+@dataclass(frozen=True)
+class ActivationSite:
+    """A quantizer behind node ``source``; ``name`` is that of its step in the bundle."""
+
+    source: fx.Node
+    name: str
+    module: str
+    spec: QuantSpec
+
+
+@dataclass(frozen=True)
+class LayerSite:
+    """One heavy node and the spec of its weight, None for a product of two activations."""
+
+    node: fx.Node
+    module: str
+    weight: str | None
+    spec: QuantSpec | None
+
+
+@dataclass
+class Plan:
+    """All quantizers of a model, in graph order."""
+
+    layers: list[LayerSite] = field(default_factory=list)
+    activations: list[ActivationSite] = field(default_factory=list)
+
+
+def plan_quantizers(
+    found: Capture, wbits: int, abits: int, per_channel: bool, grid: str
+) -> Plan:
+    """Apply the module's three rules.
+
+    Raises:
+        ModelError: The graph holds nothing to quantize.
+    """
+    heavy = [node for node in found.graph.nodes if node.target in HEAVY]
+    weighted = [node for node in heavy if _weight_node(node) is not None]
+    if not weighted:
+        raise ModelError(
+            "found no convolution or linear in the model's graph; there is nothing to quantize"
+        )
+    plan = Plan()
+    ends = {weighted[0], weighted[-1]}
+    for node in heavy:
+        plan.layers.append(_layer_site(found, node, 8 if node in ends else wbits, per_channel))
+    bits = _operand_bits(heavy, weighted[-1], abits)
+    for node in heavy:
+        if node.target in CONVOLUTIONS:
+            end = _behind_activation(node)
+            if end not in bits and not _reaches_output(end):
+                bits[end] = 8
+    names: dict[str, int] = {}
+    for node in found.graph.nodes:
+        if node in bits:
+            spec = QuantSpec.activation(bits[node], nonnegative(node), grid)
+            path = "input" if node.op == "placeholder" else module_path(node)
+            count = names[path] = names.get(path, 0) + 1
+            name = f"{path}.act_scale" + (f"_{count}" if count > 1 else "")
+            plan.activations.append(ActivationSite(node, name, path, spec))
+    return plan
+
+
+def nonnegative(node: fx.Node) -> bool:
+    """The graph itself says that this tensor is never negative.
+
+    Data are not asked: three domains must agree on it to be merged.
+    """
+    if node.op != "call_function":
+        return False
+    if node.target in _NONNEGATIVE:
+        return True
+    if node.target in _CLAMPS:
+        low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min", -1.0)
+        return isinstance(low, (int, float)) and low >= 0
+    inputs = [arg for arg in node.args if isinstance(arg, fx.Node)]
+    if node.target in _KEEPS_SIGN:
+        return nonnegative(inputs[0])
+    if node.target in _JOINS:
+        return len(inputs) == 2 and all(nonnegative(arg) for arg in inputs)
+    if node.target is aten.cat.default and isinstance(node.args[0], (list, tuple)):
+        return all(isinstance(arg, fx.Node) and nonnegative(arg) for arg in node.args[0])
+    return False
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The activations that a heavy node multiplies."""
+    count = 2 if node.target in PRODUCTS else 1
+    return [a for a in node.args[:count] if isinstance(a, fx.Node) and a.op != "get_attr"]
+
+
+def root(node: fx.Node) -> fx.Node:
+    """The tensor whose codes ``node`` carries: back through pooling and reordering."""
+    while node.op == "call_function" and node.target in _TRANSPARENT:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if source.op == "get_attr":
+            break
+        node = source
+    return node
+
+
+def _weight_node(node: fx.Node) -> fx.Node | None:
+    candidate = node.args[1]
+    return candidate if isinstance(candidate, fx.Node) and candidate.op == "get_attr" else None
+
+
+def _layer_site(found: Capture, node: fx.Node, bits: int, per_channel: bool) -> LayerSite:
+    weight = _weight_node(node)
+    if weight is None:
+        return LayerSite(node, module_path(node), None, None)
+    value = attribute(found.module, str(weight.target))
+    axis = _channel_axis(node, value) if per_channel else None
+    path = module_path(node) if node.meta.get("hdrq_module") else str(weight.target)
+    return LayerSite(node, path, str(weight.target), QuantSpec.weight(bits, axis))
+
+
+def _channel_axis(node: fx.Node, weight: torch.Tensor) -> int | None:
+    """The axis of the output channels, where engines take one step per channel."""
+    if node.target in PRODUCTS:
+        return weight.ndim - 1 if weight.ndim == 2 else None
+    if node.target in TRANSPOSED:
+        groups = node.args[6] if len(node.args) > 6 else 1
+        return 1 if groups == 1 else None
+    return 0
+
+
+def _operand_bits(heavy: list[fx.Node], last: fx.Node, abits: int) -> dict[fx.Node, int]:
+    bits: dict[fx.Node, int] = {}
+    for node in heavy:
+        for operand in operands(node):
+            source = root(operand)
+            wide = node is last or source.op == "placeholder"
+            bits[source] = max(bits.get(source, 0), 8 if wide else abits)
+    return bits
+
+
+def _behind_activation(conv: fx.Node) -> fx.Node:
+    """The convolution's output, or that of the ReLU-like function that alone reads it."""
+    users = list(conv.users)
+    fuses: Callable[[Any], bool] = lambda n: (  # noqa: E731 - read once, in place
+        n.target is aten.relu.default or (n.target in _CLAMPS and nonnegative(n))
+    )
+    return users[0] if len(users) == 1 and fuses(users[0]) else conv
+
+
+def _reaches_output(node: fx.Node) -> bool:
+    return any(
+        user.op == "output" or (user.target in _TRANSPARENT and _reaches_output(user))
+        for user in node.users
+    )
