@@ -1,0 +1,7 @@
+"""Calibrate one adapted model for one domain; the only station that needs torch."""
+
+from __future__ import annotations
+
+from .pipeline import calibrate, fake_quantized
+
+__all__ = ["calibrate", "fake_quantized"]

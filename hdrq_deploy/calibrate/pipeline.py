@@ -1,0 +1,284 @@
+"""The whole calibration: checkpoints and images in, a bundle out."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from .. import reference
+from ..bundle import Bundle
+from ..calibration_data.readers import ImageSet, Wanted, read
+from ..errors import CheckFailed, DataError, ModelError, SpecError
+from ..manifest import Activation, Manifest, Scheme
+from ..spec import GRIDS, METHODS, check_bits
+from .capture import Capture, attribute, capture, fold_batch_norm, fold_constants
+from .emit import check_graph, emit_float, emit_quantized, onnx_graph, state_tensors
+from .placement import Plan, plan_quantizers
+from .reconstruct import Options, Quantized, reconstruct
+from .source import load_model, load_state, state_sha256
+
+__all__ = ["calibrate", "fake_quantized"]
+
+_PARITY_IMAGES = 64
+
+
+def calibrate(
+    model: str,
+    data: str | Path | ImageSet,
+    domain: str,
+    output: str | os.PathLike[str],
+    weights: str | Path | None = None,
+    base: str | Path | None = None,
+    method: str = "hdrq",
+    wbits: int = 8,
+    abits: int = 8,
+    per_channel: bool = False,
+    grid: str = "int8",
+    options: Options | None = None,
+    images: int | None = 1024,
+    wanted: Wanted | None = None,
+    skip_corrupt: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Bundle:
+    """Calibrate a model and write its bundle.
+
+    Args:
+        model: ``PKG.MOD:FACTORY``, ``timm:NAME`` or ``transformers:NAME``.
+        data: Image folder, .npz, or images already read.
+        domain: Name of the domain the weights were adapted to.
+        output: Folder of the bundle.
+        weights: Adapted checkpoint; without it the factory's own weights are used.
+        base: Source checkpoint that all domains were adapted from; needed by ``hdrq``.
+        method: ``float`` (no quantization, BatchNorm kept), ``rtn`` or ``hdrq``.
+        wbits: Bits of the weights, 2 to 8; first and last layer keep 8.
+        abits: Bits of the activations that heavy layers read, 2 to 8.
+        per_channel: One weight step per output channel instead of one per tensor (the paper).
+        grid: ``int8`` or ``paper`` (see ``spec.activation_range``).
+        options: HDRQ's knobs.
+        images: At most so many calibration images.
+        wanted: Size and normalisation of images.
+        skip_corrupt: Leave out images that cannot be decoded.
+        seed: Seed of every draw.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        progress: Called with (steps done, steps in all, block name).
+
+    Raises:
+        HdrqError: The input does not fit; the message says what to do.
+        CheckFailed: The written graph disagrees with the fake-quantized model.
+    """
+    options = options or Options()
+    _check(method, wbits, abits, grid, base)
+    where = _device(device)
+    network = load_model(model)
+    base_state = load_state(network, base, "source") if base else None
+    state = load_state(network, weights, "adapted") if weights else dict(network.state_dict())
+    wanted = _wanted(network, wanted)
+    dataset = data if isinstance(data, ImageSet) else read(data, wanted, images, seed, skip_corrupt)
+    if len(dataset.x) < 2:
+        raise DataError(f"{data}: found {len(dataset.x)} image; needed 2 or more to calibrate")
+    torch.manual_seed(seed)
+    inputs = torch.from_numpy(dataset.x)
+    found = capture(network, inputs[:2])
+    plan: Plan | None = None
+    blocks: list[dict[str, Any]] = []
+    if method == "float":
+        fold_constants(found)
+        module, entries = emit_float(found)
+    else:
+        source = _prepared(found.clone_with(base_state)) if base_state else None
+        found = _prepared(found)
+        plan = plan_quantizers(found, wbits, abits, per_channel, grid)
+        result = reconstruct(
+            found, plan, inputs, method, options, source, seed, where, progress
+        )
+        found.module.cpu()
+        blocks = result.blocks
+        module, entries = emit_quantized(found, plan, result)
+    graph, layers = onnx_graph(module, inputs[:2], entries, found, plan)
+    manifest = Manifest(
+        model=model,
+        method=method,
+        domains={domain: 1.0},
+        scheme=Scheme(
+            grid=grid if plan else None,
+            wbits=wbits if plan else None,
+            abits=abits if plan else None,
+            per_channel=per_channel,
+            fold="weights" if plan else "none",
+        ),
+        layers=tuple(layers),
+        activations=_activations(plan),
+        tensors=entries,
+        source_sha256=state_sha256(base_state or state),
+        adapted_sha256={domain: state_sha256(state)},
+        data_sha256={domain: dataset.sha256},
+        options={"images": len(inputs), "device": str(where), **asdict(options)},
+        seed=seed,
+        input_shape=tuple(inputs.shape[1:]),
+        preprocessing=dataset.preprocessing,
+        classes=dataset.classes,
+        metrics={
+            "blocks": blocks,
+            "parity": _parity(module, graph, state_tensors(module), entries, inputs),
+        },
+        versions={
+            name: version(name)
+            for name in ("hdrq-deploy", "torch", "onnx", "onnxruntime", "onnxscript", "numpy")
+        },
+    )
+    return Bundle.write(output, manifest, state_tensors(module), graph)
+
+
+def fake_quantized(bundle: Bundle, example: Tensor) -> nn.Module:
+    """The torch model that computes with a bundle's codes, for comparison with engines.
+
+    Args:
+        bundle: Calibrated or merged; its ``model`` must be importable here.
+        example: Two inputs (2, C, H, W).
+
+    Raises:
+        ModelError: The model of that name now has another graph than the bundle.
+    """
+    manifest = bundle.manifest
+    if manifest.method == "float":
+        module, entries = emit_float(_folded_constants(capture(load_model(manifest.model), example)))
+    else:
+        found = _prepared(capture(load_model(manifest.model), example))
+        scheme = manifest.scheme
+        assert scheme.wbits and scheme.abits and scheme.grid
+        plan = plan_quantizers(found, scheme.wbits, scheme.abits, scheme.per_channel, scheme.grid)
+        module, entries = emit_quantized(found, plan, _untrained(found, plan))
+    tensors = bundle.tensors()
+    if set(tensors) != set(entries):
+        raise ModelError(
+            f"{manifest.model} now has other tensors than {bundle.path}; needed the version of "
+            "the model that was calibrated"
+        )
+    module.load_state_dict({name: torch.from_numpy(t.copy()) for name, t in tensors.items()})
+    return module
+
+
+def _untrained(found: Capture, plan: Plan) -> Quantized:
+    from .fakequant import ActivationQuantizer, WeightQuantizer
+
+    weights = {
+        s.weight: WeightQuantizer(attribute(found.module, s.weight), s.spec)
+        for s in plan.layers
+        if s.weight is not None and s.spec is not None
+    }
+    cpu = torch.device("cpu")
+    steps = {s.name: ActivationQuantizer(s.spec, s.name, cpu) for s in plan.activations}
+    return Quantized(weights, steps, [])
+
+
+def _folded_constants(found: Capture) -> Capture:
+    fold_constants(found)
+    return found
+
+
+def _prepared(found: Capture) -> Capture:
+    fold_constants(found)
+    fold_batch_norm(found)
+    return found
+
+
+def _check(method: str, wbits: int, abits: int, grid: str, base: str | Path | None) -> None:
+    if method not in METHODS:
+        raise SpecError(f"found method {method!r}; choose one of {', '.join(METHODS)}")
+    if grid not in GRIDS:
+        raise SpecError(f"found grid {grid!r}; choose one of {', '.join(GRIDS)}")
+    check_bits(wbits, "wbits")
+    check_bits(abits, "abits")
+    if method == "hdrq" and base is None:
+        raise SpecError(
+            "found no source checkpoint; hdrq keeps the weights close to those all domains "
+            "started from: pass --base SOURCE (or --method rtn)"
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name not in {"auto", "cpu", "cuda"}:
+        raise SpecError(f"found device {name!r}; choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SpecError("found no CUDA device; pass --device cpu, or install a GPU build of torch")
+    return torch.device("cuda" if name == "cuda" or _auto_cuda(name) else "cpu")
+
+
+def _auto_cuda(name: str) -> bool:
+    return name == "auto" and torch.cuda.is_available()
+
+
+def _wanted(network: nn.Module, wanted: Wanted | None) -> Wanted:
+    """Fill what the user left open from a timm model's own configuration."""
+    wanted = wanted or Wanted()
+    config = getattr(network, "pretrained_cfg", None) or {}
+    if not config.get("input_size"):
+        return wanted
+    return Wanted(
+        wanted.size or tuple(config["input_size"][1:]),
+        wanted.mean or tuple(config["mean"]),
+        wanted.std or tuple(config["std"]),
+        wanted.channels or config["input_size"][0],
+    )
+
+
+def _activations(plan: Plan | None) -> tuple[Activation, ...]:
+    return tuple(
+        Activation(
+            scale=site.name,
+            module=site.module,
+            bits=site.spec.bits,
+            lo=site.spec.lo,
+            hi=site.spec.hi,
+        )
+        for site in (plan.activations if plan else ())
+    )
+
+
+def _parity(
+    module: nn.Module, graph: bytes, tensors: Any, entries: Any, inputs: Tensor
+) -> dict[str, Any]:
+    """Compare the torch model with the graph in ONNX Runtime, unfused.
+
+    Raises:
+        CheckFailed: More than 5% of the output range apart on average.
+    """
+    from ..bundle import WEIGHTS, serialize
+
+    rows = inputs[:_PARITY_IMAGES]
+    with torch.no_grad():
+        expected = module.cpu()(rows).numpy()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / WEIGHTS).write_bytes(serialize(tensors, entries))
+        try:
+            check_graph(graph, folder)
+            session = reference.unfused_session(folder / "model.onnx")
+        except (onnx.checker.ValidationError, RuntimeError) as error:
+            raise ModelError(
+                f"the exported graph does not load ({str(error).splitlines()[0]}); "
+                "please report the model"
+            ) from error
+        got = session.run(None, {session.get_inputs()[0].name: rows.numpy()})[0]
+    result = reference.compare(expected, got)
+    if not result["relative_rms"] < 0.05:
+        raise CheckFailed(
+            f"the written graph differs from the fake-quantized model by "
+            f"{result['relative_rms']:.3f} of its output (relative RMS); needed under 0.05: "
+            "please report the model"
+        )
+    return {"images": len(rows), **result, "onnxruntime": onnxruntime.__version__}
+
+

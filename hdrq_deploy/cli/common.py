@@ -1,0 +1,95 @@
+"""What all commands share: exit codes, one-line errors, progress, tables."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..errors import HdrqError
+
+__all__ = ["parser", "progress_bar", "run"]
+
+Report = Callable[[int, int, str], None]
+
+
+def parser(command: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
+    """An argument parser with the defaults in its help."""
+    made = argparse.ArgumentParser(
+        prog=command,
+        description=text,
+        epilog=epilog,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    made.add_argument(
+        "--version",
+        action="version",
+        version=f"%(prog)s {importlib.metadata.version('hdrq-deploy')}",
+    )
+    return made
+
+
+def run(command: str, body: Callable[[], int]) -> int:
+    """Run a command; a user's mistake becomes one line and its exit code."""
+    try:
+        return body()
+    except HdrqError as error:
+        line = " ".join(str(error).split())
+        print(f"{command}: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Report]:
+    """A bar with ETA on a terminal; a plain line every few seconds otherwise."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(title, total=None)
+
+            def show(done: int, total: int, what: str) -> None:
+                bar.update(task, completed=done, total=total, description=f"{title} {what}")
+
+            yield show
+        return
+    started = last = time.monotonic()
+
+    def line(done: int, total: int, what: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= 10:
+            last = now
+            left = (now - started) / max(done, 1) * (total - done)
+            print(f"{title} {what}: {done}/{total}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    yield line
+
+
+def named(values: Sequence[str]) -> dict[str, str]:
+    """``night=DIR`` arguments as a mapping; a bare path is named after its folder."""
+    result: dict[str, str] = {}
+    for value in values:
+        name, sign, path = value.partition("=")
+        if not sign:
+            name, path = value.rstrip("/").rsplit("/", 1)[-1].removesuffix(".npz"), value
+        if not name or not path:
+            raise HdrqError(f"found --data {value!r}; needed NAME=DIR_OR_NPZ")
+        if name in result:
+            raise HdrqError(f"found --data for {name} twice; give each domain one name")
+        result[name] = path
+    return result

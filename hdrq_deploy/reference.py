@@ -1,0 +1,48 @@
+"""The reference that engines are compared with: ONNX Runtime without any fusion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+__all__ = ["compare", "unfused_session"]
+
+
+def unfused_session(path: Path | bytes) -> onnxruntime.InferenceSession:
+    """A session that computes every Q, DQ and convolution as written, in float."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.log_severity_level = 3
+    model = path if isinstance(path, bytes) else str(path)
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def compare(
+    expected: npt.NDArray[Any], got: npt.NDArray[Any], axis: int = 1
+) -> dict[str, float | int]:
+    """How far two engines' outputs are apart.
+
+    Args:
+        expected: Reference outputs (N, C, ...).
+        got: The same from another engine.
+        axis: The axis of the classes.
+
+    Returns:
+        ``max_abs``, ``relative_rms`` (RMS of the difference over RMS of the reference) and
+        ``decision_flips`` (positions whose highest class differs).
+    """
+    difference = got.astype(np.float64) - expected.astype(np.float64)
+    scale = float(np.sqrt((expected.astype(np.float64) ** 2).mean())) or 1.0
+    flips = 0
+    if expected.ndim > axis:
+        flips = int((expected.argmax(axis) != got.argmax(axis)).sum())
+    return {
+        "max_abs": float(np.abs(difference).max()),
+        "relative_rms": float(np.sqrt((difference**2).mean())) / scale,
+        "decision_flips": flips,
+    }
