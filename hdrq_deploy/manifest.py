@@ -12,10 +12,14 @@ from .spec import QuantSpec
 __all__ = [
     "SCHEMA",
     "Activation",
+    "EngineManifest",
     "FileRecord",
     "Layer",
+    "LayerPrecision",
     "Manifest",
     "ParentRecord",
+    "Port",
+    "PrecisionReport",
     "Preprocessing",
     "Scheme",
     "Tensor",
@@ -167,3 +171,68 @@ class Manifest(_Frozen):
                 f"{origin}: found a manifest that does not fit schema {SCHEMA} at {where} "
                 f"({first['msg'].lower()}); make the bundle again with this version"
             ) from error
+
+
+class Port(_Frozen):
+    """An input or output of an engine; a str dimension is free."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+class LayerPrecision(_Frozen):
+    """What was asked of one layer and what the engine executes.
+
+    ``executed`` is None where nothing was built that could execute it (portable ONNX).
+    ``evidence`` names the engine's own node or layer.
+    """
+
+    node: str
+    op: str
+    module: str
+    weight_bits: int | None
+    requested: str
+    executed: str | None
+    evidence: str
+    reason: str = ""
+
+
+class PrecisionReport(_Frozen):
+    """``precision.json`` of an engine folder."""
+
+    schema_version: Literal[1] = 1
+    engine: str
+    source: str
+    summary: str
+    layers: tuple[LayerPrecision, ...]
+
+    @property
+    def lost(self) -> tuple[LayerPrecision, ...]:
+        """Layers that the engine runs in another precision than requested."""
+        return tuple(
+            layer
+            for layer in self.layers
+            if layer.executed is not None and layer.executed != layer.requested
+        )
+
+
+class EngineManifest(_Frozen):
+    """``manifest.json`` of an engine folder: what a runtime needs beside the engine."""
+
+    schema_version: Literal[1] = SCHEMA
+    kind: Literal["hdrq-engine"] = "hdrq-engine"
+    engine: str
+    model: str
+    method: str
+    domains: dict[str, float]
+    scheme: Scheme
+    bundle_sha256: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    preprocessing: Preprocessing | None
+    classes: tuple[str, ...] | None
+    precision: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    files: dict[str, FileRecord] = Field(default_factory=dict)

@@ -25,7 +25,7 @@ from ..errors import ModelError
 from ..manifest import Layer
 from ..manifest import Tensor as Entry
 from .capture import Capture, attribute, module_path, set_attribute
-from .placement import HEAVY, PRODUCTS, Plan, root
+from .placement import HEAVY, PRODUCTS, TRANSPOSED, Plan, root
 from .reconstruct import Quantized
 
 __all__ = ["OPSET", "emit_float", "emit_quantized", "onnx_graph", "state_tensors"]
@@ -319,6 +319,17 @@ def _describe(node: ir.Node, source: fx.Node, path: str, plan: Plan | None) -> L
             activation_bits=(),
             requested="float32",
             reason="method float: nothing is quantized",
+        )
+    if source.target in TRANSPOSED:
+        return Layer(
+            node=node.name or "",
+            op=node.op_type,
+            module=path,
+            weight=None,
+            weight_bits=None,
+            activation_bits=(),
+            requested="float32",
+            reason="no engine runs transposed convolutions in INT8",
         )
     site = next(s for s in plan.layers if s.node.name == source.name)
     bits = {s.source.name: s.spec.bits for s in plan.activations}

@@ -7,7 +7,8 @@
 2. A convolution's output that rule 1 leaves alone (a branch of a residual add, the input of
    SiLU or HardSwish) gets an 8-bit one: engines only run a convolution in INT8 when it
    writes codes. The network's outputs stay real.
-3. Weights: ``wbits``, but 8 in the first and last layer. Operands: ``abits``, but 8 for the
+3. Transposed convolutions stay float: neither TensorRT nor ONNX Runtime runs them in INT8.
+4. Weights: ``wbits``, but 8 in the first and last layer. Operands: ``abits``, but 8 for the
    network's input and the input of the last layer.
 """
 
@@ -91,7 +92,10 @@ class ActivationSite:
 
 @dataclass(frozen=True)
 class LayerSite:
-    """One heavy node and the spec of its weight, None for a product of two activations."""
+    """One heavy node and the spec of its weight.
+
+    The spec is None for a product of two activations and for a layer that stays float.
+    """
 
     node: fx.Node
     module: str
@@ -110,13 +114,14 @@ class Plan:
 def plan_quantizers(
     found: Capture, wbits: int, abits: int, per_channel: bool, grid: str
 ) -> Plan:
-    """Apply the module's three rules.
+    """Apply the module's rules.
 
     Raises:
         ModelError: The graph holds nothing to quantize.
     """
     heavy = [node for node in found.graph.nodes if node.target in HEAVY]
-    weighted = [node for node in heavy if _weight_node(node) is not None]
+    quantized = [node for node in heavy if node.target not in TRANSPOSED]
+    weighted = [node for node in quantized if _weight_node(node) is not None]
     if not weighted:
         raise ModelError(
             "found no convolution or linear in the model's graph; there is nothing to quantize"
@@ -125,7 +130,7 @@ def plan_quantizers(
     ends = {weighted[0], weighted[-1]}
     for node in heavy:
         plan.layers.append(_layer_site(found, node, 8 if node in ends else wbits, per_channel))
-    bits = _operand_bits(heavy, weighted[-1], abits)
+    bits = _operand_bits(quantized, weighted[-1], abits)
     for node in heavy:
         if node.target in CONVOLUTIONS:
             end = _behind_activation(node)
@@ -188,7 +193,7 @@ def _weight_node(node: fx.Node) -> fx.Node | None:
 
 def _layer_site(found: Capture, node: fx.Node, bits: int, per_channel: bool) -> LayerSite:
     weight = _weight_node(node)
-    if weight is None:
+    if weight is None or node.target in TRANSPOSED:
         return LayerSite(node, module_path(node), None, None)
     value = attribute(found.module, str(weight.target))
     axis = _channel_axis(node, value) if per_channel else None
@@ -200,9 +205,6 @@ def _channel_axis(node: fx.Node, weight: torch.Tensor) -> int | None:
     """The axis of the output channels, where engines take one step per channel."""
     if node.target in PRODUCTS:
         return weight.ndim - 1 if weight.ndim == 2 else None
-    if node.target in TRANSPOSED:
-        groups = node.args[6] if len(node.args) > 6 else 1
-        return 1 if groups == 1 else None
     return 0
 
 

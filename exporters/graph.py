@@ -1,0 +1,117 @@
+"""Reading and rewriting the bundle's graph with onnx_ir."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
+from ..bundle import GRAPH, Bundle
+from ..errors import ExportError
+
+__all__ = ["Quantizer", "load", "quantizers", "save"]
+
+DATA = "model.onnx.data"
+# Shapes and zero points stay in the file; ONNX Runtime cannot read int64 shapes from outside.
+_INLINE_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """QuantizeLinear, an optional integer Clip, DequantizeLinear; codes ``lo`` to ``hi``."""
+
+    quantize: ir.Node
+    clip: ir.Node | None
+    dequantize: ir.Node
+    scale: float
+    lo: int
+    hi: int
+    unsigned: bool
+
+
+def load(bundle: Bundle) -> ir.Model:
+    """The bundle's graph with all its tensors in memory and constants as initializers."""
+    model = ir.load(bundle.path / GRAPH)
+    ir.external_data.load_to_model(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    return model
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write ``model`` with its larger tensors in ``model.onnx.data`` beside it."""
+    ir.save(model, path, external_data=DATA, size_threshold_bytes=_INLINE_BYTES)
+
+
+def array(value: ir.Value | None) -> npt.NDArray[Any]:
+    """The constant behind an initializer."""
+    if value is None or value.const_value is None:
+        raise ExportError(
+            f"found no constant behind {value.name if value else 'an input'}; scales and zero "
+            "points must be constants: make the bundle again"
+        )
+    return value.const_value.numpy()
+
+
+def quantizers(model: ir.Model) -> Iterator[Quantizer]:
+    """All activation quantizers, in graph order."""
+    for node in list(model.graph):
+        if node.op_type != "QuantizeLinear":
+            continue
+        reader = _only_reader(node)
+        clip = reader if reader.op_type == "Clip" else None
+        dequantize = _only_reader(clip) if clip else reader
+        if dequantize.op_type != "DequantizeLinear":
+            raise ExportError(f"found {dequantize.op_type} behind {node.name}; needed a DQ")
+        unsigned = node.inputs[2] is not None and array(node.inputs[2]).dtype == np.uint8
+        lo, hi = (0, 255) if unsigned else (-128, 127)
+        if clip:
+            lo, hi = int(array(clip.inputs[1])), int(array(clip.inputs[2]))
+        scale = float(array(node.inputs[1]))
+        yield Quantizer(node, clip, dequantize, scale, lo, hi, unsigned)
+
+
+def weight_dequantizers(model: ir.Model) -> list[ir.Node]:
+    """DequantizeLinear nodes that read an initializer."""
+    return [
+        node
+        for node in model.graph
+        if node.op_type == "DequantizeLinear"
+        and node.inputs[0] is not None
+        and node.inputs[0].const_value is not None
+    ]
+
+
+def constant(model: ir.Model, name: str, value: npt.NDArray[Any]) -> ir.Value:
+    """A new initializer."""
+    made = ir.Value(
+        name=name,
+        shape=ir.Shape(value.shape),
+        type=ir.TensorType(ir.DataType.from_numpy(value.dtype)),
+        const_value=ir.tensor(value, name=name),
+    )
+    model.graph.register_initializer(made)
+    return made
+
+
+def insert(model: ir.Model, before: ir.Node, node: ir.Node) -> ir.Value:
+    """Put ``node`` before another and return its output."""
+    model.graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def drop_unused(model: ir.Model) -> None:
+    """Remove nodes and initializers that nothing reads."""
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+
+
+def _only_reader(node: ir.Node) -> ir.Node:
+    readers = list(node.outputs[0].uses())
+    if len(readers) != 1:
+        raise ExportError(f"found {len(readers)} readers of {node.name}; needed one")
+    return readers[0].node

@@ -1,0 +1,236 @@
+"""One graph per target, without a change in its numbers.
+
+===========  =====================================================================
+target       what is rewritten
+===========  =====================================================================
+portable     codes narrower than int8 are clipped as real values before they are
+TensorRT     rounded (TensorRT knows no integer Clip); 4-bit weights as int8
+ort          activations as uint8 (x86 has no fast signed kernel), 4-bit weights
+             as INT4 with a Cast that is folded at load, int32 bias for Gemm,
+             ConvInteger for a convolution that writes the network's output
+===========  =====================================================================
+
+Measured reasons: docs of the patterns that ONNX Runtime and TensorRT run in INT8.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from ..errors import ExportError
+from .graph import (
+    Quantizer,
+    array,
+    constant,
+    drop_unused,
+    insert,
+    quantizers,
+    weight_dequantizers,
+)
+
+__all__ = ["lower_ort", "lower_portable"]
+
+
+def lower_portable(model: ir.Model) -> ir.Model:
+    """Signed int8 Q/DQ pairs and nothing between them; int8 weights. In place.
+
+    clip(x, lo*s, hi*s) before rounding gives the codes that clip(round(x/s), lo, hi) gives,
+    because rounding keeps the order of values and lo and hi are integers.
+    """
+    for q in list(quantizers(model)):
+        if q.unsigned:
+            raise ExportError(
+                "found the grid 'paper' (codes 0 to 255); TensorRT executes signed int8 only: "
+                "calibrate with --grid int8, or export with --engine ort"
+            )
+        if q.clip is None:
+            continue
+        source = q.quantize.inputs[0]
+        name = q.quantize.name or "quantize"
+        scale = np.float32(q.scale)
+        bounds = [
+            constant(model, f"{name}/{side}", np.array(code, np.float32) * scale)
+            for side, code in (("low", q.lo), ("high", q.hi))
+        ]
+        clipped = insert(
+            model,
+            q.quantize,
+            ir.node("Clip", [source, *bounds], name=f"{name}/clip"),
+        )
+        clipped.name = f"{name}/clipped"
+        q.quantize.replace_input_with(0, clipped)
+        q.dequantize.replace_input_with(0, q.quantize.outputs[0])
+    for dequantize in weight_dequantizers(model):
+        codes = dequantize.inputs[0]
+        assert codes is not None
+        if codes.dtype == ir.DataType.INT4:
+            _as_int8(codes)
+    drop_unused(model)
+    return model
+
+
+def _as_int8(codes: ir.Value) -> None:
+    values = array(codes).astype(np.int8)
+    codes.const_value = ir.tensor(values, name=codes.name)
+    codes.dtype = ir.DataType.INT8
+
+
+def lower_ort(model: ir.Model) -> ir.Model:
+    """The graph that ONNX Runtime's CPU kernels run in INT8. In place.
+
+    Signed codes c become c + 128 with zero point 128; codes of tensors that are never
+    negative stay as they are with zero point 0. The range is kept by an integer Clip behind
+    QuantizeLinear, which leaves every fusion intact.
+    """
+    for q in list(quantizers(model)):
+        if not q.unsigned:
+            _to_unsigned(model, q)
+    for dequantize in weight_dequantizers(model):
+        _int4_through_cast(model, dequantize)
+    for node in list(model.graph):
+        if node.op_type == "Gemm":
+            _integer_bias(model, node)
+        elif node.op_type == "Conv" and not _writes_codes(node):
+            _integer_convolution(model, node)
+    drop_unused(model)
+    return model
+
+
+def _to_unsigned(model: ir.Model, q: Quantizer) -> None:
+    name = q.quantize.name or "quantize"
+    source = q.quantize.inputs[0]
+    assert source is not None
+    signed = q.lo < 0
+    zero, lo, hi = (128, q.lo + 128, q.hi + 128) if signed else (0, 0, q.hi)
+    producer = source.producer()
+    if not signed and producer is not None and producer.op_type == "Clip":
+        hi = _absorb_clamp(model, producer, q, hi)
+    point = constant(model, f"{name}/zero", np.array(zero, np.uint8))
+    q.quantize.replace_input_with(2, point)
+    q.quantize.outputs[0].dtype = ir.DataType.UINT8
+    if q.clip is not None:
+        q.clip.outputs[0].dtype = ir.DataType.UINT8
+    q.dequantize.replace_input_with(2, point)
+    codes = q.quantize.outputs[0]
+    if (lo, hi) != (0, 255):
+        bounds = [
+            constant(model, f"{name}/{side}", np.array(code, np.uint8))
+            for side, code in (("low", lo), ("high", hi))
+        ]
+        codes = insert(
+            model,
+            q.dequantize,
+            ir.node("Clip", [codes, *bounds], name=f"{name}/range"),
+        )
+        codes.name, codes.dtype = f"{name}/clipped", ir.DataType.UINT8
+        codes.shape = q.quantize.outputs[0].shape
+    q.dequantize.replace_input_with(0, codes)
+
+
+def _absorb_clamp(model: ir.Model, clamp: ir.Node, q: Quantizer, hi: int) -> int:
+    """Turn ReLU6 before a quantizer into ReLU and a lower highest code.
+
+    ONNX Runtime fuses Conv, Relu and Q, but a Clip only where it ends beyond code 255.
+    round(min(x, 6) / s) = min(round(x / s), round(6 / s)).
+    """
+    if len(clamp.inputs) < 3 or clamp.inputs[2] is None or len(list(clamp.outputs[0].uses())) != 1:
+        return hi
+    low, high = (float(array(value)) for value in clamp.inputs[1:3])
+    if low != 0:
+        return hi
+    relu = ir.node("Relu", [clamp.inputs[0]], name=f"{clamp.name}/relu")
+    out = insert(model, clamp, relu)
+    out.name, out.dtype, out.shape = f"{clamp.name}/relu_out", ir.DataType.FLOAT, None
+    q.quantize.replace_input_with(0, out)
+    return min(hi, int(np.rint(np.float32(high) / np.float32(q.scale))))
+
+
+def _int4_through_cast(model: ir.Model, dequantize: ir.Node) -> None:
+    """INT4 initializer, Cast to INT8, DQ: half the file, and INT8 kernels after folding."""
+    codes = dequantize.inputs[0]
+    assert codes is not None
+    if codes.dtype != ir.DataType.INT4:
+        return
+    cast = ir.node("Cast", [codes], {"to": ir.DataType.INT8}, name=f"{codes.name}/cast")
+    wide = insert(model, dequantize, cast)
+    wide.name, wide.dtype, wide.shape = f"{codes.name}_int8", ir.DataType.INT8, codes.shape
+    dequantize.replace_input_with(0, wide)
+
+
+def _scale_of(value: ir.Value | None) -> tuple[ir.Node, np.ndarray] | None:  # type: ignore[type-arg]
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in {"Reshape", "Flatten", "Transpose", "MaxPool"}:
+        first = node.inputs[0]
+        node = first.producer() if first is not None else None
+    if node is None or node.op_type != "DequantizeLinear":
+        return None
+    return node, array(node.inputs[1]).astype(np.float64)
+
+
+def _integer_bias(model: ir.Model, node: ir.Node) -> None:
+    """Give Gemm an int32 bias (step s_x * s_w): without it ONNX Runtime keeps it in float."""
+    operand, weight = _scale_of(node.inputs[0]), _scale_of(node.inputs[1])
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if operand is None or weight is None or bias is None or bias.const_value is None:
+        return
+    real = array(bias).astype(np.float64)
+    step = np.broadcast_to(operand[1] * weight[1], real.shape).astype(np.float32)
+    codes = np.clip(np.rint(real / step), -(2.0**31), 2.0**31 - 1).astype(np.int32)
+    uniform = weight[1].ndim == 0
+    inputs = [
+        constant(model, f"{bias.name}_codes", codes),
+        constant(model, f"{bias.name}_scale", step[0].reshape(()) if uniform else step),
+    ]
+    dequantize = ir.node(
+        "DequantizeLinear",
+        inputs,
+        {} if uniform else {"axis": 0},
+        name=f"{node.name}/bias",
+    )
+    out = insert(model, node, dequantize)
+    out.name, out.dtype, out.shape = f"{node.name}/bias_real", ir.DataType.FLOAT, bias.shape
+    node.replace_input_with(2, out)
+
+
+def _writes_codes(node: ir.Node) -> bool:
+    """Conv, perhaps Relu or Clip, QuantizeLinear: the pattern that becomes QLinearConv."""
+    uses = list(node.outputs[0].uses())
+    while len(uses) == 1 and uses[0].node.op_type in {"Relu", "Clip"}:
+        uses = list(uses[0].node.outputs[0].uses())
+    return len(uses) == 1 and uses[0].node.op_type == "QuantizeLinear"
+
+
+def _integer_convolution(model: ir.Model, node: ir.Node) -> None:
+    """ConvInteger, then scale and bias: a convolution with codes in and real values out."""
+    operand, weight = (v.producer() if v is not None else None for v in node.inputs[:2])
+    if operand is None or weight is None or operand.op_type != "DequantizeLinear":
+        return
+    if weight.op_type != "DequantizeLinear" or weight.inputs[0] is None:
+        return
+    name = node.name or "conv"
+    rank = len(weight.inputs[0].shape or ())
+    shape = (1, -1, *[1] * (rank - 2))
+    step = (array(operand.inputs[1]) * array(weight.inputs[1])).astype(np.float32)
+    inputs = [operand.inputs[0], weight.inputs[0], operand.inputs[2]]
+    integer = ir.node("ConvInteger", inputs, dict(node.attributes), name=name)
+    steps = [integer, ir.node("Cast", [integer.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}/real")]
+    factor = constant(model, f"{name}/step", step.reshape(shape) if step.ndim else step)
+    steps.append(ir.node("Mul", [steps[-1].outputs[0], factor], name=f"{name}/scale"))
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        bias = constant(model, f"{name}/bias", array(node.inputs[2]).reshape(shape))
+        steps.append(ir.node("Add", [steps[-1].outputs[0], bias], name=f"{name}/add"))
+    for part, label in zip(steps, ("int", "real", "scaled", "biased"), strict=False):
+        part.outputs[0].name = f"{name}/{label}"
+        insert(model, node, part)
+    old, new = node.outputs[0], steps[-1].outputs[0]
+    new.shape, new.dtype = old.shape, old.dtype
+    old_name = old.name
+    ir.convenience.replace_all_uses_with(old, new)
+    for i, output in enumerate(model.graph.outputs):
+        if output is old:
+            model.graph.outputs[i] = new
+    model.graph.remove(node)
+    new.name = old_name
+
+

@@ -1,0 +1,176 @@
+"""What an engine really executes, layer by layer, read from the engine itself."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+
+from ..errors import CheckFailed
+from ..manifest import Layer, LayerPrecision, PrecisionReport
+
+__all__ = ["check", "from_ort", "from_trt_log", "requested_only"]
+
+_ORT_INT8 = {
+    "QLinearConv",
+    "QLinearMatMul",
+    "QGemm",
+    "MatMulIntegerToFloat",
+    "ConvInteger",
+    "MatMulInteger",
+    "QAttention",
+}
+_ORT_HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "FusedConv", "FusedMatMul", "FusedGemm"}
+# Suffixes that ONNX Runtime's transformers add to the name of a node they replace.
+_SUFFIX = r"(_(token|nchwc|quant|fused|nhwc|scale|matmul)\w*|/\w+|_\d+)?"
+
+
+def requested_only(engine: str, layers: Sequence[Layer]) -> PrecisionReport:
+    """The report of a portable graph, which nothing executes yet."""
+    rows = [_row(layer, None, "portable graph: decided by the engine that loads it") for layer in layers]
+    asked = Counter((layer.op, layer.requested) for layer in layers)
+    text = ", ".join(f"{n} {op} asked in {p.upper()}" for (op, p), n in sorted(asked.items()))
+    return PrecisionReport(engine=engine, source="graph", summary=text, layers=tuple(rows))
+
+
+def from_ort(path: Path, layers: Sequence[Layer]) -> PrecisionReport:
+    """Read the optimized graph of ONNX Runtime's CPU provider."""
+    with tempfile.TemporaryDirectory() as scratch:
+        dump = Path(scratch) / "optimized.onnx"
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(dump)
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        nodes = list(onnx.load(str(dump), load_external_data=False).graph.node)
+    candidates = [n for n in nodes if n.op_type in _ORT_INT8 | _ORT_HEAVY]
+    rows = []
+    for layer in layers:
+        node = _find_ort(layer, candidates)
+        if node is None:
+            rows.append(_row(layer, "unknown", "not found in the optimized graph"))
+            continue
+        executed = "int8" if node.op_type in _ORT_INT8 else "float32"
+        rows.append(_row(layer, executed, f"{node.op_type} {node.name}"))
+    return _report("ort", f"optimized graph, onnxruntime {onnxruntime.__version__}", rows)
+
+
+def _find_ort(layer: Layer, nodes: Iterable[onnx.NodeProto]) -> onnx.NodeProto | None:
+    named = re.compile(re.escape(layer.node) + _SUFFIX)
+    weights = {layer.weight, f"{layer.weight}_int8"} - {None, "None_int8"}
+    for node in nodes:
+        if weights & set(node.input):
+            return node
+    # The exact name first: "fc/MatMul" before "fc/MatMul_2".
+    matches = sorted((n for n in nodes if named.fullmatch(n.name)), key=lambda n: len(n.name))
+    return matches[0] if matches else None
+
+
+def from_trt_log(engine: str, dump: str, layers: Sequence[Layer]) -> PrecisionReport:
+    """Read the builder's layer dump (ProfilingVerbosity.DETAILED).
+
+    A layer is INT8 when the compute layer that carries its name in Metadata reads Int8
+    data and an Int8 weight.
+    """
+    parsed = [_parse_line(line) for line in dump.splitlines() if line.startswith("Name: ")]
+    return _from_trt(engine, "builder's layer dump", parsed, layers)
+
+
+def from_trt_inspector(engine: str, text: str, layers: Sequence[Layer]) -> PrecisionReport:
+    """Read the JSON of TensorRT's EngineInspector."""
+    parsed = []
+    for entry in json.loads(text).get("Layers", []):
+        if not isinstance(entry, Mapping):
+            continue  # without DETAILED verbosity the inspector lists names only
+        kinds = [_datatype(t) for t in [*entry.get("Inputs", []), *entry.get("Constants", [])]]
+        parsed.append((str(entry.get("LayerType", "")), kinds, str(entry.get("Metadata", "")), str(entry.get("Name", ""))))
+    return _from_trt(engine, "engine inspector", parsed, layers)
+
+
+def _datatype(tensor: Mapping[str, Any]) -> str:
+    return str(tensor.get("Datatype") or tensor.get("Format/Datatype") or "")
+
+
+_Parsed = tuple[str, list[str], str, str]
+_COMPUTE = {"correlation", "gemm", "deconv", "runtime_fusion", "kgen", "convolution", "caskconvolution", "matrixmultiply", "caskgemmconvolution"}
+
+
+def _parse_line(line: str) -> _Parsed:
+    """One line of the dump: layer type, datatypes of inputs then constants, metadata, name."""
+    kind = re.search(r"LayerType: ([^,]*)", line)
+    operands = line.split("Outputs: [", 1)[0]
+    metadata = re.search(r"Metadata: (.*)$", line)
+    name = re.match(r"Name: ([^,]*)", line)
+    return (
+        kind.group(1) if kind else "",
+        re.findall(r"Datatype: (\w+)", operands),
+        metadata.group(1) if metadata else "",
+        name.group(1) if name else "",
+    )
+
+
+def _from_trt(
+    engine: str, source: str, parsed: Sequence[_Parsed], layers: Sequence[Layer]
+) -> PrecisionReport:
+    rows = []
+    for layer in layers:
+        tag = f"[ONNX Layer: {layer.node}]"
+        mine = [p for p in parsed if tag in p[2] and p[0].lower() in _COMPUTE]
+        mine.sort(key=lambda p: p[0] in {"kgen", "runtime_fusion"} and "mha" not in p[3])
+        if not mine:
+            rows.append(_row(layer, "unknown", "not found in the builder's dump"))
+            continue
+        kind, datatypes, _, name = mine[0]
+        integer = len(datatypes) >= 2 and all(d.lower().startswith("int8") for d in datatypes[:2])
+        executed = "int8" if integer else "float32"
+        rows.append(_row(layer, executed, f"{kind} {name}: {' x '.join(datatypes[:2])}"))
+    return _report(engine, source, rows)
+
+
+def _row(layer: Layer, executed: str | None, evidence: str) -> LayerPrecision:
+    return LayerPrecision(
+        node=layer.node,
+        op=layer.op,
+        module=layer.module,
+        weight_bits=layer.weight_bits,
+        requested=layer.requested,
+        executed=executed,
+        evidence=evidence,
+        reason=layer.reason,
+    )
+
+
+def _report(engine: str, source: str, rows: Sequence[LayerPrecision]) -> PrecisionReport:
+    total = Counter(row.op for row in rows)
+    integer = Counter(row.op for row in rows if row.executed == "int8")
+    summary = ", ".join(f"{integer[op]}/{n} {op}" for op, n in sorted(total.items())) + " INT8"
+    return PrecisionReport(engine=engine, source=source, summary=summary, layers=tuple(rows))
+
+
+def check(report: PrecisionReport, allowed: Sequence[str]) -> None:
+    """Fail when a layer does not run as requested and no pattern in ``allowed`` names it.
+
+    Raises:
+        CheckFailed: Names the first such layer and what the engine does instead.
+    """
+    lost = [
+        row
+        for row in report.lost
+        if not any(fnmatch.fnmatch(row.module, p) or fnmatch.fnmatch(row.node, p) for p in allowed)
+    ]
+    if lost:
+        first = lost[0]
+        raise CheckFailed(
+            f"found {len(lost)} of {len(report.layers)} layers that {report.engine} does not run "
+            f"as requested (first: {first.module}, {first.op}, asked {first.requested}, runs "
+            f"{first.executed}: {first.evidence}); change the model there or pass --allow-float "
+            f"'{first.module}'"
+        )
