@@ -46,6 +46,9 @@ def lower_portable(model: ir.Model) -> ir.Model:
             )
         if q.clip is None:
             continue
+        if q.hi == 127:  # int8 ends there by itself, and lo is 0 only where nothing is negative
+            q.dequantize.replace_input_with(0, q.quantize.outputs[0])
+            continue
         source = q.quantize.inputs[0]
         name = q.quantize.name or "quantize"
         scale = np.float32(q.scale)
@@ -61,6 +64,9 @@ def lower_portable(model: ir.Model) -> ir.Model:
         clipped.name = f"{name}/clipped"
         q.quantize.replace_input_with(0, clipped)
         q.dequantize.replace_input_with(0, q.quantize.outputs[0])
+    for node in list(model.graph):
+        if node.op_type in {"Conv", "Gemm", "MatMul"}:
+            _requantize_operands(model, node)
     for dequantize in weight_dequantizers(model):
         codes = dequantize.inputs[0]
         assert codes is not None
@@ -88,6 +94,10 @@ def lower_ort(model: ir.Model) -> ir.Model:
             _to_unsigned(model, q)
     for dequantize in weight_dequantizers(model):
         _int4_through_cast(model, dequantize)
+        _zero_point(model, dequantize)
+    for node in list(model.graph):
+        if node.op_type in {"Conv", "Gemm", "MatMul"}:
+            _requantize_operands(model, node)
     for node in list(model.graph):
         if node.op_type == "Gemm":
             _integer_bias(model, node)
@@ -158,26 +168,62 @@ def _int4_through_cast(model: ir.Model, dequantize: ir.Node) -> None:
     dequantize.replace_input_with(0, wide)
 
 
-def _scale_of(value: ir.Value | None) -> tuple[ir.Node, np.ndarray] | None:  # type: ignore[type-arg]
+def _zero_point(model: ir.Model, dequantize: ir.Node) -> None:
+    """Write the zero point out: without one ONNX Runtime 1.32 does not fuse Gemm to QGemm."""
+    codes, scale = dequantize.inputs[:2]
+    if len(dequantize.inputs) > 2 or codes is None or codes.dtype != ir.DataType.INT8:
+        return
+    zeros = constant(model, f"{dequantize.name}/zero", np.zeros(array(scale).shape, np.int8))
+    dequantize.resize_inputs(3)
+    dequantize.replace_input_with(2, zeros)
+
+
+_REORDERING = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool"}
+
+
+def _requantize_operands(model: ir.Model, node: ir.Node) -> None:
+    """Repeat Q and DQ behind pooling and reordering, where kernels look for them.
+
+    The values are on the grid already, so the second pair changes nothing.
+    """
+    for i, operand in enumerate(node.inputs[:2]):
+        source = operand.producer() if operand is not None else None
+        if source is None or source.op_type not in _REORDERING:
+            continue
+        origin: ir.Node | None = source
+        while origin is not None and origin.op_type in _REORDERING:
+            origin = origin.inputs[0].producer() if origin.inputs[0] is not None else None
+        if origin is None or origin.op_type != "DequantizeLinear" or len(origin.inputs) < 3:
+            continue
+        assert origin.inputs[2] is not None
+        name, parameters = f"{node.name}/operand_{i}", list(origin.inputs[1:3])
+        codes = insert(
+            model, node, ir.node("QuantizeLinear", [operand, *parameters], name=f"{name}/q")
+        )
+        codes.name, codes.dtype = f"{name}/codes", origin.inputs[2].dtype
+        real = insert(
+            model, node, ir.node("DequantizeLinear", [codes, *parameters], name=f"{name}/dq")
+        )
+        real.name, real.dtype = f"{name}/real", ir.DataType.FLOAT
+        node.replace_input_with(i, real)
+
+
+def _dequantizer(value: ir.Value | None) -> ir.Node | None:
     node = value.producer() if value is not None else None
-    while node is not None and node.op_type in {"Reshape", "Flatten", "Transpose", "MaxPool"}:
-        first = node.inputs[0]
-        node = first.producer() if first is not None else None
-    if node is None or node.op_type != "DequantizeLinear":
-        return None
-    return node, array(node.inputs[1]).astype(np.float64)
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
 
 
 def _integer_bias(model: ir.Model, node: ir.Node) -> None:
     """Give Gemm an int32 bias (step s_x * s_w): without it ONNX Runtime keeps it in float."""
-    operand, weight = _scale_of(node.inputs[0]), _scale_of(node.inputs[1])
+    operand, weight = _dequantizer(node.inputs[0]), _dequantizer(node.inputs[1])
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if operand is None or weight is None or bias is None or bias.const_value is None:
         return
     real = array(bias).astype(np.float64)
-    step = np.broadcast_to(operand[1] * weight[1], real.shape).astype(np.float32)
+    scales = [array(dq.inputs[1]).astype(np.float64) for dq in (operand, weight)]
+    step = np.broadcast_to(scales[0] * scales[1], real.shape).astype(np.float32)
     codes = np.clip(np.rint(real / step), -(2.0**31), 2.0**31 - 1).astype(np.int32)
-    uniform = weight[1].ndim == 0
+    uniform = scales[1].ndim == 0
     inputs = [
         constant(model, f"{bias.name}_codes", codes),
         constant(model, f"{bias.name}_scale", step[0].reshape(()) if uniform else step),
@@ -203,10 +249,8 @@ def _writes_codes(node: ir.Node) -> bool:
 
 def _integer_convolution(model: ir.Model, node: ir.Node) -> None:
     """ConvInteger, then scale and bias: a convolution with codes in and real values out."""
-    operand, weight = (v.producer() if v is not None else None for v in node.inputs[:2])
-    if operand is None or weight is None or operand.op_type != "DequantizeLinear":
-        return
-    if weight.op_type != "DequantizeLinear" or weight.inputs[0] is None:
+    operand, weight = _dequantizer(node.inputs[0]), _dequantizer(node.inputs[1])
+    if operand is None or weight is None or weight.inputs[0] is None:
         return
     name = node.name or "conv"
     rank = len(weight.inputs[0].shape or ())

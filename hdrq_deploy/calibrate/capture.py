@@ -97,6 +97,7 @@ def capture(model: nn.Module, example: Tensor) -> Capture:
     _strip_prefix(found)
     _remove_dropout(found.graph)
     _relax_views(found.graph)
+    _spell_out_global_pooling(found.graph)
     _spell_out_attention(found)
     found.graph.eliminate_dead_code()
     found.module.recompile()
@@ -170,6 +171,14 @@ def _relax_views(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target in {aten.view.default, aten._unsafe_view.default}:
             node.target = aten.reshape.default
+
+
+def _spell_out_global_pooling(graph: fx.Graph) -> None:
+    """Average pooling to 1x1 is a mean; the ONNX exporter would write it as a Gather."""
+    for node in graph.nodes:
+        if node.target is aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:
+            node.target = aten.mean.dim
+            node.args = (node.args[0], [-2, -1], True)
 
 
 def _spell_out_attention(found: Capture) -> None:

@@ -69,8 +69,7 @@ def _translations() -> dict[Any, Any]:
         lowest, highest = (0, 255) if hi > 127 else (-128, 127)
         zero = op.Constant(value=ir.tensor(np.array(0, kind.numpy())))
         codes = op.QuantizeLinear(x, scale, zero)
-        # A tensor with lo == 0 is never negative, so only its upper end needs a clip.
-        if (lo > lowest and lo != 0) or hi < highest:
+        if lo > lowest or hi < highest:
             low = op.Constant(value=ir.tensor(np.array(lo, kind.numpy())))
             high = op.Constant(value=ir.tensor(np.array(hi, kind.numpy())))
             codes = op.Clip(codes, low, high)
@@ -188,6 +187,7 @@ def onnx_graph(
     """
     program = _export(module, example)
     model = program.model
+    _fold_shapes(model, entries)
     tensors = state_tensors(module)
     with tempfile.TemporaryDirectory() as scratch:
         spans = layout(tensors, entries, Path(scratch))
@@ -227,6 +227,16 @@ def _export(module: nn.Module, example: Tensor) -> Any:
         ) from error
     finally:
         loud.setLevel(level)
+
+
+def _fold_shapes(model: ir.Model, entries: dict[str, Entry]) -> None:
+    """Evaluate what depends on constants alone (axes, shapes), but nothing of a tensor."""
+    from onnxscript.optimizer import fold_constants
+
+    fold_constants(
+        model, should_fold=lambda node: not any(v and v.name in entries for v in node.inputs)
+    )
+    ir.passes.common.RemoveUnusedNodesPass()(model)
 
 
 def _explain(error: BaseException, module: nn.Module) -> str:

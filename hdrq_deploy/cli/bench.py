@@ -1,0 +1,80 @@
+"""``hdrq-bench``: latency, and accuracy per domain, of one or more engines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..files import write_bytes
+from ..runtime import benchmark
+from ..runtime.bench import BenchResult
+from ..runtime.report import need_matplotlib, page, table
+from .common import named, parser, run
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command's flags."""
+    p = parser("hdrq-bench", "Measure engines: latency, and accuracy per domain.")
+    p.add_argument("engines", nargs="+", help="engine folders from hdrq-export")
+    p.add_argument(
+        "--data", nargs="+", default=[], metavar="NAME=PATH", help="labelled images of each domain"
+    )
+    p.add_argument("--warmup", type=int, default=10, help="calls before the clock counts")
+    p.add_argument("--iterations", type=int, default=100, help="timed calls")
+    p.add_argument("--batch", type=int, default=1, help="images per call")
+    p.add_argument("--threads", type=int, default=0, help="0: one per core")
+    p.add_argument("--skip-corrupt", action="store_true", help="leave out broken images")
+    p.add_argument("--json", type=Path, help="write the result (a list for several engines)")
+    p.add_argument("--html", type=Path, help="write a report, one file")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``hdrq-bench``."""
+    args = arguments().parse_args(argv)
+    return run("hdrq-bench", lambda: _bench(args))
+
+
+def _bench(args: argparse.Namespace) -> int:
+    if args.html:
+        need_matplotlib()
+    data = named(args.data)
+    rows = []
+    for engine in args.engines:  # one session alive at a time: idle pools disturb each other
+        result = benchmark(
+            engine,
+            data,
+            args.warmup,
+            args.iterations,
+            args.batch,
+            args.threads,
+            args.skip_corrupt,
+        )
+        rows.append((Path(engine).name or str(engine), result))
+    print_table(*table(rows))
+    if args.json:
+        results = [json.loads(result.model_dump_json()) for _, result in rows]
+        text = json.dumps(results[0] if len(results) == 1 else results, indent=1) + "\n"
+        write_bytes(args.json, text.encode())
+    if args.html:
+        write_bytes(args.html, page("hdrq-bench", rows).encode())
+    return 0
+
+
+def print_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    """Print a plain table, as wide as it needs to be."""
+    made = Table(box=None, pad_edge=False)
+    for i, name in enumerate(header):
+        made.add_column(name, justify="left" if i in {0, len(header) - 1} else "right", no_wrap=True)
+    for row in cells:
+        made.add_row(*row)
+    console = Console()
+    Console(width=max(console.width, 160) if not console.is_terminal else None).print(made)
+
+
+__all__ = ["BenchResult", "arguments", "main", "print_table"]

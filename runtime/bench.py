@@ -1,0 +1,257 @@
+"""Latency and accuracy of engines, with what repeats the measurement."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+
+from ..calibration_data.readers import ImageSet, Wanted, read, relabel
+from ..errors import DataError
+from .engine import OrtEngine, load_engine
+
+__all__ = ["Accuracy", "BenchResult", "Latency", "benchmark", "harmonic_mean", "measure"]
+
+_BATCH = 64
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Latency(_Frozen):
+    """Times of single calls in ms: one batch of ``batch`` images, array in, array out."""
+
+    p50: float
+    p90: float
+    p99: float
+    mean: float
+    batch: int
+    warmup: int
+    iterations: int
+    samples: tuple[float, ...]
+
+
+class Accuracy(_Frozen):
+    """Top-1 accuracy per domain, 0 to 1, and their harmonic mean."""
+
+    domains: dict[str, float]
+    harmonic_mean: float | None
+    images: dict[str, int]
+
+
+class BenchResult(_Frozen):
+    """``--json`` of hdrq-bench. The schema is ``BenchResult.model_json_schema()``."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["hdrq-bench"] = "hdrq-bench"
+    created: str
+    engine: str
+    path: str
+    model: str
+    method: str
+    domains: dict[str, float]
+    wbits: int | None
+    abits: int | None
+    size_bytes: int
+    precision: str
+    accuracy: Accuracy | None
+    latency_ms: Latency
+    throughput_images_per_s: float
+    threads: int
+    cpu_per_wall: float
+    environment: dict[str, Any]
+
+
+def harmonic_mean(values: Sequence[float]) -> float:
+    """n / sum(1 / v); 0 when a value is 0.
+
+    >>> round(harmonic_mean([0.951, 0.94]), 4)
+    0.9455
+    """
+    if not values or min(values) <= 0:
+        return 0.0
+    return len(values) / sum(1 / value for value in values)
+
+
+def measure(
+    call: Callable[[], object], times: int, clock_ns: Callable[[], int] = time.perf_counter_ns
+) -> tuple[float, ...]:
+    """Latency of each call in ms."""
+    latencies = []
+    for _ in range(times):
+        start = clock_ns()
+        call()
+        latencies.append((clock_ns() - start) / 1e6)
+    return tuple(latencies)
+
+
+def benchmark(
+    path: str | os.PathLike[str],
+    data: Mapping[str, str | Path] | None = None,
+    warmup: int = 10,
+    iterations: int = 100,
+    batch: int = 1,
+    threads: int = 0,
+    skip_corrupt: bool = False,
+) -> BenchResult:
+    """Measure one engine.
+
+    Args:
+        path: Engine folder.
+        data: Labelled images of each domain: folder or .npz.
+        warmup: Calls before the clock counts.
+        iterations: Timed calls.
+        batch: Images a call.
+        threads: Threads inside an operator; 0, one per core.
+        skip_corrupt: Leave out images that cannot be decoded.
+
+    Raises:
+        EngineError: The engine cannot be loaded or fed.
+        DataError: Data cannot be read, have no labels, or do not fit the engine.
+    """
+    if warmup < 0 or iterations < 1 or batch < 1:
+        raise DataError(
+            f"found warmup={warmup}, iterations={iterations}, batch={batch}; needed 0, 1, 1 or more"
+        )
+    with load_engine(path, threads) as engine:
+        sets = {
+            name: _labelled(engine, name, where, skip_corrupt)
+            for name, where in (data or {}).items()
+        }
+        x = _timing_input(engine, sets, batch)
+        measure(lambda: engine(x), warmup)
+        cpu, wall = time.process_time(), time.perf_counter()
+        samples = measure(lambda: engine(x), iterations)
+        busy = (time.process_time() - cpu) / (time.perf_counter() - wall)
+        accuracy = _accuracy(engine, sets) if sets else None
+        manifest = engine.manifest
+    p50, p90, p99 = (float(v) for v in np.percentile(samples, [50, 90, 99]))
+    return BenchResult(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        engine=manifest.engine,
+        path=str(path),
+        model=manifest.model,
+        method=manifest.method,
+        domains=manifest.domains,
+        wbits=manifest.scheme.wbits,
+        abits=manifest.scheme.abits,
+        size_bytes=sum(
+            record.bytes for name, record in manifest.files.items() if name != "precision.json"
+        ),
+        precision=manifest.precision,
+        accuracy=accuracy,
+        latency_ms=Latency(
+            p50=p50,
+            p90=p90,
+            p99=p99,
+            mean=statistics.fmean(samples),
+            batch=batch,
+            warmup=warmup,
+            iterations=iterations,
+            samples=samples,
+        ),
+        throughput_images_per_s=batch * 1000 / statistics.fmean(samples),
+        threads=engine.threads,
+        cpu_per_wall=busy,
+        environment=environment(),
+    )
+
+
+def _labelled(engine: OrtEngine, name: str, where: str | Path, skip_corrupt: bool) -> ImageSet:
+    manifest = engine.manifest
+    wanted = Wanted.like(manifest.preprocessing) if manifest.preprocessing else Wanted()
+    images = relabel(read(where, wanted, skip_corrupt=skip_corrupt), manifest.classes, where)
+    if images.y is None:
+        raise DataError(
+            f"{where}: found images of {name} without labels; accuracy needs one folder per "
+            "class, or y in the .npz"
+        )
+    return images
+
+
+def _timing_input(
+    engine: OrtEngine, sets: Mapping[str, ImageSet], batch: int
+) -> npt.NDArray[np.float32]:
+    """Real images where there are any, so that the data's zeros and extremes are real too."""
+    if sets:
+        x = next(iter(sets.values())).x
+        return np.ascontiguousarray(x[np.arange(batch) % len(x)])
+    shape = engine.manifest.inputs[0].shape
+    free = [d for d in shape[1:] if isinstance(d, str)]
+    if free:
+        raise DataError(f"{engine.path}: found free dimensions {free}; pass --data to fix them")
+    sides = [d for d in shape[1:] if isinstance(d, int)]
+    return np.random.default_rng(0).random((batch, *sides), dtype=np.float32)
+
+
+def _accuracy(engine: OrtEngine, sets: Mapping[str, ImageSet]) -> Accuracy:
+    domains = {name: top1(engine, images) for name, images in sets.items()}
+    return Accuracy(
+        domains=domains,
+        harmonic_mean=harmonic_mean(list(domains.values())),
+        images={name: len(images.x) for name, images in sets.items()},
+    )
+
+
+def top1(engine: OrtEngine, images: ImageSet) -> float:
+    """Share of images whose highest output is their label."""
+    assert images.y is not None
+    right = 0
+    for first in range(0, len(images.x), _BATCH):
+        rows = slice(first, first + _BATCH)
+        output = engine(images.x[rows])
+        if output.ndim != 2:
+            raise DataError(
+                f"{engine.path}: found outputs of shape {output.shape}; accuracy needs one row "
+                "of class scores an image"
+            )
+        if int(images.y.max()) >= output.shape[1] or int(images.y.min()) < 0:
+            raise DataError(
+                f"found labels {images.y.min()} to {images.y.max()}; the model has "
+                f"{output.shape[1]} classes"
+            )
+        right += int((output.argmax(1) == images.y[rows]).sum())
+    return right / len(images.x)
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to judge or repeat the figures."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        **{
+            name: _version(name)
+            for name in ("hdrq-deploy", "onnxruntime", "onnx", "numpy", "safetensors")
+        },
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
