@@ -48,6 +48,8 @@ def from_ort(path: Path, layers: Sequence[Layer]) -> PrecisionReport:
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(dump)
         options.log_severity_level = 3
+        # Precision is settled here; the last level only changes memory layouts and names.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.intra_op_num_threads = 1
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         nodes = list(onnx.load(str(dump), load_external_data=False).graph.node)

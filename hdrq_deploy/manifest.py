@@ -209,11 +209,11 @@ class PrecisionReport(_Frozen):
 
     @property
     def lost(self) -> tuple[LayerPrecision, ...]:
-        """Layers that the engine runs in another precision than requested."""
+        """Layers asked for in INT8 that the engine runs otherwise."""
         return tuple(
             layer
             for layer in self.layers
-            if layer.executed is not None and layer.executed != layer.requested
+            if layer.requested == "int8" and layer.executed not in {None, "int8"}
         )
 
 

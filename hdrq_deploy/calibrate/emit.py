@@ -185,6 +185,22 @@ def onnx_graph(
     Raises:
         ModelError: An operator has no ONNX form; it is named with its module path.
     """
+    assert isinstance(module, fx.GraphModule)
+    # The graph depends on structure and shapes alone: domains of one scheme share it.
+    described = {name: entry.model_dump_json() for name, entry in entries.items()}
+    key = f"{tuple(example.shape)} {described} {module.graph}"
+    if key not in _written:
+        _written.clear()
+        _written[key] = _write_graph(module, example, entries, found, plan)
+    return _written[key]
+
+
+_written: dict[str, tuple[bytes, list[Layer]]] = {}
+
+
+def _write_graph(
+    module: nn.Module, example: Tensor, entries: dict[str, Entry], found: Capture, plan: Plan | None
+) -> tuple[bytes, list[Layer]]:
     program = _export(module, example)
     model = program.model
     _fold_shapes(model, entries)

@@ -167,7 +167,7 @@ class ActivationQuantizer(nn.Module):
         return (self.scale - self.scale * factor).detach() + self.scale * factor
 
 
-def _thin(x: Tensor, most: int = 1 << 16) -> Tensor:
+def _thin(x: Tensor, most: int = 1 << 13) -> Tensor:
     """At most about ``most`` values, evenly spread, with the extremes."""
     flat = x.reshape(-1)
     every = max(1, flat.numel() // most)

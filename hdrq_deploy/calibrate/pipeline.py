@@ -90,14 +90,15 @@ def calibrate(
         raise DataError(f"{data}: found {len(dataset.x)} image; needed 2 or more to calibrate")
     torch.manual_seed(seed)
     inputs = torch.from_numpy(dataset.x)
-    found = capture(network, inputs[:2])
+    graph_of = _captured(model, network, inputs[:2])
+    found = graph_of.clone_with(state)
     plan: Plan | None = None
     blocks: list[dict[str, Any]] = []
     if method == "float":
         fold_constants(found)
         module, entries = emit_float(found)
     else:
-        source = _prepared(found.clone_with(base_state)) if base_state else None
+        source = _prepared(graph_of.clone_with(base_state)) if base_state else None
         found = _prepared(found)
         plan = plan_quantizers(found, wbits, abits, per_channel, grid)
         result = reconstruct(
@@ -139,6 +140,18 @@ def calibrate(
         },
     )
     return Bundle.write(output, manifest, state_tensors(module), graph)
+
+
+_captures: dict[str, Capture] = {}
+
+
+def _captured(name: str, network: nn.Module, example: Tensor) -> Capture:
+    """The model's graph; domains of one model share it and bring their own weights."""
+    key = f"{name} {tuple(example.shape)} {network}"
+    if key not in _captures:
+        _captures.clear()
+        _captures[key] = capture(network, example)
+    return _captures[key]
 
 
 def fake_quantized(bundle: Bundle, example: Tensor) -> nn.Module:

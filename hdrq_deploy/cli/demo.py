@@ -1,0 +1,251 @@
+"""``hdrq demo``: the whole path on the digits benchmark, one table at the end."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from ..bundle import Bundle
+from ..errors import CheckFailed, HdrqError, ModelError
+from ..files import write_bytes
+from ..runtime import benchmark
+from ..runtime.bench import Accuracy, BenchResult, harmonic_mean
+from ..runtime.report import need_matplotlib, page, table
+from . import calibrate as calibrate_command
+from . import export as export_command
+from . import merge as merge_command
+from .bench import print_table
+from .common import parser, run
+
+MODEL = "hdrq_deploy.calibration_data.models:resnet14"
+SCHEMES = ((8, 8), (4, 8), (3, 3))
+QUICK = ((8, 8), (3, 3))
+# Few iterations want the larger of the paper's two learning rates.
+FULL_ITERS, QUICK_ITERS, LEARNING_RATE = 150, 25, 1e-3
+
+Row = tuple[str, BenchResult]
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command's flags."""
+    p = parser("hdrq demo", "Calibrate, merge, export and measure three domains of digits.")
+    p.add_argument("--out", type=Path, default=Path("hdrq-demo"), help="everything stays here")
+    p.add_argument("--quick", action="store_true", help="two bit-widths, fewer iterations")
+    p.add_argument("--seed", type=int, default=0)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``hdrq demo``."""
+    args = arguments().parse_args(argv)
+    return run("hdrq demo", lambda: _Demo(args.out, args.quick, args.seed).run())
+
+
+class _Demo:
+    """One run of the demonstration; every step is a command that a user could type."""
+
+    def __init__(self, out: Path, quick: bool, seed: int) -> None:
+        for module, extra in (("torch", "demo"), ("onnxscript", "demo"), ("sklearn", "demo")):
+            if importlib.util.find_spec(module) is None:
+                raise ModelError(f"the demo needs {module}: pip install 'hdrq-deploy[{extra}]'")
+        need_matplotlib()
+        if out.exists() and not out.is_dir():
+            raise HdrqError(f"found a file at {out}; choose another --out")
+        from ..calibration_data import digits
+        from ..calibration_data.make_checkpoints import CHECKPOINTS
+
+        self.out, self.seed = out, seed
+        self.schemes = QUICK if quick else SCHEMES
+        self.iters = QUICK_ITERS if quick else FULL_ITERS
+        self.iterations = 100 if quick else 300
+        self.domains, self.digits, self.checkpoints = digits.TARGETS, digits, CHECKPOINTS
+        self.commands: list[str] = []
+        self.started = time.monotonic()
+
+    def run(self) -> int:
+        """Walk the path and print the table."""
+        out = self.out
+        self._say(f"writing images of {', '.join(self.domains)} to {out / 'data'}")
+        self.digits.write(out / "data", self.domains, ("calibration", "test"), self.seed)
+        labels = {name: name for name in self._calibrate_all()}
+        engines = self._export_all(labels)
+        precision = self._build_rtx()
+        rows = self._measure(engines)
+        parity = self._parity()
+        header, cells = table(rows)
+        print()
+        print_table(header, cells)
+        self._close(rows, header, cells, precision, parity)
+        return 0
+
+    def _calibrate_all(self) -> list[str]:
+        """Bundles of every domain and their merges; returns the names of the merges."""
+        merged = ["float"]
+        for domain in self.domains:
+            self._calibrate(domain, "float", ["--method", "float"])
+        self._merge("float")
+        for wbits, abits in self.schemes:
+            for method in ("rtn", "hdrq"):
+                name = f"{method}-w{wbits}a{abits}"
+                self._say(f"calibrating {', '.join(self.domains)}: {method} W{wbits}A{abits}")
+                knobs = ["--iters", str(self.iters), "--lr", str(LEARNING_RATE)]
+                flags = ["--method", method, "--wbits", str(wbits), "--abits", str(abits)]
+                for domain in self.domains:
+                    self._calibrate(domain, name, flags + (knobs if method == "hdrq" else []))
+                self._merge(name)
+                merged.append(name)
+        return merged
+
+    def _calibrate(self, domain: str, name: str, flags: list[str]) -> None:
+        files = {d: str(self.checkpoints / f"{d}.safetensors") for d in (domain, "fonts")}
+        self._call(
+            "hdrq-calibrate",
+            calibrate_command.main,
+            ["--model", MODEL, "--weights", files[domain], "--base", files["fonts"]]
+            + ["--data", str(self.out / "data" / domain / "calibration"), "--domain", domain]
+            + [*flags, "--seed", str(self.seed), "-o", str(self._bundle(name, domain))],
+        )
+
+    def _merge(self, name: str) -> None:
+        parents = [str(self._bundle(name, domain)) for domain in self.domains]
+        self._call(
+            "hdrq-merge",
+            merge_command.main,
+            [*parents, "--seed", str(self.seed), "-o", str(self._bundle(name, "merged"))],
+        )
+
+    def _export_all(self, names: dict[str, str]) -> dict[str, Path]:
+        self._say("exporting to ONNX Runtime")
+        engines = {}
+        for name in names:
+            members = (*self.domains, "merged") if name == "float" else ("merged",)
+            for member in members:
+                target = self.out / "engines" / f"{name}-{member}"
+                source = str(self._bundle(name, member))
+                flags = [source, "--engine", "ort", "-o", str(target)]
+                self._call("hdrq-export", export_command.main, flags)
+                engines[f"{name}-{member}"] = target
+        return engines
+
+    def _build_rtx(self) -> str:
+        """The TensorRT-RTX engine of the lowest HDRQ merge, built here without a GPU."""
+        if importlib.util.find_spec("tensorrt_rtx") is None:
+            return "TensorRT-RTX: not installed, not built (pip install 'hdrq-deploy[trt-rtx]')"
+        wbits, abits = self.schemes[-1]
+        name = f"hdrq-w{wbits}a{abits}"
+        self._say("building a TensorRT-RTX engine")
+        target = self.out / "engines" / f"{name}-merged-rtx"
+        flags = [str(self._bundle(name, "merged")), "--engine", "trt-rtx", "-o", str(target)]
+        self._call("hdrq-export", export_command.main, flags)
+        summary = json.loads((target / "precision.json").read_text())["summary"]
+        return f"TensorRT-RTX {version('tensorrt-rtx')}, {name} merged: {summary}"
+
+    def _measure(self, engines: dict[str, Path]) -> list[Row]:
+        self._say("measuring")
+        data = {d: str(self.out / "data" / d / "test") for d in self.domains}
+        shown = [f"{domain}={path}" for domain, path in data.items()]
+        results = {}
+        for name, path in engines.items():
+            flags = [str(path), "--data", *shown, "--iterations", str(self.iterations)]
+            self.commands.append(shlex.join(["hdrq-bench", *flags, "--threads", "1"]))
+            results[name] = benchmark(path, data, iterations=self.iterations, threads=1)
+        separate = self._separate([results.pop(f"float-{d}") for d in self.domains])
+        rows: list[Row] = [("float, a model per domain", separate)]
+        for name, result in results.items():
+            method, _, scheme = name.removesuffix("-merged").partition("-")
+            label = "float merged" if method == "float" else f"{method.upper()} merged"
+            rows.append((f"{label} {scheme.upper()}".strip(), result))
+        return rows
+
+    def _separate(self, results: list[BenchResult]) -> BenchResult:
+        """One row for three engines: each answers for its own domain."""
+        shares = {
+            domain: result.accuracy.domains[domain]
+            for domain, result in zip(self.domains, results, strict=True)
+            if result.accuracy
+        }
+        first = results[0]
+        return first.model_copy(
+            update={
+                "domains": {},
+                "path": ", ".join(result.path for result in results),
+                "size_bytes": sum(result.size_bytes for result in results),
+                "accuracy": Accuracy(
+                    domains=shares,
+                    harmonic_mean=harmonic_mean(list(shares.values())),
+                    images=first.accuracy.images if first.accuracy else {},
+                ),
+            }
+        )
+
+    def _parity(self) -> str:
+        """PyTorch's fake-quantized model against ONNX Runtime on the test split."""
+        import numpy as np
+
+        from ..calibration_data.readers import read
+        from .verify import compare
+
+        self._say("comparing PyTorch with ONNX Runtime on the test images")
+        wbits, abits = self.schemes[-1]
+        name = f"hdrq-w{wbits}a{abits}"
+        x = np.concatenate([read(self.out / "data" / d / "test").x for d in self.domains])
+        engine = self.out / "engines" / f"{name}-merged"
+        found = compare(Bundle.open(self._bundle(name, "merged")), x, str(engine), True)
+        graph, fused = found["torch to graph"], found["graph to engine"]
+        return (
+            f"PyTorch to ONNX ({name} merged, {len(x)} test images): "
+            f"{graph['decision_flips']} decisions differ, largest difference "
+            f"{graph['max_steps']:.0f} step(s), {graph['share_off']:.4%} of activations differ; "
+            f"unfused to fused engine: {fused['decision_flips']} decisions differ"
+        )
+
+    def _close(
+        self,
+        rows: list[Row],
+        header: list[str],
+        cells: list[list[str]],
+        precision: str,
+        parity: str,
+    ) -> None:
+        out = self.out
+        note = f"{precision}. {parity}."
+        report = page("hdrq demo: digits, three domains, one engine", rows, header, cells, note)
+        record = {
+            "rows": {name: json.loads(result.model_dump_json()) for name, result in rows},
+            "trt_rtx": precision,
+            "parity": parity,
+            "iters": self.iters,
+            "seconds": round(time.monotonic() - self.started, 1),
+        }
+        write_bytes(out / "results.json", (json.dumps(record, indent=1) + "\n").encode())
+        write_bytes(out / "report.html", report.encode())
+        script = "#!/bin/sh\n# The commands of this demonstration.\nset -e\n"
+        write_bytes(out / "commands.sh", (script + "\n".join(self.commands) + "\n").encode())
+        print(f"\n{precision}\n{parity}")
+        print(f"\n{record['seconds']:.0f} s. Report: {out / 'report.html'}")
+        print(f"Bundles, engines, results.json and the commands that made them: {out}")
+
+    def _bundle(self, name: str, member: str) -> Path:
+        return self.out / "bundles" / f"{name}-{member}.hdrq"
+
+    def _say(self, text: str) -> None:
+        seconds = time.monotonic() - self.started
+        print(f"[{seconds:5.0f} s] {text}", file=sys.stderr, flush=True)
+
+    def _call(self, command: str, body: Callable[[Sequence[str]], int], argv: list[str]) -> None:
+        line = shlex.join([command, *argv])
+        self.commands.append(line)
+        (self.out / "bundles").mkdir(parents=True, exist_ok=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = body(argv)
+        if code:
+            raise CheckFailed(f"this step failed with code {code}: {line}")

@@ -1,0 +1,69 @@
+"""``hdrq inspect``: what a bundle is and how it was made."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..bundle import Bundle
+from .bench import print_table
+from .common import parser, run
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command's flags."""
+    p = parser("hdrq inspect", "Validate a bundle and show it.")
+    p.add_argument("bundle")
+    p.add_argument("--json", action="store_true", help="print the manifest and layers as JSON")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``hdrq inspect``."""
+    args = arguments().parse_args(argv)
+    return run("hdrq inspect", lambda: _inspect(args))
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    bundle = Bundle.open(args.bundle)
+    manifest = bundle.manifest
+    if args.json:
+        print(manifest.model_dump_json(indent=1))
+        return 0
+    scheme = manifest.scheme
+    bits = "float" if scheme.wbits is None else f"W{scheme.wbits}A{scheme.abits}"
+    granularity = "per channel" if scheme.per_channel else "per tensor"
+    facts = {
+        "model": manifest.model,
+        "domains": ", ".join(f"{k} {v:.3g}" for k, v in manifest.domains.items()),
+        "method": f"{manifest.method}, {bits}, {granularity}, grid {scheme.grid}",
+        "input": f"{manifest.input_shape}, classes {len(manifest.classes or ()) or 'unnamed'}",
+        "source": manifest.source_sha256[:16],
+        "size": f"{bundle.size_bytes:,} bytes in {len(manifest.tensors)} tensors",
+        "options": json.dumps(manifest.options),
+        "parents": ", ".join(f"{p.weight:.3g} x {'+'.join(p.domains)}" for p in manifest.parents)
+        or "none: calibrated",
+    }
+    for name, value in facts.items():
+        print(f"{name:<9}{value}")
+    print()
+    rows = []
+    for layer in manifest.layers:
+        low = high = saturated = "-"
+        if layer.weight:
+            codes, entry = bundle.tensor(layer.weight), manifest.tensors[layer.weight]
+            low, high = str(codes.min()), str(codes.max())
+            edge = (codes == entry.lo) | (codes == entry.hi)
+            saturated = f"{100 * float(np.mean(edge)):.1f}%"
+        weight = f"W{layer.weight_bits}" if layer.weight_bits else "-"
+        inputs = "x".join(f"A{b}" for b in layer.activation_bits) or "-"
+        rows.append(
+            [layer.module, layer.op, weight, inputs, low, high, saturated, layer.requested]
+        )
+    print_table(
+        ["layer", "op", "weight", "input", "lowest", "highest", "at edge", "requested"], rows
+    )
+    return 0

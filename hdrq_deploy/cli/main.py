@@ -1,0 +1,38 @@
+"""``hdrq``: all commands behind one name."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "calibrate": "an adapted checkpoint becomes a bundle",
+    "merge": "bundles of several domains become one",
+    "export": "a bundle becomes an engine",
+    "bench": "measure engines",
+    "inspect": "show a bundle",
+    "verify": "compare torch, graph and engine",
+    "demo": "the whole path on digits, no download",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``hdrq``; each command is imported only when it is called."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    listing = "\n".join(f"  {name:<11}{text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="hdrq",
+        description="Merge-friendly quantization, from PyTorch to edge engines.",
+        epilog=f"commands:\n{listing}\n\n'hdrq COMMAND --help' shows a command's flags.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    version = importlib.metadata.version("hdrq-deploy")
+    parser.add_argument("--version", action="version", version=f"hdrq {version}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    args = parser.parse_args(given[:1])
+    module = importlib.import_module(f".{args.command}", __package__)
+    code: int = module.main(given[1:])
+    return code
