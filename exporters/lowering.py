@@ -6,7 +6,7 @@ target       what is rewritten
 portable     codes narrower than int8 are clipped as real values before they are
 TensorRT     rounded (TensorRT knows no integer Clip); 4-bit weights as int8
 ort          activations as uint8 (x86 has no fast signed kernel), 4-bit weights
-             as INT4 with a Cast that is folded at load, int32 bias for Gemm,
+             as INT4 widened by nodes that are folded at load, int32 bias for Gemm,
              ConvInteger for a convolution that writes the network's output
 ===========  =====================================================================
 
@@ -93,7 +93,7 @@ def lower_ort(model: ir.Model) -> ir.Model:
         if not q.unsigned:
             _to_unsigned(model, q)
     for dequantize in weight_dequantizers(model):
-        _int4_through_cast(model, dequantize)
+        _widen_weight(model, dequantize)
         _zero_point(model, dequantize)
     for node in list(model.graph):
         if node.op_type in {"Conv", "Gemm", "MatMul"}:
@@ -156,22 +156,52 @@ def _absorb_clamp(model: ir.Model, clamp: ir.Node, q: Quantizer, hi: int) -> int
     return min(hi, int(np.rint(np.float32(high) / np.float32(q.scale))))
 
 
-def _int4_through_cast(model: ir.Model, dequantize: ir.Node) -> None:
-    """INT4 initializer, Cast to INT8, DQ: half the file, and INT8 kernels after folding."""
+def _widen_weight(model: ir.Model, dequantize: ir.Node) -> None:
+    """Codes of b < 8 bits times 2^(8-b), the step divided by as much: the same real values.
+
+    ONNX Runtime rounds every bias to s_x * s_w, which is coarse for few bits; this makes it
+    finer. INT4 initializers stay packed in the file: Cast, Mul and Cast are folded at load.
+    """
     codes = dequantize.inputs[0]
     assert codes is not None
+    values = array(codes).astype(np.int64)
+    shift = _spare_bits(values)
+    if shift:
+        scale = array(dequantize.inputs[1]) / np.float32(1 << shift)
+        finer = constant(model, f"{codes.name}/step", scale.astype(np.float32))
+        dequantize.replace_input_with(1, finer)
     if codes.dtype != ir.DataType.INT4:
+        codes.const_value = ir.tensor((values << shift).astype(np.int8), name=codes.name)
         return
-    cast = ir.node("Cast", [codes], {"to": ir.DataType.INT8}, name=f"{codes.name}/cast")
-    wide = insert(model, dequantize, cast)
-    wide.name, wide.dtype, wide.shape = f"{codes.name}_int8", ir.DataType.INT8, codes.shape
-    dequantize.replace_input_with(0, wide)
+    factor = constant(model, f"{codes.name}/factor", np.array(1 << shift, np.int32))
+    parts = [ir.node("Cast", [codes], {"to": ir.DataType.INT32}, name=f"{codes.name}/wide")]
+    parts.append(ir.node("Mul", [parts[0].outputs[0], factor], name=f"{codes.name}/shift"))
+    parts.append(
+        ir.node(
+            "Cast", [parts[1].outputs[0]], {"to": ir.DataType.INT8}, name=f"{codes.name}/cast"
+        )
+    )
+    kinds = (ir.DataType.INT32, ir.DataType.INT32, ir.DataType.INT8)
+    for part, kind in zip(parts, kinds, strict=True):
+        insert(model, dequantize, part)
+        part.outputs[0].name = f"{part.name}/out"
+        part.outputs[0].dtype, part.outputs[0].shape = kind, codes.shape
+    parts[-1].outputs[0].name = f"{codes.name}_int8"
+    dequantize.replace_input_with(0, parts[-1].outputs[0])
+
+
+def _spare_bits(codes: np.ndarray) -> int:  # type: ignore[type-arg]
+    """How far all codes can be shifted left within int8."""
+    shift = 0
+    while shift < 7 and codes.min() << shift + 1 >= -128 and codes.max() << shift + 1 <= 127:
+        shift += 1
+    return shift
 
 
 def _zero_point(model: ir.Model, dequantize: ir.Node) -> None:
     """Write the zero point out: without one ONNX Runtime 1.32 does not fuse Gemm to QGemm."""
     codes, scale = dequantize.inputs[:2]
-    if len(dequantize.inputs) > 2 or codes is None or codes.dtype != ir.DataType.INT8:
+    if len(dequantize.inputs) > 2 or codes is None:
         return
     zeros = constant(model, f"{dequantize.name}/zero", np.zeros(array(scale).shape, np.int8))
     dequantize.resize_inputs(3)

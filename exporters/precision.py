@@ -153,7 +153,10 @@ def _row(layer: Layer, executed: str | None, evidence: str) -> LayerPrecision:
 def _report(engine: str, source: str, rows: Sequence[LayerPrecision]) -> PrecisionReport:
     total = Counter(row.op for row in rows)
     integer = Counter(row.op for row in rows if row.executed == "int8")
-    summary = ", ".join(f"{integer[op]}/{n} {op}" for op, n in sorted(total.items())) + " INT8"
+    if any(row.requested == "int8" for row in rows):
+        summary = ", ".join(f"{integer[op]}/{n} {op}" for op, n in sorted(total.items())) + " INT8"
+    else:
+        summary = ", ".join(f"{n} {op}" for op, n in sorted(total.items())) + " FLOAT32"
     return PrecisionReport(engine=engine, source=source, summary=summary, layers=tuple(rows))
 
 
