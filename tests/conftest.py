@@ -1,0 +1,161 @@
+"""Small models, images and bundles that many tests share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from hdrq_deploy.bundle import Bundle
+from hdrq_deploy.calibrate import calibrate
+from hdrq_deploy.calibrate.reconstruct import Options
+
+TINY = '''
+import torch
+from torch import nn
+
+
+class Tiny(nn.Module):
+    """Residual, ReLU6, pooling and a head: every lowering rule in 2,000 parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.pool = nn.MaxPool2d(2)
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.act = nn.ReLU6()
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.pool(torch.relu(self.bn(self.stem(x))))
+        y = self.conv2(self.act(self.bn1(self.conv1(x))))
+        return self.fc(torch.relu(x + y).mean((2, 3)))
+
+
+class Wide(Tiny):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 5)
+
+
+class Net(nn.Module):
+    """An encoder-decoder whose last layer is a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.mid = nn.Conv2d(8, 8, 3, padding=1)
+        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2)
+        self.out = nn.Conv2d(11, 4, 1)
+
+    def forward(self, x):
+        y = torch.relu(self.down(x))
+        y = torch.relu(self.up(torch.relu(self.mid(y))))
+        return self.out(torch.cat([x, y], 1))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 4, stride=4)
+        self.norm = nn.LayerNorm(16)
+        self.qkv = nn.Linear(16, 48)
+        self.proj = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        b, n, c = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(b, n, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.proj(y.transpose(1, 2).reshape(b, n, c))
+        return self.head(x.mean(1))
+'''
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the module ``tiny_models``, its checkpoints and images."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "tiny_models.py").write_text(TINY)
+    sys.path.insert(0, str(folder))
+    import tiny_models
+
+    for name in ("Tiny", "Wide", "Net", "Attention"):
+        torch.manual_seed(0)
+        source = getattr(tiny_models, name)()
+        for module in source.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.uniform_(-0.5, 0.5)
+                module.running_var.uniform_(0.5, 1.5)
+        save_file(source.state_dict(), folder / f"{name}-base.safetensors")
+        for i, domain in enumerate(("night", "day", "snow")):
+            torch.manual_seed(i + 1)
+            state = {
+                k: v + 0.05 * v.std() * torch.randn_like(v) if v.is_floating_point() and v.ndim > 1
+                else v
+                for k, v in source.state_dict().items()
+            }
+            save_file(state, folder / f"{name}-{domain}.safetensors")
+    rng = np.random.default_rng(0)
+    np.savez(
+        folder / "data.npz",
+        x=rng.random((48, 3, 16, 16), dtype=np.float32),
+        y=rng.integers(0, 4, 48),
+    )
+    for i in range(12):
+        target = folder / "images" / "abcd"[i % 4]
+        target.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(target / f"{i}.png")
+    yield folder
+    sys.path.remove(str(folder))
+
+
+class Maker:
+    """Calibrates the small models, each combination once."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self._made: dict[Any, Bundle] = {}
+
+    def __call__(
+        self, name: str = "Tiny", domain: str = "night", method: str = "rtn", **options: Any
+    ) -> Bundle:
+        key = (name, domain, method, tuple(sorted(options.items())))
+        if key not in self._made:
+            settings: dict[str, Any] = {"wbits": 4, "abits": 8, **options}
+            self._made[key] = calibrate(
+                f"tiny_models:{name}",
+                self.work / "data.npz",
+                domain,
+                self.work / f"{len(self._made)}.hdrq",
+                self.work / f"{name}-{domain}.safetensors",
+                self.work / f"{name}-base.safetensors",
+                method,
+                options=Options(iters=20, lr=1e-3, batch=16),
+                **settings,
+            )
+        return self._made[key]
+
+
+@pytest.fixture(scope="session")
+def make(work: Path) -> Maker:
+    """``make(name, domain, method, wbits=..., ...)`` gives a bundle."""
+    return Maker(work)
+
+
+@pytest.fixture(scope="session")
+def inputs(work: Path) -> Any:
+    """The calibration images, (48, 3, 16, 16)."""
+    with np.load(work / "data.npz") as file:
+        return file["x"]

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from hdrq_deploy import reference
+from hdrq_deploy.calibrate import calibrate
+from hdrq_deploy.calibrate.blocks import find_blocks
+from hdrq_deploy.calibrate.capture import capture, fold_batch_norm, fold_constants
+from hdrq_deploy.calibrate.fakequant import fake_quantize, resample_errors, search_scale
+from hdrq_deploy.calibrate.parity import parity
+from hdrq_deploy.calibrate.placement import plan_quantizers
+from hdrq_deploy.calibrate.reconstruct import Options
+from hdrq_deploy.calibrate.source import load_model
+from hdrq_deploy.errors import HdrqError, ModelError, SpecError
+from hdrq_deploy.spec import QuantSpec
+
+MODELS = ("Tiny", "Net", "Attention")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_folded_graph_computes_what_the_model_computes(work: Path, name: str) -> None:
+    model = load_model(f"tiny_models:{name}")
+    x = torch.rand(5, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(x)
+    found = capture(model, x[:2])
+    fold_constants(found)
+    assert fold_batch_norm(found) == []
+    with torch.no_grad():
+        got = found.module(x)
+    # Folding multiplies in another order; float32 keeps about seven digits.
+    assert float((got - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_blocks_hold_every_heavy_node_once_and_split_at_long_skips(work: Path) -> None:
+    for name in MODELS:
+        found = capture(load_model(f"tiny_models:{name}"), torch.rand(2, 3, 16, 16))
+        fold_constants(found)
+        fold_batch_norm(found)
+        plan = plan_quantizers(found, 4, 8, False, "int8")
+        blocks = find_blocks(found.graph)
+        assert [n for b in blocks for n in b.heavy] == [site.node for site in plan.layers]
+
+
+@pytest.mark.slow
+def test_resnet18_has_ten_blocks() -> None:
+    pytest.importorskip("timm")
+    found = capture(load_model("timm:resnet18"), torch.rand(2, 3, 64, 64))
+    fold_batch_norm(found)
+    assert [len(b.heavy) for b in find_blocks(found.graph)] == [1, 2, 2, 3, 2, 3, 2, 3, 2, 1]
+
+
+def test_search_scale_is_no_worse_than_any_scale_of_a_fine_grid() -> None:
+    x = torch.from_numpy(np.random.default_rng(0).normal(0, 1, 4000).astype(np.float32))
+    spec = QuantSpec.weight(4)
+
+    def error(step: float) -> float:
+        codes = torch.clamp(torch.round(x / step), spec.lo, spec.hi)
+        return float(((codes * step - x).abs() ** 2.4).mean())
+
+    best = min(error(s) for s in np.linspace(0.01, 0.8, 2000))
+    # The search tries 100 ranges, so it may miss the optimum by one of its own steps.
+    assert error(float(search_scale(x, spec))) <= best * 1.02
+
+
+def test_resampled_noise_follows_the_rounding_errors() -> None:
+    u = torch.from_numpy(np.random.default_rng(0).normal(0, 3, 50000).astype(np.float32))
+    spec = QuantSpec.weight(4)
+    errors = (torch.round(u) - u)[(u >= spec.lo) & (u <= spec.hi)]
+    noise = resample_errors(u, spec, torch.Generator().manual_seed(0))
+    quantiles = torch.linspace(0.05, 0.95, 10)
+    # 50,000 draws: quantiles of a unit interval are known to about 0.005.
+    torch.testing.assert_close(
+        torch.quantile(noise, quantiles), torch.quantile(errors, quantiles), atol=0.02, rtol=0
+    )
+
+
+def test_gradients_are_those_of_the_paper() -> None:
+    spec = QuantSpec.weight(3)
+    x = torch.tensor([0.6, 9.0, -9.0], requires_grad=True)
+    scale = torch.tensor(0.5, requires_grad=True)
+    fake_quantize(x, scale, spec, None).sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None and scale.grad is not None
+    torch.testing.assert_close(x.grad, torch.tensor([1.0, 0.0, 0.0]))
+    # Inside: round(1.2) - 1.2 = -0.2; outside: the limits 3 and -4.
+    torch.testing.assert_close(scale.grad, torch.tensor(-0.2 + 3 - 4))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("wbits", "abits"), [(8, 8), (4, 4), (3, 5), (6, 2)])
+def test_torch_and_onnx_runtime_agree(
+    make: Any, inputs: Any, name: str, wbits: int, abits: int
+) -> None:
+    bundle = make(name, wbits=wbits, abits=abits, per_channel=wbits == 3)
+    found = parity(bundle, inputs)
+    # Both round the same reals; a value at a tie may fall to the other side.
+    assert found["share_off"] < 0.005
+    assert found["max_steps"] <= 2 or abits > 4
+
+
+def test_codes_stay_in_their_range(make: Any, inputs: Any) -> None:
+    bundle = make(wbits=3, abits=3)
+    for name, entry in bundle.manifest.tensors.items():
+        if entry.role == "codes":
+            codes = bundle.tensor(name)
+            assert entry.lo <= codes.min() and codes.max() <= entry.hi
+    by_scale = {a.scale: a for a in bundle.manifest.activations}
+    assert {a.bits for a in by_scale.values()} == {3, 8}
+
+
+def test_the_paper_grid_reaches_255(make: Any) -> None:
+    bundle = make(grid="paper")
+    assert {(a.lo, a.hi) for a in bundle.manifest.activations} == {(-128, 127), (0, 255)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_hdrq_lowers_the_reconstruction_error(make: Any, name: str) -> None:
+    rtn, hdrq = make(name, wbits=3, abits=4), make(name, method="hdrq", wbits=3, abits=4)
+    last = [b.manifest.metrics["blocks"][-1]["loss_after"] for b in (rtn, hdrq)]
+    assert last[1] < last[0]
+
+
+def test_same_seed_same_bytes_and_the_distance_term_pulls(work: Path, tmp_path: Path) -> None:
+    def bundle(name: str, **options: Any) -> Any:
+        return calibrate(
+            "tiny_models:Tiny", work / "data.npz", "night", tmp_path / name,
+            work / "Tiny-night.safetensors", work / "Tiny-base.safetensors", wbits=4,
+            options=Options(iters=30, lr=1e-2, **options),
+        )
+
+    a, b = bundle("a"), bundle("b")
+    assert a.manifest.files == b.manifest.files
+    source = bundle("free", distance=0.0), bundle("pulled", distance=50.0)
+    base = calibrate(
+        "tiny_models:Tiny", work / "data.npz", "base", tmp_path / "base",
+        work / "Tiny-base.safetensors", method="rtn", wbits=8,
+    )
+    name = "conv1.weight"
+    target = base.tensor(f"{name}_codes") * base.tensor(f"{name}_scale")
+    free, pulled = (
+        float(np.linalg.norm(s.tensor(f"{name}_codes") * s.tensor(f"{name}_scale") - target))
+        for s in source
+    )
+    assert pulled < free
+
+
+def test_float_bundles_keep_the_model(make: Any, work: Path, inputs: Any) -> None:
+    bundle = make(method="float")
+    model = load_model("tiny_models:Tiny")
+    from hdrq_deploy.calibrate.source import load_state
+
+    load_state(model, work / "Tiny-night.safetensors", "adapted")
+    with torch.no_grad():
+        expected = model(torch.from_numpy(inputs)).numpy()
+    session = reference.unfused_session(bundle.path / "model.onnx")
+    np.testing.assert_allclose(session.run(None, {"input": inputs})[0], expected, atol=1e-5)
+    assert isinstance(session, onnxruntime.InferenceSession)
+
+
+def test_mistakes_get_one_line(work: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    nan = load_file(work / "Tiny-night.safetensors")
+    nan["conv1.weight"][0, 0, 0, 0] = float("nan")
+    save_file(nan, tmp_path / "nan.safetensors")
+    huge = load_file(work / "Tiny-night.safetensors")
+    huge["conv1.weight"] *= 1e38
+    save_file(huge, tmp_path / "huge.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 40)
+    (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
+    good = {
+        "model": "tiny_models:Tiny", "data": work / "data.npz", "domain": "night",
+        "output": tmp_path / "out", "weights": work / "Tiny-night.safetensors",
+        "base": work / "Tiny-base.safetensors",
+    }
+    wide = r"does not fit the model: 2 mis-shaped \(first: fc.weight \(5, 8\) instead of \(4, 8\)\)"
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"weights": tmp_path / "none.pt"}, "found no file"),
+        ({"weights": tmp_path / "broken.safetensors"}, "cannot be read as a checkpoint"),
+        ({"weights": tmp_path / "broken.pt"}, "cannot be read as a checkpoint"),
+        ({"weights": tmp_path / "nan.safetensors"}, "NaN or infinity in conv1.weight"),
+        ({"weights": tmp_path / "huge.safetensors"}, "NaN or infinity in the float activations"),
+        ({"weights": work / "Wide-night.safetensors"}, f"adapted checkpoint {wide}"),
+        ({"base": work / "Wide-base.safetensors"}, f"source checkpoint {wide}"),
+        ({"base": work / "Net-base.safetensors"}, r"missing \(first: stem.weight\).*unexpected"),
+        ({"base": None}, "pass --base"),
+        ({"wbits": 1}, "found wbits=1"),
+        ({"abits": 9}, "found abits=9"),
+        ({"method": "magic"}, "choose one of"),
+        ({"model": "tiny_models:Absent"}, "cannot import"),
+        ({"model": "tiny_models"}, "needed PKG.MOD:FACTORY"),
+    ]
+    for change, message in cases:
+        with pytest.raises(HdrqError, match=message):
+            calibrate(**{**good, **change})
+    with pytest.raises(SpecError, match="iters=0"):
+        Options(iters=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_operator_without_onnx_form_is_named(work: Path, tmp_path: Path) -> None:
+    (work / "odd_models.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Inner(nn.Module):\n    def forward(self, x):\n"
+        "        return torch.linalg.matrix_exp(x)\n"
+        "class Odd(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.conv = nn.Conv2d(3, 3, 1)\n        self.inner = Inner()\n"
+        "    def forward(self, x):\n        return self.inner(self.conv(x)).mean((2, 3))\n"
+    )
+    with pytest.raises(ModelError, match=r"matrix_exp.* in inner"):
+        calibrate("odd_models:Odd", work / "data.npz", "x", tmp_path / "odd", method="rtn")

@@ -1,0 +1,213 @@
+"""The commands as a user types them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hdrq_deploy.cli import bench, calibrate, export, inspect, merge, verify
+from hdrq_deploy.cli import main as umbrella
+from hdrq_deploy.runtime.bench import BenchResult, harmonic_mean
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def flags(work: Path, out: Path, domain: str = "night", data: str = "images") -> list[str]:
+    return shlex.split(
+        f"--model tiny_models:Tiny --weights {work}/Tiny-{domain}.safetensors "
+        f"--base {work}/Tiny-base.safetensors --data {work}/{data} --domain {domain} "
+        f"--method hdrq --wbits 4 --abits 8 --iters 5 -o {out}/{domain}.hdrq"
+    )
+
+
+def test_the_path_from_checkpoints_to_a_report(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for domain in ("night", "day"):
+        assert calibrate.main(flags(work, tmp_path, domain)) == 0
+    bundles = [str(tmp_path / f"{d}.hdrq") for d in ("night", "day")]
+    merged, engine = str(tmp_path / "merged.hdrq"), str(tmp_path / "engine")
+    options = "--weights 0.5 0.5 --rounding advanced --candidates 20 --seed 0 -o".split()
+    assert merge.main([*bundles, *options, merged]) == 0
+    assert export.main([merged, "--engine", "ort", "-o", engine]) == 0
+    names = {f.name for f in Path(engine).iterdir()}
+    assert {"manifest.json", "model.onnx", "precision.json"} <= names
+    data = [f"night={work}/images", f"day={work}/images"]
+    out = [tmp_path / "out.json", tmp_path / "out.html"]
+    report = ["--json", str(out[0]), "--html", str(out[1]), "--iterations", "20"]
+    assert bench.main([engine, "--data", *data, *report]) == 0
+    result = BenchResult.model_validate_json(out[0].read_text())
+    assert result.accuracy is not None
+    assert set(result.accuracy.domains) == {"night", "day"}
+    shares = list(result.accuracy.domains.values())
+    assert result.accuracy.harmonic_mean == pytest.approx(harmonic_mean(shares))
+    raw = np.array(result.latency_ms.samples)
+    assert len(raw) == 20
+    assert result.latency_ms.p90 == pytest.approx(np.percentile(raw, 90))
+    page = out[1].read_text()
+    assert page.count("<svg") == 3 and "http" not in re.sub(r'(xmlns|href)[^ ]*|"http[^"]*"', "", page)
+    assert verify.main([merged, engine, "--torch", "--data", data[0], "--max-flips", "0.2"]) == 0
+    capsys.readouterr()
+    assert inspect.main([merged, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["domains"] == {"night": 0.5, "day": 0.5}
+    assert umbrella.main(["inspect", merged]) == 0
+    shown = capsys.readouterr().out
+    assert "conv1" in shown and "W4A8" in shown
+
+
+def test_accuracy_is_what_numpy_counts(make: Any, work: Path, inputs: Any, tmp_path: Path) -> None:
+    from hdrq_deploy.exporters import export as export_bundle
+    from hdrq_deploy.runtime import benchmark, load_engine
+
+    path = export_bundle(make(), tmp_path / "engine")
+    with np.load(work / "data.npz") as file:
+        labels = file["y"]
+    with load_engine(path) as engine:
+        expected = float((engine(inputs).argmax(1) == labels).mean())
+    result = benchmark(path, {"d": work / "data.npz"}, warmup=1, iterations=3)
+    assert result.accuracy is not None
+    assert result.accuracy.domains["d"] == pytest.approx(expected)
+
+
+def test_bad_images_get_one_line_and_exit_code_2(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = {}
+    for name in ("empty", "corrupt", "grey", "mixed", "sizes"):
+        folders[name] = tmp_path / name
+        if name == "empty":
+            folders[name].mkdir()
+        else:
+            shutil.copytree(work / "images", folders[name])
+    (folders["corrupt"] / "a" / "bad.png").write_bytes(b"\x89PNG\r\n broken")
+    grey = Image.fromarray(np.zeros((16, 16), np.uint8))
+    grey.save(folders["mixed"] / "b" / "grey.png")
+    Image.fromarray(np.zeros((9, 16, 3), np.uint8)).save(folders["sizes"] / "c" / "x.png")
+    for file in folders["grey"].rglob("*.png"):
+        grey.save(file)
+    np.savez(tmp_path / "nan.npz", x=np.full((4, 3, 16, 16), np.nan, np.float32))
+    np.savez(tmp_path / "other.npz", images=np.zeros(3))
+    (tmp_path / "text.npz").write_text("no archive")
+    expected = {
+        "absent": "found nothing",
+        "empty": "found no images",
+        "corrupt": "bad.png: cannot be decoded",
+        "grey": "does not take an input of shape",
+        "mixed": "channels after images of 3",
+        "sizes": "found 9x16 after images of 16x16",
+        "nan.npz": "found NaN or infinity in image 0",
+        "other.npz": r"found arrays \['images'\]",
+        "text.npz": "cannot be read as .npz",
+    }
+    for name, message in expected.items():
+        argv = flags(work, tmp_path / "out")
+        argv[argv.index("--data") + 1] = str(tmp_path / name)
+        assert calibrate.main(argv) == 2, name
+        error = capsys.readouterr().err
+        assert re.search(message, error), error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+    argv = [*flags(work, tmp_path / "out"), "--skip-corrupt"]
+    argv[argv.index("--data") + 1] = str(folders["corrupt"])
+    assert calibrate.main(argv) == 0
+
+
+def test_bad_engines_and_data_get_exit_code_2(
+    make: Any, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = tmp_path / "engine"
+    assert export.main([str(make().path), "-o", str(engine)]) == 0
+    np.savez(tmp_path / "small.npz", x=np.zeros((4, 3, 8, 8), np.float32), y=np.zeros(4, int))
+    np.savez(tmp_path / "nolabels.npz", x=np.zeros((4, 3, 16, 16), np.float32))
+    np.savez(
+        tmp_path / "classes.npz", x=np.zeros((4, 3, 16, 16), np.float32), y=np.full(4, 9)
+    )
+    damaged = tmp_path / "damaged"
+    shutil.copytree(engine, damaged)
+    (damaged / "model.onnx").write_bytes(b"x")
+    cases = [
+        ([str(tmp_path / "absent")], "found no manifest.json"),
+        ([str(make().path)], "hdrq-export"),
+        ([str(damaged)], "altered"),
+        ([str(engine), "--data", f"a={tmp_path}/small.npz"], r"shape \(1, 3, 8, 8\)"),
+        ([str(engine), "--data", f"a={tmp_path}/nolabels.npz"], "without labels"),
+        ([str(engine), "--data", f"a={tmp_path}/classes.npz"], "the model has 4 classes"),
+        ([str(engine), "--iterations", "0"], "iterations=0"),
+        ([str(engine), "--data", "=x"], "NAME=DIR_OR_NPZ"),
+    ]
+    for argv, message in cases:
+        capsys.readouterr()
+        assert bench.main(argv) == 2, argv
+        assert re.search(message, capsys.readouterr().err), message
+
+
+def commands(marker: str) -> str:
+    readme = (ROOT / "README.md").read_text()
+    (command,) = re.findall(rf"<!-- {marker} -->\n```sh\n(.*)\n```", readme)
+    return str(command)
+
+
+@pytest.mark.slow
+def test_the_readme_demo_command_works(tmp_path: Path) -> None:
+    install, _, demo = commands("demo").partition(" && ")
+    assert install.startswith("pip install -e")
+    extra = re.findall(r"\[(.*)\]", install)
+    assert extra == ["demo"]
+    program = shutil.which("hdrq", path=str(Path(sys.executable).parent))
+    assert program, "the console script is not installed beside this Python"
+    run = subprocess.run(
+        [program, *demo.split()[1:], "--quick"], cwd=tmp_path, capture_output=True, text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    out = tmp_path / "hdrq-demo"
+    record = json.loads((out / "results.json").read_text())
+    means = {
+        name: row["accuracy"]["harmonic_mean"] for name, row in record["rows"].items()
+    }
+    assert means["float, a model per domain"] > 0.9
+    assert means["float merged"] > 0.8
+    # 25 iterations a block already recover most of what rounding loses at 3 bits.
+    assert means["HDRQ merged W3A3"] > means["RTN merged W3A3"]
+    assert (out / "report.html").is_file() and (out / "commands.sh").is_file()
+
+
+@pytest.mark.slow
+def test_merge_export_and_bench_need_no_torch(make: Any, work: Path, tmp_path: Path) -> None:
+    bundles = [str(make(domain=d).path) for d in ("night", "day")]
+    venv.create(tmp_path / "venv", with_pip=True)
+    bin_folder = tmp_path / "venv" / "bin"
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    pip = [str(bin_folder / "pip"), "install", "--quiet", str(source)]
+    subprocess.run(pip, check=True, capture_output=True)
+    probe = "import importlib.util as u; print(u.find_spec('torch'))"
+    found = subprocess.run(
+        [str(bin_folder / "python"), "-c", probe], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "None"
+    merged, engine = str(tmp_path / "merged.hdrq"), str(tmp_path / "engine")
+    for command in (
+        ["hdrq-merge", *bundles, "-o", merged],
+        ["hdrq-export", merged, "--engine", "ort", "-o", engine],
+        ["hdrq-bench", engine, "--data", f"d={work}/data.npz", "--json", str(tmp_path / "o.json")],
+    ):
+        argv = [str(bin_folder / command[0]), *command[1:]]
+        run = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+    argv = [str(bin_folder / "hdrq-calibrate"), *flags(work, tmp_path)]
+    run = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "hdrq-deploy[calibrate]" in run.stderr and run.stderr.count("\n") == 1

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from hdrq_deploy import reference
+from hdrq_deploy.errors import CheckFailed, ExportError
+from hdrq_deploy.exporters import export, precision
+from hdrq_deploy.manifest import Layer
+
+MODELS = ("Tiny", "Net", "Attention")
+BITS = [(8, 8), (4, 8), (3, 3), (6, 7)]
+
+
+def run(path: Path, x: Any, fused: bool) -> Any:
+    if not fused:
+        return reference.unfused_session(path).run(None, {"input": x})[0]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options).run(None, {"input": x})[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("wbits", "abits"), BITS)
+@pytest.mark.parametrize("engine", ["ort", "onnx"])
+def test_lowering_does_not_change_the_numbers(
+    make: Any, inputs: Any, tmp_path: Path, name: str, wbits: int, abits: int, engine: str
+) -> None:
+    bundle = make(name, wbits=wbits, abits=abits)
+    path = export(bundle, tmp_path / "engine", engine) / "model.onnx"
+    expected = run(bundle.path / "model.onnx", inputs, fused=False)
+    got = run(path, inputs, fused=False)
+    # Only the int32 bias of Gemm and the order of ConvInteger's products differ.
+    assert reference.compare(expected, got)["relative_rms"] < 2e-3
+
+
+@pytest.mark.parametrize("name", ["Tiny", "Net"])
+@pytest.mark.parametrize(("wbits", "abits"), BITS)
+def test_onnx_runtime_runs_every_layer_in_int8(
+    make: Any, inputs: Any, tmp_path: Path, name: str, wbits: int, abits: int
+) -> None:
+    bundle = make(name, wbits=wbits, abits=abits)
+    path = export(bundle, tmp_path / "engine", "ort")
+    report = json.loads((path / "precision.json").read_text())
+    asked = [layer for layer in report["layers"] if layer["requested"] == "int8"]
+    assert asked and all(layer["executed"] == "int8" for layer in asked)
+    expected = run(bundle.path / "model.onnx", inputs, fused=False)
+    got = run(path / "model.onnx", inputs, fused=True)
+    # Fused kernels round once where the graph rounds twice; with 3 bits a step is large.
+    assert reference.compare(expected, got)["relative_rms"] < (0.2 if abits == 3 else 0.05)
+
+
+def test_the_grid_of_the_paper_goes_to_onnx_runtime_only(
+    make: Any, inputs: Any, tmp_path: Path
+) -> None:
+    bundle = make(grid="paper")
+    path = export(bundle, tmp_path / "ort", "ort")
+    expected = run(bundle.path / "model.onnx", inputs, fused=False)
+    got = run(path / "model.onnx", inputs, fused=True)
+    assert reference.compare(expected, got)["relative_rms"] < 0.02
+    with pytest.raises(ExportError, match="TensorRT executes signed int8 only"):
+        export(bundle, tmp_path / "rtx", "trt-rtx")
+    assert not (tmp_path / "rtx").exists()
+
+
+def test_portable_graphs_are_standard_onnx(make: Any, tmp_path: Path) -> None:
+    path = export(make(), tmp_path / "portable", "onnx")
+    model = onnx.load(str(path / "model.onnx"))
+    onnx.checker.check_model(model, full_check=True)
+    assert {opset.domain for opset in model.opset_import} <= {""}
+    kinds = {i.name: i.data_type for i in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear":
+            assert kinds[node.input[2]] == onnx.TensorProto.INT8
+
+
+def test_four_bit_weights_halve_the_file(make: Any, tmp_path: Path) -> None:
+    sizes = {}
+    for bits in (4, 8):
+        bundle = make("Attention", wbits=bits)
+        data = export(bundle, tmp_path / str(bits), "ort")
+        model = onnx.load(str(data / "model.onnx"), load_external_data=False)
+        kinds = {i.name: i.data_type for i in model.graph.initializer}
+        sizes[bits] = (bundle.path / "weights.safetensors").stat().st_size
+        wanted = onnx.TensorProto.INT4 if bits == 4 else onnx.TensorProto.INT8
+        assert kinds["qkv.weight_codes"] == wanted
+    assert sizes[4] < sizes[8]
+
+
+def test_a_layer_that_runs_in_float_fails_the_export() -> None:
+    layer = Layer(
+        node="a/Conv", op="Conv", module="a", weight="a.weight_codes", weight_bits=8,
+        activation_bits=(8,), requested="int8",
+    )
+    dump = (
+        "Layers:\nName: c_myl0_1, LayerType: correlation, Inputs: [ { Name: x, Datatype: {0}, "
+        "Format: N/A }], Constants: [ { Name: w, Datatype: {0} } ], Outputs: [ { Name: y, "
+        "Datatype: Float } ], TacticName: t, StreamId: 0, Metadata: [ONNX Layer: a/Conv]\n\n"
+    )
+    good = precision.from_trt_log("trt-rtx", dump.replace("{0}", "Int8"), [layer])
+    precision.check(good, ())
+    assert good.summary == "1/1 Conv INT8"
+    bad = precision.from_trt_log("trt-rtx", dump.replace("{0}", "Float"), [layer])
+    with pytest.raises(CheckFailed, match=r"first: a, Conv, asked int8, runs float32"):
+        precision.check(bad, ())
+    precision.check(bad, ("a*",))
+
+
+def test_tensorrt_without_its_library_says_what_to_install(make: Any, tmp_path: Path) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("tensorrt"):
+        pytest.skip("tensorrt is installed here")
+    with pytest.raises(ExportError, match=r"hdrq-deploy\[trt\]"):
+        export(make(), tmp_path / "trt", "trt")
+    assert not (tmp_path / "trt").exists()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("wbits", "abits"), [(8, 8), (4, 4)])
+def test_tensorrt_rtx_runs_every_layer_in_int8(
+    make: Any, tmp_path: Path, name: str, wbits: int, abits: int
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    path = export(make(name, wbits=wbits, abits=abits), tmp_path / "rtx", "trt-rtx")
+    assert (path / "model.plan").stat().st_size > 0
+    report = json.loads((path / "precision.json").read_text())
+    asked = [layer for layer in report["layers"] if layer["requested"] == "int8"]
+    assert asked and all(layer["executed"] == "int8" for layer in asked)
+
+
+def test_a_refused_graph_is_explained(make: Any, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from hdrq_deploy.exporters import trt
+
+    path = export(make(), tmp_path / "portable", "onnx") / "model.onnx"
+    model = onnx.load(str(path))
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear":
+            for initializer in model.graph.initializer:
+                if initializer.name == node.input[2]:
+                    initializer.CopyFrom(
+                        onnx.numpy_helper.from_array(np.array(3, np.int8), initializer.name)
+                    )
+            break
+    broken = tmp_path / "broken.onnx"
+    onnx.save(model, str(broken))
+    with pytest.raises(ExportError, match="refuses the graph: .*zero point"):
+        trt.build("trt-rtx", broken, tmp_path / "x.plan", (1, 1, 1))
+    broken.write_bytes(b"garbage")
+    with pytest.raises(ExportError, match="refuses the graph|builder ended|was killed"):
+        trt.build("trt-rtx", broken, tmp_path / "x.plan", (1, 1, 1))
