@@ -161,7 +161,7 @@ def _place(mask: Image.Image, rng: np.random.Generator, angle: float = 12) -> Im
     matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     matrix = zoom * matrix @ np.array([[1, shear], [0, 1]])
     centre = np.array([SIDE / 2, SIDE / 2])
-    shift = centre - matrix @ (centre + [dx, dy])
+    shift = centre - matrix @ (centre + np.array([dx, dy]))
     terms = (*matrix[0], shift[0], *matrix[1], shift[1])
     return mask.transform((SIDE, SIDE), Image.Transform.AFFINE, terms, Image.Resampling.BILINEAR)
 

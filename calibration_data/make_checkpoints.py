@@ -80,17 +80,18 @@ def train(domain: str, start: ResNet14 | None, seed: int = 0) -> ResNet14:
     order = torch.Generator().manual_seed(seed)
     model.train()
     for _ in range(int(recipe["epochs"])):
-        for rows in torch.randperm(len(x), generator=order).split(64):
+        for rows in torch.randperm(len(x), generator=order).split(64):  # type: ignore[no-untyped-call]
             if len(rows) < 64:
                 continue
             loss = functional.cross_entropy(model(exposure(x[rows], order)), y[rows])
             if start is not None:
                 pairs = zip(model.parameters(), source, strict=True)
-                loss = loss + recipe["pull"] * torch.stack(
-                    [(p - s).square().sum() for p, s in pairs]
-                ).sum()
+                loss = (
+                    loss
+                    + recipe["pull"] * torch.stack([(p - s).square().sum() for p, s in pairs]).sum()
+                )
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     return model.eval()

@@ -58,7 +58,7 @@ class ImageSet:
     @property
     def sha256(self) -> str:
         """Hash of the inputs."""
-        return hashlib.sha256(np.ascontiguousarray(self.x)).hexdigest()
+        return hashlib.sha256(np.ascontiguousarray(self.x).tobytes()).hexdigest()
 
 
 def read(
@@ -177,7 +177,8 @@ def _read_folder(
         np.array(v, np.float32)[:, None, None] for v in (preprocessing.mean, preprocessing.std)
     )
     y = np.array(labels, np.int64) if classes else None
-    return ImageSet((x - mean) / std, y, classes or None, preprocessing, tuple(skipped))
+    inputs = ((x - mean) / std).astype(np.float32)
+    return ImageSet(inputs, y, classes or None, preprocessing, tuple(skipped))
 
 
 def _images(folder: Path) -> list[Path]:
@@ -242,6 +243,4 @@ def relabel(images: ImageSet, classes: Sequence[str] | None, origin: Any) -> Ima
             f"{', '.join(classes[:12])}{', ...' if len(classes) > 12 else ''}"
         )
     table = np.array([index[name] for name in images.classes], np.int64)
-    return ImageSet(
-        images.x, table[images.y], tuple(classes), images.preprocessing, images.skipped
-    )
+    return ImageSet(images.x, table[images.y], tuple(classes), images.preprocessing, images.skipped)

@@ -55,19 +55,15 @@ def export(
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     model = graph.load(bundle)
     model = lower_ort(model) if engine == "ort" else lower_portable(model)
-    target = Path(os.path.abspath(output))
+    target = Path(output).absolute()
     with new_directory(target) as folder:
         graph.save(model, folder / MODEL)
         _check_onnx(folder / MODEL)
         report, versions = _realize(engine, folder, bundle, batches)
         precision.check(report, allow_float)
-        write_bytes(
-            folder / "precision.json", (report.model_dump_json(indent=1) + "\n").encode()
-        )
+        write_bytes(folder / "precision.json", (report.model_dump_json(indent=1) + "\n").encode())
         manifest = _manifest(bundle, engine, model, report, batches, versions, folder)
-        write_bytes(
-            folder / "manifest.json", (manifest.model_dump_json(indent=1) + "\n").encode()
-        )
+        write_bytes(folder / "manifest.json", (manifest.model_dump_json(indent=1) + "\n").encode())
     return target
 
 
@@ -128,14 +124,10 @@ def _manifest(
         precision=report.summary,
         options={"batches": batches} if engine in trt.MODULES else {},
         versions={"hdrq-deploy": version("hdrq-deploy"), "onnx": onnx.__version__, **versions},
-        files={
-            f.name: FileRecord(bytes=f.stat().st_size, sha256=sha256_file(f)) for f in files
-        },
+        files={f.name: FileRecord(bytes=f.stat().st_size, sha256=sha256_file(f)) for f in files},
     )
 
 
 def _port(value: ir.Value) -> Port:
     shape = tuple(d if isinstance(d, int) else "batch" for d in (value.shape or ()))
-    return Port(
-        name=value.name or "", shape=shape, dtype=str(value.dtype or "FLOAT").lower()
-    )
+    return Port(name=value.name or "", shape=shape, dtype=str(value.dtype or "FLOAT").lower())

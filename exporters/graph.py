@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.passes.common import LiftConstantsToInitializersPass
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
 
 from ..bundle import GRAPH, Bundle
 from ..errors import ExportError
@@ -107,7 +107,7 @@ def insert(model: ir.Model, before: ir.Node, node: ir.Node) -> ir.Value:
 
 def drop_unused(model: ir.Model) -> None:
     """Remove nodes and initializers that nothing reads."""
-    ir.passes.common.RemoveUnusedNodesPass()(model)
+    RemoveUnusedNodesPass()(model)
 
 
 def _only_reader(node: ir.Node) -> ir.Node:

@@ -16,6 +16,7 @@ Measured reasons: docs of the patterns that ONNX Runtime and TensorRT run in INT
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from ..errors import ExportError
@@ -177,9 +178,7 @@ def _widen_weight(model: ir.Model, dequantize: ir.Node) -> None:
     parts = [ir.node("Cast", [codes], {"to": ir.DataType.INT32}, name=f"{codes.name}/wide")]
     parts.append(ir.node("Mul", [parts[0].outputs[0], factor], name=f"{codes.name}/shift"))
     parts.append(
-        ir.node(
-            "Cast", [parts[1].outputs[0]], {"to": ir.DataType.INT8}, name=f"{codes.name}/cast"
-        )
+        ir.node("Cast", [parts[1].outputs[0]], {"to": ir.DataType.INT8}, name=f"{codes.name}/cast")
     )
     kinds = (ir.DataType.INT32, ir.DataType.INT32, ir.DataType.INT8)
     for part, kind in zip(parts, kinds, strict=True):
@@ -190,7 +189,7 @@ def _widen_weight(model: ir.Model, dequantize: ir.Node) -> None:
     dequantize.replace_input_with(0, parts[-1].outputs[0])
 
 
-def _spare_bits(codes: np.ndarray) -> int:  # type: ignore[type-arg]
+def _spare_bits(codes: npt.NDArray[np.int64]) -> int:
     """How far all codes can be shifted left within int8."""
     shift = 0
     while shift < 7 and codes.min() << shift + 1 >= -128 and codes.max() << shift + 1 <= 127:
@@ -230,7 +229,9 @@ def _requantize_operands(model: ir.Model, node: ir.Node) -> None:
         codes = insert(
             model, node, ir.node("QuantizeLinear", [operand, *parameters], name=f"{name}/q")
         )
-        codes.name, codes.dtype = f"{name}/codes", origin.inputs[2].dtype
+        codes.name = f"{name}/codes"
+        if origin.inputs[2].dtype is not None:
+            codes.dtype = origin.inputs[2].dtype
         real = insert(
             model, node, ir.node("DequantizeLinear", [codes, *parameters], name=f"{name}/dq")
         )
@@ -288,7 +289,10 @@ def _integer_convolution(model: ir.Model, node: ir.Node) -> None:
     step = (array(operand.inputs[1]) * array(weight.inputs[1])).astype(np.float32)
     inputs = [operand.inputs[0], weight.inputs[0], operand.inputs[2]]
     integer = ir.node("ConvInteger", inputs, dict(node.attributes), name=name)
-    steps = [integer, ir.node("Cast", [integer.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}/real")]
+    steps = [
+        integer,
+        ir.node("Cast", [integer.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}/real"),
+    ]
     factor = constant(model, f"{name}/step", step.reshape(shape) if step.ndim else step)
     steps.append(ir.node("Mul", [steps[-1].outputs[0], factor], name=f"{name}/scale"))
     if len(node.inputs) > 2 and node.inputs[2] is not None:
@@ -298,13 +302,8 @@ def _integer_convolution(model: ir.Model, node: ir.Node) -> None:
         part.outputs[0].name = f"{name}/{label}"
         insert(model, node, part)
     old, new = node.outputs[0], steps[-1].outputs[0]
-    new.shape, new.dtype = old.shape, old.dtype
+    new.shape, new.dtype = old.shape, ir.DataType.FLOAT
     old_name = old.name
-    ir.convenience.replace_all_uses_with(old, new)
-    for i, output in enumerate(model.graph.outputs):
-        if output is old:
-            model.graph.outputs[i] = new
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     model.graph.remove(node)
     new.name = old_name
-
-

@@ -35,7 +35,9 @@ _SUFFIX = r"(_(token|nchwc|quant|fused|nhwc|scale|matmul)\w*|/\w+|_\d+)?"
 
 def requested_only(engine: str, layers: Sequence[Layer]) -> PrecisionReport:
     """The report of a portable graph, which nothing executes yet."""
-    rows = [_row(layer, None, "portable graph: decided by the engine that loads it") for layer in layers]
+    rows = [
+        _row(layer, None, "portable graph: decided by the engine that loads it") for layer in layers
+    ]
     asked = Counter((layer.op, layer.requested) for layer in layers)
     text = ", ".join(f"{n} {op} asked in {p.upper()}" for (op, p), n in sorted(asked.items()))
     return PrecisionReport(engine=engine, source="graph", summary=text, layers=tuple(rows))
@@ -93,7 +95,14 @@ def from_trt_inspector(engine: str, text: str, layers: Sequence[Layer]) -> Preci
         if not isinstance(entry, Mapping):
             continue  # without DETAILED verbosity the inspector lists names only
         kinds = [_datatype(t) for t in [*entry.get("Inputs", []), *entry.get("Constants", [])]]
-        parsed.append((str(entry.get("LayerType", "")), kinds, str(entry.get("Metadata", "")), str(entry.get("Name", ""))))
+        parsed.append(
+            (
+                str(entry.get("LayerType", "")),
+                kinds,
+                str(entry.get("Metadata", "")),
+                str(entry.get("Name", "")),
+            )
+        )
     return _from_trt(engine, "engine inspector", parsed, layers)
 
 
@@ -102,7 +111,17 @@ def _datatype(tensor: Mapping[str, Any]) -> str:
 
 
 _Parsed = tuple[str, list[str], str, str]
-_COMPUTE = {"correlation", "gemm", "deconv", "runtime_fusion", "kgen", "convolution", "caskconvolution", "matrixmultiply", "caskgemmconvolution"}
+_COMPUTE = {
+    "correlation",
+    "gemm",
+    "deconv",
+    "runtime_fusion",
+    "kgen",
+    "convolution",
+    "caskconvolution",
+    "matrixmultiply",
+    "caskgemmconvolution",
+}
 
 
 def _parse_line(line: str) -> _Parsed:

@@ -28,7 +28,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _build(job: dict[str, Any]) -> dict[str, Any]:
     trt = importlib.import_module(job["module"])
-    answer: dict[str, Any] = {"error": None, "version": trt.__version__, "dump": "", "inspector": ""}
+    answer: dict[str, Any] = {
+        "error": None,
+        "version": trt.__version__,
+        "dump": "",
+        "inspector": "",
+    }
     messages: list[tuple[str, str]] = []
 
     class Logger(trt.ILogger):  # type: ignore[misc,name-defined]
@@ -45,8 +50,11 @@ def _build(job: dict[str, Any]) -> dict[str, Any]:
     try:
         builder = trt.Builder(logger)
     except (TypeError, RuntimeError) as error:
-        return {**answer, "error": f"the builder cannot start on this machine ({error}); "
-                "TensorRT needs an NVIDIA GPU and its driver"}
+        return {
+            **answer,
+            "error": f"the builder cannot start on this machine ({error}); "
+            "TensorRT needs an NVIDIA GPU and its driver",
+        }
     # 1 << int(flag): the flag's number differs between TensorRT 10 and 11.
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
@@ -61,9 +69,7 @@ def _build(job: dict[str, Any]) -> dict[str, Any]:
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
-        shapes = [
-            tuple(batch if d < 0 else d for d in tensor.shape) for batch in job["batches"]
-        ]
+        shapes = [tuple(batch if d < 0 else d for d in tensor.shape) for batch in job["batches"]]
         profile.set_shape(tensor.name, *shapes)
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)

@@ -74,10 +74,10 @@ def pack_int4(codes: Codes) -> npt.NDArray[np.uint8]:
     """
     if codes.size and (codes.min() < -8 or codes.max() > 7):
         raise SpecError(f"found codes {codes.min()} to {codes.max()}; 4 bits hold -8 to 7")
-    nibbles = codes.reshape(-1).view(np.uint8) & 0xF
+    nibbles = codes.reshape(-1).view(np.uint8) & np.uint8(0xF)
     if nibbles.size % 2:
         nibbles = np.append(nibbles, np.uint8(0))
-    packed: npt.NDArray[np.uint8] = nibbles[0::2] | nibbles[1::2] << 4
+    packed: npt.NDArray[np.uint8] = nibbles[0::2] | nibbles[1::2] << np.uint8(4)
     return packed
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import safetensors.numpy
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from . import affine
 from .errors import BundleError
@@ -141,7 +141,7 @@ class Bundle:
             tensors: Unpacked codes, scales and floats, one for each manifest tensor.
             graph: ``model.onnx`` whose external data fits the layout of ``tensors``.
         """
-        target = Path(os.path.abspath(path))
+        target = Path(path).absolute()
         weights = serialize(tensors, manifest.tensors)
         manifest = manifest.model_copy(
             update={
@@ -275,7 +275,9 @@ def serialize(tensors: Mapping[str, Array], entries: Mapping[str, Tensor]) -> by
     return safetensors.numpy.save(stored)
 
 
-def layout(tensors: Mapping[str, Array], entries: Mapping[str, Tensor], folder: Path) -> dict[str, Span]:
+def layout(
+    tensors: Mapping[str, Array], entries: Mapping[str, Tensor], folder: Path
+) -> dict[str, Span]:
     """Where each tensor will lie in the weights file; ``folder`` is for scratch."""
     path = folder / WEIGHTS
     path.write_bytes(serialize(tensors, entries))

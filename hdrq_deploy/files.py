@@ -107,9 +107,7 @@ def _check_parent(path: Path) -> None:
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise HdrqError(
-            f"cannot create {parent} ({error.strerror}): choose another -o"
-        ) from error
+        raise HdrqError(f"cannot create {parent} ({error.strerror}): choose another -o") from error
     if not os.access(parent, os.W_OK):
         raise HdrqError(f"found no write permission in {parent}: choose another -o")
 

@@ -25,7 +25,7 @@ __all__ = [
     "Tensor",
 ]
 
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
 
 Role = Literal["codes", "scale", "activation_scale", "float", "bn_mean", "bn_var", "constant"]
 
@@ -129,7 +129,7 @@ class ParentRecord(_Frozen):
 class Manifest(_Frozen):
     """Everything a bundle says of itself. The JSON schema is ``Manifest.model_json_schema()``."""
 
-    schema_version: Literal[1] = Field(default=SCHEMA)
+    schema_version: Literal[1] = SCHEMA
     kind: Literal["hdrq-bundle"] = "hdrq-bundle"
     model: str
     method: str

@@ -125,7 +125,7 @@ def merge_codes(
     steps = [affine.along(s.astype(np.float64), ndim, axis) for s in scales]
     step = affine.along(scale.astype(np.float64), ndim, axis)
     real = [s * q for s, q in zip(steps, codes, strict=True)]
-    middle = sum(m * r for m, r in zip(mix, real, strict=True))
+    middle: Array = np.sum([m * r for m, r in zip(mix, real, strict=True)], axis=0)
     nearest = _saturate(middle / step, spec)
     if rounding == "nearest":
         return nearest
@@ -134,7 +134,7 @@ def merge_codes(
     noises = [m * np.broadcast_to(s, nearest.shape)[where] for m, s in zip(mix, steps, strict=True)]
 
     def draw() -> Array:
-        errors = sum(n * rng.uniform(-0.5, 0.5, n.shape) for n in noises)
+        errors: Array = np.sum([n * rng.uniform(-0.5, 0.5, n.shape) for n in noises], axis=0)
         return _saturate((middle[where] - errors) / flat, spec)
 
     best = nearest.copy()
@@ -249,9 +249,7 @@ def _check_weights(parents: list[Bundle], weights: Sequence[float] | None) -> li
         return [1 / len(parents)] * len(parents)
     mix = [float(w) for w in weights]
     if len(mix) != len(parents):
-        raise MergeError(
-            f"found {len(mix)} weights for {len(parents)} bundles; give one for each"
-        )
+        raise MergeError(f"found {len(mix)} weights for {len(parents)} bundles; give one for each")
     if not all(w >= 0 for w in mix) or abs(sum(mix) - 1) > 1e-6:
         raise MergeError(
             f"found weights {' '.join(map(str, mix))} with sum {sum(mix):g}; "

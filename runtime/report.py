@@ -14,7 +14,8 @@ from .bench import BenchResult
 __all__ = ["need_matplotlib", "page", "table"]
 
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#1c2430}
+body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;
+color:#1c2430}
 h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%}
 th,td{padding:.35rem .6rem;text-align:right;border-bottom:1px solid #d8dee6;white-space:nowrap}
@@ -32,9 +33,7 @@ def need_matplotlib() -> None:
 
 def table(rows: Sequence[tuple[str, BenchResult]]) -> tuple[list[str], list[list[str]]]:
     """Header and cells: accuracy per domain, harmonic mean, size, latency, precision."""
-    domains = list(
-        dict.fromkeys(d for _, r in rows if r.accuracy for d in r.accuracy.domains)
-    )
+    domains = list(dict.fromkeys(d for _, r in rows if r.accuracy for d in r.accuracy.domains))
     header = ["model", *domains, "harmonic mean", "size KB", "median ms", "executed"]
     cells = []
     for name, result in rows:
@@ -127,9 +126,7 @@ def _plot_accuracy(axes: Any, rows: Sequence[tuple[str, BenchResult]]) -> bool:
         return False
     height = 0.8 / len(domains)
     for i, domain in enumerate(domains):
-        values = [
-            100 * r.accuracy.domains.get(domain, 0) if r.accuracy else 0 for _, r in rows
-        ]
+        values = [100 * r.accuracy.domains.get(domain, 0) if r.accuracy else 0 for _, r in rows]
         places = [y + (i - (len(domains) - 1) / 2) * height for y in range(len(rows))]
         axes.barh(places, values, height, label=domain)
     for y, (_, result) in enumerate(rows):
@@ -147,7 +144,9 @@ def _plot_accuracy(axes: Any, rows: Sequence[tuple[str, BenchResult]]) -> bool:
 def _plot_latency(axes: Any, rows: Sequence[tuple[str, BenchResult]]) -> bool:
     samples = [result.latency_ms.samples for _, result in rows]
     places = list(range(len(rows)))
-    axes.boxplot(samples, orientation="horizontal", positions=places, whis=(5, 95), showfliers=False)
+    axes.boxplot(
+        samples, orientation="horizontal", positions=places, whis=(5, 95), showfliers=False
+    )
     axes.set_yticks(places, [name for name, _ in rows])
     axes.invert_yaxis()
     axes.set_xlim(left=0)

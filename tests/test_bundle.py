@@ -44,9 +44,7 @@ def test_damage_is_named(make: Any, tmp_path: Path, file: str, damage: str) -> N
         Bundle.open(copy)
 
 
-def test_manifests_of_another_schema_and_wrong_steps_are_refused(
-    make: Any, tmp_path: Path
-) -> None:
+def test_manifests_of_another_schema_and_wrong_steps_are_refused(make: Any, tmp_path: Path) -> None:
     copy = tmp_path / "copy.hdrq"
     shutil.copytree(make().path, copy)
     record = json.loads((copy / "manifest.json").read_text())

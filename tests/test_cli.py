@@ -38,7 +38,18 @@ def test_the_path_from_checkpoints_to_a_report(
         assert calibrate.main(flags(work, tmp_path, domain)) == 0
     bundles = [str(tmp_path / f"{d}.hdrq") for d in ("night", "day")]
     merged, engine = str(tmp_path / "merged.hdrq"), str(tmp_path / "engine")
-    options = "--weights 0.5 0.5 --rounding advanced --candidates 20 --seed 0 -o".split()
+    options = [
+        "--weights",
+        "0.5",
+        "0.5",
+        "--rounding",
+        "advanced",
+        "--candidates",
+        "20",
+        "--seed",
+        "0",
+        "-o",
+    ]
     assert merge.main([*bundles, *options, merged]) == 0
     assert export.main([merged, "--engine", "ort", "-o", engine]) == 0
     names = {f.name for f in Path(engine).iterdir()}
@@ -56,7 +67,9 @@ def test_the_path_from_checkpoints_to_a_report(
     assert len(raw) == 20
     assert result.latency_ms.p90 == pytest.approx(np.percentile(raw, 90))
     page = out[1].read_text()
-    assert page.count("<svg") == 3 and "http" not in re.sub(r'(xmlns|href)[^ ]*|"http[^"]*"', "", page)
+    assert page.count("<svg") == 3 and "http" not in re.sub(
+        r'(xmlns|href)[^ ]*|"http[^"]*"', "", page
+    )
     assert verify.main([merged, engine, "--torch", "--data", data[0], "--max-flips", "0.2"]) == 0
     capsys.readouterr()
     assert inspect.main([merged, "--json"]) == 0
@@ -130,9 +143,7 @@ def test_bad_engines_and_data_get_exit_code_2(
     assert export.main([str(make().path), "-o", str(engine)]) == 0
     np.savez(tmp_path / "small.npz", x=np.zeros((4, 3, 8, 8), np.float32), y=np.zeros(4, int))
     np.savez(tmp_path / "nolabels.npz", x=np.zeros((4, 3, 16, 16), np.float32))
-    np.savez(
-        tmp_path / "classes.npz", x=np.zeros((4, 3, 16, 16), np.float32), y=np.full(4, 9)
-    )
+    np.savez(tmp_path / "classes.npz", x=np.zeros((4, 3, 16, 16), np.float32), y=np.full(4, 9))
     damaged = tmp_path / "damaged"
     shutil.copytree(engine, damaged)
     (damaged / "model.onnx").write_bytes(b"x")
@@ -167,15 +178,16 @@ def test_the_readme_demo_command_works(tmp_path: Path) -> None:
     program = shutil.which("hdrq", path=str(Path(sys.executable).parent))
     assert program, "the console script is not installed beside this Python"
     run = subprocess.run(
-        [program, *demo.split()[1:], "--quick"], cwd=tmp_path, capture_output=True, text=True,
+        [program, *demo.split()[1:], "--quick"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
         check=False,
     )
     assert run.returncode == 0, run.stderr
     out = tmp_path / "hdrq-demo"
     record = json.loads((out / "results.json").read_text())
-    means = {
-        name: row["accuracy"]["harmonic_mean"] for name, row in record["rows"].items()
-    }
+    means = {name: row["accuracy"]["harmonic_mean"] for name, row in record["rows"].items()}
     assert means["float, a model per domain"] > 0.9
     assert means["float merged"] > 0.8
     # 25 iterations a block already recover most of what rounding loses at 3 bits.

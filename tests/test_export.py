@@ -95,8 +95,13 @@ def test_four_bit_weights_halve_the_file(make: Any, tmp_path: Path) -> None:
 
 def test_a_layer_that_runs_in_float_fails_the_export() -> None:
     layer = Layer(
-        node="a/Conv", op="Conv", module="a", weight="a.weight_codes", weight_bits=8,
-        activation_bits=(8,), requested="int8",
+        node="a/Conv",
+        op="Conv",
+        module="a",
+        weight="a.weight_codes",
+        weight_bits=8,
+        activation_bits=(8,),
+        requested="int8",
     )
     dump = (
         "Layers:\nName: c_myl0_1, LayerType: correlation, Inputs: [ { Name: x, Datatype: {0}, "

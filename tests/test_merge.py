@@ -50,7 +50,13 @@ def test_noise_changes_only_ambiguous_codes_and_breaks_ties_both_ways() -> None:
     b = np.tile(np.array([1, 2], np.int8), 10000)
     step = np.array(0.1, np.float32)
     got = merge_codes(
-        [a, b], [step, step], step, [0.5, 0.5], QuantSpec.weight(8), "noise", 1,
+        [a, b],
+        [step, step],
+        step,
+        [0.5, 0.5],
+        QuantSpec.weight(8),
+        "noise",
+        1,
         np.random.default_rng(0),
     )
     assert set(got[1::2]) == {1}
@@ -64,9 +70,7 @@ def test_advanced_keeps_the_draw_that_brute_force_keeps(count: int) -> None:
     mix = [1 / count] * count
     spec = QuantSpec.weight(4, 0)
     scale = np.mean(scales, 0).astype(np.float32)
-    got = merge_codes(
-        codes, scales, scale, mix, spec, "advanced", 40, np.random.default_rng(5)
-    )
+    got = merge_codes(codes, scales, scale, mix, spec, "advanced", 40, np.random.default_rng(5))
     real = [s[:, None].astype(np.float64) * q for s, q in zip(scales, codes, strict=True)]
     middle = sum(m * r for m, r in zip(mix, real, strict=True))
     step = scale[:, None].astype(np.float64)
@@ -82,7 +86,8 @@ def test_advanced_keeps_the_draw_that_brute_force_keeps(count: int) -> None:
     best = np.clip(np.rint(middle / step), -8, 7)
     for _ in range(40):
         errors = sum(
-            m * np.broadcast_to(s[:, None], middle.shape)[where].astype(np.float64)
+            m
+            * np.broadcast_to(s[:, None], middle.shape)[where].astype(np.float64)
             * rng.uniform(-0.5, 0.5, int(where.sum()))
             for m, s in zip(mix, scales, strict=True)
         )
@@ -127,7 +132,11 @@ def test_the_first_difference_is_named(make: Any, tmp_path: Path) -> None:
     for other, message in cases:
         with pytest.raises(MergeError, match=message):
             merge([night, other], tmp_path / "no.hdrq")
-    for weights, message in (([0.5, 0.6], "sum 1.1"), ([1.0], "1 weights for 2"), ([-1, 2], ">= 0")):
+    for weights, message in (
+        ([0.5, 0.6], "sum 1.1"),
+        ([1.0], "1 weights for 2"),
+        ([-1, 2], ">= 0"),
+    ):
         with pytest.raises(MergeError, match=message):
             merge([night, night], tmp_path / "no.hdrq", weights)
     with pytest.raises(MergeError, match="two or more"):

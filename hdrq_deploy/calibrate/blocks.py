@@ -41,11 +41,16 @@ def is_tensor(node: fx.Node) -> bool:
     )
 
 
+def _is_list(node: fx.Node) -> bool:
+    """Several tensors in one value (unbind, split): no cut may fall before it is unpacked."""
+    return isinstance(node.meta.get("val"), (list, tuple))
+
+
 def find_blocks(graph: fx.Graph) -> list[Block]:
     """Cut ``graph`` into blocks, in order; every compute node is in exactly one."""
     nodes = [n for n in graph.nodes if n.op not in {"placeholder", "output", "get_attr"}]
     alive = _alive_after(graph, nodes)
-    cuts = [i for i, live in enumerate(alive) if len(live) == 1]
+    cuts = [i for i, live in enumerate(alive) if len(live) == 1 and not any(map(_is_list, live))]
     bounds = _heavy_runs(nodes, cuts)
     bounds = [part for bound in bounds for part in _split(nodes, alive, *bound)]
     return [_block(nodes, first, last) for first, last in bounds]
@@ -56,14 +61,14 @@ def _alive_after(graph: fx.Graph, nodes: list[fx.Node]) -> list[set[fx.Node]]:
     position = {node: i for i, node in enumerate(nodes)}
     last_use: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        if is_tensor(node):
+        if is_tensor(node) or _is_list(node):
             last_use[node] = max(
                 (position.get(user, len(nodes)) for user in node.users), default=-1
             )
     alive: list[set[fx.Node]] = []
     current = {n for n in graph.nodes if n.op == "placeholder" and is_tensor(n)}
     for i, node in enumerate(nodes):
-        if is_tensor(node):
+        if is_tensor(node) or _is_list(node):
             current.add(node)
         current = {tensor for tensor in current if last_use[tensor] > i}
         alive.append(set(current))
@@ -98,7 +103,15 @@ def _split(
     quarter = len(heavy) // 4
     inside = range(heavy[quarter], heavy[-quarter - 1])
     # The fewest live tensors; then late (behind activation and quantizer), near the middle.
-    best = min(inside, key=lambda i: (len(alive[i]), nodes[i + 1].target not in HEAVY, abs(i - middle)))
+    best = min(
+        inside,
+        key=lambda i: (
+            any(map(_is_list, alive[i])),
+            len(alive[i]),
+            nodes[i + 1].target not in HEAVY,
+            abs(i - middle),
+        ),
+    )
     return [
         *_split(nodes, alive, first, best + 1),
         *_split(nodes, alive, best + 1, last),
@@ -126,5 +139,5 @@ def scalar_value(node: fx.Node, batch: int) -> int:
     value = node.meta["val"]
     if isinstance(value, torch.SymInt):
         expression = value.node.expr
-        return int(expression.subs({symbol: batch for symbol in expression.free_symbols}))
+        return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
     return int(value)

@@ -242,9 +242,7 @@ def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
     node = graph.call_function(target, args)
     node.meta["hdrq_module"] = like.meta.get("hdrq_module", "")
     values = fx.node.map_arg(args, lambda arg: arg.meta["val"])
-    mode = next(
-        (v.fake_mode for v in values if isinstance(v, torch._subclasses.FakeTensor)), None
-    )
+    mode = next((v.fake_mode for v in values if isinstance(v, torch._subclasses.FakeTensor)), None)
     if mode is not None:
         with mode:
             node.meta["val"] = target(
@@ -264,9 +262,7 @@ def fold_constants(found: Capture) -> None:
     constant: set[fx.Node] = set()
     folded = 0
     for node in list(graph.nodes):
-        if node.op == "get_attr":
-            constant.add(node)
-        elif (
+        if node.op == "get_attr" or (
             node.op == "call_function"
             and node.all_input_nodes
             and all(arg in constant for arg in node.all_input_nodes)
@@ -343,10 +339,14 @@ def _fold_one(found: Capture, norm: fx.Node, source: fx.Node) -> None:
         for arg in norm.args[1:5]
     )
     assert mean is not None and variance is not None
-    eps = norm.args[6] if norm.target is aten._native_batch_norm_legit_no_training.default else (
-        norm.args[7]
+    eps = (
+        norm.args[6]
+        if norm.target is aten._native_batch_norm_legit_no_training.default
+        else norm.args[7]
     )
-    gain = (1 if gamma is None else gamma) / torch.sqrt(variance + float(eps))  # type: ignore[arg-type]
+    assert isinstance(eps, float)
+    spread = torch.sqrt(variance + eps)
+    gain = (torch.ones_like(spread) if gamma is None else gamma) / spread
     weight_node = source.args[1]
     assert isinstance(weight_node, fx.Node)
     name = str(weight_node.target)

@@ -18,14 +18,15 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, fx, nn
 
 from ..bundle import WEIGHTS, Span, layout
 from ..errors import ModelError
 from ..manifest import Layer
 from ..manifest import Tensor as Entry
-from .capture import Capture, attribute, module_path, set_attribute
-from .placement import HEAVY, PRODUCTS, TRANSPOSED, Plan, root
+from .capture import PRODUCTS, TRANSPOSED, Capture, attribute, module_path, set_attribute
+from .placement import HEAVY, Plan, root
 from .reconstruct import Quantized
 
 __all__ = ["OPSET", "emit_float", "emit_quantized", "onnx_graph", "state_tensors"]
@@ -86,7 +87,9 @@ def _translations() -> dict[Any, Any]:
     }
 
 
-def emit_quantized(found: Capture, plan: Plan, result: Quantized) -> tuple[nn.Module, dict[str, Entry]]:
+def emit_quantized(
+    found: Capture, plan: Plan, result: Quantized
+) -> tuple[nn.Module, dict[str, Entry]]:
     """The fake-quantized model that computes from codes, and what its tensors are.
 
     Returns:
@@ -148,7 +151,9 @@ def emit_float(found: Capture) -> tuple[nn.Module, dict[str, Entry]]:
     return _finish(copy.deepcopy(found.module).cpu(), {})
 
 
-def _finish(module: fx.GraphModule, entries: dict[str, Entry]) -> tuple[nn.Module, dict[str, Entry]]:
+def _finish(
+    module: fx.GraphModule, entries: dict[str, Entry]
+) -> tuple[nn.Module, dict[str, Entry]]:
     """Drop unused tensors; give the floats that are left their roles."""
     graph = module.graph
     graph.eliminate_dead_code()
@@ -252,7 +257,7 @@ def _fold_shapes(model: ir.Model, entries: dict[str, Entry]) -> None:
     fold_constants(
         model, should_fold=lambda node: not any(v and v.name in entries for v in node.inputs)
     )
-    ir.passes.common.RemoveUnusedNodesPass()(model)
+    RemoveUnusedNodesPass()(model)
 
 
 def _explain(error: BaseException, module: nn.Module) -> str:

@@ -92,5 +92,3 @@ def _run_torch(module: torch.nn.Module, x: Tensor) -> tuple[Array, dict[str, Arr
     with torch.no_grad():
         output = Recorder(module).run(x)
     return output.numpy(), codes
-
-

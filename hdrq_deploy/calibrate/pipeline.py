@@ -101,9 +101,7 @@ def calibrate(
         source = _prepared(graph_of.clone_with(base_state)) if base_state else None
         found = _prepared(found)
         plan = plan_quantizers(found, wbits, abits, per_channel, grid)
-        result = reconstruct(
-            found, plan, inputs, method, options, source, seed, where, progress
-        )
+        result = reconstruct(found, plan, inputs, method, options, source, seed, where, progress)
         found.module.cpu()
         blocks = result.blocks
         module, entries = emit_quantized(found, plan, result)
@@ -166,7 +164,9 @@ def fake_quantized(bundle: Bundle, example: Tensor) -> nn.Module:
     """
     manifest = bundle.manifest
     if manifest.method == "float":
-        module, entries = emit_float(_folded_constants(capture(load_model(manifest.model), example)))
+        module, entries = emit_float(
+            _folded_constants(capture(load_model(manifest.model), example))
+        )
     else:
         found = _prepared(capture(load_model(manifest.model), example))
         scheme = manifest.scheme
@@ -293,5 +293,3 @@ def _parity(
             "please report the model"
         )
     return {"images": len(rows), **result, "onnxruntime": onnxruntime.__version__}
-
-

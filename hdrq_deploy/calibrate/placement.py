@@ -111,9 +111,7 @@ class Plan:
     activations: list[ActivationSite] = field(default_factory=list)
 
 
-def plan_quantizers(
-    found: Capture, wbits: int, abits: int, per_channel: bool, grid: str
-) -> Plan:
+def plan_quantizers(found: Capture, wbits: int, abits: int, per_channel: bool, grid: str) -> Plan:
     """Apply the module's rules.
 
     Raises:

@@ -37,6 +37,9 @@ class Options:
         noise_fraction: Share of the iterations with noise; the rest rounds.
         warmup: Share of the iterations with a rising learning rate.
         input_prob: Probability that an input element comes from the quantized network.
+        step_change: Most that one update may change a step, relative to its first value. The
+            reference has no such bound (0); its rates are absolute, so that the fine steps
+            of 8-bit tensors are lost in a few updates.
         drop_prob: Probability that an activation element inside a block stays real.
     """
 
@@ -49,12 +52,11 @@ class Options:
     warmup: float = 0.2
     input_prob: float = 0.5
     drop_prob: float = 0.5
+    step_change: float = 2e-3
 
     def __post_init__(self) -> None:
         if self.iters < 1 or self.batch < 1:
-            raise SpecError(
-                f"found iters={self.iters}, batch={self.batch}; needed both 1 or more"
-            )
+            raise SpecError(f"found iters={self.iters}, batch={self.batch}; needed both 1 or more")
         for name, value in asdict(self).items():
             if not math.isfinite(value) or value < 0:
                 raise SpecError(f"found {name}={value}; needed a number >= 0")
@@ -80,8 +82,10 @@ class BlockModule(nn.Module):
         self.body = body
         self.scalars = scalars
         modules = list(body.modules())
-        self.weights = [m for m in modules if isinstance(m, WeightQuantizer)]
-        self.activations = [m for m in modules if isinstance(m, ActivationQuantizer)]
+        self.weights: list[WeightQuantizer] = [m for m in modules if isinstance(m, WeightQuantizer)]
+        self.activations: list[ActivationQuantizer] = [
+            m for m in modules if isinstance(m, ActivationQuantizer)
+        ]
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         """Tensors of ``block.inputs`` to tensors of ``block.outputs``."""
@@ -90,16 +94,21 @@ class BlockModule(nn.Module):
         outputs: list[Tensor] = self.body(*inputs, *shapes)
         return outputs
 
+    @property
+    def quantizers(self) -> list[WeightQuantizer | ActivationQuantizer]:
+        """Those of the weights, then those of the activations."""
+        return [*self.weights, *self.activations]
+
     def set_mode(self, mode: Mode, drop: float = 0.0) -> None:
         """Set every quantizer of the block."""
-        for quantizer in (*self.weights, *self.activations):
+        for quantizer in self.quantizers:
             quantizer.mode = mode
         for activation in self.activations:
             activation.drop = drop
 
     def seed(self, seed: int) -> None:
         """Start the quantizers' draws."""
-        for i, quantizer in enumerate((*self.weights, *self.activations)):
+        for i, quantizer in enumerate(self.quantizers):
             quantizer.generator.manual_seed(seed * 1000 + i)
 
 
@@ -166,7 +175,9 @@ def reconstruct(
                 if progress:
                     progress(done * per_block + i, len(blocks) * per_block, label)
 
-            _learn(module, real, mixed, targets, options, base, weights, seed + index, device, report)
+            _learn(
+                module, real, mixed, targets, options, base, weights, seed + index, device, report
+            )
         outputs = _run(module, mixed, Mode.ROUND, device)
         record["loss_after"] = _loss(outputs, targets)
         result.blocks.append(record)
@@ -275,17 +286,19 @@ def _learn(
     generator = torch.Generator().manual_seed(seed)
     module.seed(seed)
     sources = _source_weights(module, base, names, device)
-    weight_optimizer = torch.optim.Adam(
-        [p for q in module.weights for p in (q.latent, q.scale)], lr=options.lr
-    )
-    steps = [q.scale for q in module.activations]
-    step_optimizer = torch.optim.Adam(steps, lr=options.act_lr) if steps else None
+    latents = [{"params": [q.latent], "rate": options.lr} for q in module.weights]
+    steps = [_step_group(q.scale, options.lr, options.step_change) for q in module.weights]
+    weight_optimizer = torch.optim.Adam([*latents, *steps])
+    activation_steps = [
+        _step_group(q.scale, options.act_lr, options.step_change) for q in module.activations
+    ]
+    step_optimizer = torch.optim.Adam(activation_steps) if activation_steps else None
     noisy = round(options.iters * options.noise_fraction)
-    floors = [q.scale.detach() * 1e-3 for q in (*module.weights, *module.activations)]
+    floors = [q.scale.detach() * 1e-3 for q in module.quantizers]
     for i in range(options.iters):
-        _set_rate(weight_optimizer, options.lr, i, options.iters, options.warmup)
+        _set_rate(weight_optimizer, i, options.iters, options.warmup)
         if step_optimizer:
-            _set_rate(step_optimizer, options.act_lr, i, options.iters, 0.0)
+            _set_rate(step_optimizer, i, options.iters, 0.0)
         if i in {0, noisy}:
             module.set_mode(Mode.NOISE if i < noisy else Mode.ROUND, options.drop_prob)
         rows = torch.randint(len(real[0]), (options.batch,), generator=generator)
@@ -301,9 +314,7 @@ def _learn(
             loss = loss + _error(output, target[rows].to(device))
         if options.distance > 0:
             for quantizer, source in sources:
-                loss = loss + options.distance * torch.linalg.vector_norm(
-                    quantizer.latent - source
-                )
+                loss = loss + options.distance * torch.linalg.vector_norm(quantizer.latent - source)
         weight_optimizer.zero_grad()
         if step_optimizer:
             step_optimizer.zero_grad()
@@ -312,10 +323,8 @@ def _learn(
         if step_optimizer:
             step_optimizer.step()
         with torch.no_grad():  # a step must stay positive
-            for quantizer, floor in zip(
-                (*module.weights, *module.activations), floors, strict=True
-            ):
-                quantizer.scale.copy_(torch.maximum(quantizer.scale, floor))
+            for learned, floor in zip(module.quantizers, floors, strict=True):
+                learned.scale.copy_(torch.maximum(learned.scale, floor))
         report(i + 1)
 
 
@@ -328,22 +337,24 @@ def _source_weights(
     if base is None:
         return []
     by_quantizer = {id(quantizer): name for name, quantizer in names.items()}
-    return [
-        (q, attribute(base.module, by_quantizer[id(q)]).to(device)) for q in module.weights
-    ]
+    return [(q, attribute(base.module, by_quantizer[id(q)]).to(device)) for q in module.weights]
 
 
-def _set_rate(
-    optimizer: torch.optim.Optimizer, rate: float, i: int, iters: int, warmup: float
-) -> None:
-    """Linear warm-up from 0.001 of the rate, then cosine to 0."""
+def _step_group(scale: nn.Parameter, rate: float, change: float) -> dict[str, Any]:
+    """Adam moves a parameter by about its rate, so the rate bounds the change."""
+    bound = change * float(scale.detach().min()) if change > 0 else rate
+    return {"params": [scale], "rate": min(rate, bound)}
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, i: int, iters: int, warmup: float) -> None:
+    """Linear warm-up from 0.001 of each group's rate, then cosine to 0."""
     rising = iters * warmup
     if i < rising:
         factor = 0.001 + 0.999 * i / rising
     else:
         factor = 0.5 * (1 + math.cos(math.pi * (i - rising) / max(iters - rising, 1)))
     for group in optimizer.param_groups:
-        group["lr"] = rate * factor
+        group["lr"] = group["rate"] * factor
 
 
 def _error(output: Tensor, target: Tensor) -> Tensor:

@@ -67,9 +67,7 @@ def _need(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ModelError(
-            f"{module} is not installed: pip install 'hdrq-deploy[models]'"
-        ) from error
+        raise ModelError(f"{module} is not installed: pip install 'hdrq-deploy[models]'") from error
 
 
 def _transformers(name: str) -> nn.Module:
@@ -167,5 +165,6 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         if not name.endswith("num_batches_tracked"):
             digest.update(name.encode())
-            digest.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            values = state[name].detach().cpu().contiguous().reshape(-1)
+            digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -70,7 +70,9 @@ def print_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
     """Print a plain table, as wide as it needs to be."""
     made = Table(box=None, pad_edge=False)
     for i, name in enumerate(header):
-        made.add_column(name, justify="left" if i in {0, len(header) - 1} else "right", no_wrap=True)
+        made.add_column(
+            name, justify="left" if i in {0, len(header) - 1} else "right", no_wrap=True
+        )
     for row in cells:
         made.add_row(*row)
     console = Console()

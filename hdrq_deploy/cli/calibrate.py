@@ -38,6 +38,9 @@ def arguments() -> argparse.ArgumentParser:
     knobs.add_argument("--act-lr", type=float, default=4e-5, help="activation steps")
     knobs.add_argument("--distance", type=float, default=0.05, help="lambda, pull to the source")
     knobs.add_argument("--noise-fraction", type=float, default=0.8, help="share with noise")
+    knobs.add_argument(
+        "--step-change", type=float, default=2e-3, help="bound of a step's update; 0: none"
+    )
     return p
 
 
@@ -65,6 +68,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         act_lr=args.act_lr,
         distance=args.distance,
         noise_fraction=args.noise_fraction,
+        step_change=args.step_change,
     )
     wanted = Wanted(
         tuple(args.size) if args.size else None,

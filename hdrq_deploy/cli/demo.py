@@ -110,9 +110,12 @@ class _Demo:
         self._call(
             "hdrq-calibrate",
             calibrate_command.main,
-            ["--model", MODEL, "--weights", files[domain], "--base", files["fonts"]]
-            + ["--data", str(self.out / "data" / domain / "calibration"), "--domain", domain]
-            + [*flags, "--seed", str(self.seed), "-o", str(self._bundle(name, domain))],
+            [
+                *("--model", MODEL, "--weights", files[domain], "--base", files["fonts"]),
+                *("--data", str(self.out / "data" / domain / "calibration")),
+                *("--domain", domain, *flags, "--seed", str(self.seed)),
+                *("-o", str(self._bundle(name, domain))),
+            ],
         )
 
     def _merge(self, name: str) -> None:

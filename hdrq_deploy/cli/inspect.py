@@ -60,9 +60,7 @@ def _inspect(args: argparse.Namespace) -> int:
             saturated = f"{100 * float(np.mean(edge)):.1f}%"
         weight = f"W{layer.weight_bits}" if layer.weight_bits else "-"
         inputs = "x".join(f"A{b}" for b in layer.activation_bits) or "-"
-        rows.append(
-            [layer.module, layer.op, weight, inputs, low, high, saturated, layer.requested]
-        )
+        rows.append([layer.module, layer.op, weight, inputs, low, high, saturated, layer.requested])
     print_table(
         ["layer", "op", "weight", "input", "lowest", "highest", "at edge", "requested"], rows
     )
