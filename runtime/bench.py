@@ -20,7 +20,15 @@ from ..calibration_data.readers import ImageSet, Wanted, read, relabel
 from ..errors import DataError
 from .engine import OrtEngine, load_engine
 
-__all__ = ["Accuracy", "BenchResult", "Latency", "benchmark", "harmonic_mean", "measure"]
+__all__ = [
+    "Accuracy",
+    "BenchResult",
+    "Latency",
+    "benchmark",
+    "harmonic_mean",
+    "interleaved",
+    "measure",
+]
 
 _BATCH = 64
 
@@ -136,7 +144,6 @@ def benchmark(
         busy = (time.process_time() - cpu) / (time.perf_counter() - wall)
         accuracy = _accuracy(engine, sets) if sets else None
         manifest = engine.manifest
-    p50, p90, p99 = (float(v) for v in np.percentile(samples, [50, 90, 99]))
     return BenchResult(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         engine=manifest.engine,
@@ -151,20 +158,47 @@ def benchmark(
         ),
         precision=manifest.precision,
         accuracy=accuracy,
-        latency_ms=Latency(
-            p50=p50,
-            p90=p90,
-            p99=p99,
-            mean=statistics.fmean(samples),
-            batch=batch,
-            warmup=warmup,
-            iterations=iterations,
-            samples=samples,
-        ),
+        latency_ms=_latency(samples, batch, warmup),
         throughput_images_per_s=batch * 1000 / statistics.fmean(samples),
         threads=engine.threads,
         cpu_per_wall=busy,
         environment=environment(),
+    )
+
+
+def interleaved(
+    paths: Sequence[str | os.PathLike[str]],
+    x: npt.NDArray[np.float32],
+    warmup: int = 10,
+    iterations: int = 100,
+) -> list[Latency]:
+    """Latencies of several engines called in turn, so that a noisy moment meets them all.
+
+    One thread each: idle thread pools of other engines would disturb a measurement.
+    """
+    engines = [load_engine(path, threads=1) for path in paths]
+    samples: list[list[float]] = [[] for _ in engines]
+    for i in range(warmup + iterations):
+        for engine, mine in zip(engines, samples, strict=True):
+            (time_ms,) = measure(lambda engine=engine: engine(x), 1)  # type: ignore[misc]
+            if i >= warmup:
+                mine.append(time_ms)
+    for engine in engines:
+        engine.close()
+    return [_latency(tuple(mine), len(x), warmup) for mine in samples]
+
+
+def _latency(samples: tuple[float, ...], batch: int, warmup: int) -> Latency:
+    p50, p90, p99 = (float(v) for v in np.percentile(samples, [50, 90, 99]))
+    return Latency(
+        p50=p50,
+        p90=p90,
+        p99=p99,
+        mean=statistics.fmean(samples),
+        batch=batch,
+        warmup=warmup,
+        iterations=len(samples),
+        samples=samples,
     )
 
 

@@ -116,7 +116,7 @@ def _svg(draw: Any, rows: Sequence[tuple[str, BenchResult]]) -> str:
     if not draw(figure.subplots(), rows):
         return "<p>No accuracy was measured.</p>"
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 

@@ -67,9 +67,9 @@ def test_the_path_from_checkpoints_to_a_report(
     assert len(raw) == 20
     assert result.latency_ms.p90 == pytest.approx(np.percentile(raw, 90))
     page = out[1].read_text()
-    assert page.count("<svg") == 3 and "http" not in re.sub(
-        r'(xmlns|href)[^ ]*|"http[^"]*"', "", page
-    )
+    # One file: three plots inside, nothing fetched from elsewhere.
+    assert page.count("<svg") == 3
+    assert not re.search(r'(src|href)="(?!#)', page)
     assert verify.main([merged, engine, "--torch", "--data", data[0], "--max-flips", "0.2"]) == 0
     capsys.readouterr()
     assert inspect.main([merged, "--json"]) == 0

@@ -15,10 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..bundle import Bundle
+from ..calibration_data.readers import read
 from ..errors import CheckFailed, HdrqError, ModelError
 from ..files import write_bytes
 from ..runtime import benchmark
-from ..runtime.bench import Accuracy, BenchResult, harmonic_mean
+from ..runtime.bench import Accuracy, BenchResult, Latency, harmonic_mean, interleaved
 from ..runtime.report import need_matplotlib, page, table
 from . import calibrate as calibrate_command
 from . import export as export_command
@@ -160,7 +161,12 @@ class _Demo:
         for name, path in engines.items():
             flags = [str(path), "--data", *shown, "--iterations", str(self.iterations)]
             self.commands.append(shlex.join(["hdrq-bench", *flags, "--threads", "1"]))
-            results[name] = benchmark(path, data, iterations=self.iterations, threads=1)
+            results[name] = benchmark(path, data, iterations=1, threads=1)
+        times = self._interleaved(list(engines.values()))
+        for name, latency in zip(engines, times, strict=True):
+            rate = 1000 * latency.batch / latency.mean
+            update = {"latency_ms": latency, "throughput_images_per_s": rate}
+            results[name] = results[name].model_copy(update=update)
         separate = self._separate([results.pop(f"float-{d}") for d in self.domains])
         rows: list[Row] = [("float, a model per domain", separate)]
         for name, result in results.items():
@@ -168,6 +174,11 @@ class _Demo:
             label = "float merged" if method == "float" else f"{method.upper()} merged"
             rows.append((f"{label} {scheme.upper()}".strip(), result))
         return rows
+
+    def _interleaved(self, paths: list[Path]) -> list[Latency]:
+        """Latency of one test image on every engine, measured in turn."""
+        image = read(self.out / "data" / self.domains[0] / "test", limit=1).x
+        return interleaved(paths, image, iterations=self.iterations)
 
     def _separate(self, results: list[BenchResult]) -> BenchResult:
         """One row for three engines: each answers for its own domain."""
@@ -194,7 +205,6 @@ class _Demo:
         """PyTorch's fake-quantized model against ONNX Runtime on the test split."""
         import numpy as np
 
-        from ..calibration_data.readers import read
         from .verify import compare
 
         self._say("comparing PyTorch with ONNX Runtime on the test images")
