@@ -14,11 +14,11 @@ from .bench import BenchResult
 __all__ = ["need_matplotlib", "page", "table"]
 
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;
+body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;
 color:#1c2430}
 h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%}
-th,td{padding:.35rem .6rem;text-align:right;border-bottom:1px solid #d8dee6;white-space:nowrap}
+th,td{padding:.35rem .45rem;text-align:right;border-bottom:1px solid #d8dee6;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}th{background:#f2f5f9}
 svg{max-width:100%;height:auto}small,footer{color:#5b6675}
 @media print{body{margin:0}}

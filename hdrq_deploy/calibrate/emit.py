@@ -340,7 +340,12 @@ def _layer_path(source: fx.Node) -> str:
 
 
 def _describe(node: ir.Node, source: fx.Node, path: str, plan: Plan | None) -> Layer:
+    reason = ""
     if plan is None:
+        reason = "method float: nothing is quantized"
+    elif source.target in TRANSPOSED:
+        reason = "no engine runs transposed convolutions in INT8"
+    if plan is None or reason:
         return Layer(
             node=node.name or "",
             op=node.op_type,
@@ -349,18 +354,7 @@ def _describe(node: ir.Node, source: fx.Node, path: str, plan: Plan | None) -> L
             weight_bits=None,
             activation_bits=(),
             requested="float32",
-            reason="method float: nothing is quantized",
-        )
-    if source.target in TRANSPOSED:
-        return Layer(
-            node=node.name or "",
-            op=node.op_type,
-            module=path,
-            weight=None,
-            weight_bits=None,
-            activation_bits=(),
-            requested="float32",
-            reason="no engine runs transposed convolutions in INT8",
+            reason=reason,
         )
     site = next(s for s in plan.layers if s.node.name == source.name)
     bits = {s.source.name: s.spec.bits for s in plan.activations}
