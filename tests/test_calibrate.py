@@ -119,7 +119,7 @@ def test_the_paper_grid_reaches_255(make: Any) -> None:
     assert {(a.lo, a.hi) for a in bundle.manifest.activations} == {(-128, 127), (0, 255)}
 
 
-# Tiny's untrained depthwise block is fitted to 1e-4 by rounding alone: nothing left to learn.
+# Not Tiny: the loss of its untrained depthwise block rises under HDRQ; cause not known.
 @pytest.mark.parametrize("name", ("Net", "Attention"))
 def test_hdrq_lowers_the_reconstruction_error(make: Any, name: str) -> None:
     rtn, hdrq = make(name, wbits=3, abits=4), make(name, method="hdrq", wbits=3, abits=4)
