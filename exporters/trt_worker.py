@@ -34,7 +34,7 @@ def _build(job: dict[str, Any]) -> dict[str, Any]:
         "dump": "",
         "inspector": "",
     }
-    messages: list[tuple[str, str]] = []
+    errors: list[str] = []
 
     class Logger(trt.ILogger):  # type: ignore[misc,name-defined]
         def __init__(self) -> None:
@@ -44,7 +44,7 @@ def _build(job: dict[str, Any]) -> dict[str, Any]:
             if message.startswith("Layers:"):
                 answer["dump"] = message
             elif severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                messages.append(("error", message))
+                errors.append(message)
 
     logger = Logger()
     try:
@@ -74,8 +74,7 @@ def _build(job: dict[str, Any]) -> dict[str, Any]:
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        texts = [text for _, text in messages] or ["no message"]
-        return {**answer, "error": f"the build failed: {texts[-1]}"}
+        return {**answer, "error": f"the build failed: {(errors or ['no message'])[-1]}"}
     blob = bytes(plan)
     Path(job["plan"]).write_bytes(blob)
     if not answer["dump"]:

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import ModelError, SpecError
 from .blocks import Block, find_blocks, is_tensor, scalar_value
-from .capture import Capture, attribute, module_path
+from .capture import Capture, attribute, module_path, set_attribute
 from .fakequant import ActivationQuantizer, Mode, WeightQuantizer
 from .placement import Plan
 
@@ -228,16 +228,11 @@ def _build(found: Capture, plan: Plan, block: Block, result: Quantized) -> Block
     parameters = nn.Module()
     for node in graph.nodes:
         if node.op == "get_attr":
-            _share(parameters, found.module, str(node.target))
+            target = str(node.target)
+            set_attribute(parameters, target, attribute(found.module, target))
     for key, quantizer in modules.items():
         parameters.add_module(key, quantizer)
     return BlockModule(block, fx.GraphModule(parameters, graph), scalars)
-
-
-def _share(into: nn.Module, source: nn.Module, target: str) -> None:
-    from .capture import set_attribute
-
-    set_attribute(into, target, attribute(source, target))
 
 
 @torch.no_grad()

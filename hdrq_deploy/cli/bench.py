@@ -12,7 +12,6 @@ from rich.table import Table
 
 from ..files import write_bytes
 from ..runtime import benchmark
-from ..runtime.bench import BenchResult
 from ..runtime.report import need_matplotlib, page, table
 from .common import named, parser, run
 
@@ -79,4 +78,4 @@ def print_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
     Console(width=max(console.width, 160) if not console.is_terminal else None).print(made)
 
 
-__all__ = ["BenchResult", "arguments", "main", "print_table"]
+__all__ = ["arguments", "main", "print_table"]

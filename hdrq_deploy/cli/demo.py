@@ -55,9 +55,9 @@ class _Demo:
     """One run of the demonstration; every step is a command that a user could type."""
 
     def __init__(self, out: Path, quick: bool, seed: int) -> None:
-        for module, extra in (("torch", "demo"), ("onnxscript", "demo"), ("sklearn", "demo")):
+        for module in ("torch", "onnxscript", "sklearn"):
             if importlib.util.find_spec(module) is None:
-                raise ModelError(f"the demo needs {module}: pip install 'hdrq-deploy[{extra}]'")
+                raise ModelError(f"the demo needs {module}: pip install 'hdrq-deploy[demo]'")
         need_matplotlib()
         if out.exists() and not out.is_dir():
             raise HdrqError(f"found a file at {out}; choose another --out")
@@ -77,8 +77,7 @@ class _Demo:
         out = self.out
         self._say(f"writing images of {', '.join(self.domains)} to {out / 'data'}")
         self.digits.write(out / "data", self.domains, ("calibration", "test"), self.seed)
-        labels = {name: name for name in self._calibrate_all()}
-        engines = self._export_all(labels)
+        engines = self._export_all(self._calibrate_all())
         precision = self._build_rtx()
         rows = self._measure(engines)
         parity = self._parity()
@@ -127,7 +126,7 @@ class _Demo:
             [*parents, "--seed", str(self.seed), "-o", str(self._bundle(name, "merged"))],
         )
 
-    def _export_all(self, names: dict[str, str]) -> dict[str, Path]:
+    def _export_all(self, names: list[str]) -> dict[str, Path]:
         self._say("exporting to ONNX Runtime")
         engines = {}
         for name in names:
