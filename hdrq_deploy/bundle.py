@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,53 @@ class Bundle:
             cls(folder, manifest).validate()
         return cls(target, manifest)
 
+    @classmethod
+    def write_like(
+        cls,
+        path: str | os.PathLike[str],
+        like: Bundle,
+        fill: Callable[[Callable[[str, Array], None]], Manifest],
+    ) -> Bundle:
+        """Write a bundle with the layout and graph of another, tensor by tensor.
+
+        Args:
+            path: Folder to make; an earlier bundle there is replaced.
+            like: Gives names, shapes, offsets and the graph.
+            fill: Calls its argument with every tensor's name and value, unpacked, from any
+                thread; returns the manifest, whose ``files`` are filled in here.
+        """
+        target = Path(path).absolute()
+        entries = like.manifest.tensors
+        spans = read_header(like.path / WEIGHTS)
+        header = min((span.offset for span in spans.values()), default=0)
+        with new_directory(target) as folder:
+            with (folder / WEIGHTS).open("w+b") as file:
+                with (like.path / WEIGHTS).open("rb") as origin:
+                    file.write(origin.read(header))
+                file.flush()
+                file.truncate(like.manifest.files[WEIGHTS].bytes)
+
+                def put(name: str, value: Array) -> None:
+                    data = _stored(value, entries[name]).tobytes()
+                    assert len(data) == spans[name].length
+                    os.pwrite(file.fileno(), data, spans[name].offset)
+
+                manifest = fill(put)
+                os.fsync(file.fileno())
+            shutil.copyfile(like.path / GRAPH, folder / GRAPH)
+            files = {
+                name: FileRecord(
+                    bytes=(folder / name).stat().st_size, sha256=sha256_file(folder / name)
+                )
+                for name in (WEIGHTS, GRAPH)
+            }
+            manifest = manifest.model_copy(update={"files": files})
+            write_bytes(folder / MANIFEST, manifest.to_json())
+            made = cls(folder, manifest)
+            made._check_graph(spans)
+            made._check_scales()
+        return cls(target, manifest)
+
     @property
     def size_bytes(self) -> int:
         """Weights and graph together."""
@@ -241,7 +289,7 @@ class Bundle:
         except DecodeError as error:
             raise self._error(GRAPH, "cannot be parsed as ONNX") from error
         external = {i.name: i for i in initializers if i.external_data}
-        self._check_same(set(external), set(spans), GRAPH)
+        self._check_same(set(external), self.manifest.graph_tensors, GRAPH)
         for name, initializer in external.items():
             entry, span = self.manifest.tensors[name], spans[name]
             pointer = {item.key: item.value for item in initializer.external_data}
@@ -268,11 +316,16 @@ class Bundle:
 
 def serialize(tensors: Mapping[str, Array], entries: Mapping[str, Tensor]) -> bytes:
     """The bytes of ``weights.safetensors``; same names, dtypes and shapes, same layout."""
-    stored = {}
-    for name, entry in entries.items():
-        array = np.ascontiguousarray(tensors[name]).reshape(entry.shape)
-        stored[name] = affine.pack_int4(array) if entry.packed else array.astype(entry.dtype)
+    stored = {name: _stored(tensors[name], entry) for name, entry in entries.items()}
     return safetensors.numpy.save(stored)
+
+
+def _stored(value: Array, entry: Tensor) -> Array:
+    """A tensor as it lies in the weights file."""
+    array = np.ascontiguousarray(value).reshape(entry.shape)
+    if entry.packed:
+        return affine.pack_int4(array)
+    return array.astype(entry.dtype, copy=False)
 
 
 def layout(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from .errors import HdrqError
 
-__all__ = ["new_directory", "sha256_bytes", "sha256_file", "write_bytes"]
+__all__ = ["make_directory", "new_directory", "sha256_bytes", "sha256_file", "write_bytes"]
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -40,19 +41,45 @@ def _sync(path: Path) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that a reader sees the old file or the new one."""
     _check_parent(path)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
+    with _explained(path):
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what only the user can mend (full disk, no permission) into one line."""
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}:
+            raise
+        raise HdrqError(
+            f"cannot write {path} ({error.strerror}); nothing was changed: free space or choose "
+            "another -o"
+        ) from error
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and its parents.
+
+    Raises:
+        HdrqError: No permission, a file in the way, or a full disk.
+    """
+    _check_parent(path)
+    with _explained(path):
+        path.mkdir(exist_ok=True)
 
 
 @contextmanager
@@ -72,20 +99,26 @@ def new_directory(path: Path, marker: str = "manifest.json") -> Iterator[Path]:
             f"found other content at {path}; needed a new, empty or earlier output directory "
             f"(with {marker}): choose another -o"
         )
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield temporary
-        for file in sorted(temporary.rglob("*")):
-            if file.is_file():
-                file.chmod(0o666 & ~_umask())
-            _sync(file)
-        temporary.chmod(0o777 & ~_umask())
-        _sync(temporary)
-        _swap(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _sync(path.parent)
+    with _explained(path):
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            yield temporary
+            _finish(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync(path.parent)
+
+
+def _finish(temporary: Path, path: Path) -> None:
+    """Everything on the disk, then in its place."""
+    for file in sorted(temporary.rglob("*")):
+        if file.is_file():
+            file.chmod(0o666 & ~_umask())
+        _sync(file)
+    temporary.chmod(0o777 & ~_umask())
+    _sync(temporary)
+    _swap(temporary, path)
 
 
 def _swap(new: Path, path: Path) -> None:

@@ -14,6 +14,7 @@ __all__ = [
     "Activation",
     "EngineManifest",
     "FileRecord",
+    "FoldRecord",
     "Layer",
     "LayerPrecision",
     "Manifest",
@@ -27,7 +28,9 @@ __all__ = [
 
 SCHEMA: Literal[1] = 1
 
-Role = Literal["codes", "scale", "activation_scale", "float", "bn_mean", "bn_var", "constant"]
+Role = Literal[
+    "codes", "scale", "activation_scale", "float", "bn_mean", "bn_var", "constant", "raw_scale"
+]
 
 
 class _Frozen(BaseModel):
@@ -67,6 +70,30 @@ class Tensor(_Frozen):
     def packed(self) -> bool:
         """Two codes share a byte."""
         return self.dtype == "int4"
+
+
+class FoldRecord(_Frozen):
+    """A BatchNorm carried by the steps of one weight (``hdrq_deploy.fold``).
+
+    All fields but ``eps`` name tensors. ``scale`` and ``bias`` are what the graph reads; they
+    follow from the others, which a merge averages.
+    """
+
+    scale: str
+    bias: str
+    raw_scale: str
+    gamma: str
+    beta: str
+    mean: str
+    variance: str
+    eps: float
+    raw_bias: str | None = None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Tensors that the graph does not read."""
+        names = (self.raw_scale, self.gamma, self.beta, self.mean, self.variance, self.raw_bias)
+        return tuple(name for name in names if name is not None)
 
 
 class Activation(_Frozen):
@@ -138,6 +165,7 @@ class Manifest(_Frozen):
     layers: tuple[Layer, ...]
     activations: tuple[Activation, ...]
     tensors: dict[str, Tensor]
+    folds: dict[str, FoldRecord] = Field(default_factory=dict)
     source_sha256: str
     adapted_sha256: dict[str, str]
     data_sha256: dict[str, str]
@@ -150,6 +178,11 @@ class Manifest(_Frozen):
     parents: tuple[ParentRecord, ...] = ()
     versions: dict[str, str] = Field(default_factory=dict)
     files: dict[str, FileRecord] = Field(default_factory=dict)
+
+    @property
+    def graph_tensors(self) -> set[str]:
+        """Tensors that the graph reads; the others are there for a merge."""
+        return set(self.tensors) - {name for fold in self.folds.values() for name in fold.sources}
 
     def to_json(self) -> bytes:
         """The text of ``manifest.json``."""

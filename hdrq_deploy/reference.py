@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,21 @@ import onnxruntime
 __all__ = ["compare", "unfused_session"]
 
 
-def unfused_session(path: Path | bytes) -> onnxruntime.InferenceSession:
-    """A session that computes every Q, DQ and convolution as written, in float."""
+def unfused_session(
+    path: Path | bytes, outside: Mapping[str, bytes] | None = None
+) -> onnxruntime.InferenceSession:
+    """A session that computes every Q, DQ and convolution as written, in float.
+
+    Args:
+        path: An ONNX file, or its bytes.
+        outside: Contents of the files that the graph's external data name, where they are
+            not on the disk.
+    """
     options = onnxruntime.SessionOptions()
+    if outside:
+        options.add_external_initializers_from_files_in_memory(
+            list(outside), list(outside.values()), [len(data) for data in outside.values()]
+        )
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.log_severity_level = 3

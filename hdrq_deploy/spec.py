@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from .errors import SpecError
 
-__all__ = ["GRIDS", "METHODS", "QuantSpec", "activation_range"]
+__all__ = ["GRIDS", "QuantSpec", "activation_range"]
 
-METHODS = ("float", "rtn", "hdrq")
 GRIDS = ("int8", "paper")
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from hdrq_deploy.bundle import Bundle
 from hdrq_deploy.calibrate import calibrate
-from hdrq_deploy.calibrate.reconstruct import Options
+from hdrq_deploy.recipe import Options
 
 TINY = '''
 import torch
@@ -83,6 +83,17 @@ class Attention(nn.Module):
 '''
 
 
+def adapted(name: str, value: torch.Tensor) -> torch.Tensor:
+    """A tensor of the source model after a little training on another domain."""
+    if name.endswith("running_var"):
+        return value * (1 + 0.2 * torch.rand_like(value))
+    if name.endswith("running_mean"):
+        return value + 0.1 * torch.randn_like(value)
+    if value.is_floating_point() and value.ndim > 1:
+        return value + 0.05 * value.std() * torch.randn_like(value)
+    return value
+
+
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the module ``tiny_models``, its checkpoints and images."""
@@ -98,15 +109,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_mean.uniform_(-0.5, 0.5)
                 module.running_var.uniform_(0.5, 1.5)
+                module.weight.data.uniform_(0.5, 1.5)
+                module.weight.data[1] = -0.7  # a step is positive whatever gamma is
         save_file(source.state_dict(), folder / f"{name}-base.safetensors")
         for i, domain in enumerate(("night", "day", "snow")):
             torch.manual_seed(i + 1)
-            state = {
-                k: v + 0.05 * v.std() * torch.randn_like(v)
-                if v.is_floating_point() and v.ndim > 1
-                else v
-                for k, v in source.state_dict().items()
-            }
+            state = {k: adapted(k, v) for k, v in source.state_dict().items()}
             save_file(state, folder / f"{name}-{domain}.safetensors")
     rng = np.random.default_rng(0)
     np.savez(
@@ -144,7 +152,7 @@ class Maker:
                 self.work / f"{name}-base.safetensors",
                 method,
                 # Random weights give losses far below the distance term's scale.
-                options=Options(iters=100, lr=2e-4, batch=16, distance=0.0),
+                options=Options.of(method, iters=100, lr=2e-4, batch=16, distance=0.0),
                 **settings,
             )
         return self._made[key]

@@ -12,10 +12,11 @@ from hdrq_deploy import reference
 from hdrq_deploy.calibrate import calibrate
 from hdrq_deploy.calibrate.blocks import find_blocks
 from hdrq_deploy.calibrate.capture import capture, fold_batch_norm, fold_constants
-from hdrq_deploy.calibrate.fakequant import fake_quantize, resample_errors, search_scale
+from hdrq_deploy.calibrate.draws import Draws
+from hdrq_deploy.calibrate.fakequant import fake_quantize, search_scale
 from hdrq_deploy.calibrate.parity import parity
 from hdrq_deploy.calibrate.placement import plan_quantizers
-from hdrq_deploy.calibrate.reconstruct import Options
+from hdrq_deploy.recipe import Options
 from hdrq_deploy.calibrate.source import load_model
 from hdrq_deploy.errors import HdrqError, ModelError, SpecError
 from hdrq_deploy.spec import QuantSpec
@@ -71,11 +72,13 @@ def test_search_scale_is_no_worse_than_any_scale_of_a_fine_grid() -> None:
 
 def test_resampled_noise_follows_the_rounding_errors() -> None:
     u = torch.from_numpy(np.random.default_rng(0).normal(0, 3, 50000).astype(np.float32))
+    u[::3] = 0.3  # a distribution that is not uniform
     spec = QuantSpec.weight(4)
     errors = (torch.round(u) - u)[(u >= spec.lo) & (u <= spec.hi)]
-    noise = resample_errors(u, spec, torch.Generator().manual_seed(0))
+    step = torch.tensor(0.5)
+    noise = Draws(0, torch.device("cpu")).resample(u * step, step, spec)
     quantiles = torch.linspace(0.05, 0.95, 10)
-    # 50,000 draws: quantiles of a unit interval are known to about 0.005.
+    # A pool of 16,384 errors: quantiles of a unit interval are known to about 0.01.
     torch.testing.assert_close(
         torch.quantile(noise, quantiles), torch.quantile(errors, quantiles), atol=0.02, rtol=0
     )
@@ -137,12 +140,15 @@ def test_same_seed_same_bytes_and_the_distance_term_pulls(work: Path, tmp_path: 
             work / "Tiny-night.safetensors",
             work / "Tiny-base.safetensors",
             wbits=4,
-            options=Options(iters=30, lr=1e-2, **options),
+            options=Options.of("hdrq", iters=30, lr=1e-2, **options),
         )
 
     a, b = bundle("a"), bundle("b")
     assert a.manifest.files == b.manifest.files
-    source = bundle("free", distance=0.0), bundle("pulled", distance=50.0)
+    source = (
+        bundle("free", distance=0.0, keep_best=False),
+        bundle("pulled", distance=50.0, keep_best=False),
+    )
     base = calibrate(
         "tiny_models:Tiny",
         work / "data.npz",
@@ -215,7 +221,7 @@ def test_mistakes_get_one_line(work: Path, tmp_path: Path) -> None:
         with pytest.raises(HdrqError, match=message):
             calibrate(**{**good, **change})
     with pytest.raises(SpecError, match="iters=0"):
-        Options(iters=0)
+        Options.of("hdrq", iters=0)
     assert not (tmp_path / "out").exists()
 
 

@@ -27,7 +27,7 @@ def flags(work: Path, out: Path, domain: str = "night", data: str = "images") ->
     return shlex.split(
         f"--model tiny_models:Tiny --weights {work}/Tiny-{domain}.safetensors "
         f"--base {work}/Tiny-base.safetensors --data {work}/{data} --domain {domain} "
-        f"--method hdrq --wbits 4 --abits 8 --iters 5 -o {out}/{domain}.hdrq"
+        f"--method hdrq --wbits 4 --abits 8 --iters 5 --batch 8 -o {out}/{domain}.hdrq"
     )
 
 

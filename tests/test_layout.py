@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 LAYERS = [  # low to high; the members of one layer are siblings and do not import each other
     {"errors"},
-    {"spec", "files"},
+    {"spec", "files", "fold", "recipe"},
     {"affine", "manifest", "reference"},
     {"bundle"},
     {"calibration_data"},

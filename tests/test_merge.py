@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hdrq_deploy import Bundle, merge
+from hdrq_deploy import Bundle, merge, reference
 from hdrq_deploy.errors import MergeError
-from hdrq_deploy.merge import ambiguous, merge_codes
+from hdrq_deploy.merge import rounding as module
+from hdrq_deploy.merge.rounding import ambiguous, merge_codes, round_up_share
 from hdrq_deploy.spec import QuantSpec
 
 
@@ -23,9 +24,7 @@ def test_nearest_rounds_the_weighted_mean_of_the_real_weights() -> None:
     codes, scales = parents(0, 3)
     mix = [0.5, 0.3, 0.2]
     scale = sum(m * s for m, s in zip(mix, scales, strict=True)).astype(np.float32)
-    got = merge_codes(
-        codes, scales, scale, mix, QuantSpec.weight(4, 0), "nearest", 1, np.random.default_rng(0)
-    )
+    got = merge_codes(codes, scales, scale, mix, QuantSpec.weight(4, 0), "nearest").codes
     for c in range(6):  # one element at a time, in Python floats
         for i in range(20):
             real = sum(
@@ -49,54 +48,103 @@ def test_noise_changes_only_ambiguous_codes_and_breaks_ties_both_ways() -> None:
     a = np.zeros(20000, np.int8)
     b = np.tile(np.array([1, 2], np.int8), 10000)
     step = np.array(0.1, np.float32)
-    got = merge_codes(
-        [a, b],
-        [step, step],
-        step,
-        [0.5, 0.5],
-        QuantSpec.weight(8),
-        "noise",
-        1,
-        np.random.default_rng(0),
-    )
-    assert set(got[1::2]) == {1}
+    got = merge_codes([a, b], [step, step], step, [0.5, 0.5], QuantSpec.weight(8), "noise")
+    assert set(got.codes[1::2]) == {1} and got.ambiguous == 0.5
     # A fair coin: 10,000 draws stay within four standard deviations of a half.
-    assert abs(got[0::2].mean() - 0.5) < 4 * 0.005
+    assert abs(got.codes[0::2].mean() - 0.5) < 4 * 0.005
+
+
+@pytest.mark.parametrize("shares", [[0.5, 0.5], [0.3, 0.7], [0.2, 0.3, 0.5], [1.0, 0.0]])
+def test_a_toss_has_the_probability_of_drawn_rounding_errors(shares: list[float]) -> None:
+    rng = np.random.default_rng(0)
+    errors = sum(h * rng.uniform(-0.5, 0.5, 200_000) for h in shares)
+    for fraction in (0.05, 0.3, 0.5, 0.8):
+        drawn = float(np.mean(np.rint(fraction - errors) == 1))
+        (found,) = round_up_share(np.array([fraction]), shares)
+        # 200,000 draws: a share is known to about 0.001.
+        assert found == pytest.approx(drawn, abs=0.005)
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_advanced_keeps_the_draw_that_brute_force_keeps(count: int) -> None:
-    codes, scales = parents(3, count)
-    mix = [1 / count] * count
-    spec = QuantSpec.weight(4, 0)
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_advanced_keeps_the_draw_that_brute_force_keeps(
+    monkeypatch: pytest.MonkeyPatch, count: int, axis: int | None
+) -> None:
+    rng = np.random.default_rng(3)
+    codes = [rng.integers(-8, 8, (30, 40)).astype(np.int8) for _ in range(count)]
+    shape = () if axis is None else (codes[0].shape[axis],)
+    scales = [rng.uniform(0.05, 0.1, shape).astype(np.float32) for _ in range(count)]
     scale = np.mean(scales, 0).astype(np.float32)
-    got = merge_codes(codes, scales, scale, mix, spec, "advanced", 40, np.random.default_rng(5))
-    real = [s[:, None].astype(np.float64) * q for s, q in zip(scales, codes, strict=True)]
+    mix, spec = [1 / count] * count, QuantSpec.weight(4, axis)
+    monkeypatch.setattr(module, "_PIECE", 200)  # several pieces, each with its own draws
+    drawn: list[Any] = []
+    toss = module.toss
+    monkeypatch.setattr(module, "toss", lambda *a: drawn.append(toss(*a)) or drawn[-1])
+    got = merge_codes(codes, scales, scale, mix, spec, "advanced", 40, (5,))
+
+    # Brute force: whole tensors, one candidate at a time, from the same tosses.
+    def wide(s: Any) -> Any:
+        return s.astype(np.float64).reshape([-1 if i == axis else 1 for i in range(2)])
+
+    real = [wide(s) * q for s, q in zip(scales, codes, strict=True)]
     middle = sum(m * r for m, r in zip(mix, real, strict=True))
-    step = scale[:, None].astype(np.float64)
-    where = ambiguous(codes, middle / step, mix)
+    scaled = middle / wide(scale)
+    # Pieces follow the order of channels.
+    order = (lambda x: x.T) if axis == 1 else (lambda x: x)
+    mask = order(ambiguous(codes, scaled, mix))
+    tosses = np.concatenate(drawn, axis=1)
+    assert tosses.shape == (40, mask.sum())
 
     def cosines(candidate: Any) -> list[float]:
-        away = [(candidate * step - r).ravel() for r in real]
+        away = [(candidate * wide(scale) - r).ravel() for r in real]
         aim = [(middle - r).ravel() for r in real]
         norm = np.linalg.norm
         return [abs(a @ m) / (norm(a) * norm(m)) for a, m in zip(away, aim, strict=True)]
 
-    rng = np.random.default_rng(5)
-    best = np.clip(np.rint(middle / step), -8, 7)
-    for _ in range(40):
-        errors = sum(
-            m
-            * np.broadcast_to(s[:, None], middle.shape)[where].astype(np.float64)
-            * rng.uniform(-0.5, 0.5, int(where.sum()))
-            for m, s in zip(mix, scales, strict=True)
-        )
-        draw = best.copy()
-        noisy = (middle[where] - errors) / np.broadcast_to(step, middle.shape)[where]
-        draw[where] = np.clip(np.rint(noisy), -8, 7)
-        if all(n > o for n, o in zip(cosines(draw), cosines(best), strict=True)):
-            best = draw
-    np.testing.assert_array_equal(got, best)
+    best, highest = None, [0.0] * count
+    for row in tosses:
+        draw = order(np.rint(scaled)).copy()
+        draw[mask] = np.floor(order(scaled)[mask]) + row
+        draw = order(np.clip(draw, -8, 7))
+        found = cosines(draw)
+        if all(n > o for n, o in zip(found, highest, strict=True)):
+            best, highest = draw, found
+    np.testing.assert_array_equal(got.codes, best)
+    np.testing.assert_allclose(got.cosines, highest, rtol=1e-9)
+    np.testing.assert_allclose(got.nearest_cosines, cosines(np.clip(np.rint(scaled), -8, 7)))
+
+
+def test_merging_is_the_same_on_any_number_of_threads(make: Any, tmp_path: Path) -> None:
+    bundles = [make(domain=d) for d in ("night", "day")]
+    one, four = (merge(bundles, tmp_path / f"{n}.hdrq", threads=n) for n in (1, 4))
+    assert one.manifest == four.manifest
+    layers = one.manifest.metrics["layers"]
+    assert set(layers) == {n for n, e in one.manifest.tensors.items() if e.role == "codes"}
+    assert 0 < layers["conv1.weight_codes"]["ambiguous"] < 1
+
+
+def test_bundles_with_the_fold_in_the_steps_merge_like_unfolded_models(
+    make: Any, work: Path, inputs: Any, tmp_path: Path
+) -> None:
+    bundles = [make(domain=d, fold="steps", wbits=8) for d in ("night", "day")]
+    merged = merge(bundles, tmp_path / "m.hdrq", rounding="nearest")
+    floats = [make(domain=d, method="float") for d in ("night", "day")]
+    unfolded = merge(floats, tmp_path / "f.hdrq")
+    fold = merged.manifest.folds["conv1.weight_codes"]
+    gamma, variance = unfolded.tensor("bn1.weight"), unfolded.tensor("bn1.running_var")
+    np.testing.assert_allclose(merged.tensor(fold.variance), variance, rtol=1e-6)
+    np.testing.assert_allclose(merged.tensor(fold.gamma), np.abs(gamma), rtol=1e-6)
+    gain = np.abs(gamma) / np.sqrt(variance.astype(np.float64) + fold.eps)
+    np.testing.assert_allclose(
+        merged.tensor(fold.scale), merged.tensor(fold.raw_scale) * gain, rtol=1e-6
+    )
+    real = merged.tensor("conv1.weight_codes") * merged.tensor(fold.raw_scale)[:, None, None, None]
+    wanted = unfolded.tensor("conv1.weight") * np.sign(gamma)[:, None, None, None]
+    # 8 bits: half a step of each parent and half of the merged one.
+    assert np.abs(real - wanted).max() <= 1.01 * float(merged.tensor(fold.raw_scale).max())
+    run = reference.unfused_session(merged.path / "model.onnx").run(None, {"input": inputs})[0]
+    expected = reference.unfused_session(unfolded.path / "model.onnx").run(None, {"input": inputs})
+    assert reference.compare(expected[0], run)["relative_rms"] < 0.05
 
 
 def test_a_merge_of_bundles_averages_steps_and_biases(make: Any, tmp_path: Path) -> None:

@@ -46,13 +46,18 @@ def _is_list(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (list, tuple))
 
 
-def find_blocks(graph: fx.Graph) -> list[Block]:
-    """Cut ``graph`` into blocks, in order; every compute node is in exactly one."""
+def find_blocks(graph: fx.Graph, most_heavy: int = MOST_HEAVY) -> list[Block]:
+    """Cut ``graph`` into blocks, in order; every compute node is in exactly one.
+
+    Args:
+        graph: A captured graph.
+        most_heavy: A block with more convolutions and products than this is split.
+    """
     nodes = [n for n in graph.nodes if n.op not in {"placeholder", "output", "get_attr"}]
     alive = _alive_after(graph, nodes)
     cuts = [i for i, live in enumerate(alive) if len(live) == 1 and not any(map(_is_list, live))]
     bounds = _heavy_runs(nodes, cuts)
-    bounds = [part for bound in bounds for part in _split(nodes, alive, *bound)]
+    bounds = [part for bound in bounds for part in _split(nodes, alive, most_heavy, *bound)]
     return [_block(nodes, first, last) for first, last in bounds]
 
 
@@ -94,10 +99,10 @@ def _heavy_runs(nodes: list[fx.Node], cuts: list[int]) -> list[tuple[int, int]]:
 
 
 def _split(
-    nodes: list[fx.Node], alive: list[set[fx.Node]], first: int, last: int
+    nodes: list[fx.Node], alive: list[set[fx.Node]], most: int, first: int, last: int
 ) -> list[tuple[int, int]]:
     heavy = [i for i in range(first, last) if nodes[i].target in HEAVY]
-    if len(heavy) <= MOST_HEAVY:
+    if len(heavy) <= most:
         return [(first, last)]
     middle = heavy[len(heavy) // 2]
     quarter = len(heavy) // 4
@@ -113,8 +118,8 @@ def _split(
         ),
     )
     return [
-        *_split(nodes, alive, first, best + 1),
-        *_split(nodes, alive, best + 1, last),
+        *_split(nodes, alive, most, first, best + 1),
+        *_split(nodes, alive, most, best + 1, last),
     ]
 
 

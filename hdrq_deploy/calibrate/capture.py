@@ -10,14 +10,16 @@ import copy
 import math
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..errors import ModelError
+from ..fold import gain as fold_gain
 
-__all__ = ["Capture", "attribute", "capture", "module_path", "set_attribute"]
+__all__ = ["Capture", "Fold", "attribute", "capture", "module_path", "set_attribute"]
 
 aten = torch.ops.aten
 
@@ -40,12 +42,46 @@ _BATCH_NORMS = {aten._native_batch_norm_legit_no_training.default, aten.batch_no
 _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alias.default}
 
 
+@dataclass(frozen=True)
+class Fold:
+    """A BatchNorm that was folded into a weight; gamma >= 0 (see ``hdrq_deploy.fold``).
+
+    Attributes:
+        raw: The weight before the fold, its sign changed where gamma was negative.
+        sign: 1 or -1 per output channel, (C,).
+        gamma, beta, mean, variance: (C,), the signs of gamma and mean changed likewise.
+        eps: Added to the variance.
+        raw_bias: The layer's own bias, or None.
+        bias_name: The bias that the folded graph reads.
+    """
+
+    raw: Tensor
+    sign: Tensor
+    gamma: Tensor
+    beta: Tensor
+    mean: Tensor
+    variance: Tensor
+    eps: float
+    raw_bias: Tensor | None
+    bias_name: str
+
+    @property
+    def gain(self) -> Tensor:
+        """Factor of each output channel, (C,) float32."""
+        found = fold_gain(self.gamma.numpy(), self.variance.numpy(), self.eps)
+        return torch.from_numpy(found).float()
+
+
 class Capture:
-    """A captured model: functional graph, parameters as ``get_attr``, dynamic batch."""
+    """A captured model: functional graph, parameters as ``get_attr``, dynamic batch.
+
+    ``folds`` holds what ``fold_batch_norm`` folded, by the name of the weight.
+    """
 
     def __init__(self, graph_module: fx.GraphModule, example: Tensor) -> None:
         self.module = graph_module
         self.example = example
+        self.folds: dict[str, Fold] = {}
 
     @property
     def graph(self) -> fx.Graph:
@@ -362,9 +398,23 @@ def _fold_one(found: Capture, norm: fx.Node, source: fx.Node) -> None:
         factor = gain.reshape(shape)
     set_attribute(module, name, (weight.double() * factor).to(weight.dtype))
     bias_node = source.args[2] if len(source.args) > 2 else None
-    old = attribute(module, str(bias_node.target)) if isinstance(bias_node, fx.Node) else 0
-    bias = (0 if beta is None else beta) + (old - mean) * gain
+    old = attribute(module, str(bias_node.target)) if isinstance(bias_node, fx.Node) else None
+    bias = (0 if beta is None else beta) + ((0 if old is None else old) - mean) * gain
     bias_name = name.removesuffix("weight") + "bias" if name.endswith("weight") else name + "_bias"
+    if source.target not in TRANSPOSED:
+        sign = torch.where(gain < 0, -1.0, 1.0).to(weight.dtype)
+        one = torch.ones_like(mean)
+        found.folds[name] = Fold(
+            raw=weight * sign.reshape(shape),
+            sign=sign,
+            gamma=((one if gamma is None else gamma) * sign).float(),
+            beta=(0 * one if beta is None else beta).float(),
+            mean=(mean * sign).float(),
+            variance=variance.float(),
+            eps=eps,
+            raw_bias=None if old is None else old * sign,
+            bias_name=bias_name,
+        )
     set_attribute(module, bias_name, bias.to(weight.dtype))
     with graph.inserting_before(source):
         bias_got = graph.get_attr(bias_name)

@@ -11,6 +11,7 @@ import copy
 import logging
 import tempfile
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,49 @@ from torch import Tensor, fx, nn
 
 from ..bundle import WEIGHTS, Span, layout
 from ..errors import ModelError
-from ..manifest import Layer
+from ..fold import graph_tensors
+from ..manifest import FoldRecord, Layer
 from ..manifest import Tensor as Entry
-from .capture import PRODUCTS, TRANSPOSED, Capture, attribute, module_path, set_attribute
+from .capture import (
+    PRODUCTS,
+    TRANSPOSED,
+    Capture,
+    Fold,
+    attribute,
+    module_path,
+    set_attribute,
+)
 from .placement import HEAVY, Plan, root
 from .reconstruct import Quantized
 
-__all__ = ["OPSET", "emit_float", "emit_quantized", "onnx_graph", "state_tensors"]
+__all__ = ["OPSET", "Emitted", "emit_float", "emit_quantized", "onnx_graph"]
 
 # 21 knows INT4; TensorRT 10 and 11 and ONNX Runtime all read it.
 OPSET = 21
 _HEAVY_ONNX = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+@dataclass
+class Emitted:
+    """A model as its bundle holds it.
+
+    Attributes:
+        module: Computes from codes; its ``state_dict`` holds what the graph reads.
+        entries: What each tensor is.
+        folds: BatchNorms carried by steps, by the name of the codes.
+        aside: Tensors that only a merge reads.
+    """
+
+    module: fx.GraphModule
+    entries: dict[str, Entry]
+    folds: dict[str, FoldRecord] = field(default_factory=dict)
+    aside: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
+        """All tensors of the bundle, codes unpacked."""
+        state = self.module.state_dict()
+        return {**{n: v.detach().cpu().numpy() for n, v in state.items()}, **self.aside}
 
 
 @torch.library.custom_op("hdrq::quantize_dequantize", mutates_args=())
@@ -88,17 +121,21 @@ def _translations() -> dict[Any, Any]:
 
 
 def emit_quantized(
-    found: Capture, plan: Plan, result: Quantized
-) -> tuple[nn.Module, dict[str, Entry]]:
+    found: Capture, plan: Plan, result: Quantized, fold: str = "weights"
+) -> Emitted:
     """The fake-quantized model that computes from codes, and what its tensors are.
 
-    Returns:
-        A module whose ``state_dict`` holds exactly the bundle's tensors, and their entries.
+    Args:
+        found: The folded model.
+        plan: Where quantizers are.
+        result: What they learned.
+        fold: ``steps`` keeps BatchNorm apart for a merge.
     """
     module = copy.deepcopy(found.module).cpu()
     graph = module.graph
     by_name = {node.name: node for node in graph.nodes}
-    entries: dict[str, Entry] = {}
+    made = Emitted(module, {})
+    entries = made.entries
     for site in plan.activations:
         source = by_name[site.source.name]
         set_attribute(module, site.name, result.activations[site.name].scale.detach().cpu())
@@ -122,6 +159,8 @@ def emit_quantized(
         quantizer = result.weights[name]
         codes = quantizer.codes().cpu()
         scale_value = quantizer.scale.detach().cpu()
+        if fold == "steps" and name in found.folds:
+            scale_value = _keep_fold(made, name, found.folds[name], scale_value)
         set_attribute(module, f"{name}_codes", codes)
         set_attribute(module, f"{name}_scale", scale_value)
         with graph.inserting_before(node):
@@ -143,18 +182,43 @@ def emit_quantized(
         entries[f"{name}_scale"] = Entry(
             role="scale", dtype="float32", shape=tuple(scale_value.shape)
         )
-    return _finish(module, entries)
+    return _finish(made)
 
 
-def emit_float(found: Capture) -> tuple[nn.Module, dict[str, Entry]]:
+def _keep_fold(made: Emitted, name: str, fold: Fold, raw_scale: Tensor) -> Tensor:
+    """Keep what a merge averages; returns the step that the graph reads."""
+    parts = {
+        "raw_scale": raw_scale,
+        "gamma": fold.gamma,
+        "beta": fold.beta,
+        "mean": fold.mean,
+        "variance": fold.variance,
+        **({} if fold.raw_bias is None else {"raw_bias": fold.raw_bias.cpu()}),
+    }
+    arrays = {part: np.ascontiguousarray(value.numpy()) for part, value in parts.items()}
+    roles = {"raw_scale": "raw_scale", "mean": "bn_mean", "variance": "bn_var"}
+    names = {part: f"{name}_{part if part.startswith('raw') else 'bn_' + part}" for part in parts}
+    for part, array in arrays.items():
+        made.aside[names[part]] = array
+        made.entries[names[part]] = Entry.model_validate(
+            {"role": roles.get(part, "float"), "dtype": "float32", "shape": array.shape}
+        )
+    made.folds[f"{name}_codes"] = FoldRecord(
+        scale=f"{name}_scale", bias=fold.bias_name, eps=fold.eps, **names
+    )
+    scale, bias = graph_tensors(eps=fold.eps, **arrays)
+    set_attribute(made.module, fold.bias_name, torch.from_numpy(bias))
+    return torch.from_numpy(scale)
+
+
+def emit_float(found: Capture) -> Emitted:
     """The unquantized model, BatchNorm kept apart so that a merge can match its moments."""
-    return _finish(copy.deepcopy(found.module).cpu(), {})
+    return _finish(Emitted(copy.deepcopy(found.module).cpu(), {}))
 
 
-def _finish(
-    module: fx.GraphModule, entries: dict[str, Entry]
-) -> tuple[nn.Module, dict[str, Entry]]:
+def _finish(made: Emitted) -> Emitted:
     """Drop unused tensors; give the floats that are left their roles."""
+    module, entries = made.module, made.entries
     graph = module.graph
     graph.eliminate_dead_code()
     used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
@@ -174,29 +238,24 @@ def _finish(
             entries[name] = Entry.model_validate(
                 {"role": role, "dtype": kind, "shape": tuple(value.shape)}
             )
-    return fx.GraphModule(clean, graph), entries
-
-
-def state_tensors(module: nn.Module) -> dict[str, np.ndarray[Any, Any]]:
-    """The module's buffers as NumPy arrays."""
-    return {name: value.detach().cpu().numpy() for name, value in module.state_dict().items()}
+    made.module = fx.GraphModule(clean, graph)
+    return made
 
 
 def onnx_graph(
-    module: nn.Module, example: Tensor, entries: dict[str, Entry], found: Capture, plan: Plan | None
+    made: Emitted, example: Tensor, found: Capture, plan: Plan | None
 ) -> tuple[bytes, list[Layer]]:
     """``model.onnx`` with every tensor of ``entries`` as external data, and its layers.
 
     Raises:
         ModelError: An operator has no ONNX form; it is named with its module path.
     """
-    assert isinstance(module, fx.GraphModule)
     # The graph depends on structure and shapes alone: domains of one scheme share it.
-    described = {name: entry.model_dump_json() for name, entry in entries.items()}
-    key = f"{tuple(example.shape)} {described} {module.graph}"
+    described = {name: entry.model_dump_json() for name, entry in made.entries.items()}
+    key = f"{tuple(example.shape)} {described} {made.module.graph}"
     if key not in _written:
         _written.clear()
-        _written[key] = _write_graph(module, example, entries, found, plan)
+        _written[key] = _write_graph(made, example, found, plan)
     return _written[key]
 
 
@@ -204,15 +263,16 @@ _written: dict[str, tuple[bytes, list[Layer]]] = {}
 
 
 def _write_graph(
-    module: nn.Module, example: Tensor, entries: dict[str, Entry], found: Capture, plan: Plan | None
+    made: Emitted, example: Tensor, found: Capture, plan: Plan | None
 ) -> tuple[bytes, list[Layer]]:
-    program = _export(module, example)
+    program = _export(made.module, example)
     model = program.model
-    _fold_shapes(model, entries)
-    tensors = state_tensors(module)
+    _fold_shapes(model, made.entries)
+    tensors = made.tensors
     with tempfile.TemporaryDirectory() as scratch:
-        spans = layout(tensors, entries, Path(scratch))
-    _point_outside(model, entries, spans)
+        spans = layout(tensors, made.entries, Path(scratch))
+    read = {name: entry for name, entry in made.entries.items() if name not in made.aside}
+    _point_outside(model, read, spans)
     model.graph.name = "hdrq"
     model.producer_name, model.producer_version = "hdrq-deploy", ""
     _plain(model)

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import math
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..spec import QuantSpec
+from .draws import Draws
 
-__all__ = ["ActivationQuantizer", "Mode", "WeightQuantizer", "search_scale"]
+__all__ = ["ActivationQuantizer", "Mode", "WeightQuantizer", "fake_quantize", "search_scale"]
 
 
 class Mode(Enum):
-    """What a quantizer does to its tensor."""
+    """What a quantizer does to its tensor.
+
+    ``SOFT`` is AdaRound's relaxed rounding of a weight; an activation rounds meanwhile.
+    """
 
     OFF = "off"
     ROUND = "round"
-    NOISE = "noise"
+    EMPIRICAL = "empirical"
+    UNIFORM = "uniform"
+    SOFT = "soft"
+
+
+_NOISY = (Mode.EMPIRICAL, Mode.UNIFORM)
+# AdaRound's stretched sigmoid reaches 0 and 1 at finite values (Nagel et al., ICML 2020, eq. 23).
+_STRETCH_LOW, _STRETCH_HIGH = -0.1, 1.1
+_CHUNK = 1 << 16
 
 
 def search_scale(x: Tensor, spec: QuantSpec, candidates: int = 100, power: float = 2.4) -> Tensor:
@@ -44,85 +57,182 @@ def search_scale(x: Tensor, spec: QuantSpec, candidates: int = 100, power: float
     ).clamp(min=torch.finfo(torch.float32).tiny * 1e6)
     if spec.lo == 0:
         widest = rows.amax(1).clamp(min=1e-30) / spec.hi
-    best, least = widest.clone(), torch.full_like(widest, math.inf)
-    for i in range(1, candidates + 1):
-        step = (widest * i / candidates).unsqueeze(1)
-        error = (rows / step).round_().clamp_(spec.lo, spec.hi).mul_(step).sub_(rows)
-        score = error.abs_().pow_(power).mean(1)
-        better = score < least
-        least = torch.where(better, score, least)
-        best = torch.where(better, step.squeeze(1), best)
+    scores = torch.zeros(candidates, len(rows), device=rows.device)
+    # Pieces that stay in a core's cache: the search is then bound by arithmetic, not memory.
+    for first_row in range(0, len(rows), _CHUNK):
+        width = max(1, _CHUNK // min(len(rows), _CHUNK))
+        for first in range(0, rows.shape[1], width):
+            part = rows[first_row : first_row + _CHUNK, first : first + width]
+            steps = widest[first_row : first_row + _CHUNK, None]
+            for i in range(candidates):
+                step = steps * ((i + 1) / candidates)
+                error = (part / step).round_().clamp_(spec.lo, spec.hi).mul_(step).sub_(part)
+                scores[i, first_row : first_row + _CHUNK] += error.abs_().pow_(power).sum(1)
+    best = widest * (scores.argmin(0) + 1) / candidates
     # A tensor of zeros has no range; any normal step represents it.
     best = torch.where(best > 1e-20, best, torch.full_like(best, 1e-6))
     return best.squeeze(0) if spec.axis is None else best
 
 
-def resample_errors(u: Tensor, spec: QuantSpec, generator: torch.Generator) -> Tensor:
-    """Noise with the distribution of the rounding errors of ``u`` itself.
+class _FakeQuantize(torch.autograd.Function):
+    """scale * clamp(x / scale + noise) or scale * round(clamp(x / scale)), in few passes.
 
-    The reference draws from a 256-bin histogram of these errors; drawing them directly is
-    the same distribution without the binning. Saturated values do not take part.
+    Elements with ``keep`` 1 stay real. With u = x / scale and q the codes, the gradient of x
+    is that of the output where u is in range, and the gradient of the scale is the sum of
+    grad * (q - u) in range and of grad * q beyond (LSQ, Esser et al., ICLR 2020, eq. 3).
     """
-    errors = torch.round(u) - u
-    inside = errors[(u >= spec.lo) & (u <= spec.hi)]
-    if inside.numel() == 0:
-        return torch.zeros_like(u)
-    index = torch.randint(inside.numel(), u.shape, generator=generator, device=u.device)
-    return inside[index]
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        spec: QuantSpec,
+        noise: Tensor | None,
+        keep: Tensor | None,
+        factor: float,
+    ) -> Tensor:
+        u = x / scale
+        shifted = u if noise is None else u + noise
+        ctx.save_for_backward(u, shifted if noise is not None else None, scale, keep)
+        ctx.spec, ctx.factor = spec, factor
+        codes = shifted.clamp(spec.lo, spec.hi)
+        if noise is None:
+            codes.round_()
+        real = codes.mul_(scale)
+        return real if keep is None else torch.lerp(real, x, keep)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        grad = grads[0].contiguous()
+        u, shifted, scale, keep = ctx.saved_tensors
+        spec = ctx.spec
+        coded = grad if keep is None else grad - grad * keep
+        position = u if shifted is None else shifted
+        # The native kernel excludes its bounds, where the zeros behind a ReLU lie.
+        inside = torch.ops.aten.hardtanh_backward(coded, position, spec.lo - 1e-6, spec.hi + 1e-6)
+        codes = position.clamp(spec.lo, spec.hi)
+        if shifted is None:
+            codes.round_()
+        if scale.ndim == 0:
+            step = coded.flatten().dot(codes.flatten()) - inside.flatten().dot(u.flatten())
+        else:
+            axes = [i for i, size in enumerate(scale.shape) if size == 1]
+            step = (coded * codes).sum(axes, keepdim=True)
+            step -= (inside * u).sum(axes, keepdim=True)
+        grad_x = inside if keep is None else inside.addcmul_(grad, keep)
+        return grad_x, step * ctx.factor, None, None, None, None
 
 
 def fake_quantize(
-    x: Tensor, scale: Tensor, spec: QuantSpec, noise: torch.Generator | None
+    x: Tensor,
+    scale: Tensor,
+    spec: QuantSpec,
+    noise: Tensor | None = None,
+    keep: Tensor | None = None,
+    factor: float = 1.0,
 ) -> Tensor:
-    """scale * clamp(x / scale, rounded or with noise added).
+    """scale * clamp(x / scale), rounded, or with ``noise`` added instead.
 
-    The gradient reaches ``x`` unchanged inside the range, and ``scale`` through the rounding
-    error (or the noise) and the saturation limits. ``scale`` broadcasts against ``x``.
+    Args:
+        x: Real values, any shape.
+        scale: Steps that broadcast against ``x``.
+        spec: Range of the codes.
+        noise: In steps, shape of ``x``.
+        keep: 1.0 where an element stays real, else 0.0; shape of ``x``.
+        factor: Of the gradient of ``scale``.
 
     Source:
-        LSQ (Esser et al., ICLR 2020); noise: Shin et al., ICML 2025, section 4.1.
+        LSQ (Esser et al., ICLR 2020); noise: Shin et al., ICML 2025, section 4.1; keep:
+        QDrop (Wei et al., ICLR 2022).
     """
-    u = x / scale
-    if noise is not None:
-        u = u + resample_errors(u.detach(), spec, noise)
-        return u.clamp(spec.lo, spec.hi) * scale
-    u = u.clamp(spec.lo, spec.hi)
-    return (u + (torch.round(u) - u).detach()) * scale
+    result = _FakeQuantize.apply(x, scale, spec, noise, keep, factor)  # type: ignore[no-untyped-call]
+    assert isinstance(result, Tensor)
+    return result
 
 
 class WeightQuantizer(nn.Module):
-    """A latent weight and its step; ``mode`` OFF gives the weight as it was adapted."""
+    """A latent weight and its step, and what AdaRound adds to them.
 
-    def __init__(self, weight: Tensor, spec: QuantSpec) -> None:
+    ``gain``, one per output channel, multiplies the quantized weight; it is how steps carry
+    a folded BatchNorm. ``freeze`` turns what was learned into codes.
+    """
+
+    def __init__(self, weight: Tensor, spec: QuantSpec, gain: Tensor | None = None) -> None:
         super().__init__()
         self.spec = spec
         self.mode = Mode.OFF
-        self.generator = torch.Generator(weight.device)
+        self.draws: Draws | None = None
         self.register_buffer("original", weight.detach().clone())
+        self.register_buffer("gain", None if gain is None else _along(gain, weight.ndim, 0))
+        self.register_buffer("frozen", None)
         self.latent = nn.Parameter(weight.detach().clone())
         self.scale = nn.Parameter(search_scale(weight, spec))
+        self.rounding: nn.Parameter | None = None
+
+    def start_adaround(self) -> None:
+        """Add the variable that learns up or down, at the weight's own fraction."""
+        u = self.original / self._steps().detach()  # type: ignore[operator]
+        share = ((u - u.floor()) - _STRETCH_LOW) / (_STRETCH_HIGH - _STRETCH_LOW)
+        self.rounding = nn.Parameter(torch.logit(share))
+
+    def soft(self) -> Tensor:
+        """h(V) in [0, 1]: how far each weight is rounded up."""
+        assert self.rounding is not None
+        stretched = torch.sigmoid(self.rounding) * (_STRETCH_HIGH - _STRETCH_LOW) + _STRETCH_LOW
+        return stretched.clamp(0, 1)
 
     def forward(self) -> Tensor:
-        """The weight, fake-quantized as ``mode`` says."""
+        """The weight as ``mode`` says, its gain applied."""
+        real = self._real()
+        return real if self.gain is None else real * self.gain
+
+    def _real(self) -> Tensor:
+        original, frozen = self.original, self.frozen
+        assert isinstance(original, Tensor)
         if self.mode is Mode.OFF:
-            original = self.original
-            assert isinstance(original, Tensor)
             return original
-        noise = self.generator if self.mode is Mode.NOISE else None
-        return fake_quantize(self.latent, self._along(), self.spec, noise)
+        if isinstance(frozen, Tensor):
+            return frozen.to(original.dtype) * self._steps()
+        if self.mode is Mode.SOFT:
+            steps = self._steps().detach()
+            codes = (original / steps).floor() + self.soft()
+            return codes.clamp(self.spec.lo, self.spec.hi) * steps
+        if self.rounding is not None:
+            return self.codes().to(original.dtype) * self._steps()
+        noise = _noise(self.mode, self.latent, self._steps(), self.spec, self.draws)
+        return fake_quantize(self.latent, self._steps(), self.spec, noise)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
-        """int8 codes of the latent weight."""
-        codes = torch.round(self.latent / self._along())
-        return codes.clamp(self.spec.lo, self.spec.hi).to(torch.int8)
+        """int8 codes of what was learned."""
+        if isinstance(self.frozen, Tensor):
+            return self.frozen
+        if self.rounding is not None:
+            real = (self.original / self._steps()).floor() + (self.soft() >= 0.5)  # type: ignore[operator]
+        else:
+            real = torch.round(self.latent / self._steps())
+        codes: Tensor = real.clamp(self.spec.lo, self.spec.hi).to(torch.int8)
+        return codes
 
-    def _along(self) -> Tensor:
-        if self.spec.axis is None:
-            return self.scale
-        shape = [1] * self.latent.ndim
-        shape[self.spec.axis] = -1
-        return self.scale.reshape(shape)
+    @torch.no_grad()
+    def freeze(self, codes: Tensor | None = None, scale: Tensor | None = None) -> None:
+        """Settle on codes and step: those learned, or those given."""
+        self.frozen = self.codes() if codes is None else codes.to(self.latent.device)
+        if scale is not None:
+            self.scale.copy_(scale)
+        self.rounding = None
+        self.latent.data = self.latent.data.new_empty(0)
+
+    def reset(self) -> None:
+        """Forget what was learned of the weight; the step is the caller's."""
+        self.rounding = None
+        self.latent.data.copy_(self.original)  # type: ignore[arg-type]
+
+    def _steps(self) -> Tensor:
+        original = self.original
+        assert isinstance(original, Tensor)
+        return _along(self.scale, original.ndim, self.spec.axis)
 
 
 class ActivationQuantizer(nn.Module):
@@ -134,7 +244,8 @@ class ActivationQuantizer(nn.Module):
         self.name = name
         self.mode = Mode.OFF
         self.drop = 0.0
-        self.generator = torch.Generator(device)
+        self.settled = False
+        self.draws: Draws | None = None
         self.samples: list[Tensor] | None = None
         self.scale = nn.Parameter(torch.ones((), device=device))
 
@@ -144,12 +255,11 @@ class ActivationQuantizer(nn.Module):
             self.samples.append(_thin(x.detach()))
         if self.mode is Mode.OFF:
             return x
-        noise = self.generator if self.mode is Mode.NOISE else None
-        real = fake_quantize(x, self._lsq_scale(x), self.spec, noise)
-        if self.drop > 0:
-            kept = torch.rand(x.shape, generator=self.generator, device=x.device) < self.drop
-            real = torch.where(kept, x, real)
-        return real
+        x = x.contiguous()
+        noise = _noise(self.mode, x, self.scale, self.spec, self.draws)
+        keep = self.draws.keep(x, self.drop) if self.drop > 0 and self.draws else None
+        factor = 1 / math.sqrt(x.numel() * self.spec.hi)
+        return fake_quantize(x, self.scale, self.spec, noise, keep, factor)
 
     def start_observing(self) -> None:
         """Keep samples of what passes."""
@@ -162,9 +272,23 @@ class ActivationQuantizer(nn.Module):
         self.scale.copy_(search_scale(torch.cat(self.samples), self.spec))
         self.samples = None
 
-    def _lsq_scale(self, x: Tensor) -> Tensor:
-        factor = 1 / math.sqrt(x.numel() * self.spec.hi)
-        return (self.scale - self.scale * factor).detach() + self.scale * factor
+
+@torch.no_grad()
+def _noise(
+    mode: Mode, x: Tensor, scale: Tensor, spec: QuantSpec, draws: Draws | None
+) -> Tensor | None:
+    if mode not in _NOISY:
+        return None
+    assert draws is not None
+    return draws.uniform(x) if mode is Mode.UNIFORM else draws.resample(x, scale, spec)
+
+
+def _along(values: Tensor, ndim: int, axis: int | None) -> Tensor:
+    if axis is None or values.ndim == 0:
+        return values
+    shape = [1] * ndim
+    shape[axis] = -1
+    return values.reshape(shape)
 
 
 def _thin(x: Tensor, most: int = 1 << 13) -> Tensor:

@@ -20,11 +20,14 @@ from ..bundle import Bundle
 from ..calibration_data.readers import ImageSet, Wanted, read
 from ..errors import CheckFailed, DataError, ModelError, SpecError
 from ..manifest import Activation, Manifest, Scheme
-from ..spec import GRIDS, METHODS, check_bits
-from .capture import Capture, attribute, capture, fold_batch_norm, fold_constants
-from .emit import check_graph, emit_float, emit_quantized, onnx_graph, state_tensors
+from ..recipe import FOLDS, Options
+from ..spec import GRIDS, check_bits
+from .caches import Caches
+from .capture import Capture, capture, fold_batch_norm, fold_constants
+from .emit import Emitted, check_graph, emit_float, emit_quantized, onnx_graph
 from .placement import Plan, plan_quantizers
-from .reconstruct import Options, Quantized, reconstruct
+from .progress import Partial
+from .reconstruct import quantizers_of, reconstruct
 from .source import load_model, load_state, state_sha256
 
 __all__ = ["calibrate", "fake_quantized"]
@@ -44,12 +47,15 @@ def calibrate(
     abits: int = 8,
     per_channel: bool = False,
     grid: str = "int8",
+    fold: str = "weights",
     options: Options | None = None,
     images: int | None = 1024,
     wanted: Wanted | None = None,
     skip_corrupt: bool = False,
     seed: int = 0,
     device: str = "auto",
+    resume: bool = False,
+    cache_gb: float = 4.0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Bundle:
     """Calibrate a model and write its bundle.
@@ -60,84 +66,113 @@ def calibrate(
         domain: Name of the domain the weights were adapted to.
         output: Folder of the bundle.
         weights: Adapted checkpoint; without it the factory's own weights are used.
-        base: Source checkpoint that all domains were adapted from; needed by ``hdrq``.
-        method: ``float`` (no quantization, BatchNorm kept), ``rtn`` or ``hdrq``.
+        base: Source checkpoint that all domains were adapted from; needed by the distance
+            term of ``hdrq``.
+        method: One of ``recipe.METHODS``.
         wbits: Bits of the weights, 2 to 8; first and last layer keep 8.
         abits: Bits of the activations that heavy layers read, 2 to 8.
         per_channel: One weight step per output channel instead of one per tensor (the paper).
         grid: ``int8`` or ``paper`` (see ``spec.activation_range``).
-        options: HDRQ's knobs.
+        fold: Where BatchNorm goes: into the ``weights`` (the paper), or into the ``steps``
+            of the weights, one per channel, so that a merge averages it apart.
+        options: How to learn; by default as ``method`` does.
         images: At most so many calibration images.
         wanted: Size and normalisation of images.
         skip_corrupt: Leave out images that cannot be decoded.
         seed: Seed of every draw.
         device: ``auto``, ``cpu`` or ``cuda``.
+        resume: Go on behind the last finished block of a run that was stopped.
+        cache_gb: Activations of so many gigabytes stay in memory; more go to mapped files.
         progress: Called with (steps done, steps in all, block name).
 
     Raises:
         HdrqError: The input does not fit; the message says what to do.
         CheckFailed: The written graph disagrees with the fake-quantized model.
     """
-    options = options or Options()
-    _check(method, wbits, abits, grid, base)
+    options = options or Options.of(method)
+    per_channel = per_channel or fold == "steps"
+    _check(method, wbits, abits, grid, fold, options, base)
     where = _device(device)
     network = load_model(model)
     base_state = load_state(network, base, "source") if base else None
     state = load_state(network, weights, "adapted") if weights else dict(network.state_dict())
     wanted = _wanted(network, wanted)
     dataset = data if isinstance(data, ImageSet) else read(data, wanted, images, seed, skip_corrupt)
-    if len(dataset.x) < 2:
-        raise DataError(f"{data}: found {len(dataset.x)} image; needed 2 or more to calibrate")
+    learns = options.learner != "none"
+    needed = max(2, options.batch if learns else 2)
+    if len(dataset.x) < needed:
+        raise DataError(
+            f"{data if not isinstance(data, ImageSet) else 'the data'}: found {len(dataset.x)} "
+            f"images; needed {needed} or more (one batch): add images"
+            + (" or pass a smaller --batch" if learns else "")
+        )
     torch.manual_seed(seed)
     inputs = torch.from_numpy(dataset.x)
     graph_of = _captured(model, network, inputs[:2])
     found = graph_of.clone_with(state)
     plan: Plan | None = None
     blocks: list[dict[str, Any]] = []
+    hashes = {
+        "source_sha256": state_sha256(base_state or state),
+        "adapted_sha256": {domain: state_sha256(state)},
+        "data_sha256": {domain: dataset.sha256},
+    }
+    versions = {
+        name: version(name)
+        for name in ("hdrq-deploy", "torch", "onnx", "onnxruntime", "onnxscript", "numpy")
+    }
+    resolved = {
+        "images": len(inputs),
+        "device": str(where),
+        "threads": torch.get_num_threads(),
+        **asdict(options),
+    }
+    scheme = {"grid": grid, "wbits": wbits, "abits": abits, "per_channel": per_channel}
+    target = Path(output).absolute()
+    partial = None
     if method == "float":
         fold_constants(found)
-        module, entries = emit_float(found)
+        made = emit_float(found)
     else:
         source = _prepared(graph_of.clone_with(base_state)) if base_state else None
         found = _prepared(found)
         plan = plan_quantizers(found, wbits, abits, per_channel, grid)
-        result = reconstruct(found, plan, inputs, method, options, source, seed, where, progress)
+        run = {"model": model, "method": method, "fold": fold, "seed": seed, "versions": versions}
+        partial = Partial.open(target, {**run, **scheme, **resolved, **hashes}, resume)
+        caches = Caches(round(cache_gb * 1e9), partial.folder)
+        result = reconstruct(
+            found, plan, inputs, options, source, fold, seed, where, caches, partial, progress
+        )
         found.module.cpu()
         blocks = result.blocks
-        module, entries = emit_quantized(found, plan, result)
-    graph, layers = onnx_graph(module, inputs[:2], entries, found, plan)
+        made = emit_quantized(found, plan, result, fold)
+    graph, layers = onnx_graph(made, inputs[:2], found, plan)
     manifest = Manifest(
         model=model,
         method=method,
         domains={domain: 1.0},
-        scheme=Scheme(
-            grid=grid if plan else None,
-            wbits=wbits if plan else None,
-            abits=abits if plan else None,
-            per_channel=per_channel,
-            fold="weights" if plan else "none",
+        scheme=Scheme.model_validate(
+            {**scheme, "fold": fold}
+            if plan
+            else {**dict.fromkeys(scheme), "per_channel": per_channel, "fold": "none"}
         ),
         layers=tuple(layers),
         activations=_activations(plan),
-        tensors=entries,
-        source_sha256=state_sha256(base_state or state),
-        adapted_sha256={domain: state_sha256(state)},
-        data_sha256={domain: dataset.sha256},
-        options={"images": len(inputs), "device": str(where), **asdict(options)},
+        tensors=made.entries,
+        folds=made.folds,
+        **hashes,
+        options=resolved,
         seed=seed,
         input_shape=tuple(inputs.shape[1:]),
         preprocessing=dataset.preprocessing,
         classes=dataset.classes,
-        metrics={
-            "blocks": blocks,
-            "parity": _parity(module, graph, state_tensors(module), entries, inputs),
-        },
-        versions={
-            name: version(name)
-            for name in ("hdrq-deploy", "torch", "onnx", "onnxruntime", "onnxscript", "numpy")
-        },
+        metrics={"blocks": blocks, "parity": _parity(made, graph, inputs)},
+        versions=versions,
     )
-    return Bundle.write(output, manifest, state_tensors(module), graph)
+    bundle = Bundle.write(target, manifest, made.tensors, graph)
+    if partial:
+        partial.close()
+    return bundle
 
 
 _captures: dict[str, Capture] = {}
@@ -164,36 +199,23 @@ def fake_quantized(bundle: Bundle, example: Tensor) -> nn.Module:
     """
     manifest = bundle.manifest
     if manifest.method == "float":
-        module, entries = emit_float(
-            _folded_constants(capture(load_model(manifest.model), example))
-        )
+        made = emit_float(_folded_constants(capture(load_model(manifest.model), example)))
     else:
         found = _prepared(capture(load_model(manifest.model), example))
         scheme = manifest.scheme
         assert scheme.wbits and scheme.abits and scheme.grid
         plan = plan_quantizers(found, scheme.wbits, scheme.abits, scheme.per_channel, scheme.grid)
-        module, entries = emit_quantized(found, plan, _untrained(found, plan))
+        untrained = quantizers_of(found, plan, torch.device("cpu"), scheme.fold)
+        made = emit_quantized(found, plan, untrained, scheme.fold)
     tensors = bundle.tensors()
-    if set(tensors) != set(entries):
+    if set(tensors) != set(made.entries):
         raise ModelError(
             f"{manifest.model} now has other tensors than {bundle.path}; needed the version of "
             "the model that was calibrated"
         )
-    module.load_state_dict({name: torch.from_numpy(t.copy()) for name, t in tensors.items()})
-    return module
-
-
-def _untrained(found: Capture, plan: Plan) -> Quantized:
-    from .fakequant import ActivationQuantizer, WeightQuantizer
-
-    weights = {
-        s.weight: WeightQuantizer(attribute(found.module, s.weight), s.spec)
-        for s in plan.layers
-        if s.weight is not None and s.spec is not None
-    }
-    cpu = torch.device("cpu")
-    steps = {s.name: ActivationQuantizer(s.spec, s.name, cpu) for s in plan.activations}
-    return Quantized(weights, steps, [])
+    read = {name: tensors[name] for name in manifest.graph_tensors}
+    made.module.load_state_dict({name: torch.from_numpy(t.copy()) for name, t in read.items()})
+    return made.module
 
 
 def _folded_constants(found: Capture) -> Capture:
@@ -207,17 +229,25 @@ def _prepared(found: Capture) -> Capture:
     return found
 
 
-def _check(method: str, wbits: int, abits: int, grid: str, base: str | Path | None) -> None:
-    if method not in METHODS:
-        raise SpecError(f"found method {method!r}; choose one of {', '.join(METHODS)}")
-    if grid not in GRIDS:
-        raise SpecError(f"found grid {grid!r}; choose one of {', '.join(GRIDS)}")
+def _check(
+    method: str,
+    wbits: int,
+    abits: int,
+    grid: str,
+    fold: str,
+    options: Options,
+    base: str | Path | None,
+) -> None:
+    Options.of(method)
+    for what, value, allowed in (("grid", grid, GRIDS), ("fold", fold, FOLDS)):
+        if value not in allowed:
+            raise SpecError(f"found {what} {value!r}; choose one of {', '.join(allowed)}")
     check_bits(wbits, "wbits")
     check_bits(abits, "abits")
-    if method == "hdrq" and base is None:
+    if options.distance > 0 and base is None:
         raise SpecError(
-            "found no source checkpoint; hdrq keeps the weights close to those all domains "
-            "started from: pass --base SOURCE (or --method rtn)"
+            "found no source checkpoint; the distance term keeps the weights close to those all "
+            "domains started from: pass --base SOURCE (or --distance 0)"
         )
 
 
@@ -260,9 +290,7 @@ def _activations(plan: Plan | None) -> tuple[Activation, ...]:
     )
 
 
-def _parity(
-    module: nn.Module, graph: bytes, tensors: Any, entries: Any, inputs: Tensor
-) -> dict[str, Any]:
+def _parity(made: Emitted, graph: bytes, inputs: Tensor) -> dict[str, Any]:
     """Compare the torch model with the graph in ONNX Runtime, unfused.
 
     Raises:
@@ -272,10 +300,10 @@ def _parity(
 
     rows = inputs[:_PARITY_IMAGES]
     with torch.no_grad():
-        expected = module.cpu()(rows).numpy()
+        expected = made.module.cpu()(rows).numpy()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        (folder / WEIGHTS).write_bytes(serialize(tensors, entries))
+        (folder / WEIGHTS).write_bytes(serialize(made.tensors, made.entries))
         try:
             check_graph(graph, folder)
             session = reference.unfused_session(folder / "model.onnx")

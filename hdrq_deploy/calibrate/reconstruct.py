@@ -2,66 +2,35 @@
 
 For each block in order: the float block's outputs on float inputs are the targets; the
 quantized block learns weights and steps to meet them; then both sets of activations move on
-to the next block. No prefix is ever run again, so the cost is linear in depth.
+to the next block. No prefix is ever run again, so the cost is linear in depth. A finished
+block is stored, so that a stopped run goes on behind it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..errors import ModelError, SpecError
-from .blocks import Block, find_blocks, is_tensor, scalar_value
+from ..errors import ModelError
+from ..recipe import Options
+from .blocks import MOST_HEAVY, Block, find_blocks, is_tensor, scalar_value
+from .caches import Caches, Rows
 from .capture import Capture, attribute, module_path, set_attribute
+from .draws import Draws
 from .fakequant import ActivationQuantizer, Mode, WeightQuantizer
 from .placement import Plan
+from .progress import Partial
 
-__all__ = ["Options", "Quantized", "reconstruct"]
+__all__ = ["Quantized", "quantizers_of", "reconstruct"]
 
-
-@dataclass(frozen=True)
-class Options:
-    """HDRQ's knobs (docs: names as in the paper).
-
-    Attributes:
-        iters: Iterations per block.
-        batch: Images per iteration.
-        lr: Adam's rate for weights and their steps; the paper's text says 1e-3.
-        act_lr: Adam's rate for activation steps.
-        distance: lambda, weight of the distance to the source weights.
-        noise_fraction: Share of the iterations with noise; the rest rounds.
-        warmup: Share of the iterations with a rising learning rate.
-        input_prob: Probability that an input element comes from the quantized network.
-        step_change: Most that one update may change a step, relative to its first value. The
-            reference has no such bound (0); its rates are absolute, so that the fine steps
-            of 8-bit tensors are lost in a few updates.
-        drop_prob: Probability that an activation element inside a block stays real.
-    """
-
-    iters: int = 20000
-    batch: int = 32
-    lr: float = 1e-4
-    act_lr: float = 4e-5
-    distance: float = 0.05
-    noise_fraction: float = 0.8
-    warmup: float = 0.2
-    input_prob: float = 0.5
-    drop_prob: float = 0.5
-    step_change: float = 2e-3
-
-    def __post_init__(self) -> None:
-        if self.iters < 1 or self.batch < 1:
-            raise SpecError(f"found iters={self.iters}, batch={self.batch}; needed both 1 or more")
-        for name, value in asdict(self).items():
-            if not math.isfinite(value) or value < 0:
-                raise SpecError(f"found {name}={value}; needed a number >= 0")
-            if name.endswith(("prob", "fraction", "warmup")) and value > 1:
-                raise SpecError(f"found {name}={value}; needed 0 to 1")
+Report = Callable[[int, int, str], None]
+# Images per forward pass when nothing is learned.
+_RUN_BATCH = 32
 
 
 @dataclass
@@ -94,34 +63,52 @@ class BlockModule(nn.Module):
         outputs: list[Tensor] = self.body(*inputs, *shapes)
         return outputs
 
-    @property
-    def quantizers(self) -> list[WeightQuantizer | ActivationQuantizer]:
-        """Those of the weights, then those of the activations."""
-        return [*self.weights, *self.activations]
-
-    def set_mode(self, mode: Mode, drop: float = 0.0) -> None:
-        """Set every quantizer of the block."""
-        for quantizer in self.quantizers:
-            quantizer.mode = mode
+    def set_mode(self, weights: Mode, activations: Mode | None = None, drop: float = 0.0) -> None:
+        """Set every quantizer of the block; activations as weights where nothing is said."""
+        for weight in self.weights:
+            weight.mode = weights
         for activation in self.activations:
+            activation.mode = weights if activations is None else activations
             activation.drop = drop
 
-    def seed(self, seed: int) -> None:
-        """Start the quantizers' draws."""
-        for i, quantizer in enumerate(self.quantizers):
-            quantizer.generator.manual_seed(seed * 1000 + i)
+
+def quantizers_of(
+    found: Capture, plan: Plan, device: torch.device, fold: str = "weights"
+) -> Quantized:
+    """Untrained quantizers for every site of ``plan``; weight steps by search.
+
+    Args:
+        found: The folded model.
+        plan: Where quantizers go.
+        device: Where they compute.
+        fold: ``weights``, or ``steps`` to quantize the weights before the fold.
+    """
+    weights: dict[str, WeightQuantizer] = {}
+    for site in plan.layers:
+        if site.weight is None or site.spec is None or site.weight in weights:
+            continue
+        folded = found.folds.get(site.weight) if fold == "steps" else None
+        value = attribute(found.module, site.weight) if folded is None else folded.raw
+        gain = None if folded is None else folded.gain.to(device)
+        weights[site.weight] = WeightQuantizer(value.to(device), site.spec, gain)
+    activations = {
+        site.name: ActivationQuantizer(site.spec, site.name, device) for site in plan.activations
+    }
+    return Quantized(weights, activations, [])
 
 
 def reconstruct(
     found: Capture,
     plan: Plan,
     images: Tensor,
-    method: str,
     options: Options,
     base: Capture | None = None,
+    fold: str = "weights",
     seed: int = 0,
     device: torch.device | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    caches: Caches | None = None,
+    partial: Partial | None = None,
+    progress: Report | None = None,
 ) -> Quantized:
     """Learn all quantizers of a captured model.
 
@@ -129,64 +116,199 @@ def reconstruct(
         found: The folded, adapted model.
         plan: Where quantizers go.
         images: Calibration inputs (N, ...).
-        method: ``rtn`` (steps only) or ``hdrq``.
-        options: HDRQ's knobs.
+        options: What is learned, and how.
         base: The folded source model, for the distance term.
+        fold: Where BatchNorm goes, ``weights`` or ``steps``.
         seed: Seed of every draw.
         device: Where to compute.
+        caches: Keeps the activations between blocks; in memory by default.
+        partial: Finished blocks of a stopped run; this run's are added.
         progress: Called with (steps done, steps in all, block name).
 
     Raises:
         ModelError: NaN or infinity appears in a block's activations.
+        DataError: No room for the activations.
 
     Source:
         Shin et al., ICML 2025, sections 4.1 and 4.2; block order and caches as in BRECQ.
     """
     device = device or torch.device("cpu")
+    caches = caches or Caches(1 << 62)
     found.module.to(device)
-    weights = {
-        site.weight: WeightQuantizer(attribute(found.module, site.weight), site.spec)
-        for site in plan.layers
-        if site.weight is not None and site.spec is not None
-    }
-    activations = {
-        site.name: ActivationQuantizer(site.spec, site.name, device) for site in plan.activations
-    }
-    result = Quantized(weights, activations, [])
-    blocks = find_blocks(found.graph)
+    result = quantizers_of(found, plan, device, fold)
+    draws = Draws(seed, device)
+    most = 1 if options.granularity == "layer" else MOST_HEAVY
+    blocks = find_blocks(found.graph, most)
     start = next(n for n in found.graph.nodes if n.op == "placeholder" and is_tensor(n))
-    caches: dict[fx.Node, tuple[Tensor, Tensor]] = {start: (images, images)}
+    first = caches.rows(len(images), images.shape[1:])
+    first.write(0, images)
+    kept: dict[fx.Node, tuple[Rows, Rows]] = {start: (first, first)}
     last_use = {n: i for i, block in enumerate(blocks) for n in block.inputs}
-    learns = method == "hdrq"
-    per_block = options.iters if learns else 1
+    per_block = options.iters if options.learner != "none" else 1
     for index, block in enumerate(blocks):
         module = _build(found, plan, block, result).to(device)
         name = module_path(block.heavy[0]) if block.heavy else f"block {index}"
-        real = [caches[node][0] for node in block.inputs]
-        mixed = [caches[node][1] for node in block.inputs]
-        _observe(module, real, options.batch, device)
-        targets = _run(module, real, Mode.OFF, device)
-        _check_finite(targets, block, name)
-        record = {"name": name, "layers": len(block.heavy), "outputs": len(block.outputs)}
-        record["loss_before"] = _loss(_run(module, mixed, Mode.ROUND, device), targets)
-        if learns and module.weights:
+        real = [kept[node][0] for node in block.inputs]
+        mixed = [kept[node][1] for node in block.inputs]
+        run = _Run(module, options, device, caches)
+        stored = partial.load(index) if partial else None
+        if stored:
+            targets = run.float_outputs(real)
+            _restore(module, result, stored.tensors)
+            record = stored.record
+        else:
+            targets = run.float_outputs(real, observe=True)
+            _check_finite(targets, block, name)
+            record = {"name": name, "layers": len(block.heavy), "outputs": len(block.outputs)}
 
             def report(i: int, done: int = index, label: str = name) -> None:
                 if progress:
                     progress(done * per_block + i, len(blocks) * per_block, label)
 
-            _learn(
-                module, real, mixed, targets, options, base, weights, seed + index, device, report
-            )
-        outputs = _run(module, mixed, Mode.ROUND, device)
-        record["loss_after"] = _loss(outputs, targets)
+            draws.restart(index)
+            sources = _source_weights(module, found, base, result.weights, fold)
+            record |= _settle(run, real, mixed, targets, sources, draws, report)
+        spent = [node for node in block.inputs if last_use[node] == index]
+        for node in spent:
+            if kept[node][0] is not kept[node][1]:
+                kept[node][0].free()
+        outputs = run.quantized_outputs(mixed)
+        if not stored:
+            record["loss_after"] = run.loss(outputs, targets)
+            if partial:
+                partial.save(index, _state(module, result), record)
         result.blocks.append(record)
         for node, target, output in zip(block.outputs, targets, outputs, strict=True):
-            caches[node] = (target, output)
-        caches = {n: c for n, c in caches.items() if last_use.get(n, -1) > index}
+            kept[node] = (target, output)
+        for node in spent:
+            kept.pop(node)[1].free()
         if progress:
             progress((index + 1) * per_block, len(blocks) * per_block, name)
     return result
+
+
+def _settle(
+    run: _Run,
+    real: list[Rows],
+    mixed: list[Rows],
+    targets: list[Rows],
+    sources: list[tuple[WeightQuantizer, Tensor]],
+    draws: Draws,
+    report: Callable[[int], None],
+) -> dict[str, Any]:
+    """Learn one block and freeze it; its error before, and whether learning was kept."""
+    module, options = run.module, run.options
+    open_weights = [q for q in module.weights if q.frozen is None]
+    before = run.round_loss(mixed, targets)
+    record: dict[str, Any] = {"loss_before": before, "learned": False}
+    if options.learner != "none" and open_weights:
+        first = {q: q.scale.detach().clone() for q in (*open_weights, *run.open_activations)}
+        _learn(run, open_weights, real, mixed, targets, sources, draws, report)
+        record["learned"] = True
+        if options.keep_best and not run.round_loss(mixed, targets) <= before:
+            record["learned"] = False
+            for quantizer, scale in first.items():
+                quantizer.scale.data.copy_(scale)
+            for weight in open_weights:
+                weight.reset()
+    for weight in open_weights:
+        weight.freeze()
+    for activation in module.activations:
+        activation.settled = True
+    return record
+
+
+class _Run:
+    """Passes of one block over all calibration images."""
+
+    def __init__(
+        self, module: BlockModule, options: Options, device: torch.device, caches: Caches
+    ) -> None:
+        self.module, self.options, self.device, self.caches = module, options, device, caches
+        self.open_activations = [q for q in module.activations if not q.settled]
+
+    def float_outputs(self, real: list[Rows], observe: bool = False) -> list[Rows]:
+        """Outputs of the float block; while ``observe``, steps of activations are found."""
+        watched = self.open_activations if observe else []
+        for quantizer in watched:
+            quantizer.start_observing()
+        self.module.set_mode(Mode.OFF)
+        outputs = self._collect(real)
+        for quantizer in watched:
+            quantizer.finish_observing()
+        return outputs
+
+    def quantized_outputs(self, mixed: list[Rows]) -> list[Rows]:
+        """Outputs of the rounded block on the quantized network's activations."""
+        self.module.set_mode(Mode.ROUND)
+        return self._collect(mixed)
+
+    def round_loss(self, mixed: list[Rows], targets: list[Rows]) -> float:
+        """Error of the rounded block on the quantized network's activations."""
+        self.module.set_mode(Mode.ROUND)
+        total = 0.0
+        for first, outputs in self._outputs(mixed):
+            total += self._part_loss(first, outputs, targets)
+        return total / len(mixed[0])
+
+    def loss(self, outputs: list[Rows], targets: list[Rows]) -> float:
+        """The same error of outputs that are there already."""
+        total = 0.0
+        for first, last in _batches(len(targets[0])):
+            parts = [rows.read(first, last) for rows in outputs]
+            total += self._part_loss(first, parts, targets)
+        return total / len(targets[0])
+
+    def _part_loss(self, first: int, outputs: list[Tensor], targets: list[Rows]) -> float:
+        count = len(outputs[0])
+        parts = (
+            _error(o, t.read(first, first + count).to(o.device))
+            for o, t in zip(outputs, targets, strict=True)
+        )
+        return float(sum(parts)) * count
+
+    @torch.no_grad()
+    def _outputs(self, inputs: list[Rows]) -> Iterator[tuple[int, list[Tensor]]]:
+        for first, last in _batches(len(inputs[0])):
+            yield first, self.module([rows.read(first, last).to(self.device) for rows in inputs])
+
+    def _collect(self, inputs: list[Rows]) -> list[Rows]:
+        collected: list[Rows] = []
+        for first, outputs in self._outputs(inputs):
+            if not collected:
+                shapes = [output.shape[1:] for output in outputs]
+                collected = [self.caches.rows(len(inputs[0]), shape) for shape in shapes]
+            for rows, output in zip(collected, outputs, strict=True):
+                rows.write(first, output.cpu())
+        return collected
+
+
+def _batches(count: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, count, _RUN_BATCH):
+        yield first, min(first + _RUN_BATCH, count)
+
+
+def _state(module: BlockModule, result: Quantized) -> dict[str, Tensor]:
+    """What a finished block has learned, by the names of its weights and steps."""
+    names = {id(q): n for n, q in (*result.weights.items(), *result.activations.items())}
+    state = {}
+    for weight in module.weights:
+        state[f"codes {names[id(weight)]}"] = weight.codes().cpu()
+        state[f"scale {names[id(weight)]}"] = weight.scale.detach().cpu()
+    for activation in module.activations:
+        state[f"act {names[id(activation)]}"] = activation.scale.detach().cpu()
+    return state
+
+
+@torch.no_grad()
+def _restore(module: BlockModule, result: Quantized, state: dict[str, Tensor]) -> None:
+    names = {id(q): n for n, q in (*result.weights.items(), *result.activations.items())}
+    for weight in module.weights:
+        name = names[id(weight)]
+        weight.freeze(state[f"codes {name}"], state[f"scale {name}"])
+    for activation in module.activations:
+        activation.scale.copy_(state[f"act {names[id(activation)]}"])
+        activation.settled = True
 
 
 def _build(found: Capture, plan: Plan, block: Block, result: Quantized) -> BlockModule:
@@ -235,104 +357,119 @@ def _build(found: Capture, plan: Plan, block: Block, result: Quantized) -> Block
     return BlockModule(block, fx.GraphModule(parameters, graph), scalars)
 
 
-@torch.no_grad()
-def _observe(module: BlockModule, real: list[Tensor], batch: int, device: torch.device) -> None:
-    """Set the steps of the block's activations from the float network's values."""
-    if not module.activations:
-        return
-    module.set_mode(Mode.OFF)
-    for quantizer in module.activations:
-        quantizer.start_observing()
-    for rows in _batches(len(real[0]), batch):
-        module([tensor[rows].to(device) for tensor in real])
-    for quantizer in module.activations:
-        quantizer.finish_observing()
-
-
-@torch.no_grad()
-def _run(
-    module: BlockModule, inputs: list[Tensor], mode: Mode, device: torch.device, batch: int = 64
-) -> list[Tensor]:
-    module.set_mode(mode)
-    parts: list[list[Tensor]] = []
-    for rows in _batches(len(inputs[0]), batch):
-        parts.append([t.cpu() for t in module([i[rows].to(device) for i in inputs])])
-    return [torch.cat(column) for column in zip(*parts, strict=True)]
-
-
-def _batches(count: int, batch: int) -> Iterator[slice]:
-    for first in range(0, count, batch):
-        yield slice(first, first + batch)
-
-
 def _learn(
-    module: BlockModule,
-    real: list[Tensor],
-    mixed: list[Tensor],
-    targets: list[Tensor],
-    options: Options,
-    base: Capture | None,
-    names: dict[str, WeightQuantizer],
-    seed: int,
-    device: torch.device,
+    run: _Run,
+    weights: list[WeightQuantizer],
+    real: list[Rows],
+    mixed: list[Rows],
+    targets: list[Rows],
+    sources: list[tuple[WeightQuantizer, Tensor]],
+    draws: Draws,
     report: Callable[[int], None],
 ) -> None:
-    """HDRQ's optimisation of one block."""
-    generator = torch.Generator().manual_seed(seed)
-    module.seed(seed)
-    sources = _source_weights(module, base, names, device)
-    latents = [{"params": [q.latent], "rate": options.lr} for q in module.weights]
-    steps = [_step_group(q.scale, options.lr, options.step_change) for q in module.weights]
-    weight_optimizer = torch.optim.Adam([*latents, *steps])
-    activation_steps = [
-        _step_group(q.scale, options.act_lr, options.step_change) for q in module.activations
-    ]
-    step_optimizer = torch.optim.Adam(activation_steps) if activation_steps else None
-    noisy = round(options.iters * options.noise_fraction)
-    floors = [q.scale.detach() * 1e-3 for q in module.quantizers]
+    """Optimise one block, as HDRQ does or with AdaRound's rounding variables."""
+    module, options, device = run.module, run.options, run.device
+    adaround = options.learner == "adaround"
+    for quantizer in (*module.weights, *module.activations):
+        quantizer.draws = draws
+    if adaround:
+        for weight in weights:
+            weight.start_adaround()
+    optimizers = _optimizers(run, weights)
+    noisy = 0 if options.noise == "off" else round(options.iters * options.noise_fraction)
+    floors = [(q.scale, q.scale.detach() * 1e-3) for q in (*weights, *run.open_activations)]
     for i in range(options.iters):
-        _set_rate(weight_optimizer, i, options.iters, options.warmup)
-        if step_optimizer:
-            _set_rate(step_optimizer, i, options.iters, 0.0)
+        for optimizer, warmup in optimizers:
+            _set_rate(optimizer, i, options.iters, warmup)
+            optimizer.zero_grad()
         if i in {0, noisy}:
-            module.set_mode(Mode.NOISE if i < noisy else Mode.ROUND, options.drop_prob)
-        rows = torch.randint(len(real[0]), (options.batch,), generator=generator)
-        inputs = []
-        for clean, coded in zip(real, mixed, strict=True):
-            pick = torch.rand((len(rows), *clean.shape[1:]), generator=generator)
-            inputs.append(
-                torch.where(pick < options.input_prob, coded[rows], clean[rows]).to(device)
-            )
-        outputs = module(inputs)
+            later = Mode.SOFT if adaround else Mode.ROUND
+            module.set_mode(Mode(options.noise) if i < noisy else later, None, options.drop_prob)
+        rows = draws.rows(len(real[0]), options.batch)
+        inputs = [
+            _mix(clean, coded, rows, options.input_prob, draws, device)
+            for clean, coded in zip(real, mixed, strict=True)
+        ]
         loss = torch.zeros((), device=device)
-        for output, target in zip(outputs, targets, strict=True):
-            loss = loss + _error(output, target[rows].to(device))
-        if options.distance > 0:
-            for quantizer, source in sources:
-                loss = loss + options.distance * torch.linalg.vector_norm(quantizer.latent - source)
-        weight_optimizer.zero_grad()
-        if step_optimizer:
-            step_optimizer.zero_grad()
+        for output, target in zip(module(inputs), targets, strict=True):
+            loss = loss + _error(output, target.take(rows).to(device))
+        for quantizer, source in sources:
+            loss = loss + options.distance * torch.linalg.vector_norm(quantizer.latent - source)
+        if adaround and i >= options.iters * options.warmup:
+            loss = loss + options.round_weight * _undecided(weights, i, options)
         loss.backward()  # type: ignore[no-untyped-call]
-        weight_optimizer.step()
-        if step_optimizer:
-            step_optimizer.step()
+        for optimizer, _ in optimizers:
+            optimizer.step()
         with torch.no_grad():  # a step must stay positive
-            for learned, floor in zip(module.quantizers, floors, strict=True):
-                learned.scale.copy_(torch.maximum(learned.scale, floor))
+            for scale, floor in floors:
+                torch.maximum(scale, floor, out=scale.data)
         report(i + 1)
+
+
+def _mix(
+    clean: Rows, coded: Rows, rows: Tensor, share: float, draws: Draws, device: torch.device
+) -> Tensor:
+    """Elements of the quantized network with probability ``share``, else of the float one."""
+    if share >= 1 or clean is coded:
+        return coded.take(rows).to(device)
+    real = clean.take(rows).to(device)
+    if share <= 0:
+        return real
+    return torch.lerp(coded.take(rows).to(device), real, draws.keep(real, 1 - share))
+
+
+def _undecided(weights: list[WeightQuantizer], i: int, options: Options) -> Tensor:
+    """AdaRound's regularizer: how many weights are neither up nor down (its eq. 24)."""
+    warm = options.iters * options.warmup
+    left = max(0.0, 1 - (i - warm) / max(options.iters - warm, 1))
+    beta = options.beta_last + (options.beta_first - options.beta_last) * left
+    parts = [(1 - (2 * weight.soft() - 1).abs().pow(beta)).sum() for weight in weights]
+    return torch.stack(parts).sum()
+
+
+def _optimizers(
+    run: _Run, weights: list[WeightQuantizer]
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """One Adam for the weights with warm-up, one for the steps of activations without."""
+    options = run.options
+    if options.learner == "adaround":
+        groups = [{"params": [q.rounding], "rate": options.lr} for q in weights]
+        warmup = 0.0
+    else:
+        groups = [{"params": [q.latent], "rate": options.lr} for q in weights]
+        groups += [_step_group(q.scale, options.lr, options.step_change) for q in weights]
+        warmup = options.warmup
+    made: list[tuple[torch.optim.Optimizer, float]] = [
+        (torch.optim.Adam(groups, lr=options.lr, fused=True), warmup)
+    ]
+    steps = [_step_group(q.scale, options.act_lr, options.step_change) for q in run.open_activations]
+    if steps:
+        made.append((torch.optim.Adam(steps, lr=options.act_lr, fused=True), 0.0))
+    return made
 
 
 def _source_weights(
     module: BlockModule,
+    found: Capture,
     base: Capture | None,
-    names: dict[str, WeightQuantizer],
-    device: torch.device,
+    weights: dict[str, WeightQuantizer],
+    fold: str,
 ) -> list[tuple[WeightQuantizer, Tensor]]:
-    if base is None:
-        return []
-    by_quantizer = {id(quantizer): name for name, quantizer in names.items()}
-    return [(q, attribute(base.module, by_quantizer[id(q)]).to(device)) for q in module.weights]
+    """The source model's weight for every latent weight of the block."""
+    names = {id(quantizer): name for name, quantizer in weights.items()}
+    sources = []
+    for quantizer in module.weights if base is not None else []:
+        assert base is not None
+        name = names[id(quantizer)]
+        own, origin = found.folds.get(name), base.folds.get(name)
+        if fold == "steps" and own is not None and origin is not None:
+            turned = origin.sign * own.sign
+            value = origin.raw * turned.reshape(-1, *[1] * (origin.raw.ndim - 1))
+        else:
+            value = attribute(base.module, name)
+        if quantizer.frozen is None:
+            sources.append((quantizer, value.to(quantizer.scale.device)))
+    return sources
 
 
 def _step_group(scale: nn.Parameter, rate: float, change: float) -> dict[str, Any]:
@@ -358,17 +495,16 @@ def _error(output: Tensor, target: Tensor) -> Tensor:
     Channels are axis 1 of (N, C) and (N, C, H, W), the last axis of tokens (N, L, C).
     """
     axis = -1 if output.ndim == 3 else min(1, output.ndim - 1)
-    return (output - target).square().sum(axis).mean()
+    positions = output.numel() // output.shape[axis]
+    return torch.nn.functional.mse_loss(output, target, reduction="sum") / positions
 
 
-def _loss(outputs: list[Tensor], targets: list[Tensor]) -> float:
-    return float(sum(_error(o, t) for o, t in zip(outputs, targets, strict=True)))
-
-
-def _check_finite(tensors: list[Tensor], block: Block, name: str) -> None:
-    for node, tensor in zip(block.outputs, tensors, strict=True):
-        if not torch.isfinite(tensor).all():
-            raise ModelError(
-                f"found NaN or infinity in the float activations of {module_path(node)} (block "
-                f"{name}); needed finite values: check the checkpoint and the images"
-            )
+def _check_finite(tensors: list[Rows], block: Block, name: str) -> None:
+    for node, rows in zip(block.outputs, tensors, strict=True):
+        for first, last in _batches(len(rows)):
+            if not torch.isfinite(rows.read(first, last)).all():
+                raise ModelError(
+                    "found NaN or infinity in the float activations of "
+                    f"{module_path(node)} (block {name}); needed finite values: check the "
+                    "checkpoint and the images"
+                )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ..errors import ModelError
-from ..spec import GRIDS, METHODS
+from ..errors import ModelError, SpecError
+from ..recipe import FOLDS, GRANULARITIES, LEARNERS, METHODS, NOISES, Recipe
+from ..spec import GRIDS
 from .common import parser, progress_bar, run
 
 
@@ -18,28 +19,54 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--base", help="source checkpoint that all domains started from")
     p.add_argument("--data", required=True, help="image folder (one folder per class) or .npz")
     p.add_argument("--domain", required=True, help="name of the domain")
-    p.add_argument("--method", default="hdrq", choices=METHODS)
-    p.add_argument("--wbits", type=int, default=8, help="bits of weights, 2 to 8")
-    p.add_argument("--abits", type=int, default=8, help="bits of activations, 2 to 8")
-    p.add_argument("--per-channel", action="store_true", help="one weight step per channel")
-    p.add_argument("--grid", default="int8", choices=GRIDS)
-    p.add_argument("--images", type=int, default=1024, help="calibration images at most")
+    p.add_argument("--recipe", help="YAML or JSON with any of the settings below; flags win")
+    p.add_argument("--method", choices=METHODS, help="hdrq if nothing else is said")
+    p.add_argument("--wbits", type=int, help="bits of weights, 2 to 8 (8)")
+    p.add_argument("--abits", type=int, help="bits of activations, 2 to 8 (8)")
+    p.add_argument(
+        "--per-channel", action=argparse.BooleanOptionalAction, default=None, help="one weight step per channel (no: one per tensor)"
+    )
+    p.add_argument(
+        "--fold", choices=FOLDS, help="where BatchNorm goes (weights); steps: per channel, kept "
+        "apart for the merge"
+    )
+    p.add_argument("--grid", choices=GRIDS, help="codes of non-negative activations (int8)")
+    p.add_argument("--images", type=int, help="calibration images at most (1024)")
     p.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="resize images")
     p.add_argument("--mean", type=float, nargs="+", help="per channel, of pixels in [0, 1]")
     p.add_argument("--std", type=float, nargs="+", help="per channel, of pixels in [0, 1]")
     p.add_argument("--skip-corrupt", action="store_true", help="leave out broken images")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, help="of every draw (0)")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    p.add_argument(
+        "--resume", action="store_true", help="go on behind the last block of a stopped run"
+    )
+    p.add_argument(
+        "--cache-gb",
+        type=float,
+        default=4.0,
+        help="activations held in memory; more go to files beside the output (4)",
+    )
     p.add_argument("-o", "--output", required=True, help="bundle folder (NAME.hdrq)")
-    knobs = p.add_argument_group("hdrq", "learning, per block")
-    knobs.add_argument("--iters", type=int, default=20000, help="iterations")
-    knobs.add_argument("--batch", type=int, default=32, help="images per iteration")
-    knobs.add_argument("--lr", type=float, default=1e-4, help="weights and their steps")
-    knobs.add_argument("--act-lr", type=float, default=4e-5, help="activation steps")
-    knobs.add_argument("--distance", type=float, default=0.05, help="lambda, pull to the source")
-    knobs.add_argument("--noise-fraction", type=float, default=0.8, help="share with noise")
+    knobs = p.add_argument_group("learning, per block", "defaults are the method's own")
+    knobs.add_argument("--iters", type=int, help="iterations (20000)")
+    knobs.add_argument("--batch", type=int, help="images per iteration (32)")
+    knobs.add_argument("--lr", type=float, help="weights and their steps (hdrq 1e-4, else 1e-3)")
+    knobs.add_argument("--act-lr", type=float, help="activation steps (4e-5)")
+    knobs.add_argument("--noise", choices=NOISES, help="instead of rounding (hdrq: empirical)")
+    knobs.add_argument("--noise-fraction", type=float, help="share with noise, then a tail (0.8)")
+    knobs.add_argument("--distance", type=float, help="lambda, pull to the source (hdrq: 0.05)")
+    knobs.add_argument("--warmup", type=float, help="share with a rising rate (0.2)")
+    knobs.add_argument("--input-prob", type=float, help="share of quantized inputs (0.5, brecq 1)")
+    knobs.add_argument("--drop-prob", type=float, help="activations left real (0.5, brecq 0)")
+    knobs.add_argument("--step-change", type=float, help="bound of a step's update; 0: none (2e-3)")
+    knobs.add_argument("--learner", choices=LEARNERS, help="what is learned of the weights")
+    knobs.add_argument("--granularity", choices=GRANULARITIES, help="block (adaround: layer)")
+    knobs.add_argument("--round-weight", type=float, help="AdaRound's regularizer (0.01)")
+    knobs.add_argument("--beta-first", type=float, help="its exponent at first (20)")
+    knobs.add_argument("--beta-last", type=float, help="its exponent at the end (2)")
     knobs.add_argument(
-        "--step-change", type=float, default=2e-3, help="bound of a step's update; 0: none"
+        "--keep-best", action=argparse.BooleanOptionalAction, default=None, help="undo a block whose error rose (yes)"
     )
     return p
 
@@ -51,9 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
+    recipe = Recipe.read(args.recipe) if args.recipe else Recipe()
+    recipe = recipe.override({k: v for k, v in vars(args).items() if k in Recipe.model_fields})
+    options = recipe.options()
+    if args.cache_gb < 0:
+        raise SpecError(f"found --cache-gb {args.cache_gb}; needed 0 or more")
     try:
         from ..calibrate import calibrate
-        from ..calibrate.reconstruct import Options
     except ImportError as error:
         raise ModelError(
             f"calibration needs {error.name}, which is not installed: "
@@ -61,20 +92,13 @@ def _calibrate(args: argparse.Namespace) -> int:
         ) from error
     from ..calibration_data.readers import Wanted
 
-    options = Options(
-        iters=args.iters,
-        batch=args.batch,
-        lr=args.lr,
-        act_lr=args.act_lr,
-        distance=args.distance,
-        noise_fraction=args.noise_fraction,
-        step_change=args.step_change,
-    )
     wanted = Wanted(
         tuple(args.size) if args.size else None,
         tuple(args.mean) if args.mean else None,
         tuple(args.std) if args.std else None,
     )
+    names = ("method", "wbits", "abits", "per_channel", "fold", "grid", "images", "seed")
+    given = {n: getattr(recipe, n) for n in names if getattr(recipe, n) is not None}
     with progress_bar(f"calibrate {args.domain}") as progress:
         bundle = calibrate(
             model=args.model,
@@ -83,18 +107,14 @@ def _calibrate(args: argparse.Namespace) -> int:
             output=args.output,
             weights=args.weights,
             base=args.base,
-            method=args.method,
-            wbits=args.wbits,
-            abits=args.abits,
-            per_channel=args.per_channel,
-            grid=args.grid,
             options=options,
-            images=args.images,
             wanted=wanted,
             skip_corrupt=args.skip_corrupt,
-            seed=args.seed,
             device=args.device,
+            resume=args.resume,
+            cache_gb=args.cache_gb,
             progress=progress,
+            **given,
         )
     print(bundle.path)
     return 0

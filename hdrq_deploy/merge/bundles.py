@@ -1,0 +1,317 @@
+"""Merge calibrated bundles without training, torch or the original models.
+
+Steps, biases and activation steps become weighted means, BatchNorm moments are matched, and
+codes are rounded by :mod:`.rounding`. Weights are read from mapped files and written tensor
+by tensor, so that the parents never have to fit into memory together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bundle import Bundle
+from ..errors import MergeError
+from ..files import sha256_bytes
+from ..fold import graph_tensors
+from ..manifest import Manifest, ParentRecord
+from .rounding import ROUNDINGS, merge_codes
+
+__all__ = ["Merger", "merge"]
+
+Array = npt.NDArray[Any]
+Progress = Callable[[int, int], None]
+
+
+def merge(
+    bundles: Sequence[Bundle | str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    weights: Sequence[float] | None = None,
+    rounding: str = "advanced",
+    candidates: int = 100,
+    seed: int = 0,
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> Bundle:
+    """Merge two or more bundles of one architecture, source and scheme.
+
+    Args:
+        bundles: Bundles or their paths.
+        output: Folder of the merged bundle.
+        weights: One per bundle, >= 0, sum 1; equal by default.
+        rounding: One of ``ROUNDINGS``.
+        candidates: Draws of ``advanced``.
+        seed: Seed of the draws.
+        progress: Called with (tensors done, tensors in all).
+        threads: Tensors merged at a time; one per core by default. The result is the same.
+
+    Raises:
+        MergeError: Fewer than two bundles, weights that do not fit, or bundles that differ
+            in something a merge needs equal; the first difference is named.
+
+    Source:
+        Shin et al., ICML 2025, section 4.3 (rounding); Li et al., ECCV 2024 (BatchNorm).
+    """
+    merger = Merger(bundles, rounding, candidates, seed)
+    mix = merger.check_weights(weights)
+    layers: dict[str, Any] = {}
+    done = 0
+
+    def write(put: Callable[[str, Array], None]) -> Manifest:
+        names = merger.parents[0].manifest.tensors
+        small = merger.floats(mix)
+        for name, value in small.items():
+            put(name, value)
+
+        def one(name: str) -> None:
+            nonlocal done
+            codes, layers[name] = merger.codes(name, mix, small)
+            put(name, codes)
+            done += 1
+            if progress:
+                progress(len(small) + done, len(names))
+
+        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+            list(pool.map(one, merger.code_names))
+        return merger.manifest(mix, dict(sorted(layers.items())))
+
+    return Bundle.write_like(output, merger.parents[0], write)
+
+
+class Merger:
+    """Parents that fit each other, and their merge at any weights.
+
+    Args:
+        bundles: Two or more bundles or paths.
+        rounding: One of ``ROUNDINGS``.
+        candidates: Draws of ``advanced``.
+        seed: Seed of the draws.
+
+    Raises:
+        MergeError: See :func:`merge`.
+    """
+
+    def __init__(
+        self,
+        bundles: Sequence[Bundle | str | os.PathLike[str]],
+        rounding: str = "nearest",
+        candidates: int = 1,
+        seed: int = 0,
+    ) -> None:
+        if len(bundles) < 2:
+            raise MergeError(f"found {len(bundles)} bundle; a merge needs two or more")
+        if rounding not in ROUNDINGS:
+            raise MergeError(f"found rounding {rounding!r}; choose one of {', '.join(ROUNDINGS)}")
+        if candidates < 1:
+            raise MergeError(f"found candidates={candidates}; needed 1 or more")
+        if seed < 0:
+            raise MergeError(f"found seed={seed}; needed 0 or more")
+        self.parents = [b if isinstance(b, Bundle) else Bundle.open(b) for b in bundles]
+        for other in self.parents[1:]:
+            _check_compatible(self.parents[0], other)
+        self.rounding, self.candidates, self.seed = rounding, candidates, seed
+        entries = self.parents[0].manifest.tensors
+        self.code_names = sorted(n for n, entry in entries.items() if entry.role == "codes")
+
+    def check_weights(self, weights: Sequence[float] | None) -> list[float]:
+        """Weights as given, or equal ones; raises MergeError where they do not fit."""
+        return _check_weights(self.parents, weights)
+
+    def tensors(self, mix: Sequence[float]) -> dict[str, Array]:
+        """All tensors of a merge, in memory."""
+        merged = self.floats(mix)
+        for name in self.code_names:
+            merged[name] = self.codes(name, mix, merged)[0]
+        return merged
+
+    def floats(self, mix: Sequence[float]) -> dict[str, Array]:
+        """Everything but the codes; what follows from a fold is computed from its parts."""
+        manifest = self.parents[0].manifest
+        derived = {name for fold in manifest.folds.values() for name in (fold.scale, fold.bias)}
+        merged = {
+            name: self._float(name, mix)
+            for name, entry in manifest.tensors.items()
+            if entry.role != "codes" and name not in derived
+        }
+        for fold in manifest.folds.values():
+            merged[fold.scale], merged[fold.bias] = graph_tensors(
+                merged[fold.raw_scale],
+                merged[fold.gamma],
+                merged[fold.beta],
+                merged[fold.mean],
+                merged[fold.variance],
+                fold.eps,
+                None if fold.raw_bias is None else merged[fold.raw_bias],
+            )
+        return merged
+
+    def codes(
+        self, name: str, mix: Sequence[float], floats: Mapping[str, Array]
+    ) -> tuple[Array, dict[str, Any]]:
+        """Merged codes of one tensor, and statistics of its rounding."""
+        manifest = self.parents[0].manifest
+        entry, fold = manifest.tensors[name], manifest.folds.get(name)
+        scale = fold.raw_scale if fold else entry.scale
+        assert scale is not None
+        found = merge_codes(
+            [parent.tensor(name) for parent in self.parents],
+            [parent.tensor(scale) for parent in self.parents],
+            floats[scale],
+            mix,
+            entry.spec,
+            self.rounding,
+            self.candidates,
+            (self.seed, self.code_names.index(name)),
+        )
+        statistics = {
+            "codes": found.codes.size,
+            "ambiguous": found.ambiguous,
+            "changed": found.changed,
+            "cosines": found.cosines,
+            "nearest_cosines": found.nearest_cosines,
+        }
+        return found.codes, statistics
+
+    def manifest(self, mix: Sequence[float], layers: Mapping[str, Any]) -> Manifest:
+        """The manifest of a merge; ``layers`` are the statistics of each tensor of codes."""
+        return _manifest(self, mix, layers)
+
+    def _float(self, name: str, mix: Sequence[float]) -> Array:
+        values = [parent.tensor(name) for parent in self.parents]
+        role = self.parents[0].manifest.tensors[name].role
+        if role == "bn_var":
+            means = [parent.tensor(_mean_of(name)) for parent in self.parents]
+            return matched_variance(values, means, mix)
+        if role == "constant":
+            if any(not np.array_equal(value, values[0]) for value in values):
+                raise MergeError(
+                    f"found different constants {name} in {self.parents[0].path} and another "
+                    "bundle; needed models that differ in trained weights only"
+                )
+            return values[0]
+        return weighted_mean(values, mix)
+
+
+def weighted_mean(values: Sequence[Array], mix: Sequence[float]) -> Array:
+    """sum_i mix_i * values_i in float64, as float32; equal values stay as they are."""
+    if all(np.array_equal(value, values[0]) for value in values):
+        return values[0]
+    total = sum(m * v.astype(np.float64) for m, v in zip(mix, values, strict=True))
+    return np.asarray(total).astype(np.float32)
+
+
+def matched_variance(
+    variances: Sequence[Array], means: Sequence[Array], mix: Sequence[float]
+) -> Array:
+    """Variance of the mixture: sum_i mix_i * (variance_i + (mean_i - mean)^2).
+
+    Source:
+        Li et al., ECCV 2024, on merging BatchNorm of models of several domains.
+    """
+    wide = [mean.astype(np.float64) for mean in means]
+    centre = sum(m * mean for m, mean in zip(mix, wide, strict=True))
+    spread = [
+        v.astype(np.float64) + (mean - centre) ** 2 for v, mean in zip(variances, wide, strict=True)
+    ]
+    return weighted_mean(spread, mix).astype(np.float32)
+
+
+def _mean_of(variance: str) -> str:
+    """The name of the mean that belongs to a BatchNorm's variance."""
+    for ending, other in (("running_var", "running_mean"), ("_bn_variance", "_bn_mean")):
+        if variance.endswith(ending):
+            return variance.removesuffix(ending) + other
+    raise MergeError(f"found a variance {variance} without a mean; make the bundle again")
+
+
+def _check_weights(parents: list[Bundle], weights: Sequence[float] | None) -> list[float]:
+    if len(parents) < 2:
+        raise MergeError(f"found {len(parents)} bundle; a merge needs two or more")
+    if weights is None:
+        return [1 / len(parents)] * len(parents)
+    mix = [float(w) for w in weights]
+    if len(mix) != len(parents):
+        raise MergeError(f"found {len(mix)} weights for {len(parents)} bundles; give one for each")
+    if not all(w >= 0 for w in mix) or abs(sum(mix) - 1) > 1e-6:
+        raise MergeError(
+            f"found weights {' '.join(map(str, mix))} with sum {sum(mix):g}; "
+            "needed weights >= 0 with sum 1"
+        )
+    return mix
+
+
+def _check_compatible(first: Bundle, other: Bundle) -> None:
+    a, b = first.manifest, other.manifest
+    pairs: list[tuple[str, Any, Any]] = [
+        ("model", a.model, b.model),
+        ("method is float", a.method == "float", b.method == "float"),
+        *((f"scheme {k}", v, getattr(b.scheme, k)) for k, v in a.scheme),
+        ("source weights (sha256)", a.source_sha256[:12], b.source_sha256[:12]),
+        ("classes", a.classes, b.classes),
+        ("input shape", a.input_shape, b.input_shape),
+        ("preprocessing", a.preprocessing, b.preprocessing),
+        ("folds", sorted(a.folds.items()), sorted(b.folds.items())),
+        ("tensor names", sorted(a.tensors), sorted(b.tensors)),
+        *((f"tensor {name}", entry, b.tensors.get(name)) for name, entry in a.tensors.items()),
+        ("graph (sha256)", first.graph_sha256[:12], other.graph_sha256[:12]),
+    ]
+    for what, mine, theirs in pairs:
+        if mine != theirs:
+            raise MergeError(
+                f"found different {what}: {_short(mine, theirs)} in {first.path}, "
+                f"{_short(theirs, mine)} in {other.path}; merging needs bundles of one model, "
+                "source and scheme: calibrate them with the same options"
+            )
+
+
+def _short(value: Any, other: Any) -> str:
+    """``value``, or for long sequences its first item that is not in ``other``."""
+    if isinstance(value, (list, tuple)) and isinstance(other, (list, tuple)):
+        lacking = [item for item in value if item not in other]
+        return f"{len(value)} items" + (f" with {lacking[0]}" if lacking else "")
+    return str(value)
+
+
+def _manifest(merger: Merger, mix: Sequence[float], layers: Mapping[str, Any]) -> Manifest:
+    parents = merger.parents
+    domains: dict[str, float] = {}
+    for parent, weight in zip(parents, mix, strict=True):
+        for domain, share in parent.manifest.domains.items():
+            domains[domain] = domains.get(domain, 0.0) + weight * share
+    first = parents[0].manifest
+    methods = sorted({parent.manifest.method for parent in parents})
+    return first.model_copy(
+        update={
+            "method": "+".join(methods),
+            "domains": domains,
+            "adapted_sha256": _union(p.manifest.adapted_sha256 for p in parents),
+            "data_sha256": _union(p.manifest.data_sha256 for p in parents),
+            "seed": merger.seed,
+            "options": {
+                "merge": {
+                    "weights": list(mix),
+                    "rounding": merger.rounding,
+                    "candidates": merger.candidates,
+                },
+                "parents": [p.manifest.options for p in parents],
+            },
+            "metrics": {"layers": dict(layers)},
+            "parents": tuple(
+                ParentRecord(
+                    manifest_sha256=sha256_bytes(parent.manifest.to_json()),
+                    domains=parent.manifest.domains,
+                    weight=weight,
+                )
+                for parent, weight in zip(parents, mix, strict=True)
+            ),
+        }
+    )
+
+
+def _union(records: Any) -> dict[str, str]:
+    return {key: value for record in records for key, value in record.items()}
