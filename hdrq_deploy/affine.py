@@ -10,7 +10,7 @@ import numpy.typing as npt
 from .errors import SpecError
 from .spec import QuantSpec
 
-__all__ = ["along", "dequantize", "pack_int4", "quantize", "unpack_int4"]
+__all__ = ["along", "dequantize", "pack_int4", "quantize", "search_scale", "unpack_int4"]
 
 Floats = npt.NDArray[np.floating[Any]]
 Codes = npt.NDArray[np.int8]
@@ -61,6 +61,35 @@ def dequantize(codes: npt.NDArray[Any], scale: Floats, axis: int | None) -> Floa
     """Real values of ``codes``: scale * code, dtype of the scale."""
     real: Floats = codes.astype(scale.dtype) * along(scale, codes.ndim, axis)
     return real
+
+
+def search_scale(
+    x: Floats, spec: QuantSpec, candidates: int = 100, power: float = 2.4
+) -> npt.NDArray[np.float32]:
+    """One step for ``x`` that minimises mean |x_hat - x|^power over ``candidates`` ranges.
+
+    Args:
+        x: Real values, any shape.
+        spec: Range of the codes; its axis is not looked at.
+        candidates: Fractions 1/candidates, ... 1 of the largest magnitude are tried.
+        power: Exponent of the error.
+
+    Returns:
+        A step > 0, shape ().
+
+    Source:
+        Initialisation of BRECQ and QDrop (Li et al., ICLR 2021; Wei et al., ICLR 2022).
+    """
+    widest = max(float(x.max()) / spec.hi, float(-x.min()) / -spec.lo if spec.lo else 0.0, 1e-30)
+    steps = widest * np.arange(1, candidates + 1) / candidates
+    flat = x.astype(np.float64).ravel()
+    errors = [
+        float((np.abs(np.clip(np.rint(flat / s), spec.lo, spec.hi) * s - flat) ** power).mean())
+        for s in steps
+    ]
+    best = float(steps[int(np.argmin(errors))])
+    # A tensor of zeros has no range; any normal step represents it.
+    return np.array(best if best > 1e-20 else 1e-6, np.float32)
 
 
 def pack_int4(codes: Codes) -> npt.NDArray[np.uint8]:

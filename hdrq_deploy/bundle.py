@@ -212,6 +212,12 @@ class Bundle:
         return sum(record.bytes for record in self.manifest.files.values())
 
     @property
+    def domain(self) -> str | None:
+        """The one domain that the bundle was calibrated for; None for a merge of several."""
+        (first, *others) = self.manifest.domains
+        return None if others else first
+
+    @property
     def graph_sha256(self) -> str:
         """Hash of ``model.onnx``: equal for two bundles of one architecture and scheme."""
         return self.manifest.files[GRAPH].sha256

@@ -10,10 +10,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import HdrqError
 
-__all__ = ["make_directory", "new_directory", "sha256_bytes", "sha256_file", "write_bytes"]
+__all__ = ["check_parent", "make_directory", "new_directory", "replaced", "sha256_bytes", "sha256_file", "write_bytes"]
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -40,13 +41,24 @@ def _sync(path: Path) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that a reader sees the old file or the new one."""
-    _check_parent(path)
+    with replaced(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """Yield a temporary sibling file that takes the place of ``path`` when the block succeeds.
+
+    Raises:
+        HdrqError: No permission, or a full disk.
+    """
+    check_parent(path)
     with _explained(path):
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         temporary = Path(name)
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
+            with os.fdopen(descriptor, "w+b") as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.chmod(0o666 & ~_umask())
@@ -77,7 +89,7 @@ def make_directory(path: Path) -> None:
     Raises:
         HdrqError: No permission, a file in the way, or a full disk.
     """
-    _check_parent(path)
+    check_parent(path)
     with _explained(path):
         path.mkdir(exist_ok=True)
 
@@ -93,7 +105,7 @@ def new_directory(path: Path, marker: str = "manifest.json") -> Iterator[Path]:
         HdrqError: ``path`` is a file or a directory with other content, or its parent
             cannot be written to.
     """
-    _check_parent(path)
+    check_parent(path)
     if path.exists() and not _replaceable(path, marker):
         raise HdrqError(
             f"found other content at {path}; needed a new, empty or earlier output directory "
@@ -135,7 +147,8 @@ def _replaceable(path: Path, marker: str) -> bool:
     return path.is_dir() and ((path / marker).is_file() or not any(path.iterdir()))
 
 
-def _check_parent(path: Path) -> None:
+def check_parent(path: Path) -> None:
+    """Make the folder that ``path`` will lie in, or say why it cannot be written to."""
     parent = path.parent
     try:
         parent.mkdir(parents=True, exist_ok=True)

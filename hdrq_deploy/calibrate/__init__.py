@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .pipeline import calibrate, fake_quantized
+from .pipeline import calibrate, fake_quantized, folded_weights
 
-__all__ = ["calibrate", "fake_quantized"]
+__all__ = ["calibrate", "fake_quantized", "folded_weights"]

@@ -9,7 +9,7 @@ numbers stay independent, and only an array copy is left to pay for.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ __all__ = ["Draws"]
 SIZE = 1 << 22
 _PIECE = SIZE // 2
 # How many rounding errors of a tensor stand for their distribution.
-POOL = 1 << 14
+_POOL_BITS = 14
+POOL = 1 << _POOL_BITS
 
 
 class Draws:
@@ -77,7 +78,7 @@ class Draws:
         flat = (x if scale.ndim == 0 else x / scale).reshape(-1)
         some = flat
         if flat.numel() > POOL:  # at random places: a stride may fall in step with rows
-            places = self._window("place", self._places, flat.new_empty(POOL))
+            (places,) = self._pieces("place", self._places, POOL)
             some = flat[(places * flat.numel()).long()]
         if scale.ndim == 0:
             some = some / scale
@@ -85,11 +86,15 @@ class Draws:
         inside = errors[(some >= spec.lo) & (some <= spec.hi)]
         if inside.numel() == 0:
             return torch.zeros_like(x)
-        index = self._window("index", self._indices, flat)
+        pieces = list(self._pieces("index", self._indices, flat.numel()))
         if inside.numel() != POOL:
-            fill = self._window("index", self._indices, flat.new_empty(POOL))
-            inside = inside[fill * inside.numel() // POOL]
-        return torch.index_select(inside, 0, index).reshape(x.shape)
+            (fill,) = self._pieces("index", self._indices, POOL)
+            inside = inside[fill * inside.numel() >> _POOL_BITS]
+        noise, first = torch.empty_like(flat), 0
+        for index in pieces:
+            torch.index_select(inside, 0, index, out=noise[first : first + len(index)])
+            first += len(index)
+        return noise.reshape(x.shape)
 
     def rows(self, count: int, batch: int) -> Tensor:
         """Indices of one batch among ``count`` images, on the CPU."""
@@ -106,17 +111,18 @@ class Draws:
     def _window(
         self, kind: str, make: Callable[[torch.Generator], Tensor], like: Tensor
     ) -> Tensor:
+        pieces = list(self._pieces(kind, make, like.numel()))
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(like.shape)
+
+    def _pieces(
+        self, kind: str, make: Callable[[torch.Generator], Tensor], count: int
+    ) -> Iterator[Tensor]:
+        """``count`` numbers of a kind, in windows from fresh offsets."""
         if kind not in self._kept:
             generator = torch.Generator().manual_seed(self._seed)
             self._kept[kind] = make(generator).to(self._device)
-        numbers, count = self._kept[kind], like.numel()
-        if count <= _PIECE:
-            return self._piece(numbers, count).reshape(like.shape)
-        pieces = [
-            self._piece(numbers, min(_PIECE, count - first)) for first in range(0, count, _PIECE)
-        ]
-        return torch.cat(pieces).reshape(like.shape)
-
-    def _piece(self, numbers: Tensor, count: int) -> Tensor:
-        first = self._offsets.randrange(SIZE - count + 1)
-        return numbers[first : first + count]
+        numbers = self._kept[kind]
+        for begin in range(0, count, _PIECE):
+            length = min(_PIECE, count - begin)
+            first = self._offsets.randrange(SIZE - length + 1)
+            yield numbers[first : first + length]

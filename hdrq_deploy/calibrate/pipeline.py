@@ -30,7 +30,7 @@ from .progress import Partial
 from .reconstruct import quantizers_of, reconstruct
 from .source import load_model, load_state, state_sha256
 
-__all__ = ["calibrate", "fake_quantized"]
+__all__ = ["calibrate", "fake_quantized", "folded_weights"]
 
 _PARITY_IMAGES = 64
 
@@ -216,6 +216,24 @@ def fake_quantized(bundle: Bundle, example: Tensor) -> nn.Module:
     read = {name: tensors[name] for name in manifest.graph_tensors}
     made.module.load_state_dict({name: torch.from_numpy(t.copy()) for name, t in read.items()})
     return made.module
+
+
+def folded_weights(model: str, weights: str | Path, example: Any) -> dict[str, Any]:
+    """A checkpoint's tensors by the names of the folded graph, as NumPy arrays.
+
+    Args:
+        model: As in :func:`calibrate`.
+        weights: Checkpoint of that model.
+        example: Two inputs (2, C, H, W).
+
+    Raises:
+        ModelError: Model or checkpoint cannot be loaded, or do not fit each other.
+    """
+    network = load_model(model)
+    load_state(network, weights, "source")
+    found = _prepared(capture(network, torch.as_tensor(example)))
+    state = found.module.state_dict()
+    return {name: value.detach().cpu().numpy() for name, value in state.items()}
 
 
 def _folded_constants(found: Capture) -> Capture:

@@ -74,7 +74,8 @@ def arguments() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``hdrq-calibrate``."""
     args = arguments().parse_args(argv)
-    return run("hdrq-calibrate", lambda: _calibrate(args))
+    stopped = "no bundle was written; --resume goes on behind the last finished block"
+    return run("hdrq-calibrate", lambda: _calibrate(args), stopped)
 
 
 def _calibrate(args: argparse.Namespace) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,17 +37,36 @@ def parser(command: str, text: str, epilog: str = "") -> argparse.ArgumentParser
     return made
 
 
-def run(command: str, body: Callable[[], int]) -> int:
-    """Run a command; a user's mistake becomes one line and its exit code."""
+class _Stopped(KeyboardInterrupt):
+    """SIGTERM, which unwinds like Ctrl-C so that temporary files go."""
+
+
+def run(command: str, body: Callable[[], int], stopped: str = "nothing was written") -> int:
+    """Run a command; a user's mistake becomes one line and its exit code.
+
+    Args:
+        command: Its name, in front of the line.
+        body: Does the work and returns the exit code.
+        stopped: What is left where Ctrl-C or SIGTERM ended it.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if main else None
     try:
         return body()
     except HdrqError as error:
         line = " ".join(str(error).split())
         print(f"{command}: {line}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print(f"{command}: interrupted; nothing was written", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"{command}: interrupted; {stopped}", file=sys.stderr)
+        return 143 if isinstance(error, _Stopped) else 130
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(*_: object) -> None:
+    raise _Stopped
 
 
 @contextmanager

@@ -13,6 +13,7 @@ COMMANDS = {
     "merge": "bundles of several domains become one",
     "export": "a bundle becomes an engine",
     "bench": "measure engines",
+    "analyze": "show why a merge works or fails",
     "inspect": "show a bundle",
     "verify": "compare torch, graph and engine",
     "demo": "the whole path on digits, no download",

@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 from .bundles import Merger, merge
+from .checkpoints import CHECKPOINT_METHODS, merge_checkpoints
+from .mixing import CRITERIA, choose_weights
+from .reestimate import re_estimate
 from .rounding import ROUNDINGS
 
-__all__ = ["ROUNDINGS", "Merger", "merge"]
+__all__ = [
+    "CHECKPOINT_METHODS",
+    "CRITERIA",
+    "ROUNDINGS",
+    "Merger",
+    "choose_weights",
+    "merge",
+    "merge_checkpoints",
+    "re_estimate",
+]

@@ -22,7 +22,7 @@ from ..fold import graph_tensors
 from ..manifest import Manifest, ParentRecord
 from .rounding import ROUNDINGS, merge_codes
 
-__all__ = ["Merger", "merge"]
+__all__ = ["Merger", "check_mix", "matched_variance", "merge", "weighted_mean"]
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]
@@ -37,6 +37,7 @@ def merge(
     seed: int = 0,
     progress: Progress | None = None,
     threads: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Bundle:
     """Merge two or more bundles of one architecture, source and scheme.
 
@@ -49,6 +50,7 @@ def merge(
         seed: Seed of the draws.
         progress: Called with (tensors done, tensors in all).
         threads: Tensors merged at a time; one per core by default. The result is the same.
+        options: Further entries of the manifest's record of this merge.
 
     Raises:
         MergeError: Fewer than two bundles, weights that do not fit, or bundles that differ
@@ -78,7 +80,7 @@ def merge(
 
         with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
             list(pool.map(one, merger.code_names))
-        return merger.manifest(mix, dict(sorted(layers.items())))
+        return merger.manifest(mix, dict(sorted(layers.items())), options or {})
 
     return Bundle.write_like(output, merger.parents[0], write)
 
@@ -103,8 +105,7 @@ class Merger:
         candidates: int = 1,
         seed: int = 0,
     ) -> None:
-        if len(bundles) < 2:
-            raise MergeError(f"found {len(bundles)} bundle; a merge needs two or more")
+        check_mix(None, len(bundles), "bundle")
         if rounding not in ROUNDINGS:
             raise MergeError(f"found rounding {rounding!r}; choose one of {', '.join(ROUNDINGS)}")
         if candidates < 1:
@@ -119,8 +120,8 @@ class Merger:
         self.code_names = sorted(n for n, entry in entries.items() if entry.role == "codes")
 
     def check_weights(self, weights: Sequence[float] | None) -> list[float]:
-        """Weights as given, or equal ones; raises MergeError where they do not fit."""
-        return _check_weights(self.parents, weights)
+        """See :func:`check_mix`."""
+        return check_mix(weights, len(self.parents), "bundle")
 
     def tensors(self, mix: Sequence[float]) -> dict[str, Array]:
         """All tensors of a merge, in memory."""
@@ -177,9 +178,11 @@ class Merger:
         }
         return found.codes, statistics
 
-    def manifest(self, mix: Sequence[float], layers: Mapping[str, Any]) -> Manifest:
+    def manifest(
+        self, mix: Sequence[float], layers: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> Manifest:
         """The manifest of a merge; ``layers`` are the statistics of each tensor of codes."""
-        return _manifest(self, mix, layers)
+        return _manifest(self, mix, layers, options)
 
     def _float(self, name: str, mix: Sequence[float]) -> Array:
         values = [parent.tensor(name) for parent in self.parents]
@@ -229,14 +232,19 @@ def _mean_of(variance: str) -> str:
     raise MergeError(f"found a variance {variance} without a mean; make the bundle again")
 
 
-def _check_weights(parents: list[Bundle], weights: Sequence[float] | None) -> list[float]:
-    if len(parents) < 2:
-        raise MergeError(f"found {len(parents)} bundle; a merge needs two or more")
+def check_mix(weights: Sequence[float] | None, count: int, what: str) -> list[float]:
+    """Weights as given, or equal ones.
+
+    Raises:
+        MergeError: Fewer than two parents, or not one weight >= 0 for each with sum 1.
+    """
+    if count < 2:
+        raise MergeError(f"found {count} {what}; a merge needs two or more")
     if weights is None:
-        return [1 / len(parents)] * len(parents)
+        return [1 / count] * count
     mix = [float(w) for w in weights]
-    if len(mix) != len(parents):
-        raise MergeError(f"found {len(mix)} weights for {len(parents)} bundles; give one for each")
+    if len(mix) != count:
+        raise MergeError(f"found {len(mix)} weights for {count} {what}s; give one for each")
     if not all(w >= 0 for w in mix) or abs(sum(mix) - 1) > 1e-6:
         raise MergeError(
             f"found weights {' '.join(map(str, mix))} with sum {sum(mix):g}; "
@@ -277,7 +285,9 @@ def _short(value: Any, other: Any) -> str:
     return str(value)
 
 
-def _manifest(merger: Merger, mix: Sequence[float], layers: Mapping[str, Any]) -> Manifest:
+def _manifest(
+    merger: Merger, mix: Sequence[float], layers: Mapping[str, Any], options: Mapping[str, Any]
+) -> Manifest:
     parents = merger.parents
     domains: dict[str, float] = {}
     for parent, weight in zip(parents, mix, strict=True):
@@ -297,6 +307,7 @@ def _manifest(merger: Merger, mix: Sequence[float], layers: Mapping[str, Any]) -
                     "weights": list(mix),
                     "rounding": merger.rounding,
                     "candidates": merger.candidates,
+                    **options,
                 },
                 "parents": [p.manifest.options for p in parents],
             },

@@ -1,0 +1,205 @@
+"""Every architecture through capture, placement, blocks and calibration.
+
+    python benchmarks/architectures.py --results benchmarks/results
+
+Weights are random (no downloads), BatchNorm statistics are those of the images, which are
+crops of the two photographs that scikit-learn ships. For each model: the folded graph against
+the model, blocks, what is quantized, W8A8 against float (SQNR of the outputs), and a short
+HDRQ run whose error every block must end below that of RTN. Finished models are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hdrq_deploy.calibrate import calibrate, fake_quantized
+from hdrq_deploy.calibrate.blocks import find_blocks
+from hdrq_deploy.calibrate.capture import capture, fold_batch_norm, fold_constants
+from hdrq_deploy.calibrate.placement import plan_quantizers
+from hdrq_deploy.calibrate.source import load_model
+from hdrq_deploy.calibration_data.readers import ImageSet
+from hdrq_deploy.files import write_bytes
+from hdrq_deploy.recipe import Options
+from hdrq_deploy.runtime.bench import environment
+
+# Side of the images, images, iterations a block.
+MODELS = {
+    "timm:resnet18": (96, 32, 100),
+    "timm:resnet50": (96, 32, 60),
+    "timm:mobilenetv2_100": (96, 32, 100),
+    "timm:efficientnet_b0": (96, 32, 60),
+    "timm:convnext_tiny": (96, 32, 60),
+    "timm:vit_small_patch16_224": (224, 16, 30),
+    "timm:swin_tiny_patch4_window7_224": (224, 16, 30),
+    "transformers:segformer": (128, 16, 60),
+    "architectures:unet": (64, 32, 100),
+}
+
+
+class UNet(nn.Module):
+    """Two scales with skips: dilated, grouped and transposed convolutions, SE, resizing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc1 = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.enc2 = nn.Sequential(
+            nn.Conv2d(16, 32, 3, stride=2, padding=1, groups=4), nn.BatchNorm2d(32), nn.Hardswish()
+        )
+        self.enc3 = nn.Sequential(nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.SiLU())
+        self.middle = nn.Sequential(nn.Conv2d(64, 64, 3, padding=2, dilation=2), nn.GELU())
+        self.squeeze = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(64, 8, 1), nn.ReLU(), nn.Conv2d(8, 64, 1)
+        )
+        self.up2 = nn.ConvTranspose2d(64, 32, 2, stride=2)
+        self.dec2 = nn.Sequential(nn.Conv2d(64, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())
+        self.dec1 = nn.Sequential(nn.Conv2d(48, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.head = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, 5, H, W)."""
+        a = self.enc1(x)
+        b = self.enc2(a)
+        y = self.middle(self.enc3(b))
+        y = y * torch.sigmoid(self.squeeze(y))
+        y = self.dec2(torch.cat([torch.relu(self.up2(y)), b], 1))
+        y = nn.functional.interpolate(y, scale_factor=2.0, mode="bilinear")
+        return self.head(self.dec1(torch.cat([y, a], 1)))  # type: ignore[no-any-return]
+
+
+def unet() -> UNet:
+    """The factory."""
+    return UNet()
+
+
+def photographs(count: int, side: int, seed: int) -> np.ndarray[Any, Any]:
+    """Random crops of two photographs, (count, 3, side, side), about zero mean, unit spread."""
+    from sklearn.datasets import load_sample_image
+
+    rng = np.random.default_rng(seed)
+    photos = [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
+    crops = []
+    for i in range(count):
+        photo = photos[i % 2]
+        top, left = (rng.integers(size - side) for size in photo.shape[:2])
+        crops.append(photo[top : top + side, left : left + side].transpose(2, 0, 1))
+    return (np.stack(crops).astype(np.float32) / 255 - 0.45) / 0.25
+
+
+def settle(model: nn.Module, x: Tensor) -> None:
+    """BatchNorm statistics of ``x``."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)  # timm starts residual branches at zero
+        norm.momentum = None
+        norm.reset_running_stats()
+        norm.train()
+    with torch.no_grad():
+        for part in x.split(8):  # type: ignore[no-untyped-call]
+            model(part)
+    model.eval()
+
+
+def first(output: Any) -> Tensor:
+    """The prediction of whatever a model returns."""
+    return output if isinstance(output, Tensor) else next(iter(output.values()))
+
+
+def examine(name: str, side: int, count: int, iters: int, folder: Path) -> dict[str, Any]:
+    """One row."""
+    torch.manual_seed(0)
+    model = load_model(name)
+    x = torch.from_numpy(photographs(count, side, 0))
+    settle(model, x)
+    base = {k: v.clone() for k, v in model.state_dict().items()}
+    save_file({k: v.contiguous() for k, v in base.items()}, folder / "base.safetensors")
+    with torch.no_grad():
+        expected = torch.cat([first(model(part)) for part in x.split(8)])  # type: ignore[no-untyped-call]
+    found = capture(model, x[:2])
+    fold_constants(found)
+    kept = fold_batch_norm(found)
+    with torch.no_grad():
+        folded = torch.cat([found.module(part) for part in x.split(8)])  # type: ignore[no-untyped-call]
+    plan = plan_quantizers(found, 8, 8, False, "int8")
+    blocks = find_blocks(found.graph)
+    row: dict[str, Any] = {
+        "model": name,
+        "input": [3, side, side],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "fold_relative_error": float((folded - expected).norm() / expected.norm()),
+        "batch_norms_not_folded": kept,
+        "blocks": len(blocks),
+        "heavy_per_block": dict(sorted(Counter(len(b.heavy) for b in blocks).items())),
+        "most_inputs": max(len(b.inputs) for b in blocks),
+        "heavy": dict(Counter(str(s.node.target).split(".")[1] for s in plan.layers)),
+    }
+    images = ImageSet(x.numpy(), None, None, None)
+    for steps in ("tensor", "channel"):
+        bundle = calibrate(
+            name, images, "d", folder / "w8.hdrq", folder / "base.safetensors",
+            method="rtn", per_channel=steps == "channel",
+        )  # fmt: skip
+        module = fake_quantized(bundle, x[:2])
+        with torch.no_grad():
+            got = torch.cat([module(part) for part in x.split(8)])  # type: ignore[no-untyped-call]
+        noise = float((got - expected).square().sum())
+        row[f"w8a8_sqnr_db_{steps}"] = 10 * np.log10(float(expected.square().sum()) / noise)
+    row["float_layers"] = [
+        {"module": layer.module, "op": layer.op, "reason": layer.reason}
+        for layer in bundle.manifest.layers
+        if layer.requested != "int8"
+    ]
+    started = time.monotonic()
+    bundle = calibrate(
+        name, images, "d", folder / "hdrq.hdrq", folder / "base.safetensors",
+        folder / "base.safetensors", "hdrq", 4, 8, per_channel=True,
+        # Random weights give errors far below the distance term's scale.
+        options=Options.of("hdrq", iters=iters, lr=2e-4, batch=8, distance=1e-6),
+    )  # fmt: skip
+    learned = [b for b in bundle.manifest.metrics["blocks"] if b["loss_before"] > 0]
+    row["hdrq_seconds"] = round(time.monotonic() - started, 1)
+    row["hdrq_iterations"] = iters
+    ratios = [b["loss_after"] / b["loss_before"] for b in learned]
+    row["hdrq_blocks_lowered"] = sum(ratio < 1 for ratio in ratios)
+    row["hdrq_error_ratio_median"] = float(np.median(ratios))
+    row["hdrq_error_ratio_worst"] = float(np.max(ratios))
+    row["hdrq_not_lowered"] = [b["name"] for b, r in zip(learned, ratios, strict=True) if r >= 1]
+    return row
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Examine all models that have no row yet, and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--again", action="store_true", help="examine finished models too")
+    args = parser.parse_args(argv)
+    args.results.mkdir(parents=True, exist_ok=True)
+    target = args.results / "architectures.json"
+    rows = json.loads(target.read_text())["rows"] if target.exists() else {}
+    for name in args.models:
+        if name in rows and not args.again:
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            rows[name] = examine(name, *MODELS[name], Path(scratch))
+        print(json.dumps(rows[name]), flush=True)
+        versions = {n: version(n) for n in ("torch", "timm", "transformers")}
+        record = {"schema_version": 1, "environment": {**environment(), **versions}, "rows": rows}
+        write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,385 @@
+"""What calibration costs, beside a plain transcription of the published procedure.
+
+    python benchmarks/calibration_speed.py --results benchmarks/results
+
+The transcription does what the reference implementation of HDRQ does: for every forward pass
+a histogram of 256 bins over each tensor's rounding errors and a multinomial draw from it, new
+random masks for every mixing and dropping, fake quantization as separate operations, and for
+every block all layers before it run again to collect its inputs. Blocks, quantizers, losses,
+rates and iterations are the same for both, which run in turn in one process.
+
+Parts: ``noise`` (one draw), ``speed`` (whole calibrations), ``scaling`` (time and memory
+against depth, images and iterations), ``memory`` (ResNet-50, 256 images of 224x224).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hdrq_deploy.calibrate import reconstruct as ours
+from hdrq_deploy.calibrate.blocks import find_blocks, is_tensor
+from hdrq_deploy.calibrate.capture import Capture, capture, fold_batch_norm, fold_constants
+from hdrq_deploy.calibrate.draws import Draws
+from hdrq_deploy.calibrate.fakequant import ActivationQuantizer, Mode, WeightQuantizer
+from hdrq_deploy.calibrate.placement import Plan, plan_quantizers
+from hdrq_deploy.calibrate.source import load_model
+from hdrq_deploy.files import write_bytes
+from hdrq_deploy.recipe import Options
+from hdrq_deploy.runtime.bench import environment
+from hdrq_deploy.spec import QuantSpec
+
+BATCH = 16
+
+
+def plain_noise(u: Tensor, spec: QuantSpec) -> Tensor:
+    """One draw per element from a histogram of 256 bins."""
+    errors = torch.round(u) - u
+    inside = errors[(u >= spec.lo) & (u <= spec.hi)]
+    counts = torch.histc(inside, 256, -0.5, 0.5)
+    bins = torch.multinomial(counts, u.numel(), replacement=True)
+    return ((bins.float() + 0.5) / 256 - 0.5).reshape(u.shape)
+
+
+def plain_quantize(x: Tensor, scale: Tensor, spec: QuantSpec, noisy: bool) -> Tensor:
+    """Fake quantization by autograd."""
+    u = x / scale
+    if noisy:
+        return (u + plain_noise(u.detach(), spec)).clamp(spec.lo, spec.hi) * scale
+    u = u.clamp(spec.lo, spec.hi)
+    return (u + (torch.round(u) - u).detach()) * scale
+
+
+class PlainWeight(WeightQuantizer):
+    """A weight quantizer as in the reference."""
+
+    def _real(self) -> Tensor:
+        if self.mode is Mode.OFF or self.frozen is not None:
+            return super()._real()
+        return plain_quantize(
+            self.latent, self._steps(), self.spec, self.mode is Mode.EMPIRICAL
+        )
+
+
+class PlainActivation(ActivationQuantizer):
+    """An activation quantizer as in the reference."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` as ``mode`` says."""
+        if self.samples is not None or self.mode is Mode.OFF:
+            return super().forward(x)
+        factor = 1 / (x.numel() * self.spec.hi) ** 0.5
+        scale = (self.scale - self.scale * factor).detach() + self.scale * factor
+        real = plain_quantize(x, scale, self.spec, self.mode is Mode.EMPIRICAL)
+        return torch.where(torch.rand_like(x) < self.drop, x, real) if self.drop > 0 else real
+
+
+def plain_calibrate(found: Capture, plan: Plan, images: Tensor, options: Options) -> list[float]:
+    """The reference procedure; seconds of every iteration."""
+    result = ours.quantizers_of(found, plan, torch.device("cpu"))
+    for name, weight in result.weights.items():
+        weight.__class__ = PlainWeight
+        result.weights[name] = weight
+    for activation in result.activations.values():
+        activation.__class__ = PlainActivation
+    blocks = find_blocks(found.graph)
+    modules = [ours._build(found, plan, block, result) for block in blocks]
+    start = next(n for n in found.graph.nodes if n.op == "placeholder" and is_tensor(n))
+
+    def prefix(count: int, mode: Mode) -> dict[Any, Tensor]:
+        """Tensors before block ``count``, all images, everything before it run again."""
+        parts: dict[Any, list[Tensor]] = {}
+        with torch.no_grad():
+            for batch in images.split(BATCH):  # type: ignore[no-untyped-call]
+                alive = {start: batch}
+                for block, module in zip(blocks[:count], modules[:count], strict=True):
+                    module.set_mode(mode)
+                    outputs = module([alive[node] for node in block.inputs])
+                    alive.update(zip(block.outputs, outputs, strict=True))
+                for node, value in alive.items():
+                    parts.setdefault(node, []).append(value)
+        return {node: torch.cat(values) for node, values in parts.items()}
+
+    seconds = []
+    for i, (block, module) in enumerate(zip(blocks, modules, strict=True)):
+        for quantizer in module.activations:
+            quantizer.start_observing()
+        real = prefix(i + 1, Mode.OFF)
+        for quantizer in module.activations:
+            quantizer.finish_observing()
+        coded = prefix(i, Mode.ROUND)
+        seconds += _plain_learn(
+            module,
+            [real[n] for n in block.inputs],
+            [coded[n] for n in block.inputs],
+            [real[n] for n in block.outputs],
+            options,
+        )
+        for weight in module.weights:
+            weight.freeze()
+    return seconds
+
+
+def _plain_learn(
+    module: ours.BlockModule,
+    real: list[Tensor],
+    coded: list[Tensor],
+    targets: list[Tensor],
+    options: Options,
+) -> list[float]:
+    sources = [(q, q.original + 0.01) for q in module.weights]
+    weights = [{"params": [q.latent, q.scale]} for q in module.weights]
+    optimizers = [torch.optim.Adam(weights, lr=options.lr)] if weights else []
+    steps = [{"params": [q.scale]} for q in module.activations]
+    if steps:
+        optimizers.append(torch.optim.Adam(steps, lr=options.act_lr))
+    seconds = []
+    for i in range(options.iters if module.weights else 0):
+        began = time.perf_counter()
+        noisy = i < options.iters * options.noise_fraction
+        module.set_mode(Mode.EMPIRICAL if noisy else Mode.ROUND, None, options.drop_prob)
+        rows = torch.randperm(len(real[0]))[: options.batch]
+        inputs = [
+            torch.where(torch.rand_like(r[rows]) < options.input_prob, c[rows], r[rows])
+            for r, c in zip(real, coded, strict=True)
+        ]
+        loss = torch.zeros(())
+        for output, target in zip(module(inputs), targets, strict=True):
+            axis = min(1, output.ndim - 1)
+            loss = loss + (output - target[rows]).square().sum(axis).mean()
+        for quantizer, source in sources:
+            loss = loss + options.distance * torch.linalg.vector_norm(quantizer.latent - source)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        for optimizer in optimizers:
+            optimizer.step()
+        with torch.no_grad():  # a step must stay positive
+            for quantizer in (*module.weights, *module.activations):
+                quantizer.scale.clamp_(min=1e-6)
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def our_calibrate(
+    found: Capture, plan: Plan, images: Tensor, options: Options, base: Capture
+) -> list[float]:
+    """This project's procedure; seconds of every iteration, as it reports them."""
+    seconds: list[float] = []
+    last = time.perf_counter()
+    learn = ours._learn
+
+    def timed(run: Any, *rest: Any) -> None:
+        nonlocal last
+        last = time.perf_counter()
+
+        def report(_: int) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            seconds.append(now - last)
+            last = now
+
+        learn(run, *rest[:-1], report)
+
+    ours._learn = timed
+    try:
+        ours.reconstruct(found, plan, images, options, base)
+    finally:
+        ours._learn = learn
+    return seconds
+
+
+def prepared(name: str, side: int, model: nn.Module | None = None) -> tuple[Capture, Plan]:
+    """A folded graph and its quantizers."""
+    torch.manual_seed(0)
+    model = model or load_model(name)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):  # timm starts residual branches at zero
+            nn.init.uniform_(norm.weight, 0.2, 0.4)
+    found = capture(model, torch.randn(2, 3, side, side))
+    fold_constants(found)
+    fold_batch_norm(found)
+    return found, plan_quantizers(found, 4, 4, False, "int8")
+
+
+def noise(repeats: int = 15) -> list[dict[str, Any]]:
+    """One draw of noise per element, both ways in turn."""
+    rows = []
+    for size in (1 << 14, 1 << 17, 1 << 20, 1 << 22):
+        x, step, spec = torch.randn(size), torch.tensor(0.2), QuantSpec.weight(4)
+        draws = Draws(0, torch.device("cpu"))
+        draws.resample(x, step, spec)
+        pairs = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            plain_noise(x / step, spec)
+            middle = time.perf_counter()
+            draws.resample(x, step, spec)
+            pairs.append((middle - began, time.perf_counter() - middle))
+        plain, own = (statistics.median(p[k] for p in pairs) / size * 1e9 for k in (0, 1))
+        ratio = statistics.median(p[0] / p[1] for p in pairs)
+        rows.append({"elements": size, "plain_ns": plain, "ours_ns": own, "ratio": ratio})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def speed(name: str, side: int, count: int, iters: int, repeats: int) -> dict[str, Any]:
+    """Whole calibrations of one model, both ways in turn."""
+    images = torch.randn(count, 3, side, side)
+    options = Options.of("hdrq", iters=iters, batch=BATCH, keep_best=False)
+    pairs = []
+    for _ in range(repeats):
+        times: dict[str, Any] = {}
+        for way in ("plain", "ours"):
+            found, plan = prepared(name, side)
+            base, _ = prepared(name, side)
+            began = time.perf_counter()
+            if way == "plain":
+                seconds = plain_calibrate(found, plan, images, options)
+            else:
+                seconds = our_calibrate(found, plan, images, options, base)
+            whole = time.perf_counter() - began
+            times[way] = {
+                "whole_s": whole,
+                "iteration_ms": 1000 * statistics.fmean(seconds),
+                "iterations": len(seconds),
+                "other_s": whole - sum(seconds),
+            }
+        pairs.append(times)
+        print(name, times, flush=True)
+    ratio = {
+        key: statistics.median(p["plain"][key] / p["ours"][key] for p in pairs)
+        for key in ("whole_s", "iteration_ms", "other_s")
+    }
+    return {
+        "model": name, "side": side, "images": count, "batch": BATCH, "iterations": iters,
+        "runs": pairs, "ratio": ratio,
+    }  # fmt: skip
+
+
+class Chain(nn.Module):
+    """A stem and ``depth`` residual blocks of one width."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(32, 32, 3, padding=1) for _ in range(depth))
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, 10)."""
+        x = torch.relu(self.stem(x))
+        for conv in self.convs:
+            x = torch.relu(x + 0.1 * conv(x))
+        return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def one_chain(depth: int, count: int, iters: int) -> dict[str, Any]:
+    """Time and peak memory of one calibration; run in a process of its own."""
+    found, plan = prepared("chain", 32, Chain(depth))
+    base, _ = prepared("chain", 32, Chain(depth))
+    images = torch.randn(count, 3, 32, 32)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    ours.reconstruct(found, plan, images, Options.of("hdrq", iters=iters, lr=1e-3), base)
+    seconds = time.perf_counter() - began
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "depth": depth, "images": count, "iterations": iters, "seconds": seconds,
+        "peak_mb": after / 1024, "peak_above_start_mb": (after - before) / 1024,
+    }  # fmt: skip
+
+
+def scaling() -> dict[str, list[dict[str, Any]]]:
+    """One quantity at a time, the others held."""
+    curves = {
+        "depth": [(d, 64, 20) for d in (4, 8, 16, 32)],
+        "images": [(8, n, 20) for n in (64, 256, 1024)],
+        "iterations": [(8, 64, n) for n in (10, 40, 160)],
+    }
+    return {name: [_apart("chain", *point) for point in points] for name, points in curves.items()}
+
+
+def one_memory(cache_gb: float) -> dict[str, Any]:
+    """Peak memory of ResNet-50 with 256 images of 224x224; run in a process of its own."""
+    from hdrq_deploy.calibrate.caches import Caches
+
+    found, plan = prepared("timm:resnet50", 224)
+    images = torch.randn(256, 3, 224, 224)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        caches = Caches(round(cache_gb * 1e9), Path(scratch))
+        options = Options.of("hdrq", iters=2, batch=32, distance=0.0, keep_best=False)
+        ours.reconstruct(found, plan, images, options, caches=caches)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    return {
+        "model": "timm:resnet50", "images": 256, "side": 224, "batch": 32, "cache_gb": cache_gb,
+        "spilled_gb": caches.spilled / 1e9, "peak_gb": peak,
+        "seconds": time.perf_counter() - began,
+    }  # fmt: skip
+
+
+def _apart(part: str, *arguments: float) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--one", part, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(row, flush=True)
+    return row
+
+
+PARTS: dict[str, Callable[[], Any]] = {
+    "noise": noise,
+    "speed": lambda: [
+        speed("timm:resnet18", 64, 64, 10, 3),
+        speed("timm:resnet50", 64, 64, 10, 2),
+    ],
+    "scaling": scaling,
+    "memory": lambda: [_apart("memory", gb) for gb in (4.0, 1.0)],
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure the parts asked for; the others keep their earlier results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--threads", type=int, default=0, help="0: one per core")
+    parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.one:
+        part, *numbers = args.one
+        run: Any = {"chain": one_chain, "memory": one_memory}[part]
+        values = [float(n) if part == "memory" else int(n) for n in numbers]
+        print(json.dumps(run(*values)))
+        return 0
+    args.results.mkdir(parents=True, exist_ok=True)
+    target = args.results / "calibration_speed.json"
+    record = json.loads(target.read_text()) if target.exists() else {"schema_version": 1}
+    for part in args.parts:
+        record[part] = PARTS[part]()
+        record["environment"] = {
+            **environment(), "torch": version("torch"), "threads": torch.get_num_threads(),
+            "numpy": np.__version__,
+        }  # fmt: skip
+        write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,97 @@
+"""``hdrq analyze``: why a merge works or fails."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundle import Bundle
+from ..calibration_data.readers import Wanted, read, relabel
+from ..errors import DataError, ModelError
+from ..files import new_directory, write_bytes
+from .common import named, parser, progress_bar, run
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command's flags."""
+    p = parser("hdrq analyze", "Barriers, curvature, distances and rounding of a merge.")
+    p.add_argument("bundles", nargs="+", help="two or more bundles of one model and source")
+    p.add_argument(
+        "--data", nargs="+", required=True, metavar="NAME=PATH", help="labelled images per domain"
+    )
+    p.add_argument("--base", help="source checkpoint; distances to it are shown too")
+    p.add_argument("--images", type=int, default=256, help="images per domain at most")
+    p.add_argument("--points", type=int, default=11, help="values of lambda along a barrier")
+    p.add_argument("--grid", type=int, default=13, help="surface points per axis; 0: no surface")
+    p.add_argument("--seeds", type=int, default=32, help="rounding seeds")
+    p.add_argument("--candidates", type=int, default=100, help="draws of advanced rounding")
+    p.add_argument("--products", type=int, default=20, help="products with the Hessian")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("-o", "--output", required=True, help="folder of report.html and report.json")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``hdrq analyze``."""
+    args = arguments().parse_args(argv)
+    return run("hdrq analyze", lambda: _analyze(args))
+
+
+def _analyze(args: argparse.Namespace) -> int:
+    for module, extra in (("torch", "calibrate"), ("matplotlib", "report")):
+        if importlib.util.find_spec(module) is None:
+            raise ModelError(
+                f"the analysis needs {module}, which is not installed: "
+                f"pip install 'hdrq-deploy[{extra}]'"
+            )
+    from ..analysis import Settings, analyze
+    from ..analysis.report import page
+
+    names = ("points", "grid", "seeds", "candidates", "products", "seed")
+    settings = Settings(**{name: getattr(args, name) for name in names})
+    bundles = [Bundle.open(path) for path in args.bundles]
+    data = {n: _labelled(p, bundles[0], args.images, args.seed) for n, p in named(args.data).items()}
+    base = _source(args.base, bundles[0], next(iter(data.values()))[0]) if args.base else None
+    with progress_bar("analyze") as progress:
+        result = analyze(bundles, data, base, settings, progress)
+    target = Path(args.output).absolute()
+    with new_directory(target, "report.json") as folder:
+        write_bytes(folder / "report.json", (json.dumps(result, indent=1) + "\n").encode())
+        write_bytes(folder / "report.html", page(result).encode())
+    print(target / "report.html")
+    return 0
+
+
+def _labelled(path: str, like: Bundle, limit: int, seed: int) -> tuple[Any, Any]:
+    if limit < 2:
+        raise DataError(f"found --images {limit}; needed 2 or more")
+    manifest = like.manifest
+    wanted = Wanted.like(manifest.preprocessing) if manifest.preprocessing else Wanted()
+    images = relabel(read(path, wanted, limit, seed), manifest.classes, path)
+    if images.y is None:
+        raise DataError(
+            f"{path}: found images without labels; a loss needs one folder per class, or y in "
+            "the .npz"
+        )
+    if tuple(images.x.shape[1:]) != manifest.input_shape:
+        raise DataError(
+            f"{path}: found images of shape {images.x.shape[1:]}; the model reads "
+            f"{manifest.input_shape}"
+        )
+    return images.x, images.y
+
+
+def _source(path: str, like: Bundle, x: Any) -> dict[str, Any]:
+    """The source model's weights with BatchNorm folded, as the bundles' graph has them."""
+    from ..calibrate import folded_weights
+
+    return {
+        name: np.asarray(value)
+        for name, value in folded_weights(like.manifest.model, path, x[:2]).items()
+    }

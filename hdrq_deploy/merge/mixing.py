@@ -1,0 +1,173 @@
+"""Weights of a merge from images without labels.
+
+Every point of a grid on the simplex is merged in memory and run on a few images of each
+domain; the point of the lowest score is taken. Scores, lower is better, mean over domains:
+
+===========  ==============================================================================
+entropy      of the predictions: how unsure the merged model is
+information  that, less the entropy of the mean prediction: a model that is sure of one class
+             for everything is not a good one (Krause et al., NeurIPS 2010)
+agreement    cross entropy with the predictions of the bundle that was calibrated for the
+             domain: it is the best judge there is, and needs no labels either
+===========  ==============================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from math import comb
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import reference
+from ..bundle import GRAPH, WEIGHTS, serialize
+from ..errors import DataError
+from .bundles import Merger
+from .reestimate import batches, moved
+
+__all__ = ["CRITERIA", "Mix", "choose_weights", "score", "simplex"]
+
+CRITERIA = ("entropy", "information", "agreement")
+_MOST_POINTS = 100
+
+Array = npt.NDArray[Any]
+Images = Mapping[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The chosen weights, by which criterion, and the score of every point that was tried."""
+
+    weights: tuple[float, ...]
+    criterion: str
+    tried: tuple[tuple[tuple[float, ...], float], ...]
+
+    def record(self) -> dict[str, Any]:
+        """For the manifest."""
+        return asdict(self)
+
+
+def choose_weights(
+    merger: Merger,
+    images: Images,
+    criterion: str | None = None,
+    renewed: Images | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Mix:
+    """The mix of the lowest score.
+
+    Args:
+        merger: Its parents are merged at every point of the grid.
+        images: Inputs (N, C, H, W) of each domain, as the parents' preprocessing makes them;
+            every domain counts the same.
+        criterion: One of ``CRITERIA``; by default agreement where every name in ``images`` is
+            a domain of one parent, else information.
+        renewed: Images for :func:`re_estimate`; every point is then scored behind it.
+        progress: Called with (points done, points in all).
+
+    Raises:
+        DataError: No images, or images that the graph does not take.
+        MergeError: Agreement asked where a name is no parent's domain.
+    """
+    if not images:
+        raise DataError("found no images; weights from data need --data NAME=PATH ...")
+    parents = merger.parents
+    graph = (parents[0].path / GRAPH).read_bytes()
+    entries = parents[0].manifest.tensors
+
+    def logits(tensors: Mapping[str, Array], names: Iterable[str]) -> dict[str, Array]:
+        session = reference.unfused_session(graph, {WEIGHTS: serialize(tensors, entries)})
+        port = session.get_inputs()[0].name
+        return {
+            n: np.concatenate([_run(session, port, part, n) for part in batches(images[n])])
+            for n in names
+        }
+
+    own = {p.domain: p for p in parents if p.domain is not None}
+    known = set(images) <= set(own) and len(own) == len(parents)
+    criterion = criterion or ("agreement" if known else "information")
+    if criterion == "agreement" and not known:
+        raise DataError(
+            f"found --data for {', '.join(images)}, bundles of {', '.join(own) or 'no one domain'}"
+            "; agreement needs the names of the bundles' domains: name them so, or pass "
+            "--criterion information"
+        )
+    judges: dict[str, Array] = {}
+    if criterion == "agreement":
+        for name in images:
+            judges |= logits(own[name].tensors(), [name])
+    points = list(simplex(len(parents)))
+    tried = []
+    for done, point in enumerate(points):
+        tensors = merger.tensors(point)
+        if renewed:
+            tensors = moved(parents[0], tensors, renewed)
+        found = logits(tensors, images)
+        scores = [score(criterion, found[name], judges.get(name)) for name in images]
+        tried.append((point, float(np.mean(scores))))
+        if progress:
+            progress(done + 1, len(points))
+    return Mix(min(tried, key=lambda item: item[1])[0], criterion, tuple(tried))
+
+
+def simplex(parents: int) -> Iterator[tuple[float, ...]]:
+    """Grid of weights with sum 1: as fine as ``_MOST_POINTS`` allow, 0.05 at most.
+
+    >>> len(list(simplex(2))), len(list(simplex(3)))
+    (21, 66)
+    """
+    fitting = [n for n in range(1, 21) if comb(n + parents - 1, parents - 1) <= _MOST_POINTS]
+    parts = max(n for n in fitting if n in {1, 2, 3, 4, 5, 10, 20})
+
+    def split(left: int, places: int) -> Iterator[tuple[int, ...]]:
+        if places == 1:
+            yield (left,)
+            return
+        for first in range(left + 1):
+            for rest in split(left - first, places - 1):
+                yield (first, *rest)
+
+    for point in split(parts, parents):
+        yield tuple(n / parts for n in point)
+
+
+def score(criterion: str, logits: Array, judge: Array | None = None) -> float:
+    """How bad predictions are, in nats, without labels.
+
+    Args:
+        criterion: One of ``CRITERIA``.
+        logits: (N, classes, ...).
+        judge: Logits of the domain's own model, for ``agreement``.
+
+    >>> even = np.zeros((2, 4))
+    >>> round(score("entropy", even), 4), round(score("information", even), 4)
+    (1.3863, 0.0)
+    """
+    share, log_share = _softmax(logits)
+    if criterion == "agreement":
+        assert judge is not None
+        return float(-(_softmax(judge)[0] * log_share).sum(1).mean())
+    entropy = float(-(share * log_share).sum(1).mean())
+    if criterion == "entropy":
+        return entropy
+    mean = np.moveaxis(share, 1, -1).reshape(-1, share.shape[1]).mean(0)
+    return entropy + float((mean * np.log(np.maximum(mean, 1e-30))).sum())
+
+
+def _softmax(logits: Array) -> tuple[Array, Array]:
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    log_share = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    return np.exp(log_share), log_share
+
+
+def _run(session: Any, port: str, rows: Array, name: str) -> Array:
+    try:
+        output: Array = session.run(None, {port: rows})[0]
+    except Exception as error:  # ONNX Runtime's exceptions have no public base class
+        raise DataError(
+            f"the images of {name} do not fit the model: {' '.join(str(error).split())[:200]}"
+        ) from error
+    return output

@@ -1,0 +1,278 @@
+"""Statistics of a merged model from a few unlabelled images, through ONNX Runtime.
+
+Averaging models moves the means and variances that their BatchNorms normalise by. Where a
+bundle keeps BatchNorm apart (``--fold steps``, or method ``float``) they are measured again:
+a variant of the graph normalises by the batch's own moments, so that one pass yields those of
+all layers, each behind corrected ones. Activation steps are then searched anew on what the
+corrected network computes. Codes stay as they are; nothing is trained.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from .. import reference
+from ..affine import search_scale
+from ..bundle import GRAPH, WEIGHTS, Bundle, serialize
+from ..errors import DataError, MergeError
+from ..fold import SMALLEST_GAIN, gain, graph_tensors
+from ..spec import QuantSpec
+
+__all__ = ["batches", "moved", "re_estimate"]
+
+Array = npt.NDArray[Any]
+# Channels that BatchNorm all but switches off say nothing of their own moments.
+_BLIND = 1e6 * SMALLEST_GAIN
+_BATCH, _SAMPLES = 64, 1 << 13
+
+
+def re_estimate(
+    bundle: Bundle,
+    images: Mapping[str, npt.NDArray[np.float32]],
+    output: str | os.PathLike[str],
+    seed: int = 0,
+) -> Bundle:
+    """Write ``bundle`` again with BatchNorm moments and activation steps of ``images``.
+
+    Args:
+        bundle: A merged bundle, its fold in the steps or of method ``float``.
+        images: Inputs (N, C, H, W) of each domain; all of them make one batch.
+        output: Folder of the new bundle.
+        seed: Which values of the activations are looked at.
+
+    Raises:
+        MergeError: The bundle keeps no BatchNorm apart.
+        DataError: Fewer than two images, or images that the graph does not take.
+    """
+    manifest = bundle.manifest
+    tensors = moved(bundle, bundle.tensors(), images, seed)
+    options = {
+        **manifest.options,
+        "re_estimate": {"images": {n: len(rows) for n, rows in images.items()}, "seed": seed},
+    }
+    updated = manifest.model_copy(update={"options": options})
+    return Bundle.write(output, updated, tensors, (bundle.path / GRAPH).read_bytes())
+
+
+def moved(
+    bundle: Bundle,
+    tensors: Mapping[str, Array],
+    images: Mapping[str, npt.NDArray[np.float32]],
+    seed: int = 0,
+) -> dict[str, Array]:
+    """``tensors`` with new moments and activation steps; ``bundle`` gives graph and entries.
+
+    A step changes by the ratio of the steps that a search finds on the network's activations
+    behind and before the new moments, so that what calibration learned of it stays.
+
+    Raises:
+        MergeError, DataError: See :func:`re_estimate`.
+    """
+    x = np.concatenate(list(images.values()))
+    if len(x) < 2:
+        raise DataError(f"found {len(x)} image; needed 2 or more to estimate a variance")
+    moments = _moments(bundle, tensors, x)
+    if not moments:
+        raise MergeError(
+            f"{bundle.path}: found no BatchNorm kept apart; re-estimation needs bundles that "
+            "were calibrated with --fold steps (or --method float)"
+        )
+    result = {**tensors, **moments}
+    for fold in bundle.manifest.folds.values():
+        result[fold.scale], result[fold.bias] = graph_tensors(
+            result[fold.raw_scale],
+            result[fold.gamma],
+            result[fold.beta],
+            result[fold.mean],
+            result[fold.variance],
+            fold.eps,
+            None if fold.raw_bias is None else result[fold.raw_bias],
+        )
+    before = _activation_steps(bundle, tensors, x, seed)
+    for name, step in _activation_steps(bundle, result, x, seed).items():
+        result[name] = (tensors[name] * (step / before[name])).astype(np.float32)
+    return result
+
+
+def batches(x: Array, size: int = _BATCH) -> Iterator[Array]:
+    """Rows of ``x``, ``size`` at a time."""
+    for first in range(0, len(x), size):
+        yield x[first : first + size]
+
+
+def _moments(bundle: Bundle, tensors: Mapping[str, Array], x: Array) -> dict[str, Array]:
+    """New means and variances, by tensor name."""
+    model = ir.load(bundle.path / GRAPH)
+    _drop_quantizers(model)
+    probes = [*_probe_folds(model, bundle, tensors), *_probe_norms(model, tensors)]
+    if not probes:
+        return {}
+    model.graph.outputs.extend(value for probe in probes for value in (probe.mean, probe.variance))
+    _, *found = _run(model, bundle, tensors, x)
+    result = {}
+    for probe, mean, variance in zip(probes, found[::2], found[1::2], strict=True):
+        seen = probe.factor > _BLIND
+        # The graph measures factor * (x - old mean) + shift.
+        real = tensors[probe.mean_name] + (mean.ravel() - probe.shift) / probe.factor
+        spread = variance.ravel() / probe.factor**2
+        for name, new in ((probe.mean_name, real), (probe.variance_name, spread)):
+            result[name] = np.where(seen, new, tensors[name]).astype(np.float32)
+    return result
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Outputs with the moments of factor * (x - mean) + shift, and the tensors they renew."""
+
+    mean: ir.Value
+    variance: ir.Value
+    mean_name: str
+    variance_name: str
+    factor: Array
+    shift: Array
+
+
+def _probe_folds(model: ir.Model, bundle: Bundle, tensors: Mapping[str, Array]) -> list[_Probe]:
+    """Behind every layer that carries a BatchNorm, normalise by the batch."""
+    probes = []
+    for fold in bundle.manifest.folds.values():
+        (use,) = model.graph.initializers[fold.bias].uses()
+        output = use.node.outputs[0]
+        readers = list(output.uses())
+        gamma, beta = tensors[fold.gamma], tensors[fold.beta]
+        factor = gain(gamma, tensors[fold.variance], fold.eps)
+        # The layer computes factor * (x - mean) + beta, and eps is added to the variance of x.
+        norm = _normalise(output, gamma, beta, fold.eps * factor**2)
+        model.graph.insert_after(use.node, norm.nodes)
+        for reader in readers:
+            reader.node.replace_input_with(reader.idx, norm.result)
+        for i, value in enumerate(model.graph.outputs):
+            if value is output:
+                model.graph.outputs[i] = norm.result
+        probes.append(
+            _Probe(norm.mean, norm.variance, fold.mean, fold.variance, factor, beta)
+        )
+    return probes
+
+
+def _probe_norms(model: ir.Model, tensors: Mapping[str, Array]) -> list[_Probe]:
+    """Replace every BatchNormalization by one that normalises by the batch."""
+    probes = []
+    for node in [n for n in model.graph if n.op_type == "BatchNormalization"]:
+        x = node.inputs[0]
+        names = [str(value.name) for value in node.inputs[1:5] if value is not None]
+        if x is None or not set(names) <= set(tensors):
+            continue
+        gamma, beta, mean, _ = (tensors[name] for name in names)
+        epsilon = node.attributes.get("epsilon")
+        eps = epsilon.as_float() if epsilon is not None else 1e-5
+        norm = _normalise(x, gamma, beta, np.full(gamma.shape, eps))
+        model.graph.insert_before(node, norm.nodes)
+        ir.convenience.replace_all_uses_with(
+            node.outputs[0], norm.result, replace_graph_outputs=True
+        )
+        # x itself is measured: its mean moves by what it is away from the old one.
+        one = np.ones(gamma.shape)
+        probes.append(_Probe(norm.mean, norm.variance, names[2], names[3], one, mean))
+    return probes
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """Nodes that normalise a tensor by its own moments; the last one's output is the result."""
+
+    nodes: list[ir.Node]
+    mean: ir.Value
+    variance: ir.Value
+
+    @property
+    def result(self) -> ir.Value:
+        return self.nodes[-1].outputs[0]
+
+
+def _normalise(x: ir.Value, gamma: Array, beta: Array, eps: Array) -> _Norm:
+    """gamma * (x - mean) / sqrt(variance + eps) + beta, channels on axis 1."""
+    rank = len(x.shape) if x.shape is not None else 4
+    shape = [1, -1, *[1] * (rank - 2)]
+    axes = ir.node(
+        "Constant", [], {"value": ir.tensor(np.array([0, *range(2, rank)], np.int64))}
+    )
+    terms = [
+        ir.node("Constant", [], {"value": ir.tensor(v.astype(np.float32).reshape(shape))})
+        for v in (eps, gamma, beta)
+    ]
+    made: list[ir.Node] = []
+
+    def add(op: str, *inputs: ir.Value) -> ir.Value:
+        made.append(ir.node(op, list(inputs)))
+        return made[-1].outputs[0]
+
+    mean = add("ReduceMean", x, axes.outputs[0])
+    away = add("Sub", x, mean)
+    square = add("Mul", away, away)
+    variance = add("ReduceMean", square, axes.outputs[0])
+    spread = add("Sqrt", add("Add", variance, terms[0].outputs[0]))
+    scaled = add("Mul", add("Div", away, spread), terms[1].outputs[0])
+    add("Add", scaled, terms[2].outputs[0])
+    return _Norm([axes, *terms, *made], mean, variance)
+
+
+def _activation_steps(
+    bundle: Bundle, tensors: Mapping[str, Array], x: Array, seed: int
+) -> dict[str, Array]:
+    """Steps by search on the values that the quantizers meet, activations unquantized."""
+    model = ir.load(bundle.path / GRAPH)
+    sources = _drop_quantizers(model)
+    if not sources:
+        return {}
+    model.graph.outputs.extend(sources.values())
+    rng = np.random.default_rng(seed)
+    seen: dict[str, list[Array]] = {name: [] for name in sources}
+    for rows in batches(x, 8):
+        _, *values = _run(model, bundle, tensors, rows)
+        for name, value in zip(sources, values, strict=True):
+            flat = value.ravel()
+            some = rng.integers(len(flat), size=min(_SAMPLES, len(flat)))
+            seen[name].append(np.concatenate([flat[some], [flat.min(), flat.max()]]))
+    specs = {a.scale: QuantSpec(a.bits, a.lo, a.hi) for a in bundle.manifest.activations}
+    return {
+        name: search_scale(np.concatenate(parts), specs[name]) for name, parts in seen.items()
+    }
+
+
+def _drop_quantizers(model: ir.Model) -> dict[str, ir.Value]:
+    """Let activations pass unquantized; returns what each step's quantizer read."""
+    sources: dict[str, ir.Value] = {}
+    for node in [n for n in model.graph if n.op_type == "QuantizeLinear"]:
+        source, scale = node.inputs[:2]
+        assert source is not None and scale is not None
+        sources[str(scale.name)] = source
+        end = node
+        while end.op_type != "DequantizeLinear":
+            (use,) = end.outputs[0].uses()
+            end = use.node
+        end.outputs[0].replace_all_uses_with(source)
+    return sources
+
+
+def _run(
+    model: ir.Model, bundle: Bundle, tensors: Mapping[str, Array], x: Array
+) -> list[Array]:
+    weights = serialize(tensors, bundle.manifest.tensors)
+    session = reference.unfused_session(
+        ir.to_proto(model).SerializeToString(), {WEIGHTS: weights}
+    )
+    try:
+        outputs: list[Array] = session.run(None, {session.get_inputs()[0].name: x})
+    except Exception as error:  # ONNX Runtime's exceptions have no public base class
+        raise DataError(
+            f"the images do not fit {bundle.path}: {' '.join(str(error).split())[:200]}"
+        ) from error
+    return outputs

@@ -1,0 +1,165 @@
+"""A calibration that is stopped, at any moment, goes on to the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hdrq_deploy import Bundle, HdrqError
+from hdrq_deploy.calibrate import calibrate
+from hdrq_deploy.calibrate.progress import Partial
+from hdrq_deploy.recipe import Options
+
+# Starts the command once, then one child for every line it reads: importing torch takes
+# seconds, and a kill should meet the work.
+_SERVER = """
+import os, sys
+import torch, onnxscript
+import hdrq_deploy.calibrate
+from hdrq_deploy.cli.calibrate import main
+torch.set_num_threads(1)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os.dup2(2, 1)
+        os._exit(main(line.split()))
+    print(child, flush=True)
+    _, status = os.waitpid(child, 0)
+    print(status, flush=True)
+"""
+
+
+def digest(bundle: Path) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(bundle.iterdir())}
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_leave_the_bytes_of_an_undisturbed_run(
+    work: Path, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(work), "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(
+        [sys.executable, "-c", _SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=work,
+        env=environment,
+    )
+    assert server.stdin and server.stdout
+
+    def start(output: Path, *more: str) -> int:
+        assert server.stdin and server.stdout
+        server.stdin.write(
+            f"--model tiny_models:Tiny --weights {work}/Tiny-night.safetensors "
+            f"--base {work}/Tiny-base.safetensors --data {work}/data.npz --domain night "
+            f"--wbits 4 --iters 400 --batch 16 -o {output} {' '.join(more)}\n"
+        )
+        server.stdin.flush()
+        return int(server.stdout.readline())
+
+    def end() -> int:
+        assert server.stdout
+        return os.waitstatus_to_exitcode(int(server.stdout.readline()))
+
+    try:
+        began = time.monotonic()
+        start(tmp_path / "whole.hdrq")
+        assert end() == 0
+        seconds = time.monotonic() - began
+        draw, output, kinds = random.Random(0), tmp_path / "killed.hdrq", []
+        for i in range(10):
+            child = start(output, "--resume")
+            # Later kills come later, so that all of the way is met.
+            time.sleep(draw.uniform(0, seconds * (0.4 if i < 5 else 0.9)))
+            kind = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+            with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+                os.kill(child, kind)
+            code = end()
+            kinds.append(code)
+            if output.exists():  # whole, or not there
+                Bundle.open(output)
+                if code == 0:
+                    shutil.rmtree(output)
+        assert any(code != 0 for code in kinds)
+        start(output, "--resume")
+        assert end() == 0
+    finally:
+        server.stdin.close()
+        server.wait()
+    assert digest(output) == digest(tmp_path / "whole.hdrq")
+    assert not (tmp_path / "killed.hdrq.partial").exists()
+
+
+def tiny(work: Path, output: Path, seed: int = 0, resume: bool = True) -> Bundle:
+    return calibrate(
+        "tiny_models:Tiny",
+        work / "data.npz",
+        "night",
+        output,
+        work / "Tiny-night.safetensors",
+        work / "Tiny-base.safetensors",
+        wbits=4,
+        seed=seed,
+        resume=resume,
+        options=Options.of("hdrq", iters=3, batch=8),
+    )
+
+
+class _Stop(Exception):
+    pass
+
+
+def stop_after(work: Path, output: Path, blocks: int) -> None:
+    save = Partial.save
+
+    def counted(self: Partial, index: int, *rest: object) -> None:
+        save(self, index, *rest)  # type: ignore[arg-type]
+        if index + 1 == blocks:
+            raise _Stop
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(_Stop):
+        patch.setattr(Partial, "save", counted)
+        tiny(work, output)
+
+
+def test_finished_blocks_are_not_learned_again(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(work, tmp_path / "a.hdrq", 2)
+    partial = tmp_path / "a.hdrq.partial"
+    assert len(list(partial.glob("block-*"))) == 2
+    from hdrq_deploy.calibrate import reconstruct
+
+    learned = []
+    learn = reconstruct._learn
+    monkeypatch.setattr(
+        reconstruct, "_learn", lambda run, *rest: learned.append(run) or learn(run, *rest)
+    )
+    resumed = tiny(work, tmp_path / "a.hdrq")
+    blocks = resumed.manifest.metrics["blocks"]
+    assert len(learned) == len(blocks) - 2
+    assert not partial.exists()
+
+
+def test_other_options_do_not_go_on_with_these_blocks(work: Path, tmp_path: Path) -> None:
+    stop_after(work, tmp_path / "a.hdrq", 1)
+    with pytest.raises(HdrqError, match="a run with seed 0, asked 1; --resume needs the same"):
+        tiny(work, tmp_path / "a.hdrq", seed=1)
+    (block,) = (tmp_path / "a.hdrq.partial").glob("block-*")
+    block.write_bytes(block.read_bytes()[:-4])
+    with pytest.raises(HdrqError, match="cannot be read .*remove it"):
+        tiny(work, tmp_path / "a.hdrq")
+    tiny(work, tmp_path / "a.hdrq", resume=False)
+    assert not (tmp_path / "a.hdrq.partial").exists()
