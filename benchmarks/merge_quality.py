@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hdrq_deploy import Bundle, merge, reference
+from hdrq_deploy import Bundle, reference
 from hdrq_deploy.bundle import GRAPH, WEIGHTS, serialize
 from hdrq_deploy.errors import HdrqError
 from hdrq_deploy.files import write_bytes
@@ -70,6 +70,7 @@ class Setting:
 
     @property
     def name(self) -> str:
+        """Method, bits and steps."""
         return f"{self.label}-w{self.wbits}a{self.abits}-{self.steps}"
 
     def options(self) -> dict[str, Any]:
@@ -97,14 +98,13 @@ class Cell:
 
     @property
     def path(self) -> str:
+        """The bundle's folder."""
         return f"{self.setting.name}-s{self.seed}-{'+'.join(self.members)}.hdrq"
 
 
 # In the paper's setting: one step per tensor, BatchNorm in the weights.
 PAPER = [
-    Setting(method, bits, bits)
-    for bits in (4, 3)
-    for method in ("rtn", "brecq", "qdrop", "hdrq")
+    Setting(method, bits, bits) for bits in (4, 3) for method in ("rtn", "brecq", "qdrop", "hdrq")
 ]
 # From QDrop to HDRQ: latent weights instead of learned rounding, then noise, then distance.
 ABLATION = [Setting(label, 3, 3, seeds=(0,)) for label in ("latent", "latent+noise")]
@@ -198,7 +198,10 @@ def calibrate_all(out: Path, workers: int, minutes: float) -> list[Cell]:
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         # Few at a time, so that a deadline finds little begun.
         waiting = iter(missing)
-        running = {pool.submit(calibrate_cell, c, out): c for _, c in zip(range(workers), waiting)}
+        running = {
+            pool.submit(calibrate_cell, c, out): c
+            for _, c in zip(range(workers), waiting, strict=False)
+        }
         done = 0
         while running:
             future = next(as_completed(running))
@@ -219,6 +222,7 @@ class Judge:
         self._entries = like.manifest.tensors
 
     def __call__(self, tensors: Mapping[str, Array], domains: Sequence[str]) -> dict[str, float]:
+        """Top-1 accuracy of every domain, 0 to 1."""
         weights = serialize(tensors, self._entries)
         session = reference.unfused_session(self._graph, {WEIGHTS: weights})
         port = session.get_inputs()[0].name
@@ -413,9 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": rows,
     }
     args.results.mkdir(parents=True, exist_ok=True)
-    write_bytes(
-        args.results / "merge_quality.json", (json.dumps(record, indent=1) + "\n").encode()
-    )
+    write_bytes(args.results / "merge_quality.json", (json.dumps(record, indent=1) + "\n").encode())
     print(f"{len(rows)} rows in {args.results / 'merge_quality.json'}")
     return 0
 

@@ -14,7 +14,15 @@ from typing import BinaryIO
 
 from .errors import HdrqError
 
-__all__ = ["check_parent", "make_directory", "new_directory", "replaced", "sha256_bytes", "sha256_file", "write_bytes"]
+__all__ = [
+    "check_parent",
+    "make_directory",
+    "new_directory",
+    "replaced",
+    "sha256_bytes",
+    "sha256_file",
+    "write_bytes",
+]
 
 
 def sha256_bytes(data: bytes) -> str:

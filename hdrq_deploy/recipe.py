@@ -183,7 +183,9 @@ class Recipe(BaseModel):
             key = ".".join(str(part) for part in first["loc"])
             if first["type"] == "extra_forbidden":
                 known = ", ".join(cls.model_fields)
-                raise SpecError(f"{path}: found the unknown key {key!r}; keys are {known}") from error
+                raise SpecError(
+                    f"{path}: found the unknown key {key!r}; keys are {known}"
+                ) from error
             raise SpecError(
                 f"{path}: found {key}: {first['input']!r} ({first['msg'].lower()}); correct it"
             ) from error

@@ -16,9 +16,9 @@ from hdrq_deploy.calibrate.draws import Draws
 from hdrq_deploy.calibrate.fakequant import fake_quantize, search_scale
 from hdrq_deploy.calibrate.parity import parity
 from hdrq_deploy.calibrate.placement import plan_quantizers
-from hdrq_deploy.recipe import Options
 from hdrq_deploy.calibrate.source import load_model
 from hdrq_deploy.errors import HdrqError, ModelError, SpecError
+from hdrq_deploy.recipe import Options
 from hdrq_deploy.spec import QuantSpec
 
 MODELS = ("Tiny", "Net", "Attention")
@@ -122,8 +122,9 @@ def test_the_paper_grid_reaches_255(make: Any) -> None:
     assert {(a.lo, a.hi) for a in bundle.manifest.activations} == {(-128, 127), (0, 255)}
 
 
-# Not Tiny: the loss of its untrained depthwise block rises under HDRQ; cause not known.
-@pytest.mark.parametrize("name", ("Net", "Attention"))
+# A rate of 2e-4 is too low for 100 iterations: the noise then leaves weights between codes,
+# and the loss of Tiny's depthwise block rises.
+@pytest.mark.parametrize("name", MODELS)
 def test_hdrq_lowers_the_reconstruction_error(make: Any, name: str) -> None:
     rtn, hdrq = make(name, wbits=3, abits=4), make(name, method="hdrq", wbits=3, abits=4)
     last = [b.manifest.metrics["blocks"][-1]["loss_after"] for b in (rtn, hdrq)]

@@ -221,8 +221,12 @@ class _Work:
         """
         if self.settings.grid == 0:
             return None
-        tensors = {r: Merger(self.merger.parents, r, self.settings.candidates, self.settings.seed)
-                   .tensors(self.even) for r in ("nearest", "advanced")}
+        tensors = {
+            r: Merger(self.merger.parents, r, self.settings.candidates, self.settings.seed).tensors(
+                self.even
+            )
+            for r in ("nearest", "advanced")
+        }
         like = self.merger.parents[0]
         merged = {r: real_weights(like, found) for r, found in tensors.items()}
         first, second = self.real[0], self.real[1]

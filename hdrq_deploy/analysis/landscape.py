@@ -138,10 +138,10 @@ def _freed(quantized: fx.GraphModule) -> fx.GraphModule:
     module = copy.deepcopy(quantized)
     graph = module.graph
     for node in list(graph.nodes):
-        if node.target is torch.ops.hdrq.quantize_dequantize.default:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        elif node.target is torch.ops.hdrq.dequantize.default:
+        if node.target in (
+            torch.ops.hdrq.quantize_dequantize.default,
+            torch.ops.hdrq.dequantize.default,
+        ):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     graph.eliminate_dead_code()

@@ -108,9 +108,7 @@ class Draws:
     def _indices(generator: torch.Generator) -> Tensor:
         return torch.randint(POOL, (SIZE,), generator=generator)
 
-    def _window(
-        self, kind: str, make: Callable[[torch.Generator], Tensor], like: Tensor
-    ) -> Tensor:
+    def _window(self, kind: str, make: Callable[[torch.Generator], Tensor], like: Tensor) -> Tensor:
         pieces = list(self._pieces(kind, make, like.numel()))
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(like.shape)
 

@@ -120,9 +120,7 @@ def _translations() -> dict[Any, Any]:
     }
 
 
-def emit_quantized(
-    found: Capture, plan: Plan, result: Quantized, fold: str = "weights"
-) -> Emitted:
+def emit_quantized(found: Capture, plan: Plan, result: Quantized, fold: str = "weights") -> Emitted:
     """The fake-quantized model that computes from codes, and what its tensors are.
 
     Args:

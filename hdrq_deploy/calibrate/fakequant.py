@@ -32,6 +32,7 @@ _NOISY = (Mode.EMPIRICAL, Mode.UNIFORM)
 # AdaRound's stretched sigmoid reaches 0 and 1 at finite values (Nagel et al., ICML 2020, eq. 23).
 _STRETCH_LOW, _STRETCH_HIGH = -0.1, 1.1
 _CHUNK = 1 << 16
+_SKETCH, _NEAR = 1 << 15, 8
 
 
 def search_scale(x: Tensor, spec: QuantSpec, candidates: int = 100, power: float = 2.4) -> Tensor:
@@ -57,21 +58,35 @@ def search_scale(x: Tensor, spec: QuantSpec, candidates: int = 100, power: float
     ).clamp(min=torch.finfo(torch.float32).tiny * 1e6)
     if spec.lo == 0:
         widest = rows.amax(1).clamp(min=1e-30) / spec.hi
-    scores = torch.zeros(candidates, len(rows), device=rows.device)
+    tried = torch.arange(candidates)
+    if len(rows) == 1 and rows.shape[1] > 4 * _SKETCH:
+        # A sketch finds the neighbourhood of the best range, all values decide within it.
+        some = rows[:, :: rows.shape[1] // _SKETCH | 1]
+        near = int(_range_errors(some, widest, spec, tried, candidates, power)[:, 0].argmin())
+        tried = tried[max(0, near - _NEAR) : near + _NEAR + 1]
+    scores = _range_errors(rows, widest, spec, tried, candidates, power)
+    best = widest * (tried.to(rows.device)[scores.argmin(0)] + 1) / candidates
+    # A tensor of zeros has no range; any normal step represents it.
+    best = torch.where(best > 1e-20, best, torch.full_like(best, 1e-6))
+    return best.squeeze(0) if spec.axis is None else best
+
+
+def _range_errors(
+    rows: Tensor, widest: Tensor, spec: QuantSpec, tried: Tensor, candidates: int, power: float
+) -> Tensor:
+    """Summed errors (tried, rows) on ranges (tried + 1) / candidates of the widest."""
+    scores = torch.zeros(len(tried), len(rows), device=rows.device)
     # Pieces that stay in a core's cache: the search is then bound by arithmetic, not memory.
     for first_row in range(0, len(rows), _CHUNK):
         width = max(1, _CHUNK // min(len(rows), _CHUNK))
         for first in range(0, rows.shape[1], width):
             part = rows[first_row : first_row + _CHUNK, first : first + width]
             steps = widest[first_row : first_row + _CHUNK, None]
-            for i in range(candidates):
+            for k, i in enumerate(tried.tolist()):
                 step = steps * ((i + 1) / candidates)
                 error = (part / step).round_().clamp_(spec.lo, spec.hi).mul_(step).sub_(part)
-                scores[i, first_row : first_row + _CHUNK] += error.abs_().pow_(power).sum(1)
-    best = widest * (scores.argmin(0) + 1) / candidates
-    # A tensor of zeros has no range; any normal step represents it.
-    best = torch.where(best > 1e-20, best, torch.full_like(best, 1e-6))
-    return best.squeeze(0) if spec.axis is None else best
+                scores[k, first_row : first_row + _CHUNK] += error.abs_().pow_(power).sum(1)
+    return scores
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -146,7 +161,7 @@ def fake_quantize(
         LSQ (Esser et al., ICLR 2020); noise: Shin et al., ICML 2025, section 4.1; keep:
         QDrop (Wei et al., ICLR 2022).
     """
-    result = _FakeQuantize.apply(x, scale, spec, noise, keep, factor)  # type: ignore[no-untyped-call]
+    result = _FakeQuantize.apply(x, scale, spec, noise, keep, factor)
     assert isinstance(result, Tensor)
     return result
 
@@ -163,6 +178,9 @@ class WeightQuantizer(nn.Module):
         self.spec = spec
         self.mode = Mode.OFF
         self.draws: Draws | None = None
+        self.original: Tensor
+        self.gain: Tensor | None
+        self.frozen: Tensor | None
         self.register_buffer("original", weight.detach().clone())
         self.register_buffer("gain", None if gain is None else _along(gain, weight.ndim, 0))
         self.register_buffer("frozen", None)
@@ -172,7 +190,7 @@ class WeightQuantizer(nn.Module):
 
     def start_adaround(self) -> None:
         """Add the variable that learns up or down, at the weight's own fraction."""
-        u = self.original / self._steps().detach()  # type: ignore[operator]
+        u = self.original / self._steps().detach()
         share = ((u - u.floor()) - _STRETCH_LOW) / (_STRETCH_HIGH - _STRETCH_LOW)
         self.rounding = nn.Parameter(torch.logit(share))
 
@@ -188,12 +206,11 @@ class WeightQuantizer(nn.Module):
         return real if self.gain is None else real * self.gain
 
     def _real(self) -> Tensor:
-        original, frozen = self.original, self.frozen
-        assert isinstance(original, Tensor)
+        original = self.original
         if self.mode is Mode.OFF:
             return original
-        if isinstance(frozen, Tensor):
-            return frozen.to(original.dtype) * self._steps()
+        if self.frozen is not None:
+            return self.frozen.to(original.dtype) * self._steps()
         if self.mode is Mode.SOFT:
             steps = self._steps().detach()
             codes = (original / steps).floor() + self.soft()
@@ -206,10 +223,10 @@ class WeightQuantizer(nn.Module):
     @torch.no_grad()
     def codes(self) -> Tensor:
         """int8 codes of what was learned."""
-        if isinstance(self.frozen, Tensor):
+        if self.frozen is not None:
             return self.frozen
         if self.rounding is not None:
-            real = (self.original / self._steps()).floor() + (self.soft() >= 0.5)  # type: ignore[operator]
+            real = (self.original / self._steps()).floor() + (self.soft() >= 0.5)
         else:
             real = torch.round(self.latent / self._steps())
         codes: Tensor = real.clamp(self.spec.lo, self.spec.hi).to(torch.int8)
@@ -227,12 +244,10 @@ class WeightQuantizer(nn.Module):
     def reset(self) -> None:
         """Forget what was learned of the weight; the step is the caller's."""
         self.rounding = None
-        self.latent.data.copy_(self.original)  # type: ignore[arg-type]
+        self.latent.data.copy_(self.original)
 
     def _steps(self) -> Tensor:
-        original = self.original
-        assert isinstance(original, Tensor)
-        return _along(self.scale, original.ndim, self.spec.axis)
+        return _along(self.scale, self.original.ndim, self.spec.axis)
 
 
 class ActivationQuantizer(nn.Module):

@@ -105,5 +105,3 @@ class Partial:
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:04d}.safetensors"
-
-

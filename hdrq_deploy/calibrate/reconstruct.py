@@ -198,17 +198,17 @@ def _settle(
 ) -> dict[str, Any]:
     """Learn one block and freeze it; its error before, and whether learning was kept."""
     module, options = run.module, run.options
-    open_weights = [q for q in module.weights if q.frozen is None]
+    open_weights = run.open_weights
     before = run.round_loss(mixed, targets)
     record: dict[str, Any] = {"loss_before": before, "learned": False}
     if options.learner != "none" and open_weights:
-        first = {q: q.scale.detach().clone() for q in (*open_weights, *run.open_activations)}
+        first = [(q.scale, q.scale.detach().clone()) for q in run.open_quantizers]
         _learn(run, open_weights, real, mixed, targets, sources, draws, report)
         record["learned"] = True
         if options.keep_best and not run.round_loss(mixed, targets) <= before:
             record["learned"] = False
-            for quantizer, scale in first.items():
-                quantizer.scale.data.copy_(scale)
+            for scale, value in first:
+                scale.data.copy_(value)
             for weight in open_weights:
                 weight.reset()
     for weight in open_weights:
@@ -225,7 +225,13 @@ class _Run:
         self, module: BlockModule, options: Options, device: torch.device, caches: Caches
     ) -> None:
         self.module, self.options, self.device, self.caches = module, options, device, caches
+        self.open_weights = [q for q in module.weights if q.frozen is None]
         self.open_activations = [q for q in module.activations if not q.settled]
+
+    @property
+    def open_quantizers(self) -> list[WeightQuantizer | ActivationQuantizer]:
+        """Those whose steps are still learned."""
+        return [*self.open_weights, *self.open_activations]
 
     def float_outputs(self, real: list[Rows], observe: bool = False) -> list[Rows]:
         """Outputs of the float block; while ``observe``, steps of activations are found."""
@@ -370,14 +376,16 @@ def _learn(
     """Optimise one block, as HDRQ does or with AdaRound's rounding variables."""
     module, options, device = run.module, run.options, run.device
     adaround = options.learner == "adaround"
-    for quantizer in (*module.weights, *module.activations):
-        quantizer.draws = draws
+    for weight in weights:
+        weight.draws = draws
+    for activation in module.activations:
+        activation.draws = draws
     if adaround:
         for weight in weights:
             weight.start_adaround()
     optimizers = _optimizers(run, weights)
     noisy = 0 if options.noise == "off" else round(options.iters * options.noise_fraction)
-    floors = [(q.scale, q.scale.detach() * 1e-3) for q in (*weights, *run.open_activations)]
+    floors = [(q.scale, q.scale.detach() * 1e-3) for q in run.open_quantizers]
     for i in range(options.iters):
         for optimizer, warmup in optimizers:
             _set_rate(optimizer, i, options.iters, warmup)
@@ -442,7 +450,9 @@ def _optimizers(
     made: list[tuple[torch.optim.Optimizer, float]] = [
         (torch.optim.Adam(groups, lr=options.lr, fused=True), warmup)
     ]
-    steps = [_step_group(q.scale, options.act_lr, options.step_change) for q in run.open_activations]
+    steps = [
+        _step_group(q.scale, options.act_lr, options.step_change) for q in run.open_activations
+    ]
     if steps:
         made.append((torch.optim.Adam(steps, lr=options.act_lr, fused=True), 0.0))
     return made
@@ -457,7 +467,7 @@ def _source_weights(
 ) -> list[tuple[WeightQuantizer, Tensor]]:
     """The source model's weight for every latent weight of the block."""
     names = {id(quantizer): name for name, quantizer in weights.items()}
-    sources = []
+    sources: list[tuple[WeightQuantizer, Tensor]] = []
     for quantizer in module.weights if base is not None else []:
         assert base is not None
         name = names[id(quantizer)]

@@ -56,7 +56,9 @@ def _analyze(args: argparse.Namespace) -> int:
     names = ("points", "grid", "seeds", "candidates", "products", "seed")
     settings = Settings(**{name: getattr(args, name) for name in names})
     bundles = [Bundle.open(path) for path in args.bundles]
-    data = {n: _labelled(p, bundles[0], args.images, args.seed) for n, p in named(args.data).items()}
+    data = {
+        n: _labelled(p, bundles[0], args.images, args.seed) for n, p in named(args.data).items()
+    }
     base = _source(args.base, bundles[0], next(iter(data.values()))[0]) if args.base else None
     with progress_bar("analyze") as progress:
         result = analyze(bundles, data, base, settings, progress)

@@ -24,11 +24,15 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--wbits", type=int, help="bits of weights, 2 to 8 (8)")
     p.add_argument("--abits", type=int, help="bits of activations, 2 to 8 (8)")
     p.add_argument(
-        "--per-channel", action=argparse.BooleanOptionalAction, default=None, help="one weight step per channel (no: one per tensor)"
+        "--per-channel",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="one weight step per channel (no: one per tensor)",
     )
     p.add_argument(
-        "--fold", choices=FOLDS, help="where BatchNorm goes (weights); steps: per channel, kept "
-        "apart for the merge"
+        "--fold",
+        choices=FOLDS,
+        help="where BatchNorm goes (weights); steps: per channel, kept apart for the merge",
     )
     p.add_argument("--grid", choices=GRIDS, help="codes of non-negative activations (int8)")
     p.add_argument("--images", type=int, help="calibration images at most (1024)")
@@ -66,7 +70,10 @@ def arguments() -> argparse.ArgumentParser:
     knobs.add_argument("--beta-first", type=float, help="its exponent at first (20)")
     knobs.add_argument("--beta-last", type=float, help="its exponent at the end (2)")
     knobs.add_argument(
-        "--keep-best", action=argparse.BooleanOptionalAction, default=None, help="undo a block whose error rose (yes)"
+        "--keep-best",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="undo a block whose error rose (yes)",
     )
     return p
 

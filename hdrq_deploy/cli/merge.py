@@ -140,9 +140,7 @@ def _images(values: Sequence[str], like: Bundle, limit: int, seed: int) -> dict[
         raise MergeError(f"found {limit} images per domain; needed 2 or more")
     preprocessing = like.manifest.preprocessing
     wanted = Wanted.like(preprocessing) if preprocessing else Wanted()
-    return {
-        name: read(path, wanted, limit, seed).x for name, path in named(values).items()
-    }
+    return {name: read(path, wanted, limit, seed).x for name, path in named(values).items()}
 
 
 def _merge_checkpoints(args: argparse.Namespace) -> int:
@@ -166,4 +164,3 @@ def _merge_checkpoints(args: argparse.Namespace) -> int:
         )
     print(path)
     return 0
-

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from ..bundle import Bundle
 from ..errors import MergeError
@@ -78,11 +79,21 @@ def merge(
             if progress:
                 progress(len(small) + done, len(names))
 
-        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
-            list(pool.map(one, merger.code_names))
+        in_parallel(one, merger.code_names, threads)
         return merger.manifest(mix, dict(sorted(layers.items())), options or {})
 
     return Bundle.write_like(output, merger.parents[0], write)
+
+
+def in_parallel(
+    work: Callable[[Any], None], items: Sequence[Any], threads: int | None = None
+) -> None:
+    """``work`` on every item, one thread per core; each keeps its matrix products to itself."""
+    with (
+        threadpool_limits(1, user_api="blas"),
+        ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool,
+    ):
+        list(pool.map(work, items))
 
 
 class Merger:

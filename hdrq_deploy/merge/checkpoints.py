@@ -93,8 +93,7 @@ def merge_checkpoints(
             if name.endswith("running_var"):
                 mean = name.removesuffix("running_var") + "running_mean"
                 means = [
-                    _read(path, header[mean])
-                    for path, header in zip(files, headers, strict=False)
+                    _read(path, header[mean]) for path, header in zip(files, headers, strict=False)
                 ]
             merged = _merge_one(values, means, mix, method, scaling, density)
             file.seek(headers[0][name].offset)
@@ -155,9 +154,7 @@ def _read(path: Path, span: Span) -> Array:
         return np.frombuffer(file.read(span.length), dtype, count).reshape(span.shape)
 
 
-def _check_same(
-    first: Path, mine: dict[str, Span], other: Path, theirs: dict[str, Span]
-) -> None:
+def _check_same(first: Path, mine: dict[str, Span], other: Path, theirs: dict[str, Span]) -> None:
     for name in sorted({*mine, *theirs}):
         a, b = mine.get(name), theirs.get(name)
         if a is None or b is None or (a.dtype, a.shape) != (b.dtype, b.shape):

@@ -156,9 +156,7 @@ def _probe_folds(model: ir.Model, bundle: Bundle, tensors: Mapping[str, Array]) 
         for i, value in enumerate(model.graph.outputs):
             if value is output:
                 model.graph.outputs[i] = norm.result
-        probes.append(
-            _Probe(norm.mean, norm.variance, fold.mean, fold.variance, factor, beta)
-        )
+        probes.append(_Probe(norm.mean, norm.variance, fold.mean, fold.variance, factor, beta))
     return probes
 
 
@@ -201,9 +199,7 @@ def _normalise(x: ir.Value, gamma: Array, beta: Array, eps: Array) -> _Norm:
     """gamma * (x - mean) / sqrt(variance + eps) + beta, channels on axis 1."""
     rank = len(x.shape) if x.shape is not None else 4
     shape = [1, -1, *[1] * (rank - 2)]
-    axes = ir.node(
-        "Constant", [], {"value": ir.tensor(np.array([0, *range(2, rank)], np.int64))}
-    )
+    axes = ir.node("Constant", [], {"value": ir.tensor(np.array([0, *range(2, rank)], np.int64))})
     terms = [
         ir.node("Constant", [], {"value": ir.tensor(v.astype(np.float32).reshape(shape))})
         for v in (eps, gamma, beta)
@@ -242,9 +238,7 @@ def _activation_steps(
             some = rng.integers(len(flat), size=min(_SAMPLES, len(flat)))
             seen[name].append(np.concatenate([flat[some], [flat.min(), flat.max()]]))
     specs = {a.scale: QuantSpec(a.bits, a.lo, a.hi) for a in bundle.manifest.activations}
-    return {
-        name: search_scale(np.concatenate(parts), specs[name]) for name, parts in seen.items()
-    }
+    return {name: search_scale(np.concatenate(parts), specs[name]) for name, parts in seen.items()}
 
 
 def _drop_quantizers(model: ir.Model) -> dict[str, ir.Value]:
@@ -262,13 +256,9 @@ def _drop_quantizers(model: ir.Model) -> dict[str, ir.Value]:
     return sources
 
 
-def _run(
-    model: ir.Model, bundle: Bundle, tensors: Mapping[str, Array], x: Array
-) -> list[Array]:
+def _run(model: ir.Model, bundle: Bundle, tensors: Mapping[str, Array], x: Array) -> list[Array]:
     weights = serialize(tensors, bundle.manifest.tensors)
-    session = reference.unfused_session(
-        ir.to_proto(model).SerializeToString(), {WEIGHTS: weights}
-    )
+    session = reference.unfused_session(ir.to_proto(model).SerializeToString(), {WEIGHTS: weights})
     try:
         outputs: list[Array] = session.run(None, {session.get_inputs()[0].name: x})
     except Exception as error:  # ONNX Runtime's exceptions have no public base class

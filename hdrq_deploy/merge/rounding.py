@@ -91,7 +91,7 @@ def merge_codes(
     draws = {"nearest": 0, "noise": 1, "advanced": candidates}[rounding]
     result = np.empty(codes[0].shape, np.int8)
     sums = _Sums(mix, draws)
-    stream = np.random.SFC64(np.random.SeedSequence(list(seed)))
+    stream = np.random.Generator(np.random.SFC64(np.random.SeedSequence(list(seed))))
     opened = []
     for piece in _pieces(codes, scales, scale, spec, result, _PIECE if draws else 4 * _PIECE):
         part = _round(piece, mix, spec, draws > 0)
@@ -153,6 +153,8 @@ def round_up_share(fraction: Floats, shares: Sequence[Floats | float]) -> Floats
     >>> round_up_share(np.array([0.25, 0.5, 0.75]), [0.5, 0.5])
     array([0.125, 0.5  , 0.875])
     """
+    if fraction.size == 0:
+        return fraction
     wide = [h for h in shares if float(np.max(h)) > _SMALLEST_SHARE]
     # A parent without width leaves its share to the others.
     whole = sum(wide)
@@ -167,12 +169,12 @@ def round_up_share(fraction: Floats, shares: Sequence[Floats | float]) -> Floats
 
 
 def toss(
-    stream: np.random.SFC64, chances: npt.NDArray[np.uint16], times: int
+    stream: np.random.Generator, chances: npt.NDArray[np.uint16], times: int
 ) -> npt.NDArray[np.bool_]:
     """(times, positions) tosses; position j is True with probability chances[j] / 65536."""
     count = len(chances)
     width = -(-count // 4)  # four numbers in one of 64 bits
-    raw = np.asarray(stream.random_raw(times * width))
+    raw = stream.integers(0, 1 << 64, times * width, np.uint64)  # without Python's lock
     numbers = raw.view(np.uint16).reshape(times, 4 * width)[:, :count]
     tosses: npt.NDArray[np.bool_] = numbers < chances
     return tosses
@@ -198,7 +200,9 @@ def _pieces(
 ) -> Iterator[_Piece]:
     """Views of about ``most`` weights at a time, in one order for all parents."""
     ndim, axis = result.ndim, spec.axis
-    grids = [affine.along(s.astype(np.float64), ndim, axis) for s in (*scales, scale)]
+    grids: list[Floats] = [
+        affine.along(s.astype(np.float64), ndim, axis).astype(np.float64) for s in (*scales, scale)
+    ]
     if result.size == 0:
         return
     if axis is None:
@@ -254,9 +258,17 @@ def _round(piece: _Piece, mix: Sequence[float], spec: QuantSpec, tosses: bool) -
     nearest = np.rint(scaled).clip(spec.lo, spec.hi)
     mask = ambiguous(piece.codes, scaled, mix)
     if not tosses:
-        none = np.zeros(0)
+        empty = np.zeros(0)
         return _Rounded(
-            nearest, real, middle, piece.step, mask, none, none, none, none  # type: ignore[arg-type]
+            nearest=nearest,
+            real=real,
+            middle=middle,
+            step=piece.step,
+            open=mask,
+            low=empty.astype(np.int8),
+            chances=empty.astype(np.uint16),
+            rise=empty,
+            low_real=empty,
         )
     shape = nearest.shape
     floor = np.floor(scaled[mask])
@@ -307,14 +319,15 @@ class _Sums:
             self._aim[i] += aim @ aim
         if not self._draws or not len(part.low):
             return
-        columns = np.empty((len(part.low), len(part.real) + 1))
+        # Single precision inside a piece: its error is 1e-7 of the candidates' spread.
+        columns = np.empty((len(part.low), len(part.real) + 1), np.float32)
         for i, real in enumerate(part.real):
             columns[:, i] = part.rise * real[part.open]
         columns[:, -1] = part.rise * (part.rise + 2 * part.low_real)
-        self._linear[:-1] += tosses.astype(np.float64) @ columns
+        self._linear[:-1] += tosses.astype(np.float32) @ columns
         # Where nearest rounded up, the candidates' constant part is one rise lower.
         up = (chosen[part.open] - part.low_real > 0.5 * part.rise) & (part.rise > 0)
-        self._linear[-1] += up.astype(np.float64) @ columns
+        self._linear[-1] += up.astype(np.float32) @ columns
 
     def cosines(self) -> Floats:
         """(candidates + 1, parents); the last row is that of ``nearest``."""
