@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +11,10 @@ import onnxruntime
 import pytest
 import torch
 
-from hdrq_deploy import reference
+from hdrq_deploy import Bundle, reference
 from hdrq_deploy.calibrate import calibrate
 from hdrq_deploy.calibrate.blocks import find_blocks
+from hdrq_deploy.calibrate.caches import Caches
 from hdrq_deploy.calibrate.capture import capture, fold_batch_norm, fold_constants
 from hdrq_deploy.calibrate.draws import Draws
 from hdrq_deploy.calibrate.fakequant import fake_quantize, search_scale
@@ -49,12 +53,51 @@ def test_blocks_hold_every_heavy_node_once_and_split_at_long_skips(work: Path) -
         assert [n for b in blocks for n in b.heavy] == [site.node for site in plan.layers]
 
 
+def load_unet() -> torch.nn.Module:
+    path = Path(__file__).parents[1] / "benchmarks" / "architectures.py"
+    spec = importlib.util.spec_from_file_location("architectures", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.unet()
+
+
 @pytest.mark.slow
-def test_resnet18_has_ten_blocks() -> None:
-    pytest.importorskip("timm")
-    found = capture(load_model("timm:resnet18"), torch.rand(2, 3, 64, 64))
-    fold_batch_norm(found)
-    assert [len(b.heavy) for b in find_blocks(found.graph)] == [1, 2, 2, 3, 2, 3, 2, 3, 2, 1]
+@pytest.mark.parametrize(
+    ("name", "side", "blocks", "most"),
+    [
+        ("timm:resnet18", 64, 10, 3),
+        ("timm:resnet50", 64, 18, 4),
+        ("timm:mobilenetv2_100", 64, 33, 3),
+        ("timm:efficientnet_b0", 64, 39, 5),
+        ("timm:convnext_tiny", 64, 23, 3),
+        ("timm:vit_small_patch16_224", 224, 26, 4),
+        ("timm:swin_tiny_patch4_window7_224", 224, 29, 4),
+        ("transformers:segformer", 64, None, 8),
+        ("unet", 64, None, 8),
+    ],
+)
+def test_architectures_are_captured_and_cut(
+    name: str, side: int, blocks: int | None, most: int
+) -> None:
+    torch.manual_seed(0)
+    model = load_unet().eval() if name == "unet" else load_model(name)
+    x = torch.rand(3, 3, side, side)
+    with torch.no_grad():
+        expected = model(x)
+    expected = expected if isinstance(expected, torch.Tensor) else next(iter(expected.values()))
+    found = capture(model, x[:2])
+    fold_constants(found)
+    assert fold_batch_norm(found) == []
+    with torch.no_grad():
+        got = found.module(x)
+    assert float((got - expected).norm() / expected.norm()) < 1e-4
+    cut = find_blocks(found.graph)
+    assert blocks is None or len(cut) == blocks
+    assert max(len(block.heavy) for block in cut) <= most
+    plan = plan_quantizers(found, 4, 8, False, "int8")
+    left = [site for site in plan.layers if site.weight is not None and site.spec is None]
+    assert left == []
 
 
 def test_search_scale_is_no_worse_than_any_scale_of_a_fine_grid() -> None:
@@ -237,3 +280,98 @@ def test_an_operator_without_onnx_form_is_named(work: Path, tmp_path: Path) -> N
     )
     with pytest.raises(ModelError, match=r"matrix_exp.* in inner"):
         calibrate("odd_models:Odd", work / "data.npz", "x", tmp_path / "odd", method="rtn")
+
+
+def test_models_that_cannot_be_captured_say_where_and_what_to_change(
+    work: Path, tmp_path: Path
+) -> None:
+    (work / "refused_models.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Gate(nn.Module):\n    def forward(self, x):\n"
+        "        if x.mean() > 0:\n            return x\n        return -x\n"
+        "class Branch(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.conv = nn.Conv2d(3, 3, 1)\n        self.gate = Gate()\n"
+        "    def forward(self, x):\n        return self.gate(self.conv(x)).mean((2, 3))\n"
+        "class Fixed(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.conv = nn.Conv2d(3, 3, 1)\n"
+        "    def forward(self, x):\n        return self.conv(x).reshape(2, 3, -1).mean(2)\n"
+        "class Nothing(nn.Module):\n    def forward(self, x):\n        return x.mean((2, 3))\n"
+    )
+    cases = {
+        "Branch": r"refused_models.py:5 in forward \(if x.mean\(\) > 0:\).*use torch.where",
+        "Fixed": "batch size is fixed inside the model: use x.shape",
+        "Nothing": "nothing to quantize",
+    }
+    for name, message in cases.items():
+        with pytest.raises(ModelError, match=message):
+            calibrate(
+                f"refused_models:{name}", work / "data.npz", "x", tmp_path / name, method="rtn"
+            )
+    with pytest.raises(HdrqError, match="48 images; needed 64 or more"):
+        calibrate(
+            "tiny_models:Tiny",
+            work / "data.npz",
+            "x",
+            tmp_path / "few",
+            method="qdrop",
+            options=Options.of("qdrop", iters=2, batch=64),
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_activations_beyond_the_budget_go_to_mapped_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = Caches(4 * 8 * 10, tmp_path)
+    values = torch.rand(10, 8)
+    rows = [caches.rows(10, torch.Size([8])) for _ in range(2)]
+    monkeypatch.setattr("hdrq_deploy.calibrate.caches._RESIDENT", 64)  # let go all the time
+    for kept in rows:
+        kept.write(0, values[:6])
+        kept.write(6, values[6:])
+        torch.testing.assert_close(kept.read(2, 9), values[2:9])
+        index = torch.tensor([9, 0, 9])
+        torch.testing.assert_close(kept.take(index), values[index])
+    assert caches.spilled == 4 * 8 * 10
+    assert list(tmp_path.iterdir()) == []  # files without a name
+    rows[0].free()
+    caches.rows(10, torch.Size([8]))
+    assert caches.spilled == 4 * 8 * 10
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(HdrqError, match="no room for .* fewer --images, or raise --cache-gb"):
+        caches.rows(10, torch.Size([8]))
+
+
+def test_where_activations_lie_does_not_change_the_bundle(work: Path, tmp_path: Path) -> None:
+    def files(name: str, cache_gb: float) -> Any:
+        return calibrate(
+            "tiny_models:Tiny",
+            work / "data.npz",
+            "night",
+            tmp_path / name,
+            work / "Tiny-night.safetensors",
+            work / "Tiny-base.safetensors",
+            options=Options.of("hdrq", iters=3, batch=8),
+            cache_gb=cache_gb,
+        ).manifest.files
+
+    assert files("memory", 4) == files("mapped", 0)
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = make()
+    graph = (bundle.path / "model.onnx").read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(HdrqError, match="No space left on device.*nothing was changed"):
+        Bundle.write(tmp_path / "b.hdrq", bundle.manifest, bundle.tensors(), graph)
+    assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import importlib.util
 import re
 import sys
 from collections.abc import Iterator
@@ -88,3 +89,11 @@ def test_readme_and_ci_run_the_same_tests() -> None:
     for tool in ("ruff check", "ruff format --check", "typecheck.py", "pytest"):
         assert tool in command
     assert "<!-- tests -->" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_evidence_page_is_that_of_the_committed_results() -> None:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    assert spec and spec.loader
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    assert (ROOT / "docs" / "evidence.md").read_text() == tables.page()

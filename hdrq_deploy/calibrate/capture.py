@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import math
 import operator
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,10 +125,7 @@ def capture(model: nn.Module, example: Tensor) -> Capture:
             program = torch.export.export(_OneOutput(model), (example,), dynamic_shapes=batch)
             program = program.run_decompositions(_decompositions())
     except Exception as error:  # torch.export has no common base for its refusals
-        raise ModelError(
-            f"torch.export cannot capture the model: {_first_line(error)}; "
-            "remove data-dependent control flow or the fixed batch size it names"
-        ) from error
+        raise ModelError(f"torch.export cannot capture the model {_refusal(error)}") from error
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     found = Capture(module, example)
@@ -170,6 +169,31 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     table = torch.export.default_decompositions()
     hiding = (aten.einsum.default, aten.addmm.default, aten.baddbmm.default)
     return {target: table[target] for target in hiding if target in table}
+
+
+def _refusal(error: BaseException) -> str:
+    """Where torch.export gave up, why, and what to change."""
+    library = str(Path(torch.__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    entered = next((i for i, f in enumerate(frames) if f.filename.startswith(library)), 0)
+    inside = [f for f in frames[entered:] if not f.filename.startswith(library)]
+    where = ""
+    if inside:
+        last = inside[-1]
+        where = f"at {last.filename}:{last.lineno} in {last.name} ({last.line}) "
+    text = _first_line(error)
+    if "Constraints violated" in str(error) or "onstraint" in text:
+        advice = (
+            "the batch size is fixed inside the model: use x.shape[0] or -1 instead of a number"
+        )
+    elif "data-dependent" in str(error):
+        advice = (
+            "a Python branch or size depends on the values of a tensor: use torch.where, or make "
+            "it depend on shapes"
+        )
+    else:
+        advice = "rewrite this part of the model so that torch.export takes it"
+    return f"{where}({text}); {advice}"
 
 
 def _first_line(error: BaseException) -> str:

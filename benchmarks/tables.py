@@ -1,0 +1,338 @@
+"""The committed results as ``docs/evidence.md`` and its plot.
+
+    python benchmarks/tables.py
+
+Reads ``benchmarks/results/*.json`` only; a test checks that the page is theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+GROUPS = (
+    ("handwriting", "photo"),
+    ("handwriting", "night"),
+    ("photo", "night"),
+    ("handwriting", "photo", "night"),
+)
+NAMES = {"handwriting": "hw", "photo": "photo", "night": "night"}
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """A result, where it is there."""
+    path = RESULTS / f"{name}.json"
+    found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return found
+
+
+class Quality:
+    """Rows of merge_quality.json by setting, way and group; seeds pooled."""
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self.record = record
+        self._means: dict[tuple[str, str, tuple[str, ...]], list[float]] = defaultdict(list)
+        for row in record["rows"]:
+            key = (row["setting"], row["way"], tuple(row["members"]))
+            self._means[key] += row["means"]
+
+    def values(self, setting: str, way: str) -> list[float] | None:
+        """Mean of the harmonic means in % for every group, where all were measured."""
+        found = [self._means.get((setting, way, group)) for group in GROUPS]
+        if any(not means for means in found):
+            return None
+        return [100 * statistics.fmean(means) for means in found if means]
+
+    def row(self, label: str, setting: str, way: str) -> list[str] | None:
+        """A line of a table: mean over seeds and draws, with its standard deviation."""
+        cells = [label]
+        for group in GROUPS:
+            means = self._means.get((setting, way, group))
+            if not means:
+                return None
+            spread = f" ± {100 * statistics.stdev(means):.1f}" if len(means) > 1 else ""
+            cells.append(f"{100 * statistics.fmean(means):.1f}{spread}")
+        return cells
+
+    def table(self, rows: Sequence[tuple[str, str, str]]) -> str:
+        """Those of ``rows`` that were measured."""
+        header = ["harmonic mean, %", *("+".join(NAMES[d] for d in g) for g in GROUPS)]
+        lines = [self.row(*row) for row in rows]
+        return table(header, [line for line in lines if line is not None])
+
+
+def merge_quality(record: Mapping[str, Any]) -> str:
+    """The section on merging."""
+    q = Quality(record)
+    env = record["environment"]
+    floats = [
+        ("float, a model per domain", "float-w8a8-tensor", "single"),
+        ("float merged, BatchNorm folded (paper)", "float-folded", "merged"),
+        ("float merged, BatchNorm apart", "float-w8a8-tensor", "merged"),
+    ]
+    parts = [
+        "## Does HDRQ merge better?",
+        "",
+        f"Digits benchmark, ResNet-14, {record['iterations_per_block']} iterations a block, "
+        f"{record['rounding_seeds']} rounding seeds a merge; harmonic mean of the top-1 accuracies "
+        "on the test splits, mean and standard deviation over calibration and rounding seeds. "
+        f"{record['cells']} of the grid's {record['cells_in_grid']} bundles were there "
+        f"(`benchmarks/merge_quality.py`; torch {env['torch']}, {env['cpu']}). Learning rate and "
+        "criteria were chosen on the calibration splits.",
+        "",
+        "![merged harmonic means](merge_quality.svg)",
+        "",
+        q.table(floats),
+    ]
+    methods = ("rtn", "brecq", "qdrop", "hdrq")
+    for bits in (4, 3):
+        rows = []
+        for method in methods:
+            setting = f"{method}-w{bits}a{bits}-tensor"
+            ways = ("single", "nearest", "noise", "advanced")
+            rows += [(f"{method}, {way}", setting, way) for way in ways]
+        parts += [
+            "",
+            f"### W{bits}A{bits} in the paper's setting (one step per tensor, BatchNorm folded)",
+            "",
+            q.table(rows),
+        ]
+    ablation = [
+        (label, f"{name}-w3a3-tensor", "advanced")
+        for label, name in (
+            ("qdrop: learned rounding", "qdrop"),
+            ("latent weights instead", "latent"),
+            ("+ noise", "latent+noise"),
+            ("+ distance: hdrq", "hdrq"),
+        )
+    ]
+    parts += ["", "### Ablation, W3A3, advanced rounding", "", q.table(ablation)]
+    for w, a in ((8, 8), (4, 8), (4, 4), (3, 3)):
+        rows = []
+        for steps, label in (("channel", "per channel"), ("fold", "per channel, fold in steps")):
+            for method in ("qdrop", "hdrq"):
+                setting = f"{method}-w{w}a{a}-{steps}"
+                rows.append((f"{method}, {label}, single", setting, "single"))
+                rows.append((f"{method}, {label}, merged", setting, "advanced"))
+        best = f"hdrq-w{w}a{a}-fold"
+        for way in (
+            "re-estimated",
+            "auto (entropy)",
+            "auto (information)",
+            "auto (agreement)",
+            "auto + re-estimated",
+        ):
+            rows.append((f"hdrq, fold in steps, {way}", best, way))
+        for method in ("qdrop", "hdrq"):
+            setting = f"{method}-w{w}a{a}-channel"
+            rows.append((f"merged in float first, then {method}", setting, "merged first"))
+        parts += ["", f"### W{w}A{a}, one step per channel", "", q.table(rows)]
+    float_ways = ("re-estimated", "auto (entropy)", "auto (information)", "auto (agreement)")
+    rows = [(f"float, {w}", "float-w8a8-tensor", w) for w in (*float_ways, "auto + re-estimated")]
+    parts += ["", "### The additions on float models", "", q.table(rows)]
+    return "\n".join(parts)
+
+
+def plot(record: Mapping[str, Any], target: Path) -> None:
+    """Merged harmonic means of methods and settings, one panel a bit-width."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    q = Quality(record)
+    labels = ["+".join(NAMES[d] for d in g) for g in GROUPS]
+    lines = {
+        "rtn": ("{b}-tensor", "advanced", "#9aa5b1", "v"),
+        "brecq": ("{b}-tensor", "advanced", "#dd8a1b", "s"),
+        "qdrop": ("{b}-tensor", "advanced", "#2b6cb0", "^"),
+        "hdrq": ("{b}-tensor", "advanced", "#b83256", "o"),
+    }
+    with rc_context({"svg.hashsalt": "hdrq", "svg.fonttype": "path", "font.size": 9}):
+        figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+        for axes, bits in zip(figure.subplots(1, 2, sharey=True), (4, 3), strict=True):
+            upper = q.values("float-w8a8-tensor", "merged")
+            if upper:
+                axes.plot(labels, upper, "k--", lw=1, label="float merged")
+            for method, (_, way, colour, mark) in lines.items():
+                found = q.values(f"{method}-w{bits}a{bits}-tensor", way)
+                if found:
+                    axes.plot(labels, found, mark + "-", color=colour, label=f"{method}, paper")
+            for way, style in (("advanced", ":"), ("auto + re-estimated", "-.")):
+                found = q.values(f"hdrq-w{bits}a{bits}-fold", way)
+                if found:
+                    name = "hdrq, fold in steps" + ("" if way == "advanced" else ", both additions")
+                    axes.plot(labels, found, "D" + style, color="#3c8d5a", ms=4, label=name)
+            axes.set_title(f"W{bits}A{bits} merged, advanced rounding")
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.axes[0].set_ylabel("harmonic mean accuracy, %")
+        figure.axes[1].legend(frameon=False, fontsize=8)
+        empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(target, metadata=empty)
+
+
+def architectures(record: Mapping[str, Any]) -> str:
+    """The section on architectures."""
+    rows = []
+    for row in record["rows"].values():
+        heavy = ", ".join(f"{n} {op}" for op, n in row["heavy"].items())
+        reasons = {layer["reason"] for layer in row["float_layers"]}
+        left = f"{len(row['float_layers'])}: {'; '.join(sorted(reasons))}" if reasons else "none"
+        per_block = " ".join(f"{n}x{size}" for size, n in row["heavy_per_block"].items())
+        rows.append(
+            [
+                row["model"],
+                f"{row['fold_relative_error']:.0e}",
+                f"{row['blocks']} ({per_block})",
+                heavy,
+                left,
+                f"{row['w8a8_sqnr_db_tensor']:.1f} / {row['w8a8_sqnr_db_channel']:.1f}",
+                f"{row['hdrq_blocks_lowered']}, x{row['hdrq_error_ratio_median']:.2f}",
+            ]
+        )
+    header = [
+        "model", "folded graph, rel. error", "blocks (number x heavy operators)",
+        "heavy operators", "left in float", "W8A8 SQNR dB, per tensor / channel",
+        "blocks lowered by HDRQ W4A8, median error",
+    ]  # fmt: skip
+    return "\n".join(
+        [
+            "## Any architecture",
+            "",
+            "Random weights, images cropped from two photographs (`benchmarks/architectures.py`). "
+            "The HDRQ runs are short (30 to 100 iterations a block); errors are relative to RTN "
+            "on the same inputs. Blocks without a weight (products of activations) learn only "
+            "steps and are not counted where nothing was learned.",
+            "",
+            table(header, rows),
+        ]
+    )
+
+
+def calibration_speed(record: Mapping[str, Any]) -> str:
+    """The section on what calibration costs."""
+    parts = ["## What calibration costs", ""]
+    if "noise" in record:
+        rows = [
+            [
+                f"{r['elements']:,}",
+                f"{r['plain_ns']:.0f}",
+                f"{r['ours_ns']:.1f}",
+                f"{r['ratio']:.1f}",
+            ]
+            for r in record["noise"]
+        ]
+        header = ["elements", "256-bin draw, ns each", "ours, ns each", "ratio"]
+        parts += ["One draw of noise:", "", table(header, rows), ""]
+    if "speed" in record:
+        rows = [
+            [
+                s["model"],
+                f"{s['images']} of {s['side']}x{s['side']}",
+                str(s["iterations"]),
+                f"{s['ratio']['iteration_ms']:.1f}",
+                f"{s['ratio']['whole_s']:.1f}",
+            ]
+            for s in record["speed"]
+        ]
+        header = ["model", "images", "iterations a block", "faster per iteration", "faster in all"]
+        parts += [
+            "Whole calibrations beside a plain transcription of the published procedure, run in "
+            "turn (medians of ratios):",
+            "",
+            table(header, rows),
+            "",
+        ]
+    if "scaling" in record:
+        rows = [
+            [name, f"{p['depth']}, {p['images']}, {p['iterations']}", f"{p['seconds']:.1f}",
+             f"{p['peak_above_start_mb']:.0f}"]
+            for name, points in record["scaling"].items()
+            for p in points
+        ]  # fmt: skip
+        header = ["against", "depth, images, iterations", "seconds", "peak MB above start"]
+        parts += ["A chain of residual convolutions:", "", table(header, rows), ""]
+    if "memory" in record:
+        rows = [
+            [f"{m['cache_gb']:g}", f"{m['spilled_gb']:.1f}", f"{m['peak_gb']:.2f}"]
+            for m in record["memory"]
+        ]
+        header = ["--cache-gb", "spilled to mapped files, GB", "peak resident, GB"]
+        parts += ["ResNet-50, 256 images of 224x224, batch 32:", "", table(header, rows), ""]
+    return "\n".join(parts).rstrip()
+
+
+def merge_speed(record: Mapping[str, Any]) -> str:
+    """The section on what merging costs."""
+    whole = record["whole_pair"]
+    own = statistics.median(whole["seconds"]["ours"])
+    rows = []
+    for how in ("nearest", "noise", "advanced"):
+        runs = [r for r in record["bundles"] if r["rounding"] == how]
+        seconds = statistics.median(r["seconds"] for r in runs)
+        peak = statistics.median(r["peak_above_imports_over_inputs"] for r in runs)
+        rows.append([how, f"{seconds:.2f}", f"{peak:.2f}"])
+    header = ["rounding", "seconds", "peak memory above imports / size of inputs"]
+    return "\n".join(
+        [
+            "## What merging costs",
+            "",
+            f"A pair the size of ResNet-50 ({whole['weights'] / 1e6:.1f} million weights), "
+            f"{record['candidates']} candidates, 2 cores (`benchmarks/merge_speed.py`). Scoring "
+            f"all candidates takes {own:.1f} s; brute force on the same draws "
+            f"{whole['seconds']['brute force']:.0f} s ({whole['ratio']['brute force']:.1f} times "
+            "as long), with both parents' errors drawn anew for each candidate as in the "
+            f"reference {whole['seconds']['reference draws']:.0f} s "
+            f"({whole['ratio']['reference draws']:.1f} times).",
+            "",
+            table(header, rows),
+        ]
+    )
+
+
+SECTIONS = {
+    "merge_quality": merge_quality,
+    "architectures": architectures,
+    "calibration_speed": calibration_speed,
+    "merge_speed": merge_speed,
+}
+
+
+def page() -> str:
+    """``docs/evidence.md``."""
+    parts = [
+        "# Evidence",
+        "",
+        "Made by `python benchmarks/tables.py` from the JSON in `benchmarks/results/`.",
+    ]
+    for name, section in SECTIONS.items():
+        record = load(name)
+        if record is not None:
+            parts += ["", section(record)]
+    return "\n".join(parts) + "\n"
+
+
+def main() -> int:
+    """Write page and plot."""
+    docs = ROOT / "docs"
+    docs.mkdir(exist_ok=True)
+    (docs / "evidence.md").write_text(page())
+    record = load("merge_quality")
+    if record is not None:
+        plot(record, docs / "merge_quality.svg")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
