@@ -49,6 +49,8 @@ def plain_noise(u: Tensor, spec: QuantSpec) -> Tensor:
     """One draw per element from a histogram of 256 bins."""
     errors = torch.round(u) - u
     inside = errors[(u >= spec.lo) & (u <= spec.hi)]
+    if inside.numel() == 0:
+        return torch.zeros_like(u)
     counts = torch.histc(inside, 256, -0.5, 0.5)
     bins = torch.multinomial(counts, u.numel(), replacement=True)
     return ((bins.float() + 0.5) / 256 - 0.5).reshape(u.shape)
@@ -139,11 +141,13 @@ def _plain_learn(
     options: Options,
 ) -> list[float]:
     sources = [(q, q.original + 0.01) for q in module.weights]
-    weights = [{"params": [q.latent, q.scale]} for q in module.weights]
-    optimizers = [torch.optim.Adam(weights, lr=options.lr)] if weights else []
-    steps = [{"params": [q.scale]} for q in module.activations]
+    change = options.step_change
+    weights = [{"params": [q.latent], "rate": options.lr} for q in module.weights]
+    weights += [ours._step_group(q.scale, options.lr, change) for q in module.weights]
+    optimizers = [(torch.optim.Adam(weights), options.warmup)] if weights else []
+    steps = [ours._step_group(q.scale, options.act_lr, change) for q in module.activations]
     if steps:
-        optimizers.append(torch.optim.Adam(steps, lr=options.act_lr))
+        optimizers.append((torch.optim.Adam(steps), 0.0))
     seconds = []
     for i in range(options.iters if module.weights else 0):
         began = time.perf_counter()
@@ -160,10 +164,11 @@ def _plain_learn(
             loss = loss + (output - target[rows]).square().sum(axis).mean()
         for quantizer, source in sources:
             loss = loss + options.distance * torch.linalg.vector_norm(quantizer.latent - source)
-        for optimizer in optimizers:
+        for optimizer, warmup in optimizers:
+            ours._set_rate(optimizer, i, options.iters, warmup)
             optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        for optimizer in optimizers:
+        for optimizer, _ in optimizers:
             optimizer.step()
         with torch.no_grad():  # a step must stay positive
             for quantizer in (*module.weights, *module.activations):
@@ -205,8 +210,8 @@ def prepared(name: str, side: int, model: nn.Module | None = None) -> tuple[Capt
     torch.manual_seed(0)
     model = model or load_model(name)
     for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):  # timm starts residual branches at zero
-            nn.init.uniform_(norm.weight, 0.2, 0.4)
+        if isinstance(norm, nn.BatchNorm2d) and not norm.weight.any():
+            nn.init.constant_(norm.weight, 0.2)  # timm starts residual branches at zero
     found = capture(model, torch.randn(2, 3, side, side))
     fold_constants(found)
     fold_batch_norm(found)
@@ -349,7 +354,7 @@ PARTS: dict[str, Callable[[], Any]] = {
     "noise": noise,
     "speed": lambda: [
         speed("timm:resnet18", 64, 256, 20, 2),
-        speed("timm:resnet50", 64, 256, 20, 2),
+        speed("timm:resnet50", 64, 256, 20, 1),
     ],
     "scaling": scaling,
     "memory": lambda: [_apart("memory", gb) for gb in (4.0, 1.0)],

@@ -51,9 +51,9 @@ LEARNING: Mapping[str, Mapping[str, Any]] = {
     "latent+noise": {"iters": ITERS, "lr": 1e-3, "distance": 0.0},
     "hdrq": {"iters": ITERS, "lr": 1e-3},
 }
-ROUNDING_SEEDS = 8
+ROUNDING_SEEDS, RENEWED_SEEDS = 8, 4
 # Images per domain that the additions look at, without labels.
-MIX_IMAGES, RENEW_IMAGES = 128, 48
+MIX_IMAGES, RENEW_IMAGES = 64, 48
 
 Array = npt.NDArray[Any]
 
@@ -278,7 +278,8 @@ def _merges(
     is_float = setting.label == "float"
 
     def merged(way: str, rounding: str, mix: Sequence[float], renewed: Any = None) -> Row:
-        draws = 1 if rounding == "nearest" else ROUNDING_SEEDS
+        draws = RENEWED_SEEDS if renewed else ROUNDING_SEEDS
+        draws = 1 if rounding == "nearest" else draws
         found, all_domains = [], []
         for draw in range(draws):
             tensors = Merger(parents, rounding, 100, draw).tensors(mix)
@@ -305,7 +306,7 @@ def _merges(
                 row = merged(f"auto ({criterion})", rounding, mix.weights)
                 row.extra = {"weights": mix.weights}
                 yield row
-        if not is_float and (setting.wbits == 8 or setting.abits == 8):
+        elif not is_float:
             return
         mix = choose_weights(Merger(parents), images, None, renewed)
         row = merged("auto + re-estimated", rounding, mix.weights, renewed)

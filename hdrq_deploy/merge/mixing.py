@@ -65,7 +65,7 @@ def choose_weights(
             every domain counts the same.
         criterion: One of ``CRITERIA``; by default agreement where every name in ``images`` is
             a domain of one parent, else information.
-        renewed: Images for :func:`re_estimate`; every point is then scored behind it.
+        renewed: Images for :func:`re_estimate`; every point is then scored with new moments.
         progress: Called with (points done, points in all).
 
     Raises:
@@ -104,7 +104,7 @@ def choose_weights(
     for done, point in enumerate(points):
         tensors = merger.tensors(point)
         if renewed:
-            tensors = moved(parents[0], tensors, renewed)
+            tensors = moved(parents[0], tensors, renewed, steps=False)
         found = logits(tensors, images)
         scores = [score(criterion, found[name], judges.get(name)) for name in images]
         tried.append((point, float(np.mean(scores))))
