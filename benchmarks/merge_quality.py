@@ -52,6 +52,7 @@ LEARNING: Mapping[str, Mapping[str, Any]] = {
     "hdrq": {"iters": ITERS, "lr": 1e-3},
 }
 ROUNDING_SEEDS, RENEWED_SEEDS = 8, 4
+CANDIDATES = 30  # as in the paper
 # Images per domain that the additions look at, without labels.
 MIX_IMAGES, RENEW_IMAGES = 64, 48
 
@@ -224,7 +225,7 @@ class Judge:
     def __call__(self, tensors: Mapping[str, Array], domains: Sequence[str]) -> dict[str, float]:
         """Top-1 accuracy of every domain, 0 to 1."""
         weights = serialize(tensors, self._entries)
-        session = reference.unfused_session(self._graph, {WEIGHTS: weights})
+        session = reference.unfused_session(self._graph, {WEIGHTS: weights}, threads=1)
         port = session.get_inputs()[0].name
         result = {}
         for domain in domains:
@@ -282,7 +283,7 @@ def _merges(
         draws = 1 if rounding == "nearest" else draws
         found, all_domains = [], []
         for draw in range(draws):
-            tensors = Merger(parents, rounding, 100, draw).tensors(mix)
+            tensors = Merger(parents, rounding, CANDIDATES, draw).tensors(mix)
             if renewed:
                 tensors = moved(parents[0], tensors, renewed)
             all_domains.append(judge(tensors, group))

@@ -14,7 +14,7 @@ __all__ = ["compare", "unfused_session"]
 
 
 def unfused_session(
-    path: Path | bytes, outside: Mapping[str, bytes] | None = None
+    path: Path | bytes, outside: Mapping[str, bytes] | None = None, threads: int = 0
 ) -> onnxruntime.InferenceSession:
     """A session that computes every Q, DQ and convolution as written, in float.
 
@@ -22,8 +22,12 @@ def unfused_session(
         path: An ONNX file, or its bytes.
         outside: Contents of the files that the graph's external data name, where they are
             not on the disk.
+        threads: Threads inside an operator; 0, one per core.
     """
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Idle threads of a reference must not disturb whatever else runs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if outside:
         options.add_external_initializers_from_files_in_memory(
             list(outside), list(outside.values()), [len(data) for data in outside.values()]

@@ -224,6 +224,17 @@ def test_float_bundles_keep_the_model(make: Any, work: Path, inputs: Any) -> Non
     assert isinstance(session, onnxruntime.InferenceSession)
 
 
+def test_without_weights_the_factory_s_own_are_calibrated(work: Path, tmp_path: Path) -> None:
+    hashes = []
+    for base in (None, work / "Tiny-base.safetensors"):
+        torch.manual_seed(5)
+        bundle = calibrate(
+            "tiny_models:Tiny", work / "data.npz", "x", tmp_path / "b", None, base, "rtn"
+        )
+        hashes.append(bundle.manifest.adapted_sha256["x"])
+    assert hashes[0] == hashes[1] != bundle.manifest.source_sha256
+
+
 def test_mistakes_get_one_line(work: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -129,7 +129,9 @@ class _Work:
         self.even = [1 / len(names)] * len(names)
         self.real = [real_weights(bundle) for bundle in merger.parents]
         self.entries = merger.parents[0].manifest.tensors
-        self.codes = merger.code_names
+        # In the order of the network.
+        order = {layer.weight: i for i, layer in enumerate(merger.parents[0].manifest.layers)}
+        self.codes = sorted(merger.code_names, key=lambda name: order.get(name, len(order)))
 
     def models(self) -> dict[str, Any]:
         """Losses and accuracies of every bundle."""

@@ -94,8 +94,9 @@ def calibrate(
     _check(method, wbits, abits, grid, fold, options, base)
     where = _device(device)
     network = load_model(model)
+    own = {name: value.clone() for name, value in network.state_dict().items()}
     base_state = load_state(network, base, "source") if base else None
-    state = load_state(network, weights, "adapted") if weights else dict(network.state_dict())
+    state = load_state(network, weights, "adapted") if weights else own
     wanted = _wanted(network, wanted)
     dataset = data if isinstance(data, ImageSet) else read(data, wanted, images, seed, skip_corrupt)
     learns = options.learner != "none"
