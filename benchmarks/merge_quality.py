@@ -374,13 +374,14 @@ def _evaluate_task(setting: Setting, seed: int, out: Path, folder: Path) -> None
         write_bytes(target, json.dumps(rows).encode())
 
 
-def evaluate_all(out: Path, workers: int) -> list[dict[str, Any]]:
-    """All rows; those of finished settings are read from disk."""
+def evaluate_all(out: Path, workers: int, finished: bool = False) -> list[dict[str, Any]]:
+    """All rows; those of ``finished`` settings are read from disk, only those if asked."""
     folder = out / "rows"
     folder.mkdir(exist_ok=True)
     tasks = [(s, seed) for s in (FLOAT, *PAPER, *ABLATION, *CHANNEL) for seed in s.seeds]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_evaluate_task, s, seed, out, folder) for s, seed in tasks]
+        open_tasks = [] if finished else tasks
+        futures = [pool.submit(_evaluate_task, s, seed, out, folder) for s, seed in open_tasks]
         for i, future in enumerate(as_completed(futures)):
             future.result()
             print(f"evaluated {i + 1}/{len(futures)}", flush=True)
@@ -401,13 +402,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after that")
-    parser.add_argument("--only-evaluate", action="store_true")
+    parser.add_argument("--only-evaluate", action="store_true", help="calibrate nothing")
+    parser.add_argument("--collect", action="store_true", help="write the finished rows, no more")
     args = parser.parse_args(argv)
     started = time.monotonic()
     there = [c for c in cells() if (args.out / c.path).exists()]
-    if not args.only_evaluate:
+    if not (args.only_evaluate or args.collect):
         there = calibrate_all(args.out, args.workers, args.minutes)
-    rows = evaluate_all(args.out, args.workers)
+    rows = evaluate_all(args.out, args.workers, args.collect)
     record = {
         "schema_version": 1,
         "iterations_per_block": ITERS,
