@@ -13,9 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .. import affine
 from ..bundle import Bundle
 from ..errors import MergeError, SpecError
 from ..merge import Merger
+from ..runtime.bench import harmonic_mean
 from .landscape import Landscape, Scores, Weights, real_weights, top_eigenvalue, trace
 
 __all__ = ["Settings", "analyze"]
@@ -274,7 +276,7 @@ class _Work:
             for seed in range(count):
                 merger = Merger(self.merger.parents, rounding, self.settings.candidates, seed)
                 scores = self.land.quantized(merger.tensors(self.even))
-                means.append(_harmonic(list(scores.accuracy.values())))
+                means.append(harmonic_mean(list(scores.accuracy.values())))
             result[rounding] = {
                 "harmonic_means": means,
                 "mean": float(np.mean(means)),
@@ -309,19 +311,13 @@ def _mixed(pair: Merger, mix: Sequence[float]) -> Weights:
         raw = fold.raw_scale if fold else entry.scale
         total: Array = np.zeros(entry.shape)
         for parent, share in zip(pair.parents, mix, strict=True):
-            step = _along(parent.tensor(raw), entry.shape, entry.axis)
+            step = affine.along(parent.tensor(raw).astype(np.float64), total.ndim, entry.axis)
             total = total + share * step * parent.tensor(name)
         if fold:
             ratio = floats[fold.scale].astype(np.float64) / floats[fold.raw_scale]
-            total = total * _along(ratio, entry.shape, entry.axis)
+            total = total * affine.along(ratio, total.ndim, entry.axis)
         result[name] = torch.from_numpy(total.astype(np.float32))
     return result
-
-
-def _along(step: Array, shape: tuple[int, ...], axis: int | None) -> Array:
-    if axis is None or step.ndim == 0:
-        return step.astype(np.float64)
-    return step.astype(np.float64).reshape([-1 if k == axis else 1 for k in range(len(shape))])
 
 
 def _plain(scores: Scores) -> dict[str, Any]:
@@ -334,7 +330,3 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 def _dot(a: Weights, b: Weights) -> float:
     return sum(float((a[n].double() * b[n].double()).sum()) for n in a)
-
-
-def _harmonic(values: Sequence[float]) -> float:
-    return len(values) / sum(1 / v for v in values) if min(values) > 0 else 0.0
