@@ -54,7 +54,7 @@ LEARNING: Mapping[str, Mapping[str, Any]] = {
 ROUNDING_SEEDS, RENEWED_SEEDS = 8, 4
 CANDIDATES = 30  # as in the paper
 # Images per domain that the additions look at, without labels.
-MIX_IMAGES, RENEW_IMAGES = 64, 48
+MIX_IMAGES, RENEW_IMAGES = 256, 128
 
 Array = npt.NDArray[Any]
 

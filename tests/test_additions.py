@@ -62,7 +62,8 @@ def test_the_chosen_weights_have_the_lowest_score_of_the_grid(
     tried = dict(found.tried)
     for mix, value in scores.items():
         near = min(tried, key=lambda point: abs(point[0] - mix[0]))
-        assert tried[near] == pytest.approx(value, rel=1e-5)
+        # The weights that are scored are not rounded; a corner's are codes anyway.
+        assert tried[near] == pytest.approx(value, rel=1e-5, abs=0 if 1 in mix else 2e-3)
     assert tried[found.weights] == min(tried.values())
 
 

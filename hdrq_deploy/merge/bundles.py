@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
+from ..affine import along, dequantize
 from ..bundle import Bundle
 from ..errors import MergeError
 from ..files import sha256_bytes
@@ -188,6 +189,24 @@ class Merger:
             "nearest_cosines": found.nearest_cosines,
         }
         return found.codes, statistics
+
+    def unrounded(self, mix: Sequence[float], floats: Mapping[str, Array]) -> dict[str, Array]:
+        """``floats``, and in place of codes the real weights (float32) that they stand for."""
+        manifest = self.parents[0].manifest
+        result = dict(floats)
+        for name in self.code_names:
+            entry, fold = manifest.tensors[name], manifest.folds.get(name)
+            scale = fold.raw_scale if fold else entry.scale
+            assert scale is not None
+            real = weighted_mean(
+                [dequantize(p.tensor(name), p.tensor(scale), entry.axis) for p in self.parents],
+                mix,
+            )
+            if fold:
+                gain = np.asarray(floats[fold.scale] / floats[fold.raw_scale])
+                real = real * along(gain, real.ndim, entry.axis)
+            result[name] = real
+        return result
 
     def manifest(
         self, mix: Sequence[float], layers: Mapping[str, Any], options: Mapping[str, Any]

@@ -1,7 +1,9 @@
 """Weights of a merge from images without labels.
 
 Every point of a grid on the simplex is merged in memory and run on a few images of each
-domain; the point of the lowest score is taken. Scores, lower is better, mean over domains:
+domain; the point of the lowest score is taken. The weights that are run are the mean before
+it is rounded to codes: a rounding's accident at one point would outweigh the difference
+between neighbours. Scores, lower is better, mean over domains:
 
 ===========  ==============================================================================
 entropy      of the predictions: how unsure the merged model is
@@ -21,9 +23,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from .. import reference
-from ..bundle import GRAPH, WEIGHTS, serialize
+from ..bundle import GRAPH, Bundle
 from ..errors import DataError
 from .bundles import Merger
 from .reestimate import batches, moved
@@ -75,18 +78,12 @@ def choose_weights(
     if not images:
         raise DataError("found no images; weights from data need --data NAME=PATH ...")
     parents = merger.parents
-    graph = (parents[0].path / GRAPH).read_bytes()
-    entries = parents[0].manifest.tensors
+    network = _Network(parents[0])
 
     def logits(tensors: Mapping[str, Array], names: Iterable[str]) -> dict[str, Array]:
-        session = reference.unfused_session(graph, {WEIGHTS: serialize(tensors, entries)})
-        port = session.get_inputs()[0].name
-        return {
-            n: np.concatenate([_run(session, port, part, n) for part in batches(images[n])])
-            for n in names
-        }
+        return {name: network(tensors, images[name], name) for name in names}
 
-    own = {p.domain: p for p in parents if p.domain is not None}
+    own = {p.domain: i for i, p in enumerate(parents) if p.domain is not None}
     known = set(images) <= set(own) and len(own) == len(parents)
     criterion = criterion or ("agreement" if known else "information")
     if criterion == "agreement" and not known:
@@ -98,14 +95,15 @@ def choose_weights(
     judges: dict[str, Array] = {}
     if criterion == "agreement":
         for name in images:
-            judges |= logits(own[name].tensors(), [name])
+            alone = [float(i == own[name]) for i in range(len(parents))]
+            judges |= logits(merger.unrounded(alone, merger.floats(alone)), [name])
     points = list(simplex(len(parents)))
     tried = []
     for done, point in enumerate(points):
-        tensors = merger.tensors(point)
-        if renewed:
-            tensors = moved(parents[0], tensors, renewed, steps=False)
-        found = logits(tensors, images)
+        floats = (
+            moved(parents[0], merger.tensors(point), renewed) if renewed else merger.floats(point)
+        )
+        found = logits(merger.unrounded(point, floats), images)
         scores = [score(criterion, found[name], judges.get(name)) for name in images]
         tried.append((point, float(np.mean(scores))))
         if progress:
@@ -163,11 +161,46 @@ def _softmax(logits: Array) -> tuple[Array, Array]:
     return np.exp(log_share), log_share
 
 
-def _run(session: Any, port: str, rows: Array, name: str) -> Array:
-    try:
-        output: Array = session.run(None, {port: rows})[0]
-    except Exception as error:  # ONNX Runtime's exceptions have no public base class
-        raise DataError(
-            f"the images of {name} do not fit the model: {' '.join(str(error).split())[:200]}"
-        ) from error
-    return output
+class _Network:
+    """A bundle's graph in one session whose weights, steps and biases are inputs.
+
+    Weights come as real values in place of codes, so that the mean of several models need not
+    be rounded to be run, and no session is made for every mix.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        model = ir.load(bundle.path / GRAPH)
+        graph = model.graph
+        tensors = bundle.manifest.tensors
+        for name, value in list(graph.initializers.items()):
+            if name not in tensors:
+                continue
+            graph.initializers.pop(name)
+            if tensors[name].role == "codes":
+                (use,) = value.uses()
+                shape = value.shape
+                real = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
+                use.node.outputs[0].replace_all_uses_with(real)
+                graph.remove(use.node, safe=True)
+                graph.inputs.append(real)
+            elif value.uses():
+                value.const_value = None
+                graph.inputs.append(value)
+        # Steps that scaled codes only are read by nothing now.
+        graph.inputs[:] = [value for value in graph.inputs if value.uses()]
+        self._session = reference.unfused_session(ir.to_proto(model).SerializeToString())
+        self._image, *rest = (port.name for port in self._session.get_inputs())
+        self._tensors = set(rest)
+
+    def __call__(self, tensors: Mapping[str, Array], images: Array, name: str) -> Array:
+        """Logits of ``images``; ``name`` is what an error calls them."""
+        feeds = {key: np.asarray(tensors[key]) for key in self._tensors}
+        try:
+            parts = [
+                self._session.run(None, {**feeds, self._image: rows})[0] for rows in batches(images)
+            ]
+        except Exception as error:  # ONNX Runtime's exceptions have no public base class
+            raise DataError(
+                f"the images of {name} do not fit the model: {' '.join(str(error).split())[:200]}"
+            ) from error
+        return np.concatenate(parts)

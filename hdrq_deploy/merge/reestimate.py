@@ -66,13 +66,11 @@ def moved(
     tensors: Mapping[str, Array],
     images: Mapping[str, npt.NDArray[np.float32]],
     seed: int = 0,
-    steps: bool = True,
 ) -> dict[str, Array]:
     """``tensors`` with new moments and activation steps; ``bundle`` gives graph and entries.
 
     A step changes by the ratio of the steps that a search finds on the network's activations
-    behind and before the new moments, so that what calibration learned of it stays. Without
-    ``steps`` they are left alone.
+    behind and before the new moments, so that what calibration learned of it stays.
 
     Raises:
         MergeError, DataError: See :func:`re_estimate`.
@@ -97,8 +95,6 @@ def moved(
             fold.eps,
             None if fold.raw_bias is None else result[fold.raw_bias],
         )
-    if not steps:
-        return result
     before = _activation_steps(bundle, tensors, x, seed)
     for name, step in _activation_steps(bundle, result, x, seed).items():
         result[name] = (tensors[name] * (step / before[name])).astype(np.float32)
