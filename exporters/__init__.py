@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .export import ENGINES, export
+from .options import BuildOptions, GraphOptions, parse_shapes
 
-__all__ = ["ENGINES", "export"]
+__all__ = ["ENGINES", "BuildOptions", "GraphOptions", "export", "parse_shapes"]

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
+import safetensors.numpy
+from pydantic import ValidationError
 
-from ..bundle import Bundle
+from .. import reference
+from ..bundle import GOLDEN, GRAPH, Bundle
 from ..errors import CheckFailed, ExportError
 from ..files import new_directory, sha256_bytes, sha256_file, write_bytes
-from ..manifest import EngineManifest, FileRecord, Port, PrecisionReport
+from ..manifest import EngineManifest, FileRecord, Layer, Port, PrecisionReport
 from . import graph, precision, trt
+from .compute import to_fp16
+from .lint import lint
 from .lowering import lower_ort, lower_portable
+from .options import BuildOptions, GraphOptions
+from .ports import shape_ports
+from .reasons import explain
+from .weights_only import weights_only
 
-__all__ = ["ENGINES", "export"]
+__all__ = ["ENGINES", "export", "lowered", "ports"]
 
 ENGINES = ("ort", "onnx", "trt", "trt-rtx")
-MODEL = "model.onnx"
-PLAN = "model.plan"
+MANIFEST, MODEL, PLAN, PRECISION = "manifest.json", "model.onnx", "model.plan", "precision.json"
+
+Progress = Callable[[int, int, str], None]
 
 
 def export(
@@ -30,16 +45,31 @@ def export(
     engine: str = "ort",
     batches: tuple[int, int, int] = (1, 1, 8),
     allow_float: Sequence[str] = (),
+    options: GraphOptions | None = None,
+    build: BuildOptions | None = None,
+    force: bool = False,
+    only_graph: bool = False,
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    progress: Progress | None = None,
 ) -> Path:
     """Lower a bundle for one engine, build it, and report what it executes.
+
+    An engine that is there already, made of the same bundle, options, library and device, is
+    left as it is.
 
     Args:
         bundle: Bundle or its path.
         output: Engine folder to make: ``manifest.json``, ``model.onnx`` with external data,
             ``precision.json`` and, for TensorRT, ``model.plan``.
         engine: One of ``ENGINES``.
-        batches: Smallest, best and largest batch of a TensorRT engine.
+        batches: Smallest, best and largest batch of a TensorRT engine; ``build`` wins.
         allow_float: Patterns (fnmatch) of layers that may run in float.
+        options: Of the graph.
+        build: Of the builder.
+        force: Build again what is there.
+        only_graph: Stop at the lowered ``model.onnx``; no library is needed.
+        say: Told whether an engine was there, and why it is built again.
+        progress: Called with (steps done, steps in all, what).
 
     Returns:
         The engine folder.
@@ -50,27 +80,136 @@ def export(
     """
     if engine not in ENGINES:
         raise ExportError(f"found engine {engine!r}; choose one of {', '.join(ENGINES)}")
-    if not 1 <= batches[0] <= batches[1] <= batches[2]:
-        raise ExportError(f"found batches {batches}; needed 1 <= smallest <= best <= largest")
+    options = options or GraphOptions()
+    build = build or BuildOptions(batches=batches)
+    build.check()
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    model = graph.load(bundle)
-    model = lower_ort(model) if engine == "ort" else lower_portable(model)
     target = Path(output).absolute()
+    ingredients = _ingredients(bundle, engine, options, build, allow_float, only_graph)
+    if not force and _is_fresh(target, ingredients, say):
+        return target
+    model, layers = lowered(bundle, engine, options)
     with new_directory(target) as folder:
         graph.save(model, folder / MODEL)
         _check_onnx(folder / MODEL)
-        report, versions = _realize(engine, folder, bundle, batches)
+        if only_graph:
+            lint(folder / MODEL, engine in trt.MODULES)
+            report = precision.requested_only(engine, layers)
+            facts: dict[str, Any] = {}
+        else:
+            report, facts = _realize(engine, folder, model, layers, build, progress)
+        report = explain(report, model)
         precision.check(report, allow_float)
-        write_bytes(folder / "precision.json", (report.model_dump_json(indent=1) + "\n").encode())
-        manifest = _manifest(bundle, engine, model, report, batches, versions, folder)
-        write_bytes(folder / "manifest.json", (manifest.model_dump_json(indent=1) + "\n").encode())
+        _golden(bundle, folder)
+        write_bytes(folder / PRECISION, (report.model_dump_json(indent=1) + "\n").encode())
+        manifest = _manifest(bundle, model, report, options, ingredients, facts, folder)
+        write_bytes(folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
     return target
+
+
+def lowered(bundle: Bundle, engine: str, options: GraphOptions) -> tuple[ir.Model, list[Layer]]:
+    """The graph for one engine, in memory, and what is asked of its layers.
+
+    Raises:
+        ExportError: The engine cannot run this bundle, or an option does not fit it.
+    """
+    model = graph.load(bundle)
+    layers = list(bundle.manifest.layers)
+    if options.weights_only:
+        layers = weights_only(model, layers, options.weights_only)
+    shape_ports(model, options, bundle.manifest.preprocessing)
+    model = lower_ort(model, options.exact) if engine == "ort" else lower_portable(model)
+    if engine in trt.MODULES and options.compute == "fp16":
+        model = to_fp16(model)
+    return model, layers
+
+
+def _golden(bundle: Bundle, folder: Path) -> None:
+    """Inputs, and what the bundle's graph makes of them: a device checks itself with these."""
+    golden = bundle.golden()
+    if not golden:
+        return
+    session = reference.unfused_session(bundle.path / GRAPH, threads=1)
+    output = session.run(None, {session.get_inputs()[0].name: golden["input"]})[0]
+    tensors = {"input": golden["input"], "output": np.ascontiguousarray(output)}
+    (folder / GOLDEN).write_bytes(safetensors.numpy.save(tensors))
+
+
+def _ingredients(
+    bundle: Bundle,
+    engine: str,
+    options: GraphOptions,
+    build: BuildOptions,
+    allow_float: Sequence[str],
+    only_graph: bool,
+) -> dict[str, Any]:
+    """Everything that an engine depends on."""
+    found: dict[str, Any] = {
+        "bundle": bundle.manifest_sha256,
+        "engine": engine,
+        "graph": options.model_dump(mode="json"),
+        "allow_float": list(allow_float),
+        "hdrq-deploy": version("hdrq-deploy"),
+        "exporter": _own_sha256(),
+        "onnx": onnx.__version__,
+    }
+    if engine == "ort":
+        found["onnxruntime"] = version("onnxruntime")
+    if engine in trt.MODULES and not only_graph:
+        found["build"] = build.model_dump(mode="json")
+        found[trt.MODULES[engine]] = trt.library_version(engine)
+        found["device"] = trt.device(engine)
+    return found
+
+
+@cache
+def _own_sha256() -> str:
+    """Hash of this package's code: an edit of a lowering makes every engine stale."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return sha256_bytes(b"".join(source.read_bytes() for source in sources))[:12]
+
+
+def _is_fresh(target: Path, wanted: Mapping[str, Any], say: Callable[[str], None]) -> bool:
+    """Whether the engine at ``target`` was made of just this; says so, or what changed."""
+    file = target / MANIFEST
+    if not file.is_file():
+        return False
+    try:
+        there = EngineManifest.model_validate_json(file.read_bytes())
+    except ValidationError:
+        say(f"{target}: built again, its manifest is of another version")
+        return False
+    changed = _difference(there.options, wanted)
+    if changed:
+        say(f"{target}: built again, {changed}")
+        return False
+    for name, record in there.files.items():
+        part = target / name
+        if not part.is_file() or sha256_file(part) != record.sha256:
+            say(f"{target}: built again, {name} is {'altered' if part.is_file() else 'missing'}")
+            return False
+    say(f"{target}: up to date")
+    return True
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str:
+    """The first thing that changed, or ""."""
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            return _difference(old, new, f"{path}{name} ")
+        if name == "bundle":
+            return "the bundle changed"
+        return f"{path}{name} changed from {json.dumps(old)} to {json.dumps(new)}"
+    return ""
 
 
 def _check_onnx(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise CheckFailed(
             f"the lowered graph does not pass onnx.checker ({str(error).splitlines()[0]}); "
             "please report the bundle"
@@ -78,15 +217,20 @@ def _check_onnx(path: Path) -> None:
 
 
 def _realize(
-    engine: str, folder: Path, bundle: Bundle, batches: tuple[int, int, int]
-) -> tuple[PrecisionReport, dict[str, str]]:
+    engine: str,
+    folder: Path,
+    model: ir.Model,
+    layers: Sequence[Layer],
+    build: BuildOptions,
+    progress: Progress | None,
+) -> tuple[PrecisionReport, dict[str, Any]]:
     """Build what there is to build and read back what it executes."""
-    layers = bundle.manifest.layers
     if engine == "onnx":
         return precision.requested_only(engine, layers), {}
     if engine == "ort":
-        return precision.from_ort(folder / MODEL, layers), {"onnxruntime": version("onnxruntime")}
-    built = trt.build(engine, folder / MODEL, folder / PLAN, batches)
+        return precision.from_ort(folder / MODEL, layers), {}
+    shapes = {port.name: port.shape for port in map(_port, model.graph.inputs)}
+    built = trt.build(engine, folder / MODEL, folder / PLAN, build, shapes, progress)
     if built.dump:
         report = precision.from_trt_log(engine, built.dump, layers)
     elif built.inspector:
@@ -94,40 +238,55 @@ def _realize(
     else:
         raise CheckFailed(
             f"{engine} {built.version} built an engine but reports no layers, so its precision "
-            "cannot be shown; use another version of the library"
+            "cannot be shown; build with --profiling detailed, or pass --allow-float '*'"
         )
-    return report, {trt.MODULES[engine]: built.version}
+    facts = {"seconds": round(built.seconds, 2), "peak_bytes": built.peak_bytes}
+    return report, facts
 
 
 def _manifest(
     bundle: Bundle,
-    engine: str,
     model: ir.Model,
     report: PrecisionReport,
-    batches: tuple[int, int, int],
-    versions: dict[str, str],
+    options: GraphOptions,
+    ingredients: Mapping[str, Any],
+    facts: Mapping[str, Any],
     folder: Path,
 ) -> EngineManifest:
     origin = bundle.manifest
-    files = sorted(f for f in folder.iterdir() if f.name != "manifest.json")
+    files = sorted(f for f in folder.iterdir() if f.name != MANIFEST)
+    versions = ("hdrq-deploy", "onnx", "onnxruntime", *trt.MODULES.values())
     return EngineManifest(
-        engine=engine,
+        engine=report.engine,
         model=origin.model,
         method=origin.method,
         domains=origin.domains,
         scheme=origin.scheme,
-        bundle_sha256=sha256_bytes(origin.to_json()),
-        inputs=tuple(_port(v) for v in model.graph.inputs),
+        bundle_sha256=ingredients["bundle"],
+        inputs=tuple(_port(v, options.fold_preprocess) for v in model.graph.inputs),
         outputs=tuple(_port(v) for v in model.graph.outputs),
         preprocessing=origin.preprocessing,
         classes=origin.classes,
         precision=report.summary,
-        options={"batches": batches} if engine in trt.MODULES else {},
-        versions={"hdrq-deploy": version("hdrq-deploy"), "onnx": onnx.__version__, **versions},
+        postprocess=options.postprocess,
+        key=sha256_bytes(json.dumps(ingredients, sort_keys=True).encode()),
+        options=dict(ingredients),
+        build=dict(facts),
+        tolerances=origin.tolerances,
+        versions={name: str(ingredients[name]) for name in versions if name in ingredients},
         files={f.name: FileRecord(bytes=f.stat().st_size, sha256=sha256_file(f)) for f in files},
     )
 
 
-def _port(value: ir.Value) -> Port:
-    shape = tuple(d if isinstance(d, int) else "batch" for d in (value.shape or ()))
-    return Port(name=value.name or "", shape=shape, dtype=str(value.dtype or "FLOAT").lower())
+def ports(folder: Path) -> dict[str, tuple[int | str, ...]]:
+    """Shape of every input of an engine folder, by name."""
+    manifest = EngineManifest.model_validate_json((folder / MANIFEST).read_bytes())
+    return {port.name: port.shape for port in manifest.inputs}
+
+
+def _port(value: ir.Value, frames: bool = False) -> Port:
+    shape = tuple(d if isinstance(d, int) else str(d) for d in (value.shape or ()))
+    layout = {4: "NHWC" if frames else "NCHW"}.get(len(shape), "")
+    return Port(
+        name=value.name or "", shape=shape, dtype=str(value.dtype or "FLOAT").lower(), layout=layout
+    )

@@ -87,6 +87,12 @@ def weight_dequantizers(model: ir.Model) -> list[ir.Node]:
     ]
 
 
+def in_blocks(dequantize: ir.Node) -> bool:
+    """One step per block of a channel."""
+    block = dequantize.attributes.get("block_size")
+    return block is not None and block.as_int() > 0
+
+
 def constant(model: ir.Model, name: str, value: npt.NDArray[Any]) -> ir.Value:
     """A new initializer."""
     made = ir.Value(

@@ -28,6 +28,7 @@ _ORT_INT8 = {
     "MatMulInteger",
     "QAttention",
 }
+_ORT_INT4 = {"MatMulNBits"}
 _ORT_HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "FusedConv", "FusedMatMul", "FusedGemm"}
 # Suffixes that ONNX Runtime's transformers add to the name of a node they replace.
 _SUFFIX = r"(_(token|nchwc|quant|fused|nhwc|scale|matmul)\w*|/\w+|_\d+)?"
@@ -55,14 +56,15 @@ def from_ort(path: Path, layers: Sequence[Layer]) -> PrecisionReport:
         options.intra_op_num_threads = 1
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         nodes = list(onnx.load(str(dump), load_external_data=False).graph.node)
-    candidates = [n for n in nodes if n.op_type in _ORT_INT8 | _ORT_HEAVY]
+    candidates = [n for n in nodes if n.op_type in _ORT_INT8 | _ORT_INT4 | _ORT_HEAVY]
     rows = []
     for layer in layers:
         node = _find_ort(layer, candidates)
         if node is None:
             rows.append(_row(layer, "unknown", "not found in the optimized graph"))
             continue
-        executed = "int8" if node.op_type in _ORT_INT8 else "float32"
+        integer = "int4" if node.op_type in _ORT_INT4 else "int8"
+        executed = "float32" if node.op_type in _ORT_HEAVY else integer
         rows.append(_row(layer, executed, f"{node.op_type} {node.name}"))
     return _report("ort", f"optimized graph, onnxruntime {onnxruntime.__version__}", rows)
 
@@ -150,10 +152,20 @@ def _from_trt(
             rows.append(_row(layer, "unknown", "not found in the builder's dump"))
             continue
         kind, datatypes, _, name = mine[0]
-        integer = len(datatypes) >= 2 and all(d.lower().startswith("int8") for d in datatypes[:2])
-        executed = "int8" if integer else "float32"
-        rows.append(_row(layer, executed, f"{kind} {name}: {' x '.join(datatypes[:2])}"))
+        rows.append(
+            _row(layer, _executed(datatypes), f"{kind} {name}: {' x '.join(datatypes[:2])}")
+        )
     return _report(engine, source, rows)
+
+
+def _executed(datatypes: Sequence[str]) -> str:
+    """Of a compute layer's inputs and constants."""
+    kinds = [kind.lower() for kind in datatypes]
+    if len(kinds) >= 2 and all(kind.startswith("int8") for kind in kinds[:2]):
+        return "int8"
+    if any(kind.startswith("int4") for kind in kinds):
+        return "int4"
+    return "float16" if kinds and kinds[0].startswith("half") else "float32"
 
 
 def _row(layer: Layer, executed: str | None, evidence: str) -> LayerPrecision:
@@ -171,10 +183,16 @@ def _row(layer: Layer, executed: str | None, evidence: str) -> LayerPrecision:
 
 def _report(engine: str, source: str, rows: Sequence[LayerPrecision]) -> PrecisionReport:
     total = Counter(row.op for row in rows)
-    integer = Counter(row.op for row in rows if row.executed == "int8")
-    if any(row.requested == "int8" for row in rows):
-        summary = ", ".join(f"{integer[op]}/{n} {op}" for op, n in sorted(total.items())) + " INT8"
-    else:
+    parts = []
+    for kind in ("int8", "int4"):
+        found = Counter(row.op for row in rows if row.executed == kind)
+        if found or (kind == "int8" and any(row.requested == kind for row in rows)):
+            ops = sorted(total if kind == "int8" else found)
+            parts.append(
+                ", ".join(f"{found[op]}/{total[op]} {op}" for op in ops) + f" {kind.upper()}"
+            )
+    summary = "; ".join(parts)
+    if not parts:
         summary = ", ".join(f"{n} {op}" for op, n in sorted(total.items())) + " FLOAT32"
     return PrecisionReport(engine=engine, source=source, summary=summary, layers=tuple(rows))
 
@@ -195,6 +213,7 @@ def check(report: PrecisionReport, allowed: Sequence[str]) -> None:
         raise CheckFailed(
             f"found {len(lost)} of {len(report.layers)} layers that {report.engine} does not run "
             f"as requested (first: {first.module}, {first.op}, asked {first.requested}, runs "
-            f"{first.executed}: {first.evidence}); change the model there or pass --allow-float "
-            f"'{first.module}'"
+            f"{first.executed}: {first.evidence}"
+            f"{'; ' + first.reason if first.reason else ''}); change the model there or pass "
+            f"--allow-float '{first.module}'"
         )

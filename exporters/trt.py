@@ -8,12 +8,18 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import IO, Any
 
 from ..errors import ExportError
+from .lint import lint
+from .options import BuildOptions, profile
 
-__all__ = ["MODULES", "Built", "build"]
+__all__ = ["MODULES", "Built", "build", "device", "library_version"]
 
 MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
 _INSTALL = {
@@ -22,28 +28,49 @@ _INSTALL = {
     "trt-rtx": "pip install 'hdrq-deploy[trt-rtx]'",
 }
 
+Progress = Callable[[int, int, str], None]
+
 
 @dataclass(frozen=True)
 class Built:
-    """What the builder said: its version, its layer dump, or its inspector's JSON."""
+    """What the builder said.
+
+    Attributes:
+        version: Of the library.
+        dump: Its layer dump, or "".
+        inspector: Its inspector's JSON, or "".
+        seconds: What the build took.
+        peak_bytes: Largest resident size of the builder's process.
+    """
 
     version: str
     dump: str
     inspector: str
+    seconds: float = 0.0
+    peak_bytes: int = 0
 
 
-def build(engine: str, onnx: Path, plan: Path, batches: tuple[int, int, int]) -> Built:
-    """Build ``plan`` from ``onnx``.
+@dataclass
+class _Said:
+    """What the builder's process was last heard to be doing."""
 
-    Args:
-        engine: ``trt`` or ``trt-rtx``.
-        onnx: Lowered graph.
-        plan: File to write.
-        batches: Smallest, best and largest batch of the optimization profile.
+    stage: str = ""
+    node: str = ""
+    phase: str = ""
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def place(self) -> str:
+        if self.phase:
+            return f"{self.stage}, {self.phase}"
+        return f"{self.stage} node {self.node}" if self.node else self.stage or "importing"
+
+
+def library_version(engine: str) -> str:
+    """Version of the installed library.
 
     Raises:
-        ExportError: The library or a GPU is missing, the parser or builder refuses the graph,
-            or the builder crashed.
+        ExportError: It is not installed; says how to.
     """
     module = MODULES[engine]
     if importlib.util.find_spec(module) is None:
@@ -51,36 +78,127 @@ def build(engine: str, onnx: Path, plan: Path, batches: tuple[int, int, int]) ->
             f"--engine {engine} needs the Python package {module}, which is not installed: "
             f"{_INSTALL[engine]}"
         )
+    for name in (module, module.replace("_", "-"), f"{module}-cu12", f"{module}-cu13"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def device(engine: str) -> str:
+    """What a plan is built for: this GPU, or for TensorRT-RTX the GPUs of its default list."""
+    if engine == "trt-rtx":
+        return "compute capability 8.0, 8.6, 8.9, 12.0 and later"
+    try:
+        from cuda.bindings import runtime
+    except ImportError:
+        return "unknown"
+    error, properties = runtime.cudaGetDeviceProperties(0)
+    if int(error):
+        return "none"
+    name = bytes(properties.name).split(b"\0")[0].decode()
+    return f"{name}, compute capability {properties.major}.{properties.minor}"
+
+
+def build(
+    engine: str,
+    onnx: Path,
+    plan: Path,
+    options: BuildOptions,
+    ports: Mapping[str, Sequence[Any]],
+    progress: Progress | None = None,
+) -> Built:
+    """Build ``plan`` from ``onnx``.
+
+    Args:
+        engine: ``trt`` or ``trt-rtx``.
+        onnx: Lowered graph.
+        plan: File to write.
+        options: Of the builder.
+        ports: Shape of every input by name; a dimension that is no int is free.
+        progress: Called with (steps done, steps in all, what).
+
+    Raises:
+        ExportError: The library or a GPU is missing, lint, parser or builder refuse the
+            graph, or the builder crashed.
+    """
+    library_version(engine)
+    options.check()
+    lint(onnx)
+    profiles = {name: profile(name, shape, options) for name, shape in ports.items()}
     with tempfile.TemporaryDirectory() as scratch:
         answer = Path(scratch) / "answer.json"
         job = Path(scratch) / "job.json"
         fields = {
-            "module": module,
+            **options.model_dump(exclude={"shapes", "batches"}),
+            "module": MODULES[engine],
             "onnx": str(onnx),
             "plan": str(plan),
-            "batches": batches,
             "answer": str(answer),
+            "profiles": {
+                name: (rows.smallest, rows.best, rows.largest)
+                for name, rows in profiles.items()
+                if rows is not None
+            },
         }
         job.write_text(json.dumps(fields))
         command = [sys.executable, "-m", "hdrq_deploy.exporters.trt_worker", str(job)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        code, said = _follow(command, progress)
         if not answer.is_file():
-            raise ExportError(_crash(engine, done))
-        said = json.loads(answer.read_text())
-    if said["error"] is not None:
-        raise ExportError(f"{engine} {said['version']} refuses the graph: {said['error']}")
-    return Built(said["version"], said["dump"], said["inspector"])
+            raise ExportError(_crash(engine, code, said))
+        result = json.loads(answer.read_text())
+    error = result.pop("error")
+    if error is not None:
+        raise ExportError(f"{engine} {result['version']} refuses the graph: {error}")
+    return Built(**result)
 
 
-def _crash(engine: str, done: subprocess.CompletedProcess[str]) -> str:
-    how = (
-        f"was killed by {signal.Signals(-done.returncode).name}"
-        if done.returncode < 0
-        else f"ended with code {done.returncode}"
-    )
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    last = lines[-1][:300] if lines else "no message"
+def _follow(command: Sequence[str], progress: Progress | None) -> tuple[int, _Said]:
+    """Run the worker; what it says on stdout goes to ``progress``."""
+    said = _Said()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        # Both pipes are read at once: a full one would stop the builder.
+        reader = threading.Thread(target=_collect, args=(process.stderr, said.errors))
+        reader.start()
+        try:
+            for line in process.stdout:
+                _hear(line, said, progress)
+            process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            reader.join()
+    return process.returncode, said
+
+
+def _collect(stream: IO[str], lines: list[str]) -> None:
+    lines += [line.strip() for line in stream if line.strip()]
+
+
+def _hear(line: str, said: _Said, progress: Progress | None) -> None:
+    try:
+        words = json.loads(line)
+    except ValueError:  # the native library prints to stdout too
+        return
+    if not isinstance(words, dict):
+        return
+    if "stage" in words:
+        said.stage, said.node, said.phase = words["stage"], "", ""
+    said.node = words.get("node", said.node)
+    said.phase = words.get("phase", said.phase)
+    if progress and "phase" in words:
+        progress(words["done"], max(words["total"], 1), words["phase"])
+
+
+def _crash(engine: str, code: int, said: _Said) -> str:
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    last = said.errors[-1][:300] if said.errors else "no message"
     return (
-        f"the {engine} builder {how} ({last}); check that {MODULES[engine]} imports and finds a "
-        "GPU driver on this machine"
+        f"the {engine} builder {how} while {said.place} ({last}); check that {MODULES[engine]} "
+        "imports and finds a GPU driver on this machine, or change the model there"
     )

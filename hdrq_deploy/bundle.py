@@ -1,8 +1,10 @@
-"""The bundle: a folder of three files that carries a model between all stations.
+"""The bundle: a folder of few files that carries a model between all stations.
 
 ``weights.safetensors`` holds every number that a merge changes, ``model.onnx`` the graph,
 whose initializers point into it (ONNX external data), ``manifest.json`` all the rest.
 A merge therefore writes a new weights file of the same layout and copies the graph.
+``golden.safetensors``, where there is one, holds a few inputs and, of a calibrated bundle,
+what the graph made of them: enough to check a machine without any data set.
 """
 
 from __future__ import annotations
@@ -27,11 +29,22 @@ from .errors import BundleError
 from .files import new_directory, sha256_bytes, sha256_file, write_bytes
 from .manifest import FileRecord, Manifest, Tensor
 
-__all__ = ["GRAPH", "MANIFEST", "WEIGHTS", "Bundle", "Span", "read_header"]
+__all__ = [
+    "GOLDEN",
+    "GRAPH",
+    "MANIFEST",
+    "WEIGHTS",
+    "Bundle",
+    "Span",
+    "read_golden",
+    "read_header",
+]
 
 GRAPH = "model.onnx"
 WEIGHTS = "weights.safetensors"
 MANIFEST = "manifest.json"
+GOLDEN = "golden.safetensors"
+GOLDEN_IMAGES = 2
 
 _STORED = {"float32": "F32", "int8": "I8", "int4": "U8", "int64": "I64", "bool": "BOOL"}
 _ONNX = {
@@ -133,6 +146,7 @@ class Bundle:
         manifest: Manifest,
         tensors: Mapping[str, Array],
         graph: bytes,
+        golden: Mapping[str, Array] | None = None,
     ) -> Bundle:
         """Write a whole bundle or nothing.
 
@@ -141,20 +155,23 @@ class Bundle:
             manifest: Its ``files`` are filled in here.
             tensors: Unpacked codes, scales and floats, one for each manifest tensor.
             graph: ``model.onnx`` whose external data fits the layout of ``tensors``.
+            golden: ``input`` (N, ...) and, where it is known, ``output``.
         """
         target = Path(path).absolute()
-        weights = serialize(tensors, manifest.tensors)
+        contents = {WEIGHTS: serialize(tensors, manifest.tensors), GRAPH: graph}
+        if golden:
+            contents[GOLDEN] = safetensors.numpy.save(dict(golden))
         manifest = manifest.model_copy(
             update={
                 "files": {
                     name: FileRecord(bytes=len(data), sha256=sha256_bytes(data))
-                    for name, data in ((WEIGHTS, weights), (GRAPH, graph))
+                    for name, data in contents.items()
                 }
             }
         )
         with new_directory(target) as folder:
-            write_bytes(folder / WEIGHTS, weights)
-            write_bytes(folder / GRAPH, graph)
+            for name, data in contents.items():
+                write_bytes(folder / name, data)
             write_bytes(folder / MANIFEST, manifest.to_json())
             cls(folder, manifest).validate()
         return cls(target, manifest)
@@ -165,6 +182,7 @@ class Bundle:
         path: str | os.PathLike[str],
         like: Bundle,
         fill: Callable[[Callable[[str, Array], None]], Manifest],
+        golden: Mapping[str, Array] | None = None,
     ) -> Bundle:
         """Write a bundle with the layout and graph of another, tensor by tensor.
 
@@ -173,6 +191,7 @@ class Bundle:
             like: Gives names, shapes, offsets and the graph.
             fill: Calls its argument with every tensor's name and value, unpacked, from any
                 thread; returns the manifest, whose ``files`` are filled in here.
+            golden: See :meth:`write`.
         """
         target = Path(path).absolute()
         entries = like.manifest.tensors
@@ -193,11 +212,11 @@ class Bundle:
                 manifest = fill(put)
                 os.fsync(file.fileno())
             shutil.copyfile(like.path / GRAPH, folder / GRAPH)
+            if golden:
+                (folder / GOLDEN).write_bytes(safetensors.numpy.save(dict(golden)))
             files = {
-                name: FileRecord(
-                    bytes=(folder / name).stat().st_size, sha256=sha256_file(folder / name)
-                )
-                for name in (WEIGHTS, GRAPH)
+                file.name: FileRecord(bytes=file.stat().st_size, sha256=sha256_file(file))
+                for file in sorted(folder.iterdir())
             }
             manifest = manifest.model_copy(update={"files": files})
             write_bytes(folder / MANIFEST, manifest.to_json())
@@ -209,13 +228,19 @@ class Bundle:
     @property
     def size_bytes(self) -> int:
         """Weights and graph together."""
-        return sum(record.bytes for record in self.manifest.files.values())
+        files = self.manifest.files
+        return files[WEIGHTS].bytes + files[GRAPH].bytes
 
     @property
     def domain(self) -> str | None:
         """The one domain that the bundle was calibrated for; None for a merge of several."""
         (first, *others) = self.manifest.domains
         return None if others else first
+
+    @property
+    def manifest_sha256(self) -> str:
+        """Hash that names the whole bundle: the manifest holds those of its files."""
+        return sha256_bytes(self.manifest.to_json())
 
     @property
     def graph_sha256(self) -> str:
@@ -234,6 +259,10 @@ class Bundle:
                 name: self._unpack(name, file.get_tensor(name)) for name in self.manifest.tensors
             }
 
+    def golden(self) -> dict[str, Array]:
+        """``input`` and perhaps ``output``; empty where the bundle holds none."""
+        return read_golden(self.path / GOLDEN) if GOLDEN in self.manifest.files else {}
+
     def graph(self) -> onnx.ModelProto:
         """The graph, its external data not loaded."""
         return onnx.load(str(self.path / GRAPH), load_external_data=False)
@@ -244,7 +273,7 @@ class Bundle:
         Raises:
             BundleError: Names the first contradiction.
         """
-        for name in (WEIGHTS, GRAPH):
+        for name in {WEIGHTS: None, GRAPH: None, **self.manifest.files}:
             self._check_file(name)
         spans = read_header(self.path / WEIGHTS)
         self._check_same(set(spans), set(self.manifest.tensors), WEIGHTS)
@@ -318,6 +347,18 @@ class Bundle:
                     raise self._error(WEIGHTS, f"{name} holds a step that is not > 0")
             elif entry.role == "codes" and entry.scale not in self.manifest.tensors:
                 raise self._error(MANIFEST, f"{name} names no scale tensor")
+
+
+def read_golden(path: Path) -> dict[str, Array]:
+    """Golden inputs, and outputs where they are known.
+
+    Raises:
+        BundleError: The file cannot be read.
+    """
+    try:
+        return safetensors.numpy.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise BundleError(f"{path}: cannot be read ({error}); copy or make it again") from error
 
 
 def serialize(tensors: Mapping[str, Array], entries: Mapping[str, Tensor]) -> bytes:

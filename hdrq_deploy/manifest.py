@@ -24,6 +24,7 @@ __all__ = [
     "Preprocessing",
     "Scheme",
     "Tensor",
+    "Tolerances",
 ]
 
 SCHEMA: Literal[1] = 1
@@ -110,7 +111,8 @@ class Layer(_Frozen):
     """One convolution, linear or matrix product and what was asked of it.
 
     ``node`` is its ONNX node; ``requested`` is ``int8`` when all its operands are codes,
-    else ``float32`` with the ``reason``.
+    ``int4`` when only its weight is (an export may choose that), else ``float32`` with the
+    ``reason``.
     """
 
     node: str
@@ -119,7 +121,7 @@ class Layer(_Frozen):
     weight: str | None
     weight_bits: int | None
     activation_bits: tuple[int, ...]
-    requested: Literal["int8", "float32"]
+    requested: Literal["int8", "int4", "float32"]
     reason: str = ""
 
 
@@ -153,6 +155,18 @@ class ParentRecord(_Frozen):
     weight: float
 
 
+class Tolerances(_Frozen):
+    """How far stages may be apart before a check fails.
+
+    Attributes:
+        decision_flips: Share of the decisions that may differ (0 to 1), over 100 images or more.
+        output_rms: RMS of the outputs' difference over RMS of the outputs.
+    """
+
+    decision_flips: float = 0.01
+    output_rms: float = 0.05
+
+
 class Manifest(_Frozen):
     """Everything a bundle says of itself. The JSON schema is ``Manifest.model_json_schema()``."""
 
@@ -175,6 +189,7 @@ class Manifest(_Frozen):
     preprocessing: Preprocessing | None
     classes: tuple[str, ...] | None
     metrics: dict[str, Any] = Field(default_factory=dict)
+    tolerances: Tolerances = Tolerances()
     parents: tuple[ParentRecord, ...] = ()
     versions: dict[str, str] = Field(default_factory=dict)
     files: dict[str, FileRecord] = Field(default_factory=dict)
@@ -212,13 +227,16 @@ class Port(_Frozen):
     name: str
     shape: tuple[int | str, ...]
     dtype: str
+    layout: str = ""
 
 
 class LayerPrecision(_Frozen):
     """What was asked of one layer and what the engine executes.
 
-    ``executed`` is None where nothing was built that could execute it (portable ONNX).
-    ``evidence`` names the engine's own node or layer.
+    ``executed`` is None where nothing was built that could execute it (portable ONNX), else
+    ``int8``, ``int4`` (real activations, 4-bit weights), a float type, or ``unknown``.
+    ``evidence`` names the engine's own node or layer. ``weight_bytes`` is the weight's size
+    in the lowered graph.
     """
 
     node: str
@@ -229,6 +247,7 @@ class LayerPrecision(_Frozen):
     executed: str | None
     evidence: str
     reason: str = ""
+    weight_bytes: int = 0
 
 
 class PrecisionReport(_Frozen):
@@ -242,16 +261,20 @@ class PrecisionReport(_Frozen):
 
     @property
     def lost(self) -> tuple[LayerPrecision, ...]:
-        """Layers asked for in INT8 that the engine runs otherwise."""
+        """Layers asked for in INT8 or INT4 that the engine runs otherwise."""
         return tuple(
             layer
             for layer in self.layers
-            if layer.requested == "int8" and layer.executed not in {None, "int8"}
+            if layer.requested != "float32" and layer.executed not in {None, layer.requested}
         )
 
 
 class EngineManifest(_Frozen):
-    """``manifest.json`` of an engine folder: what a runtime needs beside the engine."""
+    """``manifest.json`` of an engine folder: what a runtime needs beside the engine.
+
+    ``key`` hashes everything the engine depends on; ``options`` are those of the export,
+    ``build`` is what the builder took (seconds, peak bytes) and for which device.
+    """
 
     schema_version: Literal[1] = SCHEMA
     kind: Literal["hdrq-engine"] = "hdrq-engine"
@@ -266,6 +289,10 @@ class EngineManifest(_Frozen):
     preprocessing: Preprocessing | None
     classes: tuple[str, ...] | None
     precision: str
+    postprocess: Literal["none", "softmax", "argmax"] = "none"
+    key: str = ""
     options: dict[str, Any] = Field(default_factory=dict)
+    build: dict[str, Any] = Field(default_factory=dict)
+    tolerances: Tolerances = Tolerances()
     versions: dict[str, str] = Field(default_factory=dict)
     files: dict[str, FileRecord] = Field(default_factory=dict)

@@ -34,7 +34,7 @@ def unfused_session(
         )
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # an exception says it too
     model = path if isinstance(path, bytes) else str(path)
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 

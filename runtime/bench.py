@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ..calibration_data.readers import ImageSet, Wanted, read, relabel
 from ..errors import DataError
+from ..frames import decisions, feed
 from .engine import OrtEngine, load_engine
 
 __all__ = [
@@ -214,19 +215,24 @@ def _labelled(engine: OrtEngine, name: str, where: str | Path, skip_corrupt: boo
     return images
 
 
-def _timing_input(
-    engine: OrtEngine, sets: Mapping[str, ImageSet], batch: int
-) -> npt.NDArray[np.float32]:
+def _timing_input(engine: OrtEngine, sets: Mapping[str, ImageSet], batch: int) -> npt.NDArray[Any]:
     """Real images where there are any, so that the data's zeros and extremes are real too."""
     if sets:
         x = next(iter(sets.values())).x
-        return np.ascontiguousarray(x[np.arange(batch) % len(x)])
-    shape = engine.manifest.inputs[0].shape
+        rows = np.ascontiguousarray(x[np.arange(batch) % len(x)])
+        return feed(rows, engine.manifest)
+    (port,) = engine.manifest.inputs
+    shape = port.shape
+    if isinstance(shape[0], int) and shape[0] != batch:
+        raise DataError(f"{engine.path}: found --batch {batch}; the engine takes {shape[0]} only")
     free = [d for d in shape[1:] if isinstance(d, str)]
     if free:
         raise DataError(f"{engine.path}: found free dimensions {free}; pass --data to fix them")
     sides = [d for d in shape[1:] if isinstance(d, int)]
-    return np.random.default_rng(0).random((batch, *sides), dtype=np.float32)
+    rng = np.random.default_rng(0)
+    if port.dtype == "uint8":
+        return rng.integers(0, 256, (batch, *sides), np.uint8)
+    return rng.random((batch, *sides), dtype=np.float32)
 
 
 def _accuracy(engine: OrtEngine, sets: Mapping[str, ImageSet]) -> Accuracy:
@@ -242,20 +248,25 @@ def top1(engine: OrtEngine, images: ImageSet) -> float:
     """Share of images whose highest output is their label."""
     assert images.y is not None
     right = 0
-    for first in range(0, len(images.x), _BATCH):
-        rows = slice(first, first + _BATCH)
-        output = engine(images.x[rows])
-        if output.ndim != 2:
+    fixed = engine.manifest.inputs[0].shape[0]
+    step = fixed if isinstance(fixed, int) else _BATCH
+    for first in range(0, len(images.x), step):
+        rows = images.x[first : first + step]
+        labels = images.y[first : first + step]
+        # An engine of a fixed batch runs the last one filled up.
+        filled = np.resize(rows, (step, *rows.shape[1:])) if isinstance(fixed, int) else rows
+        output = engine(feed(filled, engine.manifest))[: len(rows)]
+        if output.ndim != (1 if output.dtype.kind in "iu" else 2):
             raise DataError(
                 f"{engine.path}: found outputs of shape {output.shape}; accuracy needs one row "
-                "of class scores an image"
+                "of class scores, or one label, an image"
             )
-        if int(images.y.max()) >= output.shape[1] or int(images.y.min()) < 0:
+        if output.ndim == 2 and not 0 <= images.y.min() <= images.y.max() < output.shape[1]:
             raise DataError(
                 f"found labels {images.y.min()} to {images.y.max()}; the model has "
                 f"{output.shape[1]} classes"
             )
-        right += int((output.argmax(1) == images.y[rows]).sum())
+        right += int((decisions(output) == labels).sum())
     return right / len(images.x)
 
 

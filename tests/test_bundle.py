@@ -13,10 +13,10 @@ from hdrq_deploy.errors import BundleError, HdrqError
 from hdrq_deploy.files import new_directory
 
 
-def test_a_bundle_holds_three_files_and_its_graph_points_into_the_weights(make: Any) -> None:
+def test_a_bundle_holds_four_files_and_its_graph_points_into_the_weights(make: Any) -> None:
     bundle = make()
     names = sorted(f.name for f in bundle.path.iterdir())
-    assert names == ["manifest.json", "model.onnx", "weights.safetensors"]
+    assert names == ["golden.safetensors", "manifest.json", "model.onnx", "weights.safetensors"]
     initializers = bundle.graph().graph.initializer
     outside = {i.name for i in initializers if i.external_data}
     assert outside == set(bundle.manifest.tensors)

@@ -10,16 +10,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..bundle import Bundle
+from ..bundle import GOLDEN_IMAGES, Bundle
 from ..calibration_data.readers import ImageSet, Wanted, read
 from ..errors import CheckFailed, DataError, ModelError, SpecError
-from ..manifest import Activation, Manifest, Scheme
+from ..manifest import Activation, Manifest, Scheme, Tolerances
 from ..recipe import FOLDS, Options
 from ..spec import GRIDS, check_bits
 from .caches import Caches
@@ -148,6 +149,7 @@ def calibrate(
         blocks = result.blocks
         made = emit_quantized(found, plan, result, fold)
     graph, layers = onnx_graph(made, inputs[:2], found, plan)
+    parity, most, golden = _parity(made, graph, found, inputs)
     manifest = Manifest(
         model=model,
         method=method,
@@ -167,10 +169,11 @@ def calibrate(
         input_shape=tuple(inputs.shape[1:]),
         preprocessing=dataset.preprocessing,
         classes=dataset.classes,
-        metrics={"blocks": blocks, "parity": _parity(made, graph, found, inputs)},
+        metrics={"blocks": blocks, "parity": parity},
+        tolerances=Tolerances(output_rms=most),
         versions=versions,
     )
-    bundle = Bundle.write(target, manifest, made.tensors, graph)
+    bundle = Bundle.write(target, manifest, made.tensors, graph, golden)
     if partial:
         partial.close()
     return bundle
@@ -309,8 +312,13 @@ def _activations(plan: Plan | None) -> tuple[Activation, ...]:
     )
 
 
-def _parity(made: Emitted, graph: bytes, found: Capture, inputs: Tensor) -> dict[str, Any]:
+def _parity(
+    made: Emitted, graph: bytes, found: Capture, inputs: Tensor
+) -> tuple[dict[str, Any], float, dict[str, Any]]:
     """Compare the torch model with the graph in ONNX Runtime, unfused.
+
+    Returns:
+        The comparison, the bound it kept to, and a few inputs with the graph's outputs.
 
     Raises:
         CheckFailed: Further apart than 5% of the output, and than quantization itself moved
@@ -343,4 +351,7 @@ def _parity(made: Emitted, graph: bytes, found: Capture, inputs: Tensor) -> dict
             f"{result['relative_rms']:.3f} of its output (relative RMS); needed under {most:.3f}: "
             "please report the model"
         )
-    return {"images": len(rows), **result, "onnxruntime": onnxruntime.__version__}
+    result = {"images": len(rows), **result, "onnxruntime": onnxruntime.__version__}
+    few = slice(GOLDEN_IMAGES)
+    golden = {"input": rows[few].contiguous().numpy(), "output": np.ascontiguousarray(got[few])}
+    return result, most, golden

@@ -204,21 +204,20 @@ class _Demo:
         """PyTorch's fake-quantized model against ONNX Runtime on the test split."""
         import numpy as np
 
-        from .verify import compare
+        from .verify import stages
 
         self._say("comparing PyTorch with ONNX Runtime on the test images")
         wbits, abits = self.schemes[-1]
         name = f"hdrq-w{wbits}a{abits}"
         x = np.concatenate([read(self.out / "data" / d / "test").x for d in self.domains])
         engine = self.out / "engines" / f"{name}-merged"
-        found = compare(Bundle.open(self._bundle(name, "merged")), x, str(engine), True)
-        graph, fused = found["torch to graph"], found["graph to engine"]
-        return (
-            f"PyTorch to ONNX ({name} merged, {len(x)} test images): "
-            f"{graph['decision_flips']} decisions differ, largest difference "
-            f"{graph['max_steps']:.0f} step(s), {graph['share_off']:.4%} of activations differ; "
-            f"unfused to fused engine: {fused['decision_flips']} decisions differ"
+        found = stages(Bundle.open(self._bundle(name, "merged")), engine, x, True)
+        parts = (
+            f"{stage.name} {stage.decision_flips} decisions differ, by {stage.max_steps} step(s) "
+            "at most"
+            for stage in found
         )
+        return f"{name} merged, {len(x)} test images: {'; '.join(parts)}"
 
     def _close(
         self,

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from collections.abc import Sequence
 
-from ..exporters import ENGINES, export
-from .common import parser, run
+from rich.console import Console
+from rich.table import Table
+
+from ..exporters import ENGINES, BuildOptions, GraphOptions, export, parse_shapes
+from ..exporters.export import MODEL, PLAN, PRECISION, ports
+from ..exporters.options import trtexec
+from ..manifest import PrecisionReport
+from .common import parser, progress_bar, run
+from .verify import verify_engine
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -15,14 +22,7 @@ def arguments() -> argparse.ArgumentParser:
     p = parser("hdrq-export", "Lower a bundle for an engine and show what the engine executes.")
     p.add_argument("bundle", help="calibrated or merged bundle")
     p.add_argument("--engine", default="ort", choices=ENGINES)
-    p.add_argument(
-        "--batches",
-        type=int,
-        nargs=3,
-        default=(1, 1, 8),
-        metavar=("MIN", "OPT", "MAX"),
-        help="batch sizes of a TensorRT engine",
-    )
+    p.add_argument("-o", "--output", required=True, help="engine folder")
     p.add_argument(
         "--allow-float",
         action="append",
@@ -30,7 +30,86 @@ def arguments() -> argparse.ArgumentParser:
         metavar="PATTERN",
         help="module paths that may run in float although INT8 was requested",
     )
-    p.add_argument("-o", "--output", required=True, help="engine folder")
+    p.add_argument(
+        "--layers", action="store_true", help="print every layer, not only those in float"
+    )
+    p.add_argument("--force", action="store_true", help="build again what is up to date")
+    p.add_argument(
+        "--verify", action="store_true", help="then run hdrq-verify on the bundle's golden inputs"
+    )
+    g = p.add_argument_group("graph")
+    g.add_argument(
+        "--compute",
+        default="fp16",
+        choices=("fp16", "fp32"),
+        help="float type around the INT8 layers of a TensorRT engine",
+    )
+    g.add_argument(
+        "--weights-only",
+        nargs="*",
+        default=None,
+        metavar="PATTERN",
+        help="4-bit linear layers (all, or those of these module paths) keep real activations",
+    )
+    g.add_argument(
+        "--exact",
+        action="store_true",
+        help="ort: codes of non-negative tensors end at 127, bit for bit as calibrated, "
+        "instead of going on to 255",
+    )
+    g.add_argument("--batch", type=int, help="fix the batch")
+    g.add_argument("--dynamic-size", action="store_true", help="leave height and width free")
+    g.add_argument("--input-name", help="name of the engine's input")
+    g.add_argument("--output-name", help="name of the engine's output")
+    g.add_argument(
+        "--fold-preprocess",
+        action="store_true",
+        help="the engine takes uint8 frames (N, H, W, C) and normalises them itself",
+    )
+    g.add_argument(
+        "--postprocess",
+        default="none",
+        choices=("none", "softmax", "argmax"),
+        help="what the engine does with the scores",
+    )
+    b = p.add_argument_group("TensorRT", "as in trtexec")
+    b.add_argument(
+        "--batches",
+        type=int,
+        nargs=3,
+        default=(1, 1, 8),
+        metavar=("MIN", "OPT", "MAX"),
+        help="batch sizes of the optimization profile",
+    )
+    for side in ("min", "opt", "max"):
+        b.add_argument(
+            f"--{side}-shapes",
+            nargs="+",
+            default=[],
+            metavar="NAME:1x3x224x224",
+            help=f"{side} shape of the profile; wins over --batches",
+        )
+    b.add_argument("--workspace", type=int, metavar="MIB", help="memory limit of a tactic")
+    b.add_argument("--opt-level", type=int, help="builder optimization level, 0 to 5")
+    b.add_argument("--timing-cache", metavar="FILE", help="read and written back")
+    b.add_argument("--refit", action="store_true", help="weights can be replaced later")
+    b.add_argument("--strip-weights", action="store_true", help="a plan without its weights")
+    b.add_argument(
+        "--hardware-compatibility", default="none", choices=("none", "ampere+", "same-cc")
+    )
+    b.add_argument("--dla-core", type=int, help="run on this DLA core where it can")
+    b.add_argument(
+        "--profiling",
+        default="detailed",
+        choices=("detailed", "layer-names", "none"),
+        help="what the plan says of its layers; only detailed shows precisions",
+    )
+    b.add_argument(
+        "--print-trtexec", action="store_true", help="print the trtexec command of the same build"
+    )
+    b.add_argument(
+        "--no-build", action="store_true", help="stop at the lowered model.onnx, for trtexec"
+    )
     return p
 
 
@@ -41,6 +120,63 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    path = export(args.bundle, args.output, args.engine, tuple(args.batches), args.allow_float)
-    print(f"{path}: {json.loads((path / 'precision.json').read_text())['summary']}")
+    graph = GraphOptions(
+        compute=args.compute,
+        weights_only=() if args.weights_only is None else tuple(args.weights_only or ["*"]),
+        exact=args.exact,
+        batch=args.batch,
+        dynamic_size=args.dynamic_size,
+        input_name=args.input_name,
+        output_name=args.output_name,
+        fold_preprocess=args.fold_preprocess,
+        postprocess=args.postprocess,
+    )
+    build = BuildOptions(
+        shapes=parse_shapes(args.min_shapes, args.opt_shapes, args.max_shapes),
+        batches=tuple(args.batches),
+        workspace=args.workspace,
+        opt_level=args.opt_level,
+        timing_cache=args.timing_cache,
+        refit=args.refit,
+        strip_weights=args.strip_weights,
+        hardware_compatibility=args.hardware_compatibility,
+        dla_core=args.dla_core,
+        profiling=args.profiling,
+    )
+    with progress_bar("export") as progress:
+        path = export(
+            args.bundle,
+            args.output,
+            args.engine,
+            allow_float=args.allow_float,
+            options=graph,
+            build=build,
+            force=args.force,
+            only_graph=args.no_build,
+            progress=progress,
+        )
+    report = PrecisionReport.model_validate_json((path / PRECISION).read_bytes())
+    show(report, args.layers)
+    print(f"{path}: {report.summary}")
+    if args.print_trtexec and args.engine.startswith("trt"):
+        print(trtexec(args.engine, path / MODEL, path / PLAN, build, ports(path)))
+    if args.verify:
+        verify_engine(args.bundle, path)
     return 0
+
+
+def show(report: PrecisionReport, every: bool) -> None:
+    """Print the layers: all of them, or those that run in float."""
+    rows = report.layers
+    if not every:
+        rows = tuple(row for row in rows if row.executed not in {None, "int8", "int4"})
+    if not rows:
+        return
+    table = Table(title=f"{report.engine}: {report.source}", title_justify="left")
+    for column in ("module", "op", "weight", "requested", "executed", "evidence"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        bits = f"{row.weight_bits} bits, {row.weight_bytes} B" if row.weight_bits else ""
+        evidence = row.evidence + (f" ({row.reason})" if row.reason else "")
+        table.add_row(row.module, row.op, bits, row.requested, row.executed or "-", evidence)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)

@@ -15,7 +15,7 @@ COMMANDS = {
     "bench": "measure engines",
     "analyze": "show why a merge works or fails",
     "inspect": "show a bundle",
-    "verify": "compare torch, graph and engine",
+    "verify": "compare torch, bundle, lowered graph and engine",
     "demo": "the whole path on digits, no download",
 }
 

@@ -19,9 +19,8 @@ from threadpoolctl import threadpool_limits
 from ..affine import along, dequantize
 from ..bundle import Bundle
 from ..errors import MergeError
-from ..files import sha256_bytes
 from ..fold import graph_tensors
-from ..manifest import Manifest, ParentRecord
+from ..manifest import Manifest, ParentRecord, Tolerances
 from .rounding import ROUNDINGS, merge_codes
 
 __all__ = ["Merger", "check_mix", "matched_variance", "merge", "weighted_mean"]
@@ -83,7 +82,13 @@ def merge(
         in_parallel(one, merger.code_names, threads)
         return merger.manifest(mix, dict(sorted(layers.items())), options or {})
 
-    return Bundle.write_like(output, merger.parents[0], write)
+    return Bundle.write_like(output, merger.parents[0], write, golden_inputs(merger.parents))
+
+
+def golden_inputs(parents: Sequence[Bundle]) -> dict[str, Array]:
+    """One golden input of every parent; what a merge makes of them is found when it is run."""
+    found = [golden["input"][:1] for golden in (p.golden() for p in parents) if golden]
+    return {"input": np.concatenate(found)} if found else {}
 
 
 def in_parallel(
@@ -342,9 +347,10 @@ def _manifest(
                 "parents": [p.manifest.options for p in parents],
             },
             "metrics": {"layers": dict(layers)},
+            "tolerances": max((p.manifest.tolerances for p in parents), key=_loose),
             "parents": tuple(
                 ParentRecord(
-                    manifest_sha256=sha256_bytes(parent.manifest.to_json()),
+                    manifest_sha256=parent.manifest_sha256,
                     domains=parent.manifest.domains,
                     weight=weight,
                 )
@@ -352,6 +358,10 @@ def _manifest(
             ),
         }
     )
+
+
+def _loose(tolerances: Tolerances) -> float:
+    return tolerances.output_rms
 
 
 def _union(records: Any) -> dict[str, str]:

@@ -30,7 +30,7 @@ __all__ = ["batches", "moved", "re_estimate"]
 Array = npt.NDArray[Any]
 # Channels that BatchNorm all but switches off say nothing of their own moments.
 _BLIND = 1e6 * SMALLEST_GAIN
-_BATCH, _SAMPLES = 64, 1 << 13
+_BATCH, _SAMPLES = 64, 1 << 16
 
 
 def re_estimate(
@@ -58,7 +58,9 @@ def re_estimate(
         "re_estimate": {"images": {n: len(rows) for n, rows in images.items()}, "seed": seed},
     }
     updated = manifest.model_copy(update={"options": options})
-    return Bundle.write(output, updated, tensors, (bundle.path / GRAPH).read_bytes())
+    graph = (bundle.path / GRAPH).read_bytes()
+    golden = {name: value for name, value in bundle.golden().items() if name == "input"}
+    return Bundle.write(output, updated, tensors, graph, golden)
 
 
 def moved(
@@ -231,11 +233,13 @@ def _activation_steps(
     model.graph.outputs.extend(sources.values())
     rng = np.random.default_rng(seed)
     seen: dict[str, list[Array]] = {name: [] for name in sources}
-    for rows in batches(x, 8):
+    parts = list(batches(x, 8))
+    share = max(_SAMPLES // len(parts), 256)
+    for rows in parts:
         _, *values = _run(model, bundle, tensors, rows)
         for name, value in zip(sources, values, strict=True):
             flat = value.ravel()
-            some = rng.integers(len(flat), size=min(_SAMPLES, len(flat)))
+            some = rng.integers(len(flat), size=min(share, len(flat)))
             seen[name].append(np.concatenate([flat[some], [flat.min(), flat.max()]]))
     specs = {a.scale: QuantSpec(a.bits, a.lo, a.hi) for a in bundle.manifest.activations}
     return {name: search_scale(np.concatenate(parts), specs[name]) for name, parts in seen.items()}

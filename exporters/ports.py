@@ -1,0 +1,163 @@
+"""The network's inputs and outputs as an application wants them.
+
+Fixed or free batch and size, other names, uint8 camera frames in and labels out.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
+
+from .. import reference
+from ..errors import ExportError
+from ..manifest import Preprocessing
+from .graph import constant, insert
+from .options import GraphOptions
+
+__all__ = ["shape_ports"]
+
+_SIZES = ("height", "width")
+
+
+def shape_ports(
+    model: ir.Model, options: GraphOptions, preprocessing: Preprocessing | None
+) -> None:
+    """Apply ``options`` to inputs and outputs. In place.
+
+    Raises:
+        ExportError: The graph fixes what should be free, a name is taken, or frames are asked
+            for of a bundle that does not know its preprocessing.
+    """
+    (image,) = model.graph.inputs
+    (scores,) = model.graph.outputs
+    _name_batch(model, image)
+    if options.dynamic_size:
+        _free_size(model, image)
+    if options.batch is not None:
+        _fix_batch(model, options.batch)
+    if options.fold_preprocess:
+        if preprocessing is None:
+            raise ExportError(
+                "--fold-preprocess needs a bundle that knows its preprocessing; calibrate from "
+                "an image folder, or with --size, --mean and --std"
+            )
+        image = _frames(model, image, preprocessing)
+    if options.postprocess != "none":
+        scores = _decision(model, scores, options.postprocess)
+    taken = {value.name for node in model.graph for value in node.outputs}
+    taken |= set(model.graph.initializers) | {image.name, scores.name}
+    for value, name, flag in (
+        (image, options.input_name, "--input-name"),
+        (scores, options.output_name, "--output-name"),
+    ):
+        if name is None or name == value.name:
+            continue
+        if name in taken:
+            raise ExportError(
+                f"found {flag} {name}, a name that the graph uses inside; choose another"
+            )
+        value.name = name
+
+
+def _name_batch(model: ir.Model, image: ir.Value) -> None:
+    """Call the free first dimension ``batch`` in place of the exporter's own name."""
+    found = image.shape[0] if image.shape is not None else None
+    if not isinstance(found, ir.SymbolicDim):
+        return
+    values = [*model.graph.inputs, *(out for node in model.graph for out in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape(["batch" if d == found else d for d in value.shape])
+
+
+def _fix_batch(model: ir.Model, batch: int) -> None:
+    if batch < 1:
+        raise ExportError(f"found --batch {batch}; needed 1 or more")
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape([batch, *list(value.shape)[1:]])
+    for node in model.graph:
+        for output in node.outputs:
+            output.shape = output.shape if output in model.graph.outputs else None
+    ShapeInferencePass()(model)
+
+
+def _free_size(model: ir.Model, image: ir.Value) -> None:
+    """Let height and width vary, unless an operator has written them down."""
+    if image.shape is None or len(image.shape) != 4:
+        raise ExportError(f"--dynamic-size needs an input (N, C, H, W); found {image.shape}")
+    channels, height, width = (d for d in image.shape[1:] if isinstance(d, int))
+    image.shape = ir.Shape([image.shape[0], channels, *_SIZES])
+    for node in model.graph:
+        for output in node.outputs:
+            output.shape = None
+    for value in model.graph.outputs:
+        value.shape = None
+    try:
+        ShapeInferencePass()(model)
+        session = reference.unfused_session(ir.to_proto(model).SerializeToString())
+        for size in ((height, width), (2 * height, 2 * width), (2 * height, 3 * width)):
+            session.run(None, {str(image.name): np.zeros((1, channels, *size), np.float32)})
+    except Exception as error:  # ONNX Runtime's exceptions have no public base class
+        text = " ".join(str(error).split())
+        raise ExportError(
+            f"--dynamic-size: the graph fixes a size ({text[:300]}); the model must compute it "
+            "from its input"
+        ) from error
+
+
+def _frames(model: ir.Model, image: ir.Value, preprocessing: Preprocessing) -> ir.Value:
+    """Frames (N, H, W, C) uint8 in; the same arithmetic as the readers', in the same order."""
+    graph, name = model.graph, str(image.name)
+    shape = list(image.shape or ())
+    frames = ir.Value(
+        name=name,
+        shape=ir.Shape([shape[0], *shape[2:], shape[1]]),
+        type=ir.TensorType(ir.DataType.UINT8),
+    )
+    readers = list(image.uses())
+    image.name = f"{name}/normalised"
+    first = graph[0]
+    current = frames
+    side = (1, len(preprocessing.mean), 1, 1)
+
+    def add(op: str, label: str, *operands: ir.Value, **attributes: int | list[int]) -> None:
+        nonlocal current
+        node = ir.node(op, [current, *operands], attributes, name=f"{name}/{label}")
+        insert(model, first, node)
+        current = node.outputs[0]
+        current.name, current.dtype = f"{name}/{label}/out", ir.DataType.FLOAT
+
+    add("Cast", "real", to=ir.DataType.FLOAT)
+    add("Transpose", "planes", perm=[0, 3, 1, 2])
+    add("Div", "unit", constant(model, f"{name}/255", np.array(255, np.float32)))
+    mean = np.array(preprocessing.mean, np.float32)
+    std = np.array(preprocessing.std, np.float32)
+    if mean.any():
+        add("Sub", "centred", constant(model, f"{name}/mean", mean.reshape(side)))
+    if (std != 1).any():
+        add("Div", "scaled", constant(model, f"{name}/std", std.reshape(side)))
+    for use in readers:
+        use.node.replace_input_with(use.idx, current)
+    graph.inputs[0] = frames
+    return frames
+
+
+def _decision(model: ir.Model, scores: ir.Value, what: str) -> ir.Value:
+    """Softmax or argmax over the classes, axis 1."""
+    name = str(scores.name)
+    attributes = {"axis": 1} if what == "softmax" else {"axis": 1, "keepdims": 0}
+    node = ir.node(
+        "Softmax" if what == "softmax" else "ArgMax", [scores], attributes, name=f"{name}/{what}"
+    )
+    model.graph.append(node)
+    result = node.outputs[0]
+    scores.name, result.name = f"{name}/scores", name
+    shape = list(scores.shape or ())
+    if what == "softmax":
+        result.dtype, result.shape = ir.DataType.FLOAT, ir.Shape(shape)
+    else:
+        result.dtype, result.shape = ir.DataType.INT64, ir.Shape([shape[0], *shape[2:]])
+    model.graph.outputs[0] = result
+    return result

@@ -1,0 +1,71 @@
+"""Why an engine runs a layer in float: the measured rules, applied to the lowered graph."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ..manifest import PrecisionReport
+
+__all__ = ["explain"]
+
+_MOVES = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Slice", "Split"}
+
+
+def explain(report: PrecisionReport, model: ir.Model) -> PrecisionReport:
+    """The report with a reason and the weight's bytes in every row."""
+    nodes = {node.name: node for node in model.graph}
+    sizes = {
+        name: value.const_value.nbytes
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None
+    }
+    weights = {layer.node: _weight(nodes.get(layer.node)) for layer in report.layers}
+    lost = {layer.node for layer in report.lost}
+    rows = []
+    for layer in report.layers:
+        update: dict[str, object] = {"weight_bytes": sizes.get(weights[layer.node] or "", 0)}
+        if layer.node in lost:
+            update["reason"] = _reason(report.engine, nodes.get(layer.node), layer.requested)
+        rows.append(layer.model_copy(update=update))
+    return report.model_copy(update={"layers": tuple(rows)})
+
+
+def _weight(node: ir.Node | None) -> str | None:
+    """The initializer behind a layer's second operand."""
+    value = node.inputs[1] if node is not None and len(node.inputs) > 1 else None
+    while value is not None and value.const_value is None:
+        producer = value.producer()
+        if producer is None or not producer.inputs:
+            return None
+        value = producer.inputs[0]
+    return value.name if value is not None else None
+
+
+def _reason(engine: str, node: ir.Node | None, requested: str) -> str:
+    if node is None:
+        return "the lowered graph has no node of this name"
+    if node.op_type == "ConvTranspose":
+        return "no engine has an INT8 kernel for transposed convolutions"
+    if requested == "int4":
+        return "the engine unpacks its 4-bit weights before every product"
+    for i, value in enumerate(node.inputs[:2]):
+        source = value.producer() if value is not None else None
+        if source is not None and source.op_type != "DequantizeLinear":
+            origin: ir.Node | None = source
+            while origin is not None and origin.op_type in _MOVES:
+                origin = origin.inputs[0].producer() if origin.inputs[0] is not None else None
+            if origin is None or origin.op_type != "DequantizeLinear":
+                return (
+                    f"operand {i} comes from {source.op_type}; engines compute on codes only where "
+                    "QuantizeLinear and DequantizeLinear stand directly in front of the layer"
+                )
+    if engine == "ort" and node.op_type == "Conv":
+        readers = [use.node.op_type for use in node.outputs[0].uses()]
+        if readers not in (["QuantizeLinear"], ["Relu"], ["Clip"]):
+            return (
+                f"its output goes to {', '.join(readers) or 'the network output'}; ONNX Runtime "
+                "runs a convolution in INT8 only where it writes codes"
+            )
+    if engine == "ort":
+        return "ONNX Runtime did not fuse the codes around it; is this CPU's build another one?"
+    return "the builder chose a float kernel for this layer's shape on the target GPU"

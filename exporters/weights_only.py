@@ -1,0 +1,131 @@
+"""4-bit linear layers whose activations stay real: INT4 weights, one step per block.
+
+TensorRT and ONNX Runtime have fused kernels for INT4 weights in blocks along the input
+channels, and none for one step per output channel. A step that is repeated for every block
+is the same number, so the bundle needs no other calibration.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from ..affine import along
+from ..errors import ExportError
+from ..manifest import Layer
+from .graph import array, constant, drop_unused, insert
+
+__all__ = ["BLOCKS", "weights_only"]
+
+# Block sizes that both engines' kernels take, the fastest first.
+BLOCKS = (128, 64, 32, 16)
+
+
+def weights_only(model: ir.Model, layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
+    """Rewrite the 4-bit linear layers that a pattern names. In place.
+
+    Args:
+        model: As ``graph.load`` gives it.
+        layers: The bundle's.
+        patterns: fnmatch patterns of module paths.
+
+    Returns:
+        ``layers``, those that were rewritten with ``requested`` ``int4``.
+
+    Raises:
+        ExportError: A pattern names no 4-bit linear layer.
+    """
+    nodes = {node.name: node for node in model.graph}
+    able = {
+        layer.node: layer
+        for layer in layers
+        if layer.op in {"Gemm", "MatMul"} and layer.weight and (layer.weight_bits or 8) <= 4
+    }
+    for pattern in patterns:
+        if not any(fnmatch.fnmatch(layer.module, pattern) for layer in able.values()):
+            raise ExportError(
+                f"found no linear layer with weights of 4 bits or fewer that {pattern!r} names "
+                f"among {len(layers)} layers; calibrate with --wbits 4, or give another pattern"
+            )
+    result = []
+    for layer in layers:
+        chosen = layer.node in able and any(fnmatch.fnmatch(layer.module, p) for p in patterns)
+        if chosen and _rewrite(model, nodes[layer.node]):
+            layer = layer.model_copy(update={"requested": "int4", "activation_bits": ()})
+        result.append(layer)
+    drop_unused(model)
+    return result
+
+
+def _rewrite(model: ir.Model, node: ir.Node) -> bool:
+    """MatMul(real, DQ of INT4 blocks); False where no block size divides the input channels."""
+    transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
+    gemm = node.op_type == "Gemm"
+    turned = _transposed(node)
+    dequantize = transpose
+    if transpose is not None and transpose.op_type == "Transpose":
+        dequantize = transpose.inputs[0].producer() if transpose.inputs[0] is not None else None
+        turned = not turned
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return False
+    codes, scale = array(dequantize.inputs[0]), array(dequantize.inputs[1])
+    axis = dequantize.attributes["axis"].as_int() if scale.ndim else None
+    steps = np.broadcast_to(along(scale, codes.ndim, axis), codes.shape)
+    if turned:
+        codes, steps = codes.T, steps.T
+    block = next((b for b in BLOCKS if codes.shape[0] % b == 0), None)
+    if block is None or codes.ndim != 2 or (steps != steps[:1]).any():
+        return False
+    name = str(dequantize.inputs[0].name if dequantize.inputs[0] else node.name)
+    packed = np.ascontiguousarray(codes).astype(np.int8)
+    weight = constant(model, f"{name}_blocks", packed)
+    weight.const_value = ir.tensor(packed, dtype=ir.DataType.INT4, name=weight.name)
+    weight.dtype = ir.DataType.INT4
+    per_block = np.ascontiguousarray(steps[::block]).astype(np.float32)
+    real = insert(
+        model,
+        node,
+        ir.node(
+            "DequantizeLinear",
+            [weight, constant(model, f"{name}_block_scale", per_block)],
+            {"axis": 0, "block_size": block},
+            name=f"{node.name}/weight",
+        ),
+    )
+    real.name, real.dtype = f"{node.name}/weight/out", ir.DataType.FLOAT
+    real.shape = ir.Shape(packed.shape)
+    node.replace_input_with(1, real)
+    if gemm:
+        node.attributes.pop("transB", None)
+    _unquantize(node)
+    return True
+
+
+def _transposed(node: ir.Node) -> bool:
+    flag = node.attributes.get("transB")
+    return flag is not None and bool(flag.as_int())
+
+
+def _unquantize(node: ir.Node) -> None:
+    """Read what the operand's quantizer reads, through reshapes that only this node reads."""
+    reader, place = node, 0
+    while True:
+        value = reader.inputs[place]
+        producer = value.producer() if value is not None else None
+        if producer is None:
+            return
+        if producer.op_type == "DequantizeLinear":
+            break
+        if producer.op_type not in {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"}:
+            return
+        if len(list(producer.outputs[0].uses())) > 1:
+            return
+        reader, place = producer, 0
+    quantize: ir.Node | None = producer
+    while quantize is not None and quantize.op_type != "QuantizeLinear":
+        quantize = quantize.inputs[0].producer() if quantize.inputs[0] is not None else None
+    if quantize is not None:
+        reader.replace_input_with(place, quantize.inputs[0])
