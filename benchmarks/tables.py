@@ -301,11 +301,97 @@ def merge_speed(record: Mapping[str, Any]) -> str:
     )
 
 
+def engines(record: Mapping[str, Any]) -> str:
+    """The section on what engines execute."""
+    built = [
+        [
+            row["model"],
+            case["engine"],
+            f"{case['build_s']:.1f}",
+            str(case["peak_mb"]),
+            f"{case['plan_mb']:.1f}",
+            f"{case['as_requested']} of {case['requested']}",
+            case["executed"],
+        ]
+        for row in record["rows"]
+        for case in row["tensorrt_rtx"]
+    ]
+    timed, kernels, apart = [], [], []
+    for row in record["rows"]:
+        ort = row["onnx_runtime"]
+        one, two = ort["latency"]["1"], ort["latency"]["2"]
+        for name, found in one.items():
+            timed.append(
+                [
+                    row["model"],
+                    name,
+                    f"{found['p50_ms']:.1f}",
+                    f"{found['times_fp32']:.2f} / {two[name]['times_fp32']:.2f}",
+                    " / ".join(f"{t[name].get('times_best_peer', 0):.2f}" for t in (one, two)),
+                    f"{ort['size_of_fp32'][name]:.3f}" if name in ort["size_of_fp32"] else "",
+                ]
+            )
+            counts = ", ".join(f"{n} {op}" for op, n in ort["operators"][name].items())
+            kernels.append([row["model"], name, counts])
+        for stage in ort["stages"]:
+            kind = "exact" if stage["exact"] else "default"
+            apart.append(
+                [
+                    row["model"],
+                    kind,
+                    stage["stage"],
+                    f"{stage['flips']} of {stage['decisions']}",
+                    f"{stage['output_rms']:.1g}",
+                    str(stage["max_steps"]),
+                ]
+            )
+    return "\n".join(
+        [
+            "## What engines execute",
+            "",
+            "Random weights, one weight step a channel (`benchmarks/engines.py`; all ratios of a "
+            f"row's model from one run; {record['environment']['cpu']}, ONNX Runtime "
+            f"{record['environment']['onnxruntime']}, TensorRT-RTX "
+            f"{record['environment']['tensorrt-rtx']}).",
+            "",
+            "TensorRT-RTX, built without a GPU; layers as the builder's dump reports them:",
+            "",
+            table(
+                ["model", "engine", "build s", "peak MB", "plan MB", "as requested", "executed"],
+                built,
+            ),
+            "",
+            "ONNX Runtime, batch 1. Ratios are for 1 / 2 threads; the best peer is "
+            "`quantize_static` with unsigned activations and a weight step a channel:",
+            "",
+            table(
+                ["model", "graph", "p50 ms, 1 thread", "times as fast as FP32",
+                 "as fast as the best peer", "size / FP32"],
+                timed,
+            ),
+            "",
+            "Operators of the optimized graphs:",
+            "",
+            table(["model", "graph", "kernels, and what is left of Q and DQ"], kernels),
+            "",
+            "Neighbouring stages on the same photographs (`hdrq-verify`). The default graph lets "
+            "codes of non-negative tensors go on to 255, so it is meant to differ from the bundle "
+            "where the bundle saturates:",
+            "",
+            table(
+                ["model", "graph", "stages", "decision flips", "output RMS", "largest steps"],
+                apart,
+            ),
+        ]
+    )  # fmt: skip
+
+
 SECTIONS = {
     "merge_quality": merge_quality,
     "architectures": architectures,
     "calibration_speed": calibration_speed,
     "merge_speed": merge_speed,
+    "engines": engines,
 }
 
 

@@ -29,7 +29,7 @@ from .lowering import lower_ort, lower_portable
 from .options import BuildOptions, GraphOptions
 from .ports import shape_ports
 from .reasons import explain
-from .weights_only import weights_only
+from .weights_only import keep_float, weights_only
 
 __all__ = ["ENGINES", "export", "lowered", "ports"]
 
@@ -117,6 +117,8 @@ def lowered(bundle: Bundle, engine: str, options: GraphOptions) -> tuple[ir.Mode
     layers = list(bundle.manifest.layers)
     if options.weights_only:
         layers = weights_only(model, layers, options.weights_only)
+    if options.keep_float:
+        layers = keep_float(model, layers, options.keep_float)
     shape_ports(model, options, bundle.manifest.preprocessing)
     model = lower_ort(model, options.exact) if engine == "ort" else lower_portable(model)
     if engine in trt.MODULES and options.compute == "fp16":

@@ -28,6 +28,7 @@ class GraphOptions(_Frozen):
         compute: Float type of everything that is not INT8; ONNX Runtime and the portable
             graph are always fp32.
         weights_only: Patterns of 4-bit linear layers that keep real activations.
+        keep_float: Patterns of layers that compute on real activations.
         exact: ONNX Runtime's codes end where the calibration's did; otherwise tensors that
             are never negative may use codes 128 to 255 too, at the same step.
         batch: A fixed batch; None leaves it free.
@@ -40,6 +41,7 @@ class GraphOptions(_Frozen):
 
     compute: Literal["fp16", "fp32"] = "fp16"
     weights_only: tuple[str, ...] = ()
+    keep_float: tuple[str, ...] = ()
     exact: bool = False
     batch: int | None = None
     dynamic_size: bool = False

@@ -1,4 +1,4 @@
-"""4-bit linear layers whose activations stay real: INT4 weights, one step per block.
+"""Layers whose activations stay real: 4-bit linear layers in blocks, and float ones.
 
 TensorRT and ONNX Runtime have fused kernels for INT4 weights in blocks along the input
 channels, and none for one step per output channel. A step that is repeated for every block
@@ -16,9 +16,10 @@ import onnx_ir as ir
 from ..affine import along
 from ..errors import ExportError
 from ..manifest import Layer
+from ..surgery import free_operand, quantize_only
 from .graph import array, constant, drop_unused, insert
 
-__all__ = ["BLOCKS", "weights_only"]
+__all__ = ["BLOCKS", "keep_float", "weights_only"]
 
 # Block sizes that both engines' kernels take, the fastest first.
 BLOCKS = (128, 64, 32, 16)
@@ -58,6 +59,52 @@ def weights_only(model: ir.Model, layers: Sequence[Layer], patterns: Sequence[st
         result.append(layer)
     drop_unused(model)
     return result
+
+
+def keep_float(model: ir.Model, layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
+    """Let the layers that a pattern names compute in float. In place.
+
+    Their weights keep the values of their codes; quantizers that serve no other layer go.
+
+    Returns:
+        ``layers``, those with ``requested`` ``float32``.
+
+    Raises:
+        ExportError: A pattern names no layer.
+    """
+    nodes = {node.name: node for node in model.graph}
+    for pattern in patterns:
+        if not any(fnmatch.fnmatch(layer.module, pattern) for layer in layers):
+            raise ExportError(
+                f"found no layer that {pattern!r} names among {len(layers)}; 'hdrq inspect' lists "
+                "their module paths"
+            )
+    result = []
+    for layer in layers:
+        if layer.requested == "int8" and any(fnmatch.fnmatch(layer.module, p) for p in patterns):
+            if layer.weight:
+                _settle_weight(model, nodes[layer.node])
+            layer = layer.model_copy(
+                update={"requested": "float32", "reason": "kept in float by --keep-float"}
+            )
+        result.append(layer)
+    quantize_only(model, {layer.node for layer in result if layer.requested == "int8"})
+    drop_unused(model)
+    return result
+
+
+def _settle_weight(model: ir.Model, node: ir.Node) -> None:
+    """The real weight as a constant: engines would take a lone DequantizeLinear for codes."""
+    dequantize = node.inputs[1].producer() if node.inputs[1] is not None else None
+    if dequantize is not None and dequantize.op_type == "Transpose":
+        dequantize = dequantize.inputs[0].producer() if dequantize.inputs[0] is not None else None
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return
+    codes, scale = array(dequantize.inputs[0]), array(dequantize.inputs[1])
+    axis = dequantize.attributes["axis"].as_int() if scale.ndim else None
+    output = dequantize.outputs[0]
+    real = (codes.astype(np.float32) * along(scale, codes.ndim, axis)).astype(np.float32)
+    output.replace_all_uses_with(constant(model, f"{node.name}/weight_real", real))
 
 
 def _rewrite(model: ir.Model, node: ir.Node) -> bool:
@@ -100,32 +147,10 @@ def _rewrite(model: ir.Model, node: ir.Node) -> bool:
     node.replace_input_with(1, real)
     if gemm:
         node.attributes.pop("transB", None)
-    _unquantize(node)
+    free_operand(model, node, 0)
     return True
 
 
 def _transposed(node: ir.Node) -> bool:
     flag = node.attributes.get("transB")
     return flag is not None and bool(flag.as_int())
-
-
-def _unquantize(node: ir.Node) -> None:
-    """Read what the operand's quantizer reads, through reshapes that only this node reads."""
-    reader, place = node, 0
-    while True:
-        value = reader.inputs[place]
-        producer = value.producer() if value is not None else None
-        if producer is None:
-            return
-        if producer.op_type == "DequantizeLinear":
-            break
-        if producer.op_type not in {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"}:
-            return
-        if len(list(producer.outputs[0].uses())) > 1:
-            return
-        reader, place = producer, 0
-    quantize: ir.Node | None = producer
-    while quantize is not None and quantize.op_type != "QuantizeLinear":
-        quantize = quantize.inputs[0].producer() if quantize.inputs[0] is not None else None
-    if quantize is not None:
-        reader.replace_input_with(place, quantize.inputs[0])

@@ -33,6 +33,8 @@ class OrtEngine:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # Older x86 CPUs (no VNNI) saturate inside a product of u8 and s8 otherwise.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         if manifest.engine == "onnx":
             # The portable graph keeps int8 activations, which x86 fuses into slow kernels.
             options.add_session_config_entry("session.disable_quant_qdq", "1")

@@ -52,6 +52,13 @@ def arguments() -> argparse.ArgumentParser:
         help="4-bit linear layers (all, or those of these module paths) keep real activations",
     )
     g.add_argument(
+        "--keep-float",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="layers (module paths) that compute in float; 'hdrq sensitivity' suggests some",
+    )
+    g.add_argument(
         "--exact",
         action="store_true",
         help="ort: codes of non-negative tensors end at 127, bit for bit as calibrated, "
@@ -123,6 +130,7 @@ def _export(args: argparse.Namespace) -> int:
     graph = GraphOptions(
         compute=args.compute,
         weights_only=() if args.weights_only is None else tuple(args.weights_only or ["*"]),
+        keep_float=tuple(args.keep_float),
         exact=args.exact,
         batch=args.batch,
         dynamic_size=args.dynamic_size,

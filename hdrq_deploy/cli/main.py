@@ -14,6 +14,7 @@ COMMANDS = {
     "export": "a bundle becomes an engine",
     "bench": "measure engines",
     "analyze": "show why a merge works or fails",
+    "sensitivity": "rank layers by what their quantization costs",
     "inspect": "show a bundle",
     "verify": "compare torch, bundle, lowered graph and engine",
     "demo": "the whole path on digits, no download",
@@ -23,7 +24,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``hdrq``; each command is imported only when it is called."""
     given = list(sys.argv[1:] if argv is None else argv)
-    listing = "\n".join(f"  {name:<11}{text}" for name, text in COMMANDS.items())
+    listing = "\n".join(f"  {name:<13}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="hdrq",
         description="Merge-friendly quantization, from PyTorch to edge engines.",

@@ -10,7 +10,7 @@ corrected network computes. Codes stay as they are; nothing is trained.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ __all__ = ["batches", "moved", "re_estimate"]
 Array = npt.NDArray[Any]
 # Channels that BatchNorm all but switches off say nothing of their own moments.
 _BLIND = 1e6 * SMALLEST_GAIN
-_BATCH, _SAMPLES = 64, 1 << 16
+_BATCH, _SAMPLES = 64, 1 << 14
 
 
 def re_estimate(
@@ -117,7 +117,7 @@ def _moments(bundle: Bundle, tensors: Mapping[str, Array], x: Array) -> dict[str
     if not probes:
         return {}
     model.graph.outputs.extend(value for probe in probes for value in (probe.mean, probe.variance))
-    _, *found = _run(model, bundle, tensors, x)
+    _, *found = _runner(model, bundle, tensors)(x)
     result = {}
     for probe, mean, variance in zip(probes, found[::2], found[1::2], strict=True):
         seen = probe.factor > _BLIND
@@ -233,10 +233,11 @@ def _activation_steps(
     model.graph.outputs.extend(sources.values())
     rng = np.random.default_rng(seed)
     seen: dict[str, list[Array]] = {name: [] for name in sources}
+    run = _runner(model, bundle, tensors)
     parts = list(batches(x, 8))
     share = max(_SAMPLES // len(parts), 256)
     for rows in parts:
-        _, *values = _run(model, bundle, tensors, rows)
+        _, *values = run(rows)
         for name, value in zip(sources, values, strict=True):
             flat = value.ravel()
             some = rng.integers(len(flat), size=min(share, len(flat)))
@@ -260,13 +261,21 @@ def _drop_quantizers(model: ir.Model) -> dict[str, ir.Value]:
     return sources
 
 
-def _run(model: ir.Model, bundle: Bundle, tensors: Mapping[str, Array], x: Array) -> list[Array]:
+def _runner(
+    model: ir.Model, bundle: Bundle, tensors: Mapping[str, Array]
+) -> Callable[[Array], list[Array]]:
+    """One session of an edited graph."""
     weights = serialize(tensors, bundle.manifest.tensors)
     session = reference.unfused_session(ir.to_proto(model).SerializeToString(), {WEIGHTS: weights})
-    try:
-        outputs: list[Array] = session.run(None, {session.get_inputs()[0].name: x})
-    except Exception as error:  # ONNX Runtime's exceptions have no public base class
-        raise DataError(
-            f"the images do not fit {bundle.path}: {' '.join(str(error).split())[:200]}"
-        ) from error
-    return outputs
+    port = session.get_inputs()[0].name
+
+    def run(x: Array) -> list[Array]:
+        try:
+            outputs: list[Array] = session.run(None, {port: x})
+        except Exception as error:  # ONNX Runtime's exceptions have no public base class
+            raise DataError(
+                f"the images do not fit {bundle.path}: {' '.join(str(error).split())[:200]}"
+            ) from error
+        return outputs
+
+    return run

@@ -1,0 +1,173 @@
+"""``hdrq sensitivity``: which layers quantization hurts, and which to keep in float."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..bundle import Bundle
+from ..calibration_data.readers import Wanted, read, relabel
+from ..errors import DataError, ModelError
+from ..files import new_directory, write_bytes
+from ..runtime.report import need_matplotlib
+from ..sensitivity import Scheme, Sensitivity, sensitivity, suggest
+from .common import named, parser, progress_bar, run
+
+_SHOWN = 20
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command's flags."""
+    p = parser("hdrq sensitivity", "Quantize every layer alone and rank the layers by the loss.")
+    p.add_argument("bundle", help="calibrated or merged bundle")
+    p.add_argument("--data", nargs="+", required=True, metavar="NAME=PATH")
+    p.add_argument(
+        "--weights",
+        help="float checkpoint of the bundle (needs torch); without it only the activations of "
+        "a layer are set free, its weights stay the bundle's",
+    )
+    p.add_argument("--images", type=int, default=128, help="images per domain at most")
+    p.add_argument("--seed", type=int, default=0, help="which images")
+    bound = p.add_mutually_exclusive_group()
+    bound.add_argument("--keep-float", type=int, metavar="N", help="try the N worst in float")
+    bound.add_argument(
+        "--max-drop", type=float, help="fewest layers in float for this loss of accuracy (0 to 1)"
+    )
+    bound.add_argument("--min-sqnr", type=float, help="the same for this SQNR of the output, dB")
+    p.add_argument("-o", "--output", help="folder for sensitivity.json and sensitivity.svg")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``hdrq sensitivity``."""
+    args = arguments().parse_args(argv)
+    return run("hdrq sensitivity", lambda: _sensitivity(args))
+
+
+def _sensitivity(args: argparse.Namespace) -> int:
+    if args.output:
+        need_matplotlib()
+    if args.images < 1 or (args.keep_float is not None and args.keep_float < 0):
+        raise DataError(
+            f"found --images {args.images}, --keep-float {args.keep_float}; needed 1, 0 or more"
+        )
+    bundle = Bundle.open(args.bundle)
+    manifest = bundle.manifest
+    wanted = Wanted.like(manifest.preprocessing) if manifest.preprocessing else Wanted()
+    data = {}
+    for name, path in named(args.data).items():
+        images = relabel(read(path, wanted, args.images, args.seed), manifest.classes, path)
+        data[name] = (images.x, images.y)
+    real = _real(bundle, args.weights, next(iter(data.values()))[0]) if args.weights else None
+    with progress_bar("sensitivity") as progress:
+        found = sensitivity(bundle, data, real, progress)
+    show(found)
+    scheme = None
+    if args.keep_float is not None or args.max_drop is not None or args.min_sqnr is not None:
+        scheme = suggest(bundle, data, found, real, args.keep_float, args.max_drop, args.min_sqnr)
+        _show_scheme(scheme, found)
+    if args.output:
+        target = Path(args.output).absolute()
+        record = {
+            "schema_version": 1,
+            "kind": "hdrq-sensitivity",
+            "bundle": str(bundle.path),
+            "bundle_sha256": bundle.manifest_sha256,
+            **_finite(asdict(found)),
+            "scheme": _finite(asdict(scheme)) if scheme else None,
+        }
+        with new_directory(target, "sensitivity.json") as folder:
+            write_bytes(folder / "sensitivity.json", (json.dumps(record, indent=1) + "\n").encode())
+            write_bytes(folder / "sensitivity.svg", plot(found).encode())
+        print(target / "sensitivity.svg")
+    return 0
+
+
+def _real(bundle: Bundle, path: str, x: Any) -> dict[str, Any]:
+    try:
+        from ..calibrate import folded_weights
+    except ImportError as error:
+        raise ModelError(
+            f"--weights needs {error.name}: pip install 'hdrq-deploy[calibrate]'"
+        ) from error
+    return dict(folded_weights(bundle.manifest.model, path, x[:2]))
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity: a layer that changes nothing has no SQNR."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def show(found: Sensitivity) -> None:
+    """The most harmful layers, and both ends."""
+    table = Table(caption=f"weights of layers that are not quantized: {found.weights}")
+    for column in ("layer alone in codes", "weight bits", "SQNR dB", "accuracy", "lost"):
+        table.add_column(column, overflow="fold")
+    for row in found.layers[:_SHOWN]:
+        table.add_row(row.module, str(row.weight_bits or "-"), *_figures(row, found))
+    table.add_section()
+    accuracy = "-" if found.full_accuracy is None else f"{100 * found.full_accuracy:.1f}"
+    lost = _lost(found.full_accuracy, found)
+    table.add_row("all layers", "", f"{found.full_sqnr_db:.1f}", accuracy, lost)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if len(found.layers) > _SHOWN:
+        print(f"{len(found.layers) - _SHOWN} less sensitive layers are in the JSON (-o)")
+
+
+def _figures(row: Any, found: Sensitivity) -> tuple[str, str, str]:
+    accuracy = "-" if row.accuracy is None else f"{100 * row.accuracy:.1f}"
+    return f"{row.sqnr_db:.1f}", accuracy, _lost(row.accuracy, found)
+
+
+def _lost(accuracy: float | None, found: Sensitivity) -> str:
+    if accuracy is None or found.float_accuracy is None:
+        return "-"
+    return f"{100 * (found.float_accuracy - accuracy):+.1f}"
+
+
+def _show_scheme(scheme: Scheme, found: Sensitivity) -> None:
+    accuracy = "" if scheme.accuracy is None else f", accuracy {100 * scheme.accuracy:.1f}%"
+    print(
+        f"{len(scheme.keep_float)} of {len(found.layers)} layers in float: SQNR "
+        f"{scheme.sqnr_db:.1f} dB{accuracy}"
+    )
+    if scheme.keep_float:
+        print("hdrq-export … --keep-float " + " ".join(scheme.keep_float))
+
+
+def plot(found: Sensitivity) -> str:
+    """SQNR of every layer, the most harmful on top, as SVG."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    rows = [row for row in found.layers if math.isfinite(row.sqnr_db)][:40][::-1]
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "hdrq", "font.size": 8}):
+        figure = Figure(figsize=(7, 1.2 + 0.2 * len(rows)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.barh([row.module for row in rows], [row.sqnr_db for row in rows], color="#3b6ea8")
+        axes.axvline(found.full_sqnr_db, color="#b5432a", linewidth=1)
+        axes.annotate(
+            "all layers",
+            (found.full_sqnr_db, 0),
+            xytext=(3, 2),
+            textcoords="offset points",
+            color="#b5432a",
+        )
+        axes.set_xlabel("SQNR of the output with this layer alone in codes (dB, longer is better)")
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()

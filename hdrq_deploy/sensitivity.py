@@ -1,0 +1,261 @@
+"""Which layers does quantization hurt? Each is quantized alone, then in company.
+
+The bundle's graph is taken apart: only the layers in question read codes, all others real
+values. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from . import reference
+from .affine import dequantize
+from .bundle import GRAPH, Bundle
+from .errors import DataError
+from .frames import decisions
+from .surgery import quantize_only
+
+__all__ = ["LayerSensitivity", "Scheme", "Sensitivity", "sensitivity", "suggest"]
+
+Array = npt.NDArray[Any]
+Progress = Callable[[int, int, str], None]
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """What is lost when one layer alone is quantized.
+
+    Attributes:
+        node: ONNX node.
+        module: Module path.
+        weight_bits: Of its weight; None for a product of two activations.
+        sqnr_db: Of the network's output against the float output, in dB; infinite where equal.
+        accuracy: Top-1 accuracy (0 to 1), mean over the domains; None without labels.
+    """
+
+    node: str
+    module: str
+    weight_bits: int | None
+    sqnr_db: float
+    accuracy: float | None
+
+
+@dataclass
+class Sensitivity:
+    """All layers, the most harmful first, and the two ends: none and all quantized."""
+
+    layers: list[LayerSensitivity]
+    float_accuracy: float | None
+    full_accuracy: float | None
+    full_sqnr_db: float
+    weights: str
+    images: dict[str, int] = field(default_factory=dict)
+
+
+class Partly:
+    """The bundle's network with some of its layers quantized.
+
+    Args:
+        bundle: Calibrated or merged.
+        real: Float weights by name (``conv1.weight``), BatchNorm folded; where they are not
+            given, layers that are not quantized keep the bundle's weights.
+    """
+
+    def __init__(self, bundle: Bundle, real: Mapping[str, Array] | None = None) -> None:
+        self._path = bundle.path
+        tensors = bundle.tensors()
+        self.layers = [layer for layer in bundle.manifest.layers if layer.requested == "int8"]
+        self._weights: dict[str, tuple[Array, Array]] = {}
+        for layer in self.layers:
+            if layer.weight is None:
+                continue
+            entry = bundle.manifest.tensors[layer.weight]
+            assert entry.scale is not None
+            coded = dequantize(tensors[layer.weight], tensors[entry.scale], entry.axis)
+            name = layer.weight.removesuffix("_codes")
+            self._weights[layer.weight] = (coded, _real(name, coded, real, bundle))
+
+    def __call__(self, quantized: Collection[str], x: Iterable[Array]) -> Array:
+        """Outputs of batches ``x`` with the layers of these ONNX nodes quantized.
+
+        Raises:
+            DataError: The images do not fit the model.
+        """
+        model = ir.load(self._path / GRAPH)
+        ir.external_data.load_to_model(model)
+        chosen = set(quantized)
+        quantize_only(model, chosen)
+        for layer in self.layers:
+            if layer.weight is not None:
+                coded, plain = self._weights[layer.weight]
+                _put(model, layer.weight, coded if layer.node in chosen else plain)
+        session = reference.unfused_session(ir.to_proto(model).SerializeToString())
+        port = session.get_inputs()[0].name
+        try:
+            return np.concatenate([session.run(None, {port: rows})[0] for rows in x])
+        except Exception as error:  # ONNX Runtime's exceptions have no public base class
+            raise DataError(
+                f"the images do not fit {self._path}: {' '.join(str(error).split())[:200]}"
+            ) from error
+
+
+def _real(name: str, coded: Array, real: Mapping[str, Array] | None, bundle: Bundle) -> Array:
+    if real is None:
+        return coded
+    if name not in real or real[name].shape != coded.shape:
+        raise DataError(
+            f"the float weights hold no {name} of shape {coded.shape}; give the checkpoint that "
+            f"{bundle.path} was calibrated from"
+        )
+    return real[name].astype(np.float32)
+
+
+def _put(model: ir.Model, codes: str, weight: Array) -> None:
+    """Real values in place of codes and their DequantizeLinear."""
+    value = model.graph.initializers[codes]
+    (use,) = value.uses()
+    made = ir.Value(
+        name=f"{codes}_real",
+        shape=ir.Shape(weight.shape),
+        type=ir.TensorType(ir.DataType.FLOAT),
+        const_value=ir.tensor(np.ascontiguousarray(weight), name=f"{codes}_real"),
+    )
+    model.graph.register_initializer(made)
+    use.node.outputs[0].replace_all_uses_with(made)
+
+
+def sensitivity(
+    bundle: Bundle,
+    data: Mapping[str, tuple[Array, Array | None]],
+    real: Mapping[str, Array] | None = None,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """Quantize every layer alone.
+
+    Args:
+        bundle: Calibrated or merged.
+        data: Inputs (N, C, H, W) and labels (N,) or None of each domain.
+        real: See :class:`Partly`.
+        progress: Called with (layers done, layers in all, module path).
+
+    Raises:
+        DataError: No images, or images or weights that do not fit.
+    """
+    network = Partly(bundle, real)
+    x = [rows for images, _ in data.values() for rows in _batches(images)]
+    if not x:
+        raise DataError("found no images; needed --data NAME=PATH")
+    plain = network((), x)
+    found = []
+    for i, layer in enumerate(network.layers):
+        output = network([layer.node], x)
+        found.append(
+            LayerSensitivity(
+                layer.node,
+                layer.module,
+                layer.weight_bits,
+                _sqnr(plain, output),
+                _accuracy(output, data),
+            )
+        )
+        if progress:
+            progress(i + 1, len(network.layers), layer.module)
+    full = network([layer.node for layer in network.layers], x)
+    return Sensitivity(
+        sorted(found, key=lambda row: row.sqnr_db),
+        _accuracy(plain, data),
+        _accuracy(full, data),
+        _sqnr(plain, full),
+        "bundle" if real is None else "float",
+        {name: len(images) for name, (images, _) in data.items()},
+    )
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Layers to keep in float, and what the network then reaches."""
+
+    keep_float: tuple[str, ...]
+    sqnr_db: float
+    accuracy: float | None
+
+
+def suggest(
+    bundle: Bundle,
+    data: Mapping[str, tuple[Array, Array | None]],
+    ranked: Sensitivity,
+    real: Mapping[str, Array] | None = None,
+    keep: int | None = None,
+    accuracy: float | None = None,
+    sqnr_db: float | None = None,
+) -> Scheme:
+    """The fewest of the most sensitive layers that must stay float.
+
+    Args:
+        bundle, data, real: As for :func:`sensitivity`.
+        ranked: Its result.
+        keep: Just so many layers; or
+        accuracy: as many as it takes to lose at most this share (0 to 1) against float; or
+        sqnr_db: as many as it takes for this ratio at the output.
+
+    Raises:
+        DataError: The bound needs labels, or is not reached with every layer in float.
+    """
+    network = Partly(bundle, real)
+    x = [rows for images, _ in data.values() for rows in _batches(images)]
+    plain = network((), x)
+    if accuracy is not None and ranked.float_accuracy is None:
+        raise DataError("found images without labels; a bound on accuracy needs them")
+
+    def with_float(count: int) -> Scheme:
+        kept = tuple(row.module for row in ranked.layers[:count])
+        output = network([row.node for row in ranked.layers[count:]], x)
+        return Scheme(kept, _sqnr(plain, output), _accuracy(output, data))
+
+    def fits(scheme: Scheme) -> bool:
+        if accuracy is not None:
+            assert scheme.accuracy is not None and ranked.float_accuracy is not None
+            return scheme.accuracy >= ranked.float_accuracy - accuracy
+        return scheme.sqnr_db >= (sqnr_db or 0.0)
+
+    if keep is not None:
+        return with_float(min(keep, len(ranked.layers)))
+    low, high = 0, len(ranked.layers)
+    best = with_float(high)
+    while low < high:  # one more layer in float does no harm, as a rule
+        middle = (low + high) // 2
+        scheme = with_float(middle)
+        if fits(scheme):
+            high, best = middle, scheme
+        else:
+            low = middle + 1
+    return best
+
+
+def _batches(x: Array) -> list[Array]:
+    return [x[i : i + _BATCH] for i in range(0, len(x), _BATCH)]
+
+
+def _sqnr(expected: Array, got: Array) -> float:
+    wide = expected.astype(np.float64)
+    noise = float(((got - wide) ** 2).sum())
+    signal = float((wide**2).sum())
+    return round(10 * float(np.log10(signal / noise)), 2) if noise and signal else float("inf")
+
+
+def _accuracy(output: Array, data: Mapping[str, tuple[Array, Array | None]]) -> float | None:
+    """Mean over the domains, each counting the same."""
+    shares, first = [], 0
+    for images, labels in data.values():
+        rows = slice(first, first := first + len(images))
+        if labels is None:
+            return None
+        shares.append(float((decisions(output[rows]) == labels).mean()))
+    return float(np.mean(shares))

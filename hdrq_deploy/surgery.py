@@ -1,0 +1,119 @@
+"""Quantizers taken out of a bundle's graph, for all readers or for some layers only."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import onnx_ir as ir
+
+__all__ = ["LAYERS", "MOVES", "free_operand", "quantize_only", "quantizer_of"]
+
+_READERS = ("Conv", "Gemm", "MatMul")  # a transposed convolution computes in float
+LAYERS = (*_READERS, "ConvTranspose")
+# What only moves values: codes pass through it unchanged.
+MOVES = (
+    "Reshape",
+    "Flatten",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "MaxPool",
+    "Split",
+    "Slice",
+    "Gather",
+    "Identity",
+)
+
+
+def quantizer_of(value: ir.Value | None) -> tuple[list[ir.Node], ir.Node] | None:
+    """The nodes that move an operand's values, nearest first, and the QuantizeLinear behind."""
+    path: list[ir.Node] = []
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in MOVES:
+        path.append(node)
+        node = _producer(node)
+    if node is None or node.op_type != "DequantizeLinear":
+        return None
+    while node is not None and node.op_type != "QuantizeLinear":
+        node = _producer(node)
+    return (path, node) if node is not None else None
+
+
+def free_operand(model: ir.Model, node: ir.Node, place: int) -> bool:
+    """Let one operand read what its quantizer reads; other readers keep theirs.
+
+    Returns:
+        Whether there was a quantizer.
+    """
+    found = quantizer_of(node.inputs[place])
+    if found is None:
+        return False
+    path, quantize = found
+    current = quantize.inputs[0]
+    read = node.inputs[place]
+    for move in reversed(path):
+        copy = ir.Node(
+            move.domain,
+            move.op_type,
+            [current, *list(move.inputs)[1:]],
+            attributes=move.attributes.values(),
+            num_outputs=len(move.outputs),
+            name=f"{node.name}/{place}/{move.name}",
+        )
+        model.graph.insert_before(node, copy)
+        for old, new in zip(move.outputs, copy.outputs, strict=True):
+            new.name, new.type, new.shape = f"{copy.name}/{old.name}", old.type, old.shape
+        onward = path[path.index(move) - 1].inputs[0] if move is not path[0] else read
+        assert onward is not None
+        current = copy.outputs[list(move.outputs).index(onward)]
+    node.replace_input_with(place, current)
+    return True
+
+
+def quantize_only(model: ir.Model, chosen: Collection[str]) -> None:
+    """Only layers with these node names read codes. In place.
+
+    A quantizer stays, for residual adds and whatever else reads it, where a chosen layer
+    reads it or it is all that a chosen layer's output is for.
+    """
+    used: set[ir.Node] = set()
+    read: set[ir.Node] = set()
+    for node in [n for n in model.graph if n.op_type in _READERS]:
+        for place in range(min(2, len(node.inputs))):
+            found = quantizer_of(node.inputs[place])
+            if found is None:
+                continue
+            read.add(found[1])
+            if node.name in chosen:
+                used.add(found[1])
+            else:
+                free_operand(model, node, place)
+    for quantize in [n for n in model.graph if n.op_type == "QuantizeLinear"]:
+        source = quantize.inputs[0]
+        own = quantize not in read and _layer_behind(source) in chosen
+        if quantize in used or own or source is None:
+            continue
+        *_, last = _chain(quantize)
+        last.outputs[0].replace_all_uses_with(source)
+
+
+def _chain(quantize: ir.Node) -> Iterator[ir.Node]:
+    """QuantizeLinear, perhaps Clip, DequantizeLinear."""
+    node = quantize
+    yield node
+    while node.op_type != "DequantizeLinear":
+        (use,) = node.outputs[0].uses()
+        node = use.node
+        yield node
+
+
+def _producer(node: ir.Node) -> ir.Node | None:
+    return node.inputs[0].producer() if node.inputs[0] is not None else None
+
+
+def _layer_behind(value: ir.Value | None) -> str | None:
+    """The layer whose output, perhaps through an activation function, this is."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in {"Relu", "Clip"}:
+        node = _producer(node)
+    return node.name if node is not None and node.op_type in LAYERS else None
