@@ -75,6 +75,7 @@ def tensorrt_rtx(bundles: Mapping[int, Bundle], folder: Path) -> Iterator[dict[s
     ]
     linear = [x for x in bundles[4].manifest.layers if x.op != "Conv" and x.weight_bits == 4]
     if linear:
+        cases.append(("W4A8 fp16, INT4 linears packed", 4, GraphOptions(pack_int4=True)))
         cases.append(("W4 linears in blocks, fp16", 4, GraphOptions(weights_only=("*",))))
     for label, bits, options in cases:
         path = export(bundles[bits], folder / "rtx", "trt-rtx", options=options, force=True)

@@ -120,8 +120,11 @@ def lowered(bundle: Bundle, engine: str, options: GraphOptions) -> tuple[ir.Mode
     if options.keep_float:
         layers = keep_float(model, layers, options.keep_float)
     shape_ports(model, options, bundle.manifest.preprocessing)
-    model = lower_ort(model, options.exact) if engine == "ort" else lower_portable(model)
-    if engine in trt.MODULES and options.compute == "fp16":
+    if engine == "ort":
+        return lower_ort(model, options.exact), layers
+    on_tensorrt = engine in trt.MODULES
+    model = lower_portable(model, options.pack_int4 and on_tensorrt)
+    if on_tensorrt and options.compute == "fp16":
         model = to_fp16(model)
     return model, layers
 

@@ -34,11 +34,16 @@ from .graph import (
 __all__ = ["lower_ort", "lower_portable"]
 
 
-def lower_portable(model: ir.Model) -> ir.Model:
+def lower_portable(model: ir.Model, pack_int4: bool = False) -> ir.Model:
     """Signed int8 Q/DQ pairs and nothing between them; int8 weights. In place.
 
     clip(x, lo*s, hi*s) before rounding gives the codes that clip(round(x/s), lo, hi) gives,
     because rounding keeps the order of values and lo and hi are integers.
+
+    Args:
+        model: As ``graph.load`` gives it.
+        pack_int4: Linear layers with one step per channel keep INT4 weights, which TensorRT
+            widens to int8 before every product; convolutions cannot.
     """
     for q in list(quantizers(model)):
         if q.unsigned:
@@ -72,10 +77,22 @@ def lower_portable(model: ir.Model) -> ir.Model:
     for dequantize in weight_dequantizers(model):
         codes = dequantize.inputs[0]
         assert codes is not None
-        if codes.dtype == ir.DataType.INT4 and not in_blocks(dequantize):
+        if codes.dtype != ir.DataType.INT4 or in_blocks(dequantize):
+            continue
+        if not (pack_int4 and _packable(dequantize)):
             _as_int8(codes)
     drop_unused(model)
     return model
+
+
+def _packable(dequantize: ir.Node) -> bool:
+    """An even number of codes of a linear layer, one step per channel."""
+    readers = [use.node for use in dequantize.outputs[0].uses()]
+    if len(readers) == 1 and readers[0].op_type == "Transpose":
+        readers = [use.node for use in readers[0].outputs[0].uses()]
+    linear = all(node.op_type in {"Gemm", "MatMul"} for node in readers)
+    per_channel = array(dequantize.inputs[1]).ndim == 1
+    return linear and per_channel and array(dequantize.inputs[0]).size % 2 == 0
 
 
 def _as_int8(codes: ir.Value) -> None:

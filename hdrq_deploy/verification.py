@@ -37,7 +37,6 @@ __all__ = [
 Array = npt.NDArray[Any]
 # Fewer decisions than these say little of a share.
 _ENOUGH = 100
-_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -261,7 +260,7 @@ def graph_order(bundle: Bundle) -> list[str]:
     return [name for name in dict.fromkeys(order) if name in names]
 
 
-def in_batches(x: Array, size: int = _BATCH) -> Iterator[Array]:
+def in_batches(x: Array, size: int) -> Iterator[Array]:
     """Rows of ``x``, ``size`` at a time."""
     for first in range(0, len(x), size):
         yield x[first : first + size]

@@ -59,6 +59,12 @@ def arguments() -> argparse.ArgumentParser:
         help="layers (module paths) that compute in float; 'hdrq sensitivity' suggests some",
     )
     g.add_argument(
+        "--pack-int4",
+        action="store_true",
+        help="TensorRT: 4-bit linear layers with a step per channel keep INT4 weights (half the "
+        "plan, one widening an inference)",
+    )
+    g.add_argument(
         "--exact",
         action="store_true",
         help="ort: codes of non-negative tensors end at 127, bit for bit as calibrated, "
@@ -131,6 +137,7 @@ def _export(args: argparse.Namespace) -> int:
         compute=args.compute,
         weights_only=() if args.weights_only is None else tuple(args.weights_only or ["*"]),
         keep_float=tuple(args.keep_float),
+        pack_int4=args.pack_int4,
         exact=args.exact,
         batch=args.batch,
         dynamic_size=args.dynamic_size,

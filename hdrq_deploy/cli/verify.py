@@ -37,6 +37,8 @@ from .common import named, parser, run
 
 __all__ = ["stages", "verify_engine"]
 
+_BATCH = 32
+
 Array = npt.NDArray[Any]
 
 
@@ -135,6 +137,8 @@ def stages(
         chain = [(first, None), *chain] if first else chain
     if engine is not None:
         chain += _engine_stages(Path(engine), bundle)
+    size = _fixed_batch([m for _, m in chain if m is not None])
+    rows_of = _whole(x, size)
     found = []
     for (a, before), (b, after) in pairwise(chain):
         if before is None and after is not None:
@@ -143,13 +147,26 @@ def stages(
         def pairs(
             before: EngineManifest | None = before, after: EngineManifest | None = after
         ) -> Iterator[tuple[Array, Array]]:
-            for rows in in_batches(x):
+            for rows in in_batches(rows_of, size or _BATCH):
                 yield tuple(  # type: ignore[misc]
                     feed(rows, m) if m is not None else rows for m in (before, after)
                 )
 
         found.append(difference(a, b, pairs, activations, order))
     return found
+
+
+def _fixed_batch(manifests: Sequence[EngineManifest]) -> int | None:
+    """The batch that an engine was exported for, where it is not free."""
+    fixed = [m.inputs[0].shape[0] for m in manifests]
+    return next((size for size in fixed if isinstance(size, int)), None)
+
+
+def _whole(x: Array, size: int | None) -> Array:
+    """``x``, its first rows repeated until whole batches are full."""
+    if size is None or len(x) % size == 0:
+        return x
+    return np.resize(x, (-(-len(x) // size) * size, *x.shape[1:]))
 
 
 def _is_engine(path: Path) -> bool:
@@ -224,11 +241,17 @@ def _golden_engine(path: Path, data: Sequence[str]) -> tuple[list[Stage], Tolera
     if GOLDEN not in manifest.files:
         raise DataError(f"{path}: holds no golden inputs; verify it beside its bundle, with --data")
     golden = read_golden(path / GOLDEN)
-    recorded = _decided(Tapped("record", lambda _: (golden["output"], {})), manifest)
+    fixed = _fixed_batch([manifest])
+    x, output = (_whole(golden[name], fixed) for name in ("input", "output"))
+    size = fixed or len(x)
+    outputs = in_batches(output, size)
+    recorded = _decided(Tapped("record", lambda _: (next(outputs), {})), manifest)
     with load_engine(path) as engine:
-        here = Tapped("engine", lambda x: (engine(x), {}))
-        x = golden["input"]
-        pairs = lambda: iter([(x, feed(x, manifest))])  # noqa: E731 - read once, in place
+        here = Tapped("engine", lambda rows: (engine(rows), {}))
+
+        def pairs() -> Iterator[tuple[Array, Array]]:
+            yield from ((rows, feed(rows, manifest)) for rows in in_batches(x, size))
+
         return [difference(recorded, here, pairs, {}, [])], manifest.tolerances
 
 
