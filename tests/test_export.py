@@ -7,6 +7,7 @@ from typing import Any
 import onnx
 import onnxruntime
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 from hdrq_deploy import reference
 from hdrq_deploy.errors import CheckFailed, ExportError
@@ -77,6 +78,16 @@ def test_portable_graphs_are_standard_onnx(make: Any, tmp_path: Path) -> None:
     for node in model.graph.node:
         if node.op_type == "QuantizeLinear":
             assert kinds[node.input[2]] == onnx.TensorProto.INT8
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_reference_implementation_of_onnx_computes_the_same(
+    make: Any, inputs: Any, tmp_path: Path, name: str
+) -> None:
+    path = export(make(name, wbits=4, abits=5), tmp_path / "portable", "onnx") / "model.onnx"
+    got = ReferenceEvaluator(str(path)).run(None, {"input": inputs[:4]})[0]
+    expected = run(path, inputs[:4], fused=False)
+    assert reference.compare(expected, got)["relative_rms"] < 2e-2
 
 
 def test_four_bit_weights_halve_the_file(make: Any, tmp_path: Path) -> None:
