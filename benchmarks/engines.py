@@ -118,8 +118,9 @@ class Images(CalibrationDataReader):  # type: ignore[misc]
 
 def peers(folder: Path, plain: Path, x: Array) -> dict[str, Path]:
     """The float graph quantized by ONNX Runtime's own tool."""
-    prepared = folder / "prepared.onnx"
-    quant_pre_process(str(plain), str(prepared), skip_symbolic_shape=True)
+    whole, prepared = folder / "whole.onnx", folder / "prepared.onnx"
+    onnx.save(onnx.load(str(plain)), str(whole))  # its tool does not find data in other files
+    quant_pre_process(str(whole), str(prepared), skip_symbolic_shape=True)
     result = {}
     settings: dict[str, dict[str, Any]] = {
         "quantize_static defaults": {},

@@ -34,7 +34,7 @@ from hdrq_deploy import Bundle, reference
 from hdrq_deploy.bundle import GRAPH, WEIGHTS, serialize
 from hdrq_deploy.errors import HdrqError
 from hdrq_deploy.files import write_bytes
-from hdrq_deploy.merge import CRITERIA, Merger, choose_weights
+from hdrq_deploy.merge import Merger, choose_weights
 from hdrq_deploy.merge.reestimate import moved
 from hdrq_deploy.runtime.bench import environment, harmonic_mean
 
@@ -302,7 +302,7 @@ def _merges(
         images = {d: split(d, "calibration")[0][:MIX_IMAGES] for d in group}
         yield merged("re-estimated", rounding, even, renewed)
         if is_float or (setting.label == "hdrq" and setting.wbits < 8 and setting.abits < 8):
-            for criterion in CRITERIA:
+            for criterion in ("entropy", "information", "agreement"):
                 mix = choose_weights(Merger(parents), images, criterion)
                 row = merged(f"auto ({criterion})", rounding, mix.weights)
                 row.extra = {"weights": mix.weights}

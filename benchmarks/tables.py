@@ -386,12 +386,65 @@ def engines(record: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
+def mixing(record: Mapping[str, Any]) -> str:
+    """The section on mixing while running."""
+    speed = [
+        [
+            row["rounding"],
+            f"{row['swap_s_median']:.2f}",
+            f"{row['swap_s_median_under_load']:.2f}",
+            str(row["swaps_under_load"]),
+            f"{row['frames']}, {row['frames_of_no_mix']}",
+            f"{row['peak_gb']:.2f}",
+        ]
+        for row in record["speed"]
+    ]
+    found = [
+        [
+            part["setting"],
+            row["stream"],
+            " / ".join(f"{share:.2f}" for share in row["mix"].values()),
+            f"{100 * row['harmonic_mean']:.1f}",
+            f"{100 * row['best_harmonic_mean']:.1f}",
+            f"{100 * row['even_harmonic_mean']:.1f}",
+        ]
+        for part in record["adapt"]
+        for row in part["streams"]
+    ]
+    domains = " / ".join(record["adapt"][0]["streams"][0]["mix"])
+    return "\n".join(
+        [
+            "## Mixing while running",
+            "",
+            f"`DomainMixer`, two bundles of {record['model'].removeprefix('timm:')}, one thread an "
+            "operator, 2 cores (`benchmarks/mixing.py`). Under load a thread pulls frames all the "
+            "time and compares each output with those of the mix it says it came from:",
+            "",
+            table(
+                ["rounding", "set to swapped, s", "under load, s", "swaps under load",
+                 "frames, of no mix", "peak GB"],
+                speed,
+            ),
+            "",
+            f"What `adapt` picks from {record['adapt'][0]['frames']} unlabelled frames of the "
+            "digits benchmark, one stream after the other, against the best mix of the grid of 66, "
+            "which knows the labels (test accuracy, harmonic mean over the stream's domains):",
+            "",
+            table(
+                ["bundles", "stream", f"mix ({domains})", "picked, %", "best, %", "even, %"],
+                found,
+            ),
+        ]
+    )  # fmt: skip
+
+
 SECTIONS = {
     "merge_quality": merge_quality,
     "architectures": architectures,
     "calibration_speed": calibration_speed,
     "merge_speed": merge_speed,
     "engines": engines,
+    "mixing": mixing,
 }
 
 

@@ -107,13 +107,24 @@ def export(
     return target
 
 
-def lowered(bundle: Bundle, engine: str, options: GraphOptions) -> tuple[ir.Model, list[Layer]]:
+def lowered(
+    bundle: Bundle,
+    engine: str,
+    options: GraphOptions,
+    tensors: Mapping[str, Any] | None = None,
+) -> tuple[ir.Model, list[Layer]]:
     """The graph for one engine, in memory, and what is asked of its layers.
+
+    Args:
+        bundle: What is lowered.
+        engine: One of ``ENGINES``.
+        options: Of the graph.
+        tensors: Taken in place of the bundle's own (a merge that is on no disk).
 
     Raises:
         ExportError: The engine cannot run this bundle, or an option does not fit it.
     """
-    model = graph.load(bundle)
+    model = graph.load(bundle, tensors)
     layers = list(bundle.manifest.layers)
     if options.weights_only:
         layers = weights_only(model, layers, options.weights_only)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,21 @@ class Quantizer:
     unsigned: bool
 
 
-def load(bundle: Bundle) -> ir.Model:
-    """The bundle's graph with all its tensors in memory and constants as initializers."""
+def load(bundle: Bundle, tensors: Mapping[str, npt.NDArray[Any]] | None = None) -> ir.Model:
+    """The bundle's graph with all its tensors in memory and constants as initializers.
+
+    Args:
+        bundle: Gives the graph.
+        tensors: Taken in place of the bundle's own, codes unpacked.
+    """
     model = ir.load(bundle.path / GRAPH)
-    ir.external_data.load_to_model(model)
+    if tensors is None:
+        ir.external_data.load_to_model(model)
+    else:
+        for name in bundle.manifest.graph_tensors:
+            value = model.graph.initializers[name]
+            assert value.dtype is not None
+            value.const_value = ir.tensor(tensors[name], dtype=value.dtype, name=name)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     return model
 

@@ -124,6 +124,8 @@ def lower_ort(model: ir.Model, exact: bool = False) -> ir.Model:
     for node in list(model.graph):
         if node.op_type in {"Conv", "Gemm", "MatMul"}:
             _requantize_operands(model, node)
+    # A clamp that was absorbed must not count as a reader of its convolution.
+    drop_unused(model)
     for node in list(model.graph):
         if node.op_type == "Gemm":
             _integer_bias(model, node)

@@ -113,7 +113,7 @@ def tapped(path: Path, name: str, fused: bool) -> Tapped:
         if source.op_type not in {"QuantizeLinear", "Clip"} or node.input[1] in taps:
             continue
         zero = constants[node.input[2]] if len(node.input) > 2 else None
-        point = 0 if zero is None else int(onnx.numpy_helper.to_array(zero).reshape(-1)[0])
+        point = 0 if zero is None else _first(zero, path.parent)
         taps[node.input[1]] = (node.input[0], point)
     (output,) = (value.name for value in model.graph.output)
     model.graph.output.extend(
@@ -131,6 +131,11 @@ def tapped(path: Path, name: str, fused: bool) -> Tapped:
         return values[0], codes
 
     return Tapped(name, run)
+
+
+def _first(constant: onnx.TensorProto, folder: Path) -> int:
+    """The first element of a constant that may lie outside the file."""
+    return int(onnx.numpy_helper.to_array(constant, str(folder)).reshape(-1)[0])
 
 
 def _session(model: onnx.ModelProto, path: Path, fused: bool) -> onnxruntime.InferenceSession:

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from ..errors import EngineError
 from ..files import sha256_file
-from ..manifest import EngineManifest
+from ..manifest import EngineManifest, Port
 
-__all__ = ["Engine", "OrtEngine", "load_engine", "read_manifest"]
+__all__ = ["Engine", "OrtEngine", "check_input", "load_engine", "read_manifest", "session_options"]
 
 Array = npt.NDArray[Any]
 _DTYPES = {"float": np.float32, "float16": np.float16, "uint8": np.uint8}
@@ -29,12 +29,7 @@ class OrtEngine:
     """
 
     def __init__(self, path: Path, manifest: EngineManifest, threads: int) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Older x86 CPUs (no VNNI) saturate inside a product of u8 and s8 otherwise.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        options = session_options(threads)
         if manifest.engine == "onnx":
             # The portable graph keeps int8 activations, which x86 fuses into slow kernels.
             options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -60,8 +55,8 @@ class OrtEngine:
         """
         if self._session is None:
             raise EngineError(f"{self.path}: the engine is closed; load it again")
-        self._check(x)
         (port,) = self.manifest.inputs
+        check_input(x, port, self.path)
         result: Array = self._session.run([self.manifest.outputs[0].name], {port.name: x})[0]
         return result
 
@@ -80,21 +75,36 @@ class OrtEngine:
     ) -> None:
         self.close()
 
-    def _check(self, x: Array) -> None:
-        (port,) = self.manifest.inputs
-        dtype = _DTYPES.get(port.dtype, np.float32)
-        fits = x.ndim == len(port.shape) and all(
-            isinstance(want, str) or want == got
-            for want, got in zip(port.shape, x.shape, strict=True)
+
+def check_input(x: Array, port: Port, where: object) -> None:
+    """Refuse what an engine does not take; ``where`` names the engine.
+
+    Raises:
+        EngineError: Another shape or dtype, an empty batch, or values that are not finite.
+    """
+    dtype = _DTYPES.get(port.dtype, np.float32)
+    fits = x.ndim == len(port.shape) and all(
+        isinstance(want, str) or want == got for want, got in zip(port.shape, x.shape, strict=True)
+    )
+    if x.dtype != dtype or not fits or len(x) == 0:
+        raise EngineError(
+            f"{where}: found an input of shape {x.shape}, {x.dtype}; needed "
+            f"{port.shape}, {np.dtype(dtype)} (batch 1 or more)"
         )
-        if x.dtype != dtype or not fits or len(x) == 0:
-            raise EngineError(
-                f"{self.path}: found an input of shape {x.shape}, {x.dtype}; needed "
-                f"{port.shape}, {np.dtype(dtype)} (batch 1 or more)"
-            )
-        # A sum meets every NaN and infinity and reads the data once.
-        if not np.isfinite(x.sum(dtype=np.float64)) and not np.isfinite(x).all():
-            raise EngineError(f"{self.path}: found NaN or infinity in the input")
+    # A sum meets every NaN and infinity and reads the data once.
+    if not np.isfinite(x.sum(dtype=np.float64)) and not np.isfinite(x).all():
+        raise EngineError(f"{where}: found NaN or infinity in the input")
+
+
+def session_options(threads: int) -> onnxruntime.SessionOptions:
+    """ONNX Runtime's options for an engine on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Older x86 CPUs (no VNNI) saturate inside a product of u8 and s8 otherwise.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
 
 
 Engine = OrtEngine

@@ -56,6 +56,14 @@ def test_onnx_runtime_runs_every_layer_in_int8(
     assert reference.compare(expected, got)["relative_rms"] < (0.2 if abits == 3 else 0.05)
 
 
+def test_a_convolution_that_writes_codes_is_one_kernel(make: Any, tmp_path: Path) -> None:
+    """ReLU6 behind it is absorbed; a ConvInteger in its place is many times slower."""
+    path = export(make("Tiny", wbits=8), tmp_path / "engine", "ort")
+    report = json.loads((path / "precision.json").read_text())
+    kernels = {row["module"]: row["evidence"].split()[0] for row in report["layers"]}
+    assert kernels == dict.fromkeys(("stem", "conv1", "conv2"), "QLinearConv") | {"fc": "QGemm"}
+
+
 def test_the_grid_of_the_paper_goes_to_onnx_runtime_only(
     make: Any, inputs: Any, tmp_path: Path
 ) -> None:

@@ -23,11 +23,11 @@ SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setup
 LAYERS = [  # low to high; the members of one layer are siblings and do not import each other
     {"errors"},
     {"spec", "files", "fold", "recipe"},
-    {"affine", "manifest", "reference"},
-    {"bundle"},
-    {"calibration_data"},
+    {"affine", "manifest", "reference", "surgery"},
+    {"bundle", "frames"},
+    {"calibration_data", "verification"},
     {"merge", "calibrate", "exporters", "runtime"},
-    {"analysis"},
+    {"analysis", "sensitivity", "mixer"},
     {"cli"},
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

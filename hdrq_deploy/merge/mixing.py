@@ -11,12 +11,14 @@ information  that, less the entropy of the mean prediction: a model that is sure
              for everything is not a good one (Krause et al., NeurIPS 2010)
 agreement    cross entropy with the predictions of the bundle that was calibrated for the
              domain: it is the best judge there is, and needs no labels either
+confidence   the same where nobody says which domain an image is of: each image is judged by
+             the bundle that is surest of it (of the lowest entropy)
 ===========  ==============================================================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import comb
 from typing import Any
@@ -33,7 +35,7 @@ from .reestimate import batches, moved
 
 __all__ = ["CRITERIA", "Mix", "choose_weights", "score", "simplex"]
 
-CRITERIA = ("entropy", "information", "agreement")
+CRITERIA = ("entropy", "information", "agreement", "confidence")
 _MOST_POINTS = 100
 
 Array = npt.NDArray[Any]
@@ -59,6 +61,7 @@ def choose_weights(
     criterion: str | None = None,
     renewed: Images | None = None,
     progress: Callable[[int, int], None] | None = None,
+    also: Sequence[tuple[float, ...]] = (),
 ) -> Mix:
     """The mix of the lowest score.
 
@@ -70,6 +73,7 @@ def choose_weights(
             a domain of one parent, else information.
         renewed: Images for :func:`re_estimate`; every point is then scored with new moments.
         progress: Called with (points done, points in all).
+        also: Further points, beside the grid's.
 
     Raises:
         DataError: No images, or images that the graph does not take.
@@ -78,7 +82,7 @@ def choose_weights(
     if not images:
         raise DataError("found no images; weights from data need --data NAME=PATH ...")
     parents = merger.parents
-    network = _Network(parents[0])
+    network = Network(parents[0])
 
     def logits(tensors: Mapping[str, Array], names: Iterable[str]) -> dict[str, Array]:
         return {name: network(tensors, images[name], name) for name in names}
@@ -93,11 +97,15 @@ def choose_weights(
             "--criterion information"
         )
     judges: dict[str, Array] = {}
-    if criterion == "agreement":
+    if criterion in {"agreement", "confidence"}:
+        opinions = []
+        for i in range(len(parents)):
+            alone = [float(i == j) for j in range(len(parents))]
+            asked = [n for n in images if criterion == "confidence" or own[n] == i]
+            opinions.append(logits(merger.unrounded(alone, merger.floats(alone)), asked))
         for name in images:
-            alone = [float(i == own[name]) for i in range(len(parents))]
-            judges |= logits(merger.unrounded(alone, merger.floats(alone)), [name])
-    points = list(simplex(len(parents)))
+            judges[name] = _surest([found[name] for found in opinions if name in found])
+    points = list(dict.fromkeys([*simplex(len(parents)), *also]))
     tried = []
     for done, point in enumerate(points):
         floats = (
@@ -138,14 +146,14 @@ def score(criterion: str, logits: Array, judge: Array | None = None) -> float:
     Args:
         criterion: One of ``CRITERIA``.
         logits: (N, classes, ...).
-        judge: Logits of the domain's own model, for ``agreement``.
+        judge: Logits of the model that is believed, for ``agreement`` and ``confidence``.
 
     >>> even = np.zeros((2, 4))
     >>> round(score("entropy", even), 4), round(score("information", even), 4)
     (1.3863, 0.0)
     """
     share, log_share = _softmax(logits)
-    if criterion == "agreement":
+    if criterion in {"agreement", "confidence"}:
         assert judge is not None
         return float(-(_softmax(judge)[0] * log_share).sum(1).mean())
     entropy = float(-(share * log_share).sum(1).mean())
@@ -155,13 +163,26 @@ def score(criterion: str, logits: Array, judge: Array | None = None) -> float:
     return entropy + float((mean * np.log(np.maximum(mean, 1e-30))).sum())
 
 
+def _surest(opinions: Sequence[Array]) -> Array:
+    """Position by position the logits of the model whose prediction has the lowest entropy."""
+    if len(opinions) == 1:
+        return opinions[0]
+    entropies = []
+    for logits in opinions:
+        share, log_share = _softmax(logits)
+        entropies.append(-(share * log_share).sum(1, keepdims=True))
+    best = np.argmin(np.stack(entropies), axis=0)
+    result: Array = np.take_along_axis(np.stack(opinions), best[None], axis=0)[0]
+    return result
+
+
 def _softmax(logits: Array) -> tuple[Array, Array]:
     shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
     log_share = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
     return np.exp(log_share), log_share
 
 
-class _Network:
+class Network:
     """A bundle's graph in one session whose weights, steps and biases are inputs.
 
     Weights come as real values in place of codes, so that the mean of several models need not

@@ -1,0 +1,170 @@
+"""How fast and how well domains are mixed while running.
+
+    python benchmarks/mixing.py --results benchmarks/results
+
+Speed: a pair of the size of ResNet-50 (random weights), re-merged and swapped by
+``DomainMixer``, by nearest and by advanced rounding, while a thread pulls frames; every output
+is compared with those of its mix, recorded before. Quality: on the digits benchmark the mix
+that ``adapt`` picks from unlabelled frames against the best mix of the grid of 66, which knows
+the labels, and a stream that changes its domain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from engines import bundle
+from merge_quality import DOMAINS, Cell, Setting, harmonic, split
+
+from hdrq_deploy.bundle import Bundle
+from hdrq_deploy.files import write_bytes
+from hdrq_deploy.merge import Merger
+from hdrq_deploy.merge.mixing import Network, simplex
+from hdrq_deploy.mixer import DomainMixer
+from hdrq_deploy.runtime.bench import environment
+
+MODEL = "timm:resnet50"
+SWAPS = {"nearest": 100, "advanced": 10}
+FRAMES = 128
+
+Array = np.ndarray[Any, Any]
+
+
+def pair(folder: Path) -> list[Path]:
+    """Two bundles of ResNet-50 whose codes differ as those of two domains do."""
+    first = bundle(MODEL, folder, 8)
+    rng = np.random.default_rng(0)
+    tensors = dict(first.tensors())
+    for name, entry in first.manifest.tensors.items():
+        if entry.role == "codes":
+            noise = rng.integers(-3, 4, entry.shape, np.int8)
+            tensors[name] = np.clip(tensors[name].astype(np.int16) + noise, -127, 127).astype(
+                np.int8
+            )
+    second = folder / "other.hdrq"
+    manifest = first.manifest.model_copy(update={"domains": {"other": 1.0}})
+    Bundle.write(second, manifest, tensors, (first.path / "model.onnx").read_bytes())
+    return [first.path, second]
+
+
+def swaps(paths: Sequence[Path], rounding: str) -> dict[str, Any]:
+    """Seconds from ``set`` to the swap, with frames flowing and each one checked."""
+    x = np.random.default_rng(1).standard_normal((1, 3, 224, 224)).astype(np.float32)
+    grid = [i / 10 for i in range(1, 10)]
+    with DomainMixer(paths, rounding=rounding, threads=1, cached=2) as mixer:
+        one, other = mixer.domains
+        expected: dict[float, Array] = {}
+        alone = []
+        for share in grid:
+            started = time.perf_counter()
+            mixer.set({one: share, other: 1 - share}).result()
+            alone.append(time.perf_counter() - started)
+            expected[share] = mixer(x)
+        stop, served, wrong = threading.Event(), [0], [0]
+
+        def camera() -> None:
+            while not stop.is_set():
+                output = mixer.run(x)
+                served[0] += 1
+                wrong[0] += not np.array_equal(output.values, expected[output.mix[one]])
+
+        thread = threading.Thread(target=camera)
+        thread.start()
+        loaded = []
+        for i in range(SWAPS[rounding]):
+            share = grid[(4 * i + 3) % len(grid)]
+            started = time.perf_counter()
+            mixer.set({one: share, other: 1 - share}).result()
+            loaded.append(time.perf_counter() - started)
+        stop.set()
+        thread.join()
+    return {
+        "rounding": rounding,
+        "swap_s": [round(t, 3) for t in alone],
+        "swap_s_median": round(statistics.median(alone), 3),
+        "swap_s_median_under_load": round(statistics.median(loaded), 3),
+        "swaps_under_load": len(loaded),
+        "frames": served[0],
+        "frames_of_no_mix": wrong[0],
+        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+    }
+
+
+def adapting(folder: Path, setting: Setting) -> dict[str, Any]:
+    """What ``adapt`` picks for every domain and for all together, and what it could have."""
+    paths = [folder / Cell(setting, 0, (d,)).path for d in DOMAINS]
+    merger = Merger(paths)
+    network = Network(merger.parents[0])
+    test = {d: split(d, "test") for d in DOMAINS}
+
+    def accuracies(mix: Sequence[float]) -> dict[str, float]:
+        weights = merger.unrounded(mix, merger.floats(mix))
+        return {
+            d: float((network(weights, x, d).argmax(1) == y).mean()) for d, (x, y) in test.items()
+        }
+
+    table = {point: accuracies(point) for point in simplex(len(DOMAINS))}
+    frames = {d: split(d, "calibration")[0][:FRAMES] for d in DOMAINS}
+    streams = {d: ((d,), frames[d]) for d in DOMAINS}
+    streams["all"] = (DOMAINS, np.concatenate([f[: FRAMES // 3] for f in frames.values()]))
+    rows = []
+    with DomainMixer(paths, threads=1) as mixer:
+        for name, (domains, x) in streams.items():
+            found = mixer.adapt(x)
+            mix = tuple(mixer.mix.values())
+            reached = _of(table.get(mix) or accuracies(mix), domains)
+            best = max(table, key=lambda point: _of(table[point], domains))
+            rows.append(
+                {
+                    "stream": name,
+                    "mix": mixer.mix,
+                    "changed": found.changed,
+                    "harmonic_mean": round(reached, 4),
+                    "best_mix": dict(zip(DOMAINS, best, strict=True)),
+                    "best_harmonic_mean": round(_of(table[best], domains), 4),
+                    "even_harmonic_mean": round(_of(accuracies((1 / 3,) * 3), domains), 4),
+                }
+            )
+    return {"setting": setting.name, "frames": FRAMES, "streams": rows}
+
+
+def _of(found: Mapping[str, float], domains: Sequence[str]) -> float:
+    return harmonic({d: found[d] for d in domains})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument(
+        "--cells", type=Path, default=Path("build/merge_quality"), help="of merge_quality.py"
+    )
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = pair(Path(scratch))
+        speed = [swaps(paths, rounding) for rounding in SWAPS]
+    settings = (Setting("hdrq", 8, 8, "fold", (0,)), Setting("hdrq", 4, 4, "fold", (0,)))
+    record = {
+        "schema_version": 1,
+        "environment": environment(),
+        "model": MODEL,
+        "speed": speed,
+        "adapt": [adapting(args.cells, setting) for setting in settings],
+    }
+    args.results.mkdir(parents=True, exist_ok=True)
+    write_bytes(args.results / "mixing.json", (json.dumps(record, indent=1) + "\n").encode())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,211 @@
+"""Two benchmarks of one thing: what changed, and is it more than noise?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import ValidationError
+
+from ..errors import DataError
+from .bench import BenchResult
+
+__all__ = ["Change", "compare", "read_result"]
+
+Array = npt.NDArray[Any]
+Verdict = Literal["better", "worse", "no difference shown"]
+# A busy neighbour slows whole stretches: long blocks, and so few that an interval from them is
+# too narrow by Student's factor (t with 9 degrees of freedom against the normal).
+_BLOCKS, _WIDER = 10, 1.25
+_PERCENTILES = {"p50": 50, "p90": 90, "p99": 99}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One metric of two runs.
+
+    Attributes:
+        metric: ``latency_ms p50``, ``accuracy night``, ``size_bytes`` ...
+        base: Its value before.
+        new: Its value now.
+        change: Relative (new / base - 1) of latencies and sizes; of accuracies the difference.
+        low, high: Interval of ``change`` that holds the true one with the given confidence.
+        verdict: ``better`` or ``worse`` where the interval excludes 0.
+        regression: Worse by more than the tolerance, wherever in the interval it lies.
+    """
+
+    metric: str
+    base: float
+    new: float
+    change: float
+    low: float
+    high: float
+    verdict: Verdict
+    regression: bool
+
+
+def read_result(path: str | Path) -> BenchResult:
+    """The JSON of ``hdrq-bench`` for one engine.
+
+    Raises:
+        DataError: No file, or something else in it.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"{file}: found no file; needed the --json of hdrq-bench")
+    try:
+        return BenchResult.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        raise DataError(
+            f"{file}: not the --json of hdrq-bench for one engine ({where}: "
+            f"{first['msg'].lower()}); measure again with this version"
+        ) from error
+
+
+def compare(
+    base: BenchResult,
+    new: BenchResult,
+    tolerance: float = 0.02,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> list[Change]:
+    """Latencies, accuracies and size, with bootstrap intervals.
+
+    Samples of one run depend on their neighbours (a busy moment slows many), so blocks of
+    them are drawn. An accuracy is a share of independent images.
+
+    Args:
+        base: Before.
+        new: Now.
+        tolerance: Relative loss of a latency or size, and absolute loss of an accuracy, that
+            is no regression.
+        confidence: Of the intervals, 0 to 1.
+        resamples: Bootstrap draws.
+        seed: Of the draws.
+
+    Raises:
+        DataError: Values out of range, or runs of different batches or domains.
+
+    Source:
+        Künsch, Annals of Statistics 17 (1989): the moving-block bootstrap.
+    """
+    if not 0 < confidence < 1 or resamples < 100 or tolerance < 0:
+        raise DataError(
+            f"found confidence {confidence}, {resamples} resamples, tolerance {tolerance}; needed "
+            "0 to 1, 100 or more, 0 or more"
+        )
+    if base.latency_ms.batch != new.latency_ms.batch:
+        raise DataError(
+            f"found batches of {base.latency_ms.batch} and {new.latency_ms.batch}; needed runs of "
+            "one batch"
+        )
+    rng = np.random.default_rng(seed)
+    tails = [50 * (1 - confidence), 50 * (1 + confidence)]
+    return [
+        *_latencies(base, new, tolerance, tails, resamples, rng),
+        *_accuracies(base, new, tolerance, tails, resamples, rng),
+        _size(base, new, tolerance),
+    ]
+
+
+def _latencies(
+    base: BenchResult,
+    new: BenchResult,
+    tolerance: float,
+    tails: list[float],
+    resamples: int,
+    rng: np.random.Generator,
+) -> Iterator[Change]:
+    samples = [np.array(run.latency_ms.samples) for run in (base, new)]
+    measures: dict[str, Callable[[Array], Array]] = {
+        name: lambda rows, p=p: np.percentile(rows, p, axis=-1)  # type: ignore[misc]
+        for name, p in _PERCENTILES.items()
+    }
+    measures["mean"] = lambda rows: rows.mean(-1)
+    drawn = [_blocks(values, resamples, rng) for values in samples]
+    for name, measure in measures.items():
+        before, after = (float(measure(values)) for values in samples)
+        ratios = measure(drawn[1]) / measure(drawn[0]) - 1
+        change = after / before - 1
+        low, high = (
+            change + _WIDER * (v - change) for v in map(float, np.percentile(ratios, tails))
+        )
+        verdict: Verdict = "worse" if low > 0 else "better" if high < 0 else "no difference shown"
+        yield Change(
+            f"latency_ms {name}",
+            before,
+            after,
+            change,
+            low,
+            high,
+            verdict,
+            low > tolerance,
+        )
+
+
+def _blocks(values: Array, resamples: int, rng: np.random.Generator) -> Array:
+    """(resamples, n) series made of ``_BLOCKS`` stretches of neighbours."""
+    count = len(values)
+    length = max(1, count // _BLOCKS)
+    starts = rng.integers(0, count, (resamples, -(-count // length)))
+    places = (starts[:, :, None] + np.arange(length)) % count
+    drawn: Array = values[places.reshape(resamples, -1)[:, :count]]
+    return drawn
+
+
+def _accuracies(
+    base: BenchResult,
+    new: BenchResult,
+    tolerance: float,
+    tails: list[float],
+    resamples: int,
+    rng: np.random.Generator,
+) -> Iterator[Change]:
+    if base.accuracy is None or new.accuracy is None:
+        return
+    if set(base.accuracy.domains) != set(new.accuracy.domains):
+        raise DataError(
+            f"found the domains {', '.join(base.accuracy.domains)} and "
+            f"{', '.join(new.accuracy.domains)}; needed runs on the same --data"
+        )
+    for domain, before in base.accuracy.domains.items():
+        after = new.accuracy.domains[domain]
+        counts = base.accuracy.images[domain], new.accuracy.images[domain]
+        drawn = [
+            rng.binomial(n, share, resamples) / n
+            for n, share in zip(counts, (before, after), strict=True)
+        ]
+        low, high = (float(v) for v in np.percentile(drawn[1] - drawn[0], tails))
+        verdict: Verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+        yield Change(
+            f"accuracy {domain}",
+            before,
+            after,
+            after - before,
+            low,
+            high,
+            verdict,
+            high < -tolerance,
+        )
+
+
+def _size(base: BenchResult, new: BenchResult, tolerance: float) -> Change:
+    change = new.size_bytes / base.size_bytes - 1
+    verdict: Verdict = "worse" if change > 0 else "better" if change < 0 else "no difference shown"
+    return Change(
+        "size_bytes",
+        base.size_bytes,
+        new.size_bytes,
+        change,
+        change,
+        change,
+        verdict,
+        change > tolerance,
+    )

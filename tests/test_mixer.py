@@ -1,0 +1,129 @@
+"""Domains mixed while frames keep coming."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hdrq_deploy import Bundle, merge
+from hdrq_deploy.errors import DataError, EngineError, MergeError
+from hdrq_deploy.exporters import export
+from hdrq_deploy.mixer import DomainMixer
+from hdrq_deploy.runtime import load_engine
+
+NAMES = ("night", "day", "snow")
+
+
+@pytest.fixture
+def parents(make: Any) -> list[Bundle]:
+    return [make(domain=name, fold="steps") for name in NAMES]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "advanced"])
+def test_a_mix_computes_what_the_exported_merge_does(
+    parents: list[Bundle], inputs: Any, tmp_path: Path, rounding: str
+) -> None:
+    with DomainMixer(parents, rounding=rounding, candidates=10) as mixer:
+        for weights in ((0.7, 0.3, 0.0), (0.2, 0.3, 0.5)):
+            mixer.set(dict(zip(NAMES, weights, strict=True))).result(60)
+            merged = merge(parents, tmp_path / "m.hdrq", weights, rounding, 10)
+            with load_engine(export(merged, tmp_path / "e", force=True)) as engine:
+                np.testing.assert_array_equal(mixer(inputs), engine(inputs))
+            assert mixer.mix == dict(zip(NAMES, weights, strict=True))
+
+
+def test_every_output_comes_from_one_mix_while_mixes_are_swapped(
+    parents: list[Bundle], inputs: Any
+) -> None:
+    grid = [{"night": i / 10, "day": 1 - i / 10} for i in range(11)]
+    x = inputs[:4]
+    with DomainMixer(parents, threads=1, cached=3) as mixer:
+        expected = {}
+        for mix in grid:
+            mixer.set(mix).result(60)
+            expected[tuple(mixer.mix.values())] = mixer(x)
+        stop, seen, wrong = threading.Event(), [0], []
+
+        def frames() -> None:
+            while not stop.is_set():
+                output = mixer.run(x)
+                seen[0] += 1
+                if not np.array_equal(output.values, expected[tuple(output.mix.values())]):
+                    wrong.append(output.mix)
+
+        camera = [threading.Thread(target=frames) for _ in range(2)]
+        for thread in camera:
+            thread.start()
+        for i in range(100):
+            before = seen[0]
+            mixer.set(grid[(7 * i) % 11]).result(60)
+            assert mixer.mix["night"] == grid[(7 * i) % 11]["night"]
+            assert seen[0] >= before
+        stop.set()
+        for thread in camera:
+            thread.join()
+        assert wrong == [] and seen[0] > 100
+        assert len(mixer._recent) <= 3
+
+
+def test_the_last_of_many_requests_wins(parents: list[Bundle], inputs: Any) -> None:
+    with DomainMixer(parents) as mixer:
+        futures = [mixer.set({"night": i / 20, "snow": 1 - i / 20}) for i in range(20)]
+        assert futures[-1].result(60) == {"night": 0.95, "day": 0.0, "snow": 1 - 0.95}
+        assert mixer.mix["night"] == 0.95
+        # All are answered, each with a mix that ran after it was asked for.
+        assert all(f.result(60)["night"] >= i / 20 for i, f in enumerate(futures))
+
+
+def test_what_does_not_fit_leaves_the_running_engine_alone(
+    parents: list[Bundle], inputs: Any, tmp_path: Path
+) -> None:
+    copies = []
+    for bundle in parents[:2]:
+        copies.append(tmp_path / bundle.path.name)
+        shutil.copytree(bundle.path, copies[-1])
+    with DomainMixer(copies) as mixer:
+        before = mixer(inputs)
+        with pytest.raises(MergeError, match="found the domain 'rain'; the mixer has night, day"):
+            mixer.set({"rain": 1.0})
+        with pytest.raises(MergeError, match="sum 0.5"):
+            mixer.set({"night": 0.5})
+        with pytest.raises(EngineError, match="found NaN"):
+            mixer(inputs * np.nan)
+        with pytest.raises(EngineError, match=r"needed \('batch', 3, 16, 16\)"):
+            mixer(inputs[:, :1])
+        shutil.rmtree(copies[0])
+        with pytest.raises(MergeError, match="cannot be read any more .*keeps running"):
+            mixer.set({"night": 0.9, "day": 0.1}).result(60)
+        np.testing.assert_array_equal(mixer(inputs), before)
+    with pytest.raises(EngineError, match="closed"):
+        mixer(inputs)
+    with pytest.raises(EngineError, match="closed"):
+        mixer.set({"night": 1.0})
+    with pytest.raises(EngineError, match="a mixer runs ort engines"):
+        DomainMixer(parents, engine="trt")
+    with pytest.raises(MergeError, match="needed one bundle for each"):
+        DomainMixer([parents[0], parents[0]])
+    both = merge(parents[:2], tmp_path / "both.hdrq")
+    with pytest.raises(MergeError, match="a mixer needs the bundles of single domains"):
+        DomainMixer([both, parents[2]])
+
+
+def test_adapting_takes_the_best_mix_and_does_not_flap(parents: list[Bundle], inputs: Any) -> None:
+    with DomainMixer(parents) as mixer:
+        found = mixer.adapt(inputs, margin=-1.0)
+        assert found.score <= found.present
+        assert mixer.mix == (found.mix if found.changed else mixer.mix)
+        # The same frames again: nothing is clearly better than the best.
+        again = mixer.adapt(inputs)
+        assert not again.changed and again.mix == found.mix
+        assert again.present == pytest.approx(again.score)
+        still = mixer.mix
+        assert not mixer.adapt(inputs, margin=1e9).changed and mixer.mix == still
+        with pytest.raises(DataError, match="do not fit the model"):
+            mixer.adapt(inputs[:, :1])
