@@ -123,7 +123,8 @@ def _rewrite(model: ir.Model, node: ir.Node) -> bool:
     steps = np.broadcast_to(along(scale, codes.ndim, axis), codes.shape)
     if turned:
         codes, steps = codes.T, steps.T
-    block = next((b for b in BLOCKS if codes.shape[0] % b == 0), None)
+    # TensorRT takes a single block a column for one step per channel, and unpacks it.
+    block = next((b for b in BLOCKS if codes.shape[0] % b == 0 and codes.shape[0] > b), None)
     if block is None or codes.ndim != 2 or (steps != steps[:1]).any():
         return False
     name = str(dequantize.inputs[0].name if dequantize.inputs[0] else node.name)

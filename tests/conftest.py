@@ -67,16 +67,16 @@ class Net(nn.Module):
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
-        self.patch = nn.Conv2d(3, 16, 4, stride=4)
-        self.norm = nn.LayerNorm(16)
-        self.qkv = nn.Linear(16, 48)
-        self.proj = nn.Linear(16, 16)
-        self.head = nn.Linear(16, 4)
+        self.patch = nn.Conv2d(3, 32, 4, stride=4)
+        self.norm = nn.LayerNorm(32)
+        self.qkv = nn.Linear(32, 96)
+        self.proj = nn.Linear(32, 32)
+        self.head = nn.Linear(32, 4)
 
     def forward(self, x):
         x = self.patch(x).flatten(2).transpose(1, 2)
         b, n, c = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(b, n, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.qkv(self.norm(x)).reshape(b, n, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)
         y = nn.functional.scaled_dot_product_attention(q, k, v)
         x = x + self.proj(y.transpose(1, 2).reshape(b, n, c))
         return self.head(x.mean(1))
