@@ -20,6 +20,7 @@ from ..calibration_data.readers import ImageSet, Wanted, read, relabel
 from ..errors import DataError
 from ..frames import decisions, feed
 from .engine import OrtEngine, load_engine
+from .power import Energy, find_meters, measure_energy
 
 __all__ = [
     "Accuracy",
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 _BATCH = 64
+# Files of an engine folder that running it does not take.
+_NOT_NEEDED = {"precision.json", "golden.safetensors"}
 
 
 class _Frozen(BaseModel):
@@ -79,6 +82,7 @@ class BenchResult(_Frozen):
     throughput_images_per_s: float
     threads: int
     cpu_per_wall: float
+    energy: Energy | Literal["unavailable"] = "unavailable"
     environment: dict[str, Any]
 
 
@@ -113,6 +117,7 @@ def benchmark(
     batch: int = 1,
     threads: int = 0,
     skip_corrupt: bool = False,
+    energy: bool = False,
 ) -> BenchResult:
     """Measure one engine.
 
@@ -124,6 +129,7 @@ def benchmark(
         batch: Images a call.
         threads: Threads inside an operator; 0, one per core.
         skip_corrupt: Leave out images that cannot be decoded.
+        energy: Measure joules per call too, where the device has a meter.
 
     Raises:
         EngineError: The engine cannot be loaded or fed.
@@ -143,6 +149,9 @@ def benchmark(
         cpu, wall = time.process_time(), time.perf_counter()
         samples = measure(lambda: engine(x), iterations)
         busy = (time.process_time() - cpu) / (time.perf_counter() - wall)
+        used = None
+        if energy:
+            used = measure_energy(lambda: engine(x), find_meters(), iterations)
         accuracy = _accuracy(engine, sets) if sets else None
         manifest = engine.manifest
     return BenchResult(
@@ -155,7 +164,7 @@ def benchmark(
         wbits=manifest.scheme.wbits,
         abits=manifest.scheme.abits,
         size_bytes=sum(
-            record.bytes for name, record in manifest.files.items() if name != "precision.json"
+            record.bytes for name, record in manifest.files.items() if name not in _NOT_NEEDED
         ),
         precision=manifest.precision,
         accuracy=accuracy,
@@ -163,6 +172,7 @@ def benchmark(
         throughput_images_per_s=batch * 1000 / statistics.fmean(samples),
         threads=engine.threads,
         cpu_per_wall=busy,
+        energy=used or "unavailable",
         environment=environment(),
     )
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..files import write_bytes
 from ..runtime import benchmark
+from ..runtime.power import Energy
 from ..runtime.report import need_matplotlib, page, table
 from .common import named, parser, run
 
@@ -27,6 +28,11 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--iterations", type=int, default=100, help="timed calls")
     p.add_argument("--batch", type=int, default=1, help="images per call")
     p.add_argument("--threads", type=int, default=0, help="0: one per core")
+    p.add_argument(
+        "--energy",
+        action="store_true",
+        help="joules per call, idle subtracted (RAPL, INA3221 or NVML)",
+    )
     p.add_argument("--skip-corrupt", action="store_true", help="leave out broken images")
     p.add_argument("--json", type=Path, help="write the result (a list for several engines)")
     p.add_argument("--html", type=Path, help="write a report, one file")
@@ -53,9 +59,13 @@ def _bench(args: argparse.Namespace) -> int:
             args.batch,
             args.threads,
             args.skip_corrupt,
+            args.energy,
         )
         rows.append((Path(engine).name or str(engine), result))
     print_table(*table(rows))
+    if args.energy:
+        for name, result in rows:
+            print(f"{name}: energy {_energy(result.energy)}")
     if args.json:
         results = [json.loads(result.model_dump_json()) for _, result in rows]
         text = json.dumps(results[0] if len(results) == 1 else results, indent=1) + "\n"
@@ -63,6 +73,16 @@ def _bench(args: argparse.Namespace) -> int:
     if args.html:
         write_bytes(args.html, page("hdrq-bench", rows).encode())
     return 0
+
+
+def _energy(found: Energy | str) -> str:
+    if isinstance(found, str):
+        return f"{found} (no RAPL, INA3221 or NVML counter can be read here)"
+    rails = ", ".join(found.rails)
+    return (
+        f"{1000 * found.joules_per_inference:.2f} mJ a call beyond idling at "
+        f"{found.idle_watts:.1f} W ({rails}; sampled every {1000 * found.period_s:.0f} ms)"
+    )
 
 
 def print_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
