@@ -26,6 +26,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from architectures import photographs
+from merge_quality import DOMAINS, Cell, Setting, split
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -35,6 +36,7 @@ from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.cli.verify import stages
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.files import write_bytes
+from hdrq_deploy.merge import merge
 from hdrq_deploy.recipe import Options
 from hdrq_deploy.runtime.bench import environment
 
@@ -45,6 +47,8 @@ MODELS = {
     "timm:vit_small_patch16_224": 224,
     "transformers:segformer": 224,
 }
+# Merged bundles of the digits benchmark: bits and steps.
+DIGITS = ((8, 8, "channel"), (8, 8, "fold"), (4, 8, "channel"), (4, 8, "fold"))
 IMAGES, ROUNDS, CALLS, WARMUP = 8, 15, 4, 3
 TWO_THREADS = 2
 
@@ -309,11 +313,48 @@ def one(model: str) -> dict[str, Any]:
         }
 
 
+def digits(cells: Path) -> list[dict[str, Any]]:
+    """Merged engines of the digits benchmark: accuracy by default and exact, stages apart.
+
+    Args:
+        cells: Bundles that ``merge_quality.py`` made.
+    """
+    x, y = (
+        np.concatenate(parts) for parts in zip(*(split(d, "test") for d in DOMAINS), strict=True)
+    )
+    rows = []
+    for setting in (Setting("hdrq", w, a, steps, (0,)) for w, a, steps in DIGITS):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            paths = [cells / Cell(setting, 0, (d,)).path for d in DOMAINS]
+            merged = merge(paths, folder / "merged.hdrq")
+            for exact in (False, True):
+                path = export(merged, folder / f"{exact}", options=GraphOptions(exact=exact))
+                run = session(path / "model.onnx", 1)
+                scores = np.concatenate(
+                    [run.run(None, {"input": part})[0] for part in np.split(x, 10)]
+                )
+                rows.append(
+                    {
+                        "setting": setting.name,
+                        "exact": exact,
+                        "accuracy": float((scores.argmax(1) == y).mean()),
+                        "images": len(x),
+                        "stages": [
+                            {"stage": s.name, "flips": s.decision_flips, "max_steps": s.max_steps}
+                            for s in stages(merged, path, x, torch=True)
+                        ],
+                    }
+                )
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure the models that are missing, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--cells", type=Path, help="of merge_quality.py, for the digits rows")
     args = parser.parse_args(argv)
     target = args.results / "engines.json"
     record = json.loads(target.read_text()) if target.is_file() else {"rows": []}
@@ -324,6 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         started = time.monotonic()
         row = one(model)
         record = {
+            **record,
             "schema_version": 1,
             "environment": {
                 **environment(),
@@ -337,6 +379,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.results.mkdir(parents=True, exist_ok=True)
         write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
         print(f"{model}: {time.monotonic() - started:.0f} s", flush=True)
+    if args.cells:
+        record["digits"] = digits(args.cells)
+        write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
     return 0
 
 

@@ -382,6 +382,7 @@ def engines(record: Mapping[str, Any]) -> str:
                 ["model", "graph", "stages", "decision flips", "output RMS", "largest steps"],
                 apart,
             ),
+            *(_digits(record["digits"]) if "digits" in record else []),
         ]
     )  # fmt: skip
 
@@ -436,6 +437,25 @@ def mixing(record: Mapping[str, Any]) -> str:
             ),
         ]
     )  # fmt: skip
+
+
+def _digits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Merged digits engines."""
+    cells = [
+        [
+            row["setting"],
+            "exact" if row["exact"] else "default",
+            f"{100 * row['accuracy']:.2f}",
+            "; ".join(f"{s['stage']} {s['flips']}" for s in row["stages"]),
+        ]
+        for row in rows
+    ]
+    return [
+        "",
+        f"Merged engines of the digits benchmark, {rows[0]['images']} test images:",
+        "",
+        table(["bundles", "graph", "accuracy, %", "decision flips between stages"], cells),
+    ]
 
 
 SECTIONS = {
