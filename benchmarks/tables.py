@@ -334,7 +334,7 @@ def engines(record: Mapping[str, Any]) -> str:
             counts = ", ".join(f"{n} {op}" for op, n in ort["operators"][name].items())
             kernels.append([row["model"], name, counts])
         for stage in ort["stages"]:
-            kind = "exact" if stage["exact"] else "default"
+            kind = "exact" if stage["exact"] else "codes to 255"
             apart.append(
                 [
                     row["model"],
@@ -374,9 +374,8 @@ def engines(record: Mapping[str, Any]) -> str:
             "",
             table(["model", "graph", "kernels, and what is left of Q and DQ"], kernels),
             "",
-            "Neighbouring stages on the same photographs (`hdrq-verify`). The default graph lets "
-            "codes of non-negative tensors go on to 255, so it is meant to differ from the bundle "
-            "where the bundle saturates:",
+            "Neighbouring stages on the same photographs (`hdrq-verify`). With codes to 255 "
+            "(`--no-exact`) a graph differs from the bundle where the bundle saturates:",
             "",
             table(
                 ["model", "graph", "stages", "decision flips", "output RMS", "largest steps"],
@@ -444,7 +443,7 @@ def _digits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     cells = [
         [
             row["setting"],
-            "exact" if row["exact"] else "default",
+            "exact" if row["exact"] else "codes to 255",
             f"{100 * row['accuracy']:.2f}",
             "; ".join(f"{s['stage']} {s['flips']}" for s in row["stages"]),
         ]

@@ -98,6 +98,9 @@ def export(
             facts: dict[str, Any] = {}
         else:
             report, facts = _realize(engine, folder, model, layers, build, progress)
+        if engine == "ort":
+            kind = "codes as calibrated" if options.exact else "non-negative codes to 255"
+            report = report.model_copy(update={"source": f"{report.source}; {kind}"})
         report = explain(report, model)
         precision.check(report, allow_float)
         _golden(bundle, folder)
