@@ -357,7 +357,7 @@ PARTS: dict[str, Callable[[], Any]] = {
         speed("timm:resnet50", 64, 256, 20, 1),
     ],
     "scaling": scaling,
-    "memory": lambda: [_apart("memory", gb) for gb in (4.0,)],
+    "memory": lambda: [_apart("memory", gb) for gb in (4.0, 1.0)],
 }
 
 

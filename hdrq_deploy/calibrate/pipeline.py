@@ -56,7 +56,7 @@ def calibrate(
     seed: int = 0,
     device: str = "auto",
     resume: bool = False,
-    cache_gb: float = 4.0,
+    cache_gb: float = 1.0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Bundle:
     """Calibrate a model and write its bundle.

@@ -48,8 +48,8 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument(
         "--cache-gb",
         type=float,
-        default=4.0,
-        help="activations held in memory; more go to files beside the output (4)",
+        default=1.0,
+        help="activations held in memory; more go to files beside the output (1)",
     )
     p.add_argument("-o", "--output", required=True, help="bundle folder (NAME.hdrq)")
     knobs = p.add_argument_group("learning, per block", "defaults are the method's own")
