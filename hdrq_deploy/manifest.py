@@ -163,7 +163,7 @@ class Tolerances(_Frozen):
         output_rms: RMS of the outputs' difference over RMS of the outputs.
     """
 
-    decision_flips: float = 0.01
+    decision_flips: float = 0.02
     output_rms: float = 0.05
 
 

@@ -182,12 +182,14 @@ def difference(
     for x, y in batches():
         expected, mine = first.run(x)
         got, theirs = second.run(y)
+        totals["n"] += len(x)
+        before, after = decisions(expected), decisions(got)
+        if expected.dtype.kind in "iu":  # labels have no distance: they differ or they do not
+            expected, got = np.ones(before.shape), (before == after).astype(np.float64)
         signal += float((expected.astype(np.float64) ** 2).sum())
         away = got.astype(np.float64) - expected
         noise += float((away**2).sum())
         largest = max(largest, float(np.abs(away).max()))
-        totals["n"] += len(x)
-        before, after = decisions(expected), decisions(got)
         totals["decisions"] += before.size
         totals["flips"] += int((before != after).sum())
         for name in order:

@@ -162,11 +162,12 @@ def plot(found: Sensitivity) -> str:
         axes.axvline(found.full_sqnr_db, color="#b5432a", linewidth=1)
         axes.annotate(
             "all layers",
-            (found.full_sqnr_db, 0),
-            xytext=(3, 2),
+            (found.full_sqnr_db, len(rows) - 0.5),
+            xytext=(3, 4),
             textcoords="offset points",
             color="#b5432a",
         )
+        axes.set_ylim(-0.8, len(rows) + 0.4)
         axes.set_xlabel("SQNR of the output with this layer alone in codes (dB, longer is better)")
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})

@@ -57,7 +57,7 @@ def arguments() -> argparse.ArgumentParser:
     torch.add_argument("--torch", action="store_true", help="PyTorch must be compared too")
     torch.add_argument("--no-torch", action="store_true", help="leave PyTorch out")
     p.add_argument(
-        "--max-flips", type=float, help="share of decisions that may differ (manifest: 0.01)"
+        "--max-flips", type=float, help="share of decisions that may differ (manifest: 0.02)"
     )
     p.add_argument("--json", help="write all that was found, tensor by tensor")
     return p
