@@ -31,7 +31,7 @@ from .ports import shape_ports
 from .reasons import explain
 from .weights_only import keep_float, weights_only
 
-__all__ = ["ENGINES", "export", "lowered", "ports"]
+__all__ = ["ENGINES", "export", "lowered", "port_of", "ports"]
 
 ENGINES = ("ort", "onnx", "trt", "trt-rtx")
 MANIFEST, MODEL, PLAN, PRECISION = "manifest.json", "model.onnx", "model.plan", "precision.json"
@@ -248,7 +248,7 @@ def _realize(
         return precision.requested_only(engine, layers), {}
     if engine == "ort":
         return precision.from_ort(folder / MODEL, layers), {}
-    shapes = {port.name: port.shape for port in map(_port, model.graph.inputs)}
+    shapes = {port.name: port.shape for port in map(port_of, model.graph.inputs)}
     built = trt.build(engine, folder / MODEL, folder / PLAN, build, shapes, progress)
     if built.dump:
         report = precision.from_trt_log(engine, built.dump, layers)
@@ -282,13 +282,12 @@ def _manifest(
         domains=origin.domains,
         scheme=origin.scheme,
         bundle_sha256=ingredients["bundle"],
-        inputs=tuple(_port(v, options.fold_preprocess) for v in model.graph.inputs),
-        outputs=tuple(_port(v) for v in model.graph.outputs),
+        inputs=tuple(port_of(v, options.fold_preprocess) for v in model.graph.inputs),
+        outputs=tuple(port_of(v) for v in model.graph.outputs),
         preprocessing=origin.preprocessing,
         classes=origin.classes,
         precision=report.summary,
         postprocess=options.postprocess,
-        key=sha256_bytes(json.dumps(ingredients, sort_keys=True).encode()),
         options=dict(ingredients),
         build=dict(facts),
         tolerances=origin.tolerances,
@@ -303,7 +302,8 @@ def ports(folder: Path) -> dict[str, tuple[int | str, ...]]:
     return {port.name: port.shape for port in manifest.inputs}
 
 
-def _port(value: ir.Value, frames: bool = False) -> Port:
+def port_of(value: ir.Value, frames: bool = False) -> Port:
+    """A graph's input or output as the manifest names it; ``frames`` are (N, H, W, C)."""
     shape = tuple(d if isinstance(d, int) else str(d) for d in (value.shape or ()))
     layout = {4: "NHWC" if frames else "NCHW"}.get(len(shape), "")
     return Port(

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ..errors import ExportError
+from .graph import weight_dequantizer
 
 __all__ = ["lint", "problems", "read"]
 
@@ -166,7 +167,7 @@ def _weight(node: ir.Node) -> Iterator[str]:
     """Rules of TensorRT for one weight, and for what it is multiplied with."""
     if len(node.inputs) < 2:
         return
-    chain, transposed = _behind(node.inputs[1])
+    chain, transposed = weight_dequantizer(node.inputs[1])
     if chain is None:
         return
     codes, scale = chain.inputs[:2]
@@ -175,7 +176,7 @@ def _weight(node: ir.Node) -> Iterator[str]:
     shape = scale.const_value.shape.numpy()
     rank = len(codes.shape or ())
     block = _attribute(chain, "block_size", 0)
-    operand, _ = _behind(node.inputs[0])
+    operand, _ = weight_dequantizer(node.inputs[0])
     quantized = operand is not None
     four = codes.dtype in (ir.DataType.INT4, ir.DataType.UINT4)
     if four and int(np.prod(codes.const_value.shape.numpy())) % 2:
@@ -204,18 +205,6 @@ def _weight(node: ir.Node) -> Iterator[str]:
                 f"found steps of {codes.name} along axis {axis}; TensorRT runs this layer in "
                 f"float unless they lie along axis {wanted}, the output channels"
             )
-
-
-def _behind(value: ir.Value | None) -> tuple[ir.Node | None, bool]:
-    """The DequantizeLinear behind an operand, and whether a Transpose lies between."""
-    node = value.producer() if value is not None else None
-    transposed = False
-    if node is not None and node.op_type == "Transpose":
-        transposed = True
-        node = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if node is None or node.op_type != "DequantizeLinear":
-        return None, False
-    return node, transposed
 
 
 def _attribute(node: ir.Node, name: str, default: Any) -> Any:

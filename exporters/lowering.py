@@ -20,10 +20,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ..errors import ExportError
+from ..surgery import constant
 from .graph import (
     Quantizer,
     array,
-    constant,
     drop_unused,
     in_blocks,
     insert,

@@ -12,7 +12,8 @@ from onnx_ir.passes.common import ShapeInferencePass
 from .. import reference
 from ..errors import ExportError
 from ..manifest import Preprocessing
-from .graph import constant, insert
+from ..surgery import constant
+from .graph import insert
 from .options import GraphOptions
 
 __all__ = ["shape_ports"]

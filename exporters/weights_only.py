@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ..affine import along
+from ..affine import along, dequantize
 from ..errors import ExportError
 from ..manifest import Layer
-from ..surgery import free_operand, quantize_only
-from .graph import array, constant, drop_unused, insert
+from ..surgery import constant, free_operand, quantize_only
+from .graph import array, drop_unused, insert, weight_dequantizer
 
 __all__ = ["BLOCKS", "keep_float", "weights_only"]
 
@@ -95,31 +95,23 @@ def keep_float(model: ir.Model, layers: Sequence[Layer], patterns: Sequence[str]
 
 def _settle_weight(model: ir.Model, node: ir.Node) -> None:
     """The real weight as a constant: engines would take a lone DequantizeLinear for codes."""
-    dequantize = node.inputs[1].producer() if node.inputs[1] is not None else None
-    if dequantize is not None and dequantize.op_type == "Transpose":
-        dequantize = dequantize.inputs[0].producer() if dequantize.inputs[0] is not None else None
-    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+    found, _ = weight_dequantizer(node.inputs[1])
+    if found is None:
         return
-    codes, scale = array(dequantize.inputs[0]), array(dequantize.inputs[1])
-    axis = dequantize.attributes["axis"].as_int() if scale.ndim else None
-    output = dequantize.outputs[0]
-    real = (codes.astype(np.float32) * along(scale, codes.ndim, axis)).astype(np.float32)
-    output.replace_all_uses_with(constant(model, f"{node.name}/weight_real", real))
+    codes, scale = array(found.inputs[0]), array(found.inputs[1])
+    axis = found.attributes["axis"].as_int() if scale.ndim else None
+    real = constant(model, f"{node.name}/weight_real", dequantize(codes, scale, axis))
+    found.outputs[0].replace_all_uses_with(real)
 
 
 def _rewrite(model: ir.Model, node: ir.Node) -> bool:
     """MatMul(real, DQ of INT4 blocks); False where no block size divides the input channels."""
-    transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
-    gemm = node.op_type == "Gemm"
-    turned = _transposed(node)
-    dequantize = transpose
-    if transpose is not None and transpose.op_type == "Transpose":
-        dequantize = transpose.inputs[0].producer() if transpose.inputs[0] is not None else None
-        turned = not turned
-    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+    found, behind_transpose = weight_dequantizer(node.inputs[1])
+    if found is None:
         return False
-    codes, scale = array(dequantize.inputs[0]), array(dequantize.inputs[1])
-    axis = dequantize.attributes["axis"].as_int() if scale.ndim else None
+    turned = _transposed(node) != behind_transpose
+    codes, scale = array(found.inputs[0]), array(found.inputs[1])
+    axis = found.attributes["axis"].as_int() if scale.ndim else None
     steps = np.broadcast_to(along(scale, codes.ndim, axis), codes.shape)
     if turned:
         codes, steps = codes.T, steps.T
@@ -127,7 +119,7 @@ def _rewrite(model: ir.Model, node: ir.Node) -> bool:
     block = next((b for b in BLOCKS if codes.shape[0] % b == 0 and codes.shape[0] > b), None)
     if block is None or codes.ndim != 2 or (steps != steps[:1]).any():
         return False
-    name = str(dequantize.inputs[0].name if dequantize.inputs[0] else node.name)
+    name = str(found.inputs[0].name if found.inputs[0] else node.name)
     packed = np.ascontiguousarray(codes).astype(np.int8)
     weight = constant(model, f"{name}_blocks", packed)
     weight.const_value = ir.tensor(packed, dtype=ir.DataType.INT4, name=weight.name)
@@ -146,7 +138,7 @@ def _rewrite(model: ir.Model, node: ir.Node) -> bool:
     real.name, real.dtype = f"{node.name}/weight/out", ir.DataType.FLOAT
     real.shape = ir.Shape(packed.shape)
     node.replace_input_with(1, real)
-    if gemm:
+    if node.op_type == "Gemm":
         node.attributes.pop("transB", None)
     free_operand(model, node, 0)
     return True

@@ -1,7 +1,8 @@
-"""From a network's normalised input to what an engine takes."""
+"""Images on their way into a network or engine, and decisions on their way out."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 
 from .manifest import EngineManifest
 
-__all__ = ["decisions", "feed"]
+__all__ = ["decisions", "feed", "in_batches"]
 
 Array = npt.NDArray[Any]
 
@@ -25,6 +26,12 @@ def feed(x: Array, manifest: EngineManifest) -> Array:
     std = np.array(manifest.preprocessing.std, np.float32).reshape(side)
     frames: Array = np.rint((x * std + mean) * 255).clip(0, 255).astype(np.uint8)
     return np.ascontiguousarray(frames.transpose(0, 2, 3, 1))
+
+
+def in_batches(x: Array, size: int) -> Iterator[Array]:
+    """Rows of ``x``, ``size`` at a time."""
+    for first in range(0, len(x), size):
+        yield x[first : first + size]
 
 
 def decisions(output: Array) -> Array:

@@ -272,8 +272,7 @@ class PrecisionReport(_Frozen):
 class EngineManifest(_Frozen):
     """``manifest.json`` of an engine folder: what a runtime needs beside the engine.
 
-    ``key`` hashes everything the engine depends on; ``options`` are those of the export,
-    ``build`` is what the builder took (seconds, peak bytes) and for which device.
+    ``options`` is everything the engine depends on, ``build`` what its building took.
     """
 
     schema_version: Literal[1] = SCHEMA
@@ -290,7 +289,6 @@ class EngineManifest(_Frozen):
     classes: tuple[str, ...] | None
     precision: str
     postprocess: Literal["none", "softmax", "argmax"] = "none"
-    key: str = ""
     options: dict[str, Any] = Field(default_factory=dict)
     build: dict[str, Any] = Field(default_factory=dict)
     tolerances: Tolerances = Tolerances()

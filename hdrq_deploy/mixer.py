@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from .bundle import Bundle
 from .errors import EngineError, HdrqError, MergeError
 from .exporters import GraphOptions
-from .exporters.export import lowered
+from .exporters.export import lowered, port_of
 from .manifest import Port
 from .merge import Merger, choose_weights
 from .runtime.engine import check_input, session_options
@@ -273,8 +273,7 @@ class DomainMixer:
         model, _ = lowered(self._merger.parents[0], "ort", self._options, tensors)
         if self._port is None:
             (value,) = model.graph.inputs
-            shape = tuple(d if isinstance(d, int) else str(d) for d in value.shape or ())
-            self._port = Port(name=str(value.name), shape=shape, dtype=str(value.dtype).lower())
+            self._port = port_of(value)
         data = ir.to_proto(model).SerializeToString()
         options = session_options(self._threads)
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-__all__ = ["compare", "unfused_session"]
+__all__ = ["compare", "open_session", "unfused_session"]
 
 
 def unfused_session(
@@ -28,13 +28,22 @@ def unfused_session(
     options.intra_op_num_threads = threads
     # Idle threads of a reference must not disturb whatever else runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.log_severity_level = 4  # an exception says it too
+    return open_session(path, options, outside)
+
+
+def open_session(
+    path: Path | bytes,
+    options: onnxruntime.SessionOptions,
+    outside: Mapping[str, bytes] | None = None,
+) -> onnxruntime.InferenceSession:
+    """A session on the CPU; see :func:`unfused_session`."""
     if outside:
         options.add_external_initializers_from_files_in_memory(
             list(outside), list(outside.values()), [len(data) for data in outside.values()]
         )
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    options.log_severity_level = 4  # an exception says it too
     model = path if isinstance(path, bytes) else str(path)
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 

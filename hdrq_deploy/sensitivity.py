@@ -18,8 +18,8 @@ from . import reference
 from .affine import dequantize
 from .bundle import GRAPH, Bundle
 from .errors import DataError
-from .frames import decisions
-from .surgery import quantize_only
+from .frames import decisions, in_batches
+from .surgery import constant, quantize_only
 
 __all__ = ["LayerSensitivity", "Scheme", "Sensitivity", "sensitivity", "suggest"]
 
@@ -121,14 +121,8 @@ def _put(model: ir.Model, codes: str, weight: Array) -> None:
     """Real values in place of codes and their DequantizeLinear."""
     value = model.graph.initializers[codes]
     (use,) = value.uses()
-    made = ir.Value(
-        name=f"{codes}_real",
-        shape=ir.Shape(weight.shape),
-        type=ir.TensorType(ir.DataType.FLOAT),
-        const_value=ir.tensor(np.ascontiguousarray(weight), name=f"{codes}_real"),
-    )
-    model.graph.register_initializer(made)
-    use.node.outputs[0].replace_all_uses_with(made)
+    real = constant(model, f"{codes}_real", np.ascontiguousarray(weight))
+    use.node.outputs[0].replace_all_uses_with(real)
 
 
 def sensitivity(
@@ -149,7 +143,7 @@ def sensitivity(
         DataError: No images, or images or weights that do not fit.
     """
     network = Partly(bundle, real)
-    x = [rows for images, _ in data.values() for rows in _batches(images)]
+    x = [rows for images, _ in data.values() for rows in in_batches(images, _BATCH)]
     if not x:
         raise DataError("found no images; needed --data NAME=PATH")
     plain = network((), x)
@@ -206,10 +200,10 @@ def suggest(
         sqnr_db: as many as it takes for this ratio at the output.
 
     Raises:
-        DataError: The bound needs labels, or is not reached with every layer in float.
+        DataError: A bound on accuracy needs labels.
     """
     network = Partly(bundle, real)
-    x = [rows for images, _ in data.values() for rows in _batches(images)]
+    x = [rows for images, _ in data.values() for rows in in_batches(images, _BATCH)]
     plain = network((), x)
     if accuracy is not None and ranked.float_accuracy is None:
         raise DataError("found images without labels; a bound on accuracy needs them")
@@ -237,10 +231,6 @@ def suggest(
         else:
             low = middle + 1
     return best
-
-
-def _batches(x: Array) -> list[Array]:
-    return [x[i : i + _BATCH] for i in range(0, len(x), _BATCH)]
 
 
 def _sqnr(expected: Array, got: Array) -> float:

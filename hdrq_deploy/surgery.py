@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from typing import Any
 
+import numpy.typing as npt
 import onnx_ir as ir
 
-__all__ = ["LAYERS", "MOVES", "free_operand", "quantize_only", "quantizer_of"]
+__all__ = ["chain", "constant", "free_operand", "quantize_only", "quantizer_of"]
 
 _READERS = ("Conv", "Gemm", "MatMul")  # a transposed convolution computes in float
-LAYERS = (*_READERS, "ConvTranspose")
+_LAYERS = (*_READERS, "ConvTranspose")
 # What only moves values: codes pass through it unchanged.
-MOVES = (
+_MOVES = (
     "Reshape",
     "Flatten",
     "Transpose",
@@ -29,7 +31,7 @@ def quantizer_of(value: ir.Value | None) -> tuple[list[ir.Node], ir.Node] | None
     """The nodes that move an operand's values, nearest first, and the QuantizeLinear behind."""
     path: list[ir.Node] = []
     node = value.producer() if value is not None else None
-    while node is not None and node.op_type in MOVES:
+    while node is not None and node.op_type in _MOVES:
         path.append(node)
         node = _producer(node)
     if node is None or node.op_type != "DequantizeLinear":
@@ -93,18 +95,28 @@ def quantize_only(model: ir.Model, chosen: Collection[str]) -> None:
         own = quantize not in read and _layer_behind(source) in chosen
         if quantize in used or own or source is None:
             continue
-        *_, last = _chain(quantize)
-        last.outputs[0].replace_all_uses_with(source)
+        chain(quantize)[-1].outputs[0].replace_all_uses_with(source)
 
 
-def _chain(quantize: ir.Node) -> Iterator[ir.Node]:
+def chain(quantize: ir.Node) -> list[ir.Node]:
     """QuantizeLinear, perhaps Clip, DequantizeLinear."""
-    node = quantize
-    yield node
-    while node.op_type != "DequantizeLinear":
-        (use,) = node.outputs[0].uses()
-        node = use.node
-        yield node
+    nodes = [quantize]
+    while nodes[-1].op_type != "DequantizeLinear":
+        (use,) = nodes[-1].outputs[0].uses()
+        nodes.append(use.node)
+    return nodes
+
+
+def constant(model: ir.Model, name: str, value: npt.NDArray[Any]) -> ir.Value:
+    """A new initializer."""
+    made = ir.Value(
+        name=name,
+        shape=ir.Shape(value.shape),
+        type=ir.TensorType(ir.DataType.from_numpy(value.dtype)),
+        const_value=ir.tensor(value, name=name),
+    )
+    model.graph.register_initializer(made)
+    return made
 
 
 def _producer(node: ir.Node) -> ir.Node | None:
@@ -116,4 +128,4 @@ def _layer_behind(value: ir.Value | None) -> str | None:
     node = value.producer() if value is not None else None
     while node is not None and node.op_type in {"Relu", "Clip"}:
         node = _producer(node)
-    return node.name if node is not None and node.op_type in LAYERS else None
+    return node.name if node is not None and node.op_type in _LAYERS else None

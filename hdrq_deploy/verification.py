@@ -30,7 +30,6 @@ __all__ = [
     "check",
     "difference",
     "graph_order",
-    "in_batches",
     "tapped",
 ]
 
@@ -91,13 +90,14 @@ class Stage:
         return self.decision_flips / max(self.decisions, 1)
 
 
-def tapped(path: Path, name: str, fused: bool) -> Tapped:
+def tapped(path: Path, name: str, fused: onnxruntime.SessionOptions | None = None) -> Tapped:
     """An ONNX file in ONNX Runtime with the codes of its activations as further outputs.
 
     Args:
         path: Bundle's or engine's graph.
         name: What to call it.
-        fused: With ONNX Runtime's integer kernels, or computed as written.
+        fused: Options of a session with ONNX Runtime's integer kernels; None computes the
+            graph as written.
     """
     model = onnx.load(str(path), load_external_data=False)
     constants = {i.name: i for i in model.graph.initializer}
@@ -138,7 +138,9 @@ def _first(constant: onnx.TensorProto, folder: Path) -> int:
     return int(onnx.numpy_helper.to_array(constant, str(folder)).reshape(-1)[0])
 
 
-def _session(model: onnx.ModelProto, path: Path, fused: bool) -> onnxruntime.InferenceSession:
+def _session(
+    model: onnx.ModelProto, path: Path, fused: onnxruntime.SessionOptions | None
+) -> onnxruntime.InferenceSession:
     """A session of an edited graph whose external data lie beside ``path``."""
     files = {
         item.value
@@ -147,17 +149,9 @@ def _session(model: onnx.ModelProto, path: Path, fused: bool) -> onnxruntime.Inf
         if item.key == "location"
     }
     data = {name: (path.parent / name).read_bytes() for name in files}
-    if not fused:
+    if fused is None:
         return reference.unfused_session(model.SerializeToString(), data)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if data:
-        options.add_external_initializers_from_files_in_memory(
-            list(data), list(data.values()), [len(part) for part in data.values()]
-        )
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return reference.open_session(model.SerializeToString(), fused, data)
 
 
 def difference(
@@ -265,9 +259,3 @@ def graph_order(bundle: Bundle) -> list[str]:
         node.input[1] for node in bundle.graph().graph.node if node.op_type == "QuantizeLinear"
     ]
     return [name for name in dict.fromkeys(order) if name in names]
-
-
-def in_batches(x: Array, size: int) -> Iterator[Array]:
-    """Rows of ``x``, ``size`` at a time."""
-    for first in range(0, len(x), size):
-        yield x[first : first + size]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from PIL import Image
@@ -23,8 +24,6 @@ from hdrq_deploy.exporters.export import lowered
 from hdrq_deploy.frames import feed
 from hdrq_deploy.runtime import benchmark, load_engine
 from hdrq_deploy.runtime.engine import saturates
-
-Array = Any
 
 
 def run(path: Path, x: Any, fused: bool = False) -> Any:
@@ -59,12 +58,10 @@ def test_small_steps_and_large_masks_stay_inside_half_precision(make: Any) -> No
     model, _ = lowered(make(), "onnx", GraphOptions())
     values = model.graph.initializers
     step = next(n for n in values if n.endswith("act_scale"))
-    values[step].const_value = __import__("onnx_ir").tensor(np.array(1e-9, np.float32), name=step)
+    values[step].const_value = ir.tensor(np.array(1e-9, np.float32), name=step)
     bias = next(n for n in values if n.endswith("fc.bias"))
     shape = values[bias].const_value.numpy().shape
-    values[bias].const_value = __import__("onnx_ir").tensor(
-        np.full(shape, -1e9, np.float32), name=bias
-    )
+    values[bias].const_value = ir.tensor(np.full(shape, -1e9, np.float32), name=bias)
     to_fp16(model)
     assert float(values[step].const_value.numpy()) == SMALLEST_STEP
     assert float(values[bias].const_value.numpy()[0]) == -65504

@@ -20,17 +20,16 @@ from ..bundle import GOLDEN, GRAPH, Bundle, read_golden
 from ..calibration_data.readers import Wanted, read
 from ..errors import DataError, HdrqError, ModelError
 from ..files import write_bytes
-from ..frames import feed
+from ..frames import feed, in_batches
 from ..manifest import EngineManifest, Preprocessing, Tolerances
 from ..runtime import load_engine
-from ..runtime.engine import read_manifest
+from ..runtime.engine import read_manifest, session_options
 from ..verification import (
     Stage,
     Tapped,
     check,
     difference,
     graph_order,
-    in_batches,
     tapped,
 )
 from .common import named, parser, run
@@ -130,7 +129,7 @@ def stages(
         x = golden["input"]
     order = graph_order(bundle)
     activations = {a.scale: a for a in bundle.manifest.activations}
-    mine = tapped(bundle.path / GRAPH, "bundle", fused=False)
+    mine = tapped(bundle.path / GRAPH, "bundle")
     chain: list[tuple[Tapped, EngineManifest | None]] = [(mine, None)]
     if torch is not False:
         first = _torch(bundle, x[:2], must=torch is True)
@@ -204,10 +203,10 @@ def _engine_stages(path: Path, bundle: Bundle) -> list[tuple[Tapped, EngineManif
             f"{path}: made of another bundle than {bundle.path}; export this bundle, or name the "
             "one it was made of"
         )
-    lowered = tapped(path / "model.onnx", "lowered graph", fused=False)
+    lowered = tapped(path / "model.onnx", "lowered graph")
     result: list[tuple[Tapped, EngineManifest | None]] = [(lowered, manifest)]
     if manifest.engine == "ort":
-        result.append((tapped(path / "model.onnx", "engine", fused=True), manifest))
+        result.append((tapped(path / "model.onnx", "engine", session_options(0)), manifest))
     elif manifest.engine != "onnx":
         result.append((_loaded(path), manifest))
     return result

@@ -172,10 +172,7 @@ class Merger:
         self, name: str, mix: Sequence[float], floats: Mapping[str, Array]
     ) -> tuple[Array, dict[str, Any]]:
         """Merged codes of one tensor, and statistics of its rounding."""
-        manifest = self.parents[0].manifest
-        entry, fold = manifest.tensors[name], manifest.folds.get(name)
-        scale = fold.raw_scale if fold else entry.scale
-        assert scale is not None
+        entry, scale = self.parents[0].manifest.tensors[name], self._step_of(name)
         found = merge_codes(
             [parent.tensor(name) for parent in self.parents],
             [parent.tensor(scale) for parent in self.parents],
@@ -200,14 +197,12 @@ class Merger:
         manifest = self.parents[0].manifest
         result = dict(floats)
         for name in self.code_names:
-            entry, fold = manifest.tensors[name], manifest.folds.get(name)
-            scale = fold.raw_scale if fold else entry.scale
-            assert scale is not None
+            entry, scale = manifest.tensors[name], self._step_of(name)
             real = weighted_mean(
                 [dequantize(p.tensor(name), p.tensor(scale), entry.axis) for p in self.parents],
                 mix,
             )
-            if fold:
+            if fold := manifest.folds.get(name):
                 gain = np.asarray(floats[fold.scale] / floats[fold.raw_scale])
                 real = real * along(gain, real.ndim, entry.axis)
             result[name] = real
@@ -218,6 +213,14 @@ class Merger:
     ) -> Manifest:
         """The manifest of a merge; ``layers`` are the statistics of each tensor of codes."""
         return _manifest(self, mix, layers, options)
+
+    def _step_of(self, codes: str) -> str:
+        """The tensor with the steps that ``codes`` were rounded on, BatchNorm apart."""
+        manifest = self.parents[0].manifest
+        fold = manifest.folds.get(codes)
+        scale = fold.raw_scale if fold else manifest.tensors[codes].scale
+        assert scale is not None
+        return scale
 
     def _float(self, name: str, mix: Sequence[float]) -> Array:
         values = [parent.tensor(name) for parent in self.parents]

@@ -30,13 +30,15 @@ import onnx_ir as ir
 from .. import reference
 from ..bundle import GRAPH, Bundle
 from ..errors import DataError
+from ..frames import in_batches
 from .bundles import Merger
-from .reestimate import batches, moved
+from .reestimate import moved
 
 __all__ = ["CRITERIA", "Mix", "choose_weights", "score", "simplex"]
 
 CRITERIA = ("entropy", "information", "agreement", "confidence")
 _MOST_POINTS = 100
+_BATCH = 64
 
 Array = npt.NDArray[Any]
 Images = Mapping[str, npt.NDArray[np.float32]]
@@ -218,7 +220,8 @@ class Network:
         feeds = {key: np.asarray(tensors[key]) for key in self._tensors}
         try:
             parts = [
-                self._session.run(None, {**feeds, self._image: rows})[0] for rows in batches(images)
+                self._session.run(None, {**feeds, self._image: rows})[0]
+                for rows in in_batches(images, _BATCH)
             ]
         except Exception as error:  # ONNX Runtime's exceptions have no public base class
             raise DataError(

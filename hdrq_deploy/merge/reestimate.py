@@ -10,7 +10,7 @@ corrected network computes. Codes stay as they are; nothing is trained.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +23,16 @@ from ..affine import search_scale
 from ..bundle import GRAPH, WEIGHTS, Bundle, serialize
 from ..errors import DataError, MergeError
 from ..fold import SMALLEST_GAIN, gain, graph_tensors
+from ..frames import in_batches
 from ..spec import QuantSpec
+from ..surgery import chain
 
-__all__ = ["batches", "moved", "re_estimate"]
+__all__ = ["moved", "re_estimate"]
 
 Array = npt.NDArray[Any]
 # Channels that BatchNorm all but switches off say nothing of their own moments.
 _BLIND = 1e6 * SMALLEST_GAIN
-_BATCH, _SAMPLES = 64, 1 << 14
+_SAMPLES = 1 << 14
 
 
 def re_estimate(
@@ -101,12 +103,6 @@ def moved(
     for name, step in _activation_steps(bundle, result, x, seed).items():
         result[name] = (tensors[name] * (step / before[name])).astype(np.float32)
     return result
-
-
-def batches(x: Array, size: int = _BATCH) -> Iterator[Array]:
-    """Rows of ``x``, ``size`` at a time."""
-    for first in range(0, len(x), size):
-        yield x[first : first + size]
 
 
 def _moments(bundle: Bundle, tensors: Mapping[str, Array], x: Array) -> dict[str, Array]:
@@ -234,7 +230,7 @@ def _activation_steps(
     rng = np.random.default_rng(seed)
     seen: dict[str, list[Array]] = {name: [] for name in sources}
     run = _runner(model, bundle, tensors)
-    parts = list(batches(x, 8))
+    parts = list(in_batches(x, 8))
     share = max(_SAMPLES // len(parts), 256)
     for rows in parts:
         _, *values = run(rows)
@@ -253,11 +249,7 @@ def _drop_quantizers(model: ir.Model) -> dict[str, ir.Value]:
         source, scale = node.inputs[:2]
         assert source is not None and scale is not None
         sources[str(scale.name)] = source
-        end = node
-        while end.op_type != "DequantizeLinear":
-            (use,) = end.outputs[0].uses()
-            end = use.node
-        end.outputs[0].replace_all_uses_with(source)
+        chain(node)[-1].outputs[0].replace_all_uses_with(source)
     return sources
 
 
