@@ -26,7 +26,8 @@ from .exporters import GraphOptions
 from .exporters.export import lowered, port_of
 from .manifest import Port
 from .merge import Merger, choose_weights
-from .runtime.engine import check_input, session_options
+from .runtime.engine import check_input
+from .runtime.ort import session_options
 
 __all__ = ["Adapted", "DomainMixer", "Output"]
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from ..calibration_data.readers import ImageSet, Wanted, read, relabel
 from ..errors import DataError
 from ..frames import decisions, feed
-from .engine import OrtEngine, load_engine
+from .engine import Engine, load_engine
 from .power import Energy, find_meters, measure_energy
 
 __all__ = [
@@ -139,7 +139,7 @@ def benchmark(
         raise DataError(
             f"found warmup={warmup}, iterations={iterations}, batch={batch}; needed 0, 1, 1 or more"
         )
-    with load_engine(path, threads) as engine:
+    with load_engine(path, threads=threads) as engine:
         sets = {
             name: _labelled(engine, name, where, skip_corrupt)
             for name, where in (data or {}).items()
@@ -213,7 +213,7 @@ def _latency(samples: tuple[float, ...], batch: int, warmup: int) -> Latency:
     )
 
 
-def _labelled(engine: OrtEngine, name: str, where: str | Path, skip_corrupt: bool) -> ImageSet:
+def _labelled(engine: Engine, name: str, where: str | Path, skip_corrupt: bool) -> ImageSet:
     manifest = engine.manifest
     wanted = Wanted.like(manifest.preprocessing) if manifest.preprocessing else Wanted()
     images = relabel(read(where, wanted, skip_corrupt=skip_corrupt), manifest.classes, where)
@@ -225,7 +225,7 @@ def _labelled(engine: OrtEngine, name: str, where: str | Path, skip_corrupt: boo
     return images
 
 
-def _timing_input(engine: OrtEngine, sets: Mapping[str, ImageSet], batch: int) -> npt.NDArray[Any]:
+def _timing_input(engine: Engine, sets: Mapping[str, ImageSet], batch: int) -> npt.NDArray[Any]:
     """Real images where there are any, so that the data's zeros and extremes are real too."""
     if sets:
         x = next(iter(sets.values())).x
@@ -245,7 +245,7 @@ def _timing_input(engine: OrtEngine, sets: Mapping[str, ImageSet], batch: int) -
     return rng.random((batch, *sides), dtype=np.float32)
 
 
-def _accuracy(engine: OrtEngine, sets: Mapping[str, ImageSet]) -> Accuracy:
+def _accuracy(engine: Engine, sets: Mapping[str, ImageSet]) -> Accuracy:
     domains = {name: top1(engine, images) for name, images in sets.items()}
     return Accuracy(
         domains=domains,
@@ -254,7 +254,7 @@ def _accuracy(engine: OrtEngine, sets: Mapping[str, ImageSet]) -> Accuracy:
     )
 
 
-def top1(engine: OrtEngine, images: ImageSet) -> float:
+def top1(engine: Engine, images: ImageSet) -> float:
     """Share of images whose highest output is their label."""
     assert images.y is not None
     right = 0

@@ -1,70 +1,222 @@
-"""Load an engine folder and run it."""
+"""Load an engine folder and run it, whatever it runs on."""
 
 from __future__ import annotations
 
 import os
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 from pydantic import ValidationError
 
 from ..errors import EngineError
 from ..files import sha256_file
 from ..manifest import EngineManifest, Port
+from .images import Prediction, network_input, predictions
 
-__all__ = ["Engine", "OrtEngine", "check_input", "load_engine", "read_manifest", "session_options"]
+__all__ = [
+    "DTYPES",
+    "Engine",
+    "Pending",
+    "Phases",
+    "check_input",
+    "load_engine",
+    "on_gpu",
+    "open_engine",
+    "read_manifest",
+]
 
 Array = npt.NDArray[Any]
-_DTYPES = {"float": np.float32, "float16": np.float16, "uint8": np.uint8}
+Feeds = Mapping[str, Any]
+DTYPES: dict[str, type[np.generic]] = {
+    "float": np.float32,
+    "float16": np.float16,
+    "uint8": np.uint8,
+    "int32": np.int32,
+    "int64": np.int64,
+}
+DEVICES = "auto, cpu, cuda, cuda:N, tensorrt or tensorrt:N"
+_Self = TypeVar("_Self", bound="Engine")
 
 
-class OrtEngine:
-    """An engine on ONNX Runtime's CPU provider; a context manager.
+@dataclass(frozen=True)
+class Phases:
+    """Where the time of one call went, in ms.
 
-    One instance may be called from several threads (ONNX Runtime's ``run`` is thread safe).
+    Attributes:
+        host_to_device: Copy of the inputs; None where the engine computes in host memory.
+        compute: The engine's own work. On a GPU it is measured with events on its stream.
+        device_to_host: Copy of the outputs; None as above.
     """
 
-    def __init__(self, path: Path, manifest: EngineManifest, threads: int) -> None:
-        options = session_options(threads)
-        if manifest.engine == "onnx":
-            # The portable graph keeps int8 activations, which x86 fuses into slow kernels.
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
-        try:
-            self._session: onnxruntime.InferenceSession | None = onnxruntime.InferenceSession(
-                str(path / "model.onnx"), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime's exceptions have no public base class
-            text = " ".join(str(error).split())[:300]
-            raise EngineError(f"{path}: ONNX Runtime cannot load it ({text})") from error
-        self.path = path
-        self.manifest = manifest
-        self.threads = threads
+    host_to_device: float | None
+    compute: float
+    device_to_host: float | None
 
-    def __call__(self, x: Array) -> Array:
+
+class Pending:
+    """Outputs that are being computed; see :meth:`Engine.run_async`."""
+
+    def __init__(self, collect: Callable[[float | None], dict[str, Array]], named: bool) -> None:
+        self._collect, self._named = collect, named
+        self._lock = threading.Lock()
+        self._results: dict[str, Array] | None = None
+
+    def wait(self, timeout: float | None = None) -> Any:
+        """The outputs, as the call itself would return them. May be called again.
+
+        Args:
+            timeout: Seconds; None waits as long as it takes.
+
+        Raises:
+            EngineError: The engine failed, or the time ran out (waiting again is allowed).
+        """
+        with self._lock:
+            if self._results is None:
+                self._results = self._collect(timeout)
+        return _shaped(self._results, self._named)
+
+
+class Engine(ABC):
+    """An engine that is loaded; a context manager.
+
+    ``__call__``, ``run_async``, ``predict`` and ``close`` may be called from any thread. Calls
+    on ONNX Runtime run side by side; those of one TensorRT engine run one after the other.
+
+    Attributes:
+        path: Engine folder.
+        manifest: What the export said of it.
+        threads: Threads inside an operator on the CPU.
+        device: What it runs on: ``cpu``, ``cuda:0`` ...
+    """
+
+    def __init__(self, path: Path, manifest: EngineManifest, threads: int, device: str) -> None:
+        self.path, self.manifest, self.threads, self.device = path, manifest, threads, device
+        self._closed = False
+        self._worker: ThreadPoolExecutor | None = None
+        self._guard = threading.Lock()
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        """Name, shape, dtype and layout of every input."""
+        return self.manifest.inputs
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        """Name, shape and dtype of every output."""
+        return self.manifest.outputs
+
+    @property
+    def cuda_graph(self) -> str | None:
+        """``on``, or why not; None where there is no GPU to replay one."""
+        return None
+
+    @overload
+    def __call__(self, x: Array) -> Array: ...
+    @overload
+    def __call__(self, x: Mapping[str, Any]) -> dict[str, Array]: ...
+    def __call__(self, x: Any) -> Any:
         """Run a batch.
 
         Args:
-            x: Inputs as the manifest's port says, (N, C, H, W) float32.
+            x: The input as the port says, (N, C, H, W) float32 for most; or a mapping of input
+                names. Arrays on the GPU (``__cuda_array_interface__``, DLPack) are taken
+                without a copy by TensorRT engines.
+
+        Returns:
+            The output, or all of them by name where ``x`` was a mapping.
 
         Raises:
-            EngineError: Closed engine, another shape or dtype, or values that are not finite.
+            EngineError: Closed engine, another name, shape or dtype, or values that are not
+                finite (looked for in host memory only).
         """
-        if self._session is None:
-            raise EngineError(f"{self.path}: the engine is closed; load it again")
-        (port,) = self.manifest.inputs
-        check_input(x, port, self.path)
-        result: Array = self._session.run([self.manifest.outputs[0].name], {port.name: x})[0]
-        return result
+        return _shaped(self._execute(self._checked(x)), isinstance(x, Mapping))
+
+    def run_async(self, x: Any) -> Pending:
+        """Begin a call and return at once; ``wait`` of the result ends it.
+
+        Raises:
+            EngineError: As a call does; on a GPU also where too many calls are in flight.
+        """
+        feeds = self._checked(x)
+        with self._guard:
+            self._open()
+            self._worker = self._worker or ThreadPoolExecutor(1, thread_name_prefix="engine")
+            future: Future[dict[str, Array]] = self._worker.submit(self._execute, feeds)
+
+        def collect(timeout: float | None) -> dict[str, Array]:
+            try:
+                return future.result(timeout)
+            except FutureTimeout as error:
+                raise EngineError(f"{self.path}: no result within {timeout} s") from error
+
+        return Pending(collect, isinstance(x, Mapping))
+
+    def predict(self, image: Array | Sequence[Array]) -> Prediction | list[Prediction]:
+        """From frames to labels, scores or masks.
+
+        Args:
+            image: One frame (H, W, 3) uint8 RGB, or (H, W) for a grey model, of any size; or a
+                list of frames.
+
+        Returns:
+            One :class:`Prediction`, or a list.
+
+        Raises:
+            EngineError: Not frames, or an engine whose manifest has no preprocessing.
+        """
+        single = isinstance(image, np.ndarray)
+        frames: list[Array] = [image] if isinstance(image, np.ndarray) else list(image)
+        if not frames:
+            raise EngineError(f"{self.path}: found no frames; needed one or more")
+        found: list[Prediction] = []
+        fixed = self.inputs[0].shape[0]
+        size = fixed if isinstance(fixed, int) else len(frames)
+        for first in range(0, len(frames), size):
+            some = frames[first : first + size]
+            x = network_input(some, self.manifest, self.path)
+            # An engine of a fixed batch runs the last one filled up.
+            output = self(np.resize(x, (size, *x.shape[1:])))[: len(some)]
+            found += predictions(output, self.manifest, [f.shape[:2] for f in some])
+        return found[0] if single else found
+
+    def warm_up(self, times: int = 3, batch: int | None = None) -> None:
+        """Run on zeros, so that buffers, kernels and CUDA graphs of this batch are there."""
+        feeds = {
+            port.name: np.zeros(self._shape(port, batch), DTYPES.get(port.dtype, np.float32))
+            for port in self.inputs
+        }
+        for _ in range(times):
+            self(feeds)
+
+    def timed(self, x: Any) -> tuple[dict[str, Array], Phases]:
+        """A call, and where its time went."""
+        feeds = self._checked(x)
+        start = time.perf_counter_ns()
+        results = self._execute(feeds)
+        return results, Phases(None, (time.perf_counter_ns() - start) / 1e6, None)
 
     def close(self) -> None:
-        """Free the session; later calls raise EngineError."""
-        self._session = None
+        """Free everything; later calls raise EngineError. Calls that run are waited for."""
+        with self._guard:
+            if self._closed:
+                return
+            self._closed = True
+            worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.shutdown(wait=True)
+        self._release()
 
-    def __enter__(self) -> OrtEngine:
+    def __enter__(self: _Self) -> _Self:
         return self
 
     def __exit__(
@@ -75,52 +227,88 @@ class OrtEngine:
     ) -> None:
         self.close()
 
+    @abstractmethod
+    def _execute(self, feeds: Feeds) -> dict[str, Array]:
+        """Outputs of inputs that were checked."""
 
-def check_input(x: Array, port: Port, where: object) -> None:
+    @abstractmethod
+    def _release(self) -> None:
+        """Free what the backend holds."""
+
+    def _open(self) -> None:
+        if self._closed:
+            raise EngineError(f"{self.path}: the engine is closed; load it again")
+
+    def _checked(self, x: Any) -> Feeds:
+        self._open()
+        feeds = dict(x) if isinstance(x, Mapping) else {self.inputs[0].name: x}
+        wanted = {port.name for port in self.inputs}
+        if feeds.keys() != wanted:
+            raise EngineError(
+                f"{self.path}: found inputs {', '.join(map(str, feeds)) or 'none'}; needed "
+                f"{', '.join(sorted(wanted))}"
+            )
+        for port in self.inputs:
+            check_input(feeds[port.name], port, self.path)
+        return feeds
+
+    def _shape(self, port: Port, batch: int | None) -> tuple[int, ...]:
+        first, *rest = port.shape
+        sides = [d for d in rest if isinstance(d, int)]
+        if len(sides) != len(rest):
+            p = self.manifest.preprocessing
+            if p is None:
+                raise EngineError(
+                    f"{self.path}: found free dimensions {port.shape}; warm up with an input"
+                )
+            height_width = (p.height, p.width)
+            sides = (
+                [*height_width, p.channels]
+                if port.layout == "NHWC"
+                else [p.channels, *height_width]
+            )
+        return (first if isinstance(first, int) else batch or 1, *sides)
+
+
+def _shaped(results: dict[str, Array], named: bool) -> Any:
+    return results if named or len(results) > 1 else next(iter(results.values()))
+
+
+def on_gpu(x: Any) -> bool:
+    """Whether ``x`` says that it lies in GPU memory."""
+    if isinstance(x, np.ndarray):
+        return False
+    if hasattr(x, "__cuda_array_interface__"):
+        return True
+    return hasattr(x, "__dlpack_device__") and int(x.__dlpack_device__()[0]) == 2  # kDLCUDA
+
+
+def check_input(x: Any, port: Port, where: object) -> None:
     """Refuse what an engine does not take; ``where`` names the engine.
 
     Raises:
         EngineError: Another shape or dtype, an empty batch, or values that are not finite.
     """
-    dtype = _DTYPES.get(port.dtype, np.float32)
-    fits = x.ndim == len(port.shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(port.shape, x.shape, strict=True)
-    )
-    if x.dtype != dtype or not fits or len(x) == 0:
+    dtype = np.dtype(DTYPES.get(port.dtype, np.float32))
+    gpu = on_gpu(x)
+    if not gpu and not isinstance(x, np.ndarray):
         raise EngineError(
-            f"{where}: found an input of shape {x.shape}, {x.dtype}; needed "
-            f"{port.shape}, {np.dtype(dtype)} (batch 1 or more)"
+            f"{where}: found an input of type {type(x).__name__}; needed a NumPy array, or one on "
+            "the GPU"
         )
-    # A sum meets every NaN and infinity and reads the data once.
-    if not np.isfinite(x.sum(dtype=np.float64)) and not np.isfinite(x).all():
+    shape = tuple(x.shape)
+    fits = len(shape) == len(port.shape) and all(
+        isinstance(want, str) or want == got for want, got in zip(port.shape, shape, strict=True)
+    )
+    # PyTorch's and CuPy's dtypes end in NumPy's name.
+    same = str(x.dtype).rsplit(".", 1)[-1] == dtype.name
+    if not same or not fits or shape[0] == 0:
+        raise EngineError(
+            f"{where}: found an input of shape {shape}, {x.dtype}; needed "
+            f"{port.shape}, {dtype} (batch 1 or more)"
+        )
+    if not gpu and dtype.kind == "f" and not np.isfinite(x).all():
         raise EngineError(f"{where}: found NaN or infinity in the input")
-
-
-def session_options(threads: int) -> onnxruntime.SessionOptions:
-    """ONNX Runtime's options for an engine on the CPU."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    if saturates(Path("/proc/cpuinfo")):
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    return options
-
-
-def saturates(cpuinfo: Path) -> bool:
-    """Whether a product of u8 and s8 can saturate: x86 with AVX2 but without VNNI.
-
-    ONNX Runtime's remedy takes twice the time, so it is not for CPUs that need none.
-    """
-    try:
-        text = cpuinfo.read_text()
-    except OSError:
-        return False
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    return " avx2" in flags and "vnni" not in flags
-
-
-Engine = OrtEngine
 
 
 def read_manifest(path: str | os.PathLike[str]) -> EngineManifest:
@@ -132,9 +320,10 @@ def read_manifest(path: str | os.PathLike[str]) -> EngineManifest:
     folder = Path(path)
     file = folder / "manifest.json"
     if not file.is_file():
-        raise EngineError(
-            f"{folder}: found no manifest.json; needed an engine folder from hdrq-export"
+        lone = (
+            "a plan without its manifest.json" if folder.suffix == ".plan" else "no manifest.json"
         )
+        raise EngineError(f"{folder}: found {lone}; needed an engine folder from hdrq-export")
     try:
         manifest = EngineManifest.model_validate_json(file.read_bytes())
     except ValidationError as error:
@@ -150,23 +339,51 @@ def read_manifest(path: str | os.PathLike[str]) -> EngineManifest:
     return manifest
 
 
-def load_engine(path: str | os.PathLike[str], threads: int = 0) -> OrtEngine:
+def load_engine(
+    path: str | os.PathLike[str],
+    device: str = "auto",
+    threads: int = 0,
+    cuda_graph: bool = True,
+) -> Engine:
     """Open an engine folder.
 
     Args:
-        path: Folder written by ``hdrq-export --engine ort`` or ``onnx``.
-        threads: Threads inside an operator; 0, one per core.
+        path: Folder written by ``hdrq-export``.
+        device: ``auto`` is the CPU for ``ort`` and ``onnx`` engines and the first GPU for
+            TensorRT's. ``cpu``; ``cuda`` or ``cuda:N``; ``tensorrt`` or ``tensorrt:N`` is ONNX
+            Runtime's TensorRT provider. Nothing falls back to another device.
+        threads: Threads inside an operator on the CPU; 0, one per core.
+        cuda_graph: Replay TensorRT's work as a CUDA graph, captured per shape.
 
     Raises:
-        EngineError: Not an engine, damaged, or of a kind that this machine cannot run.
+        EngineError: Not an engine, damaged, built for another device or version, or of a kind
+            that this machine cannot run.
     """
-    manifest = read_manifest(path)
-    if manifest.engine not in {"ort", "onnx"}:
-        raise EngineError(
-            f"{path}: found a {manifest.engine} engine, which needs an NVIDIA GPU; this version "
-            "runs ort and onnx engines: measure the plan with trtexec "
-            "--loadEngine=model.plan, or export with --engine ort"
-        )
+    return open_engine(Path(path), read_manifest(path), device, threads, cuda_graph)
+
+
+def open_engine(
+    path: Path,
+    manifest: EngineManifest,
+    device: str = "auto",
+    threads: int = 0,
+    cuda_graph: bool = True,
+) -> Engine:
+    """:func:`load_engine` of a folder whose manifest was read, its files not hashed again."""
     if threads < 0:
         raise EngineError(f"found threads={threads}; needed 0 (one per core) or more")
-    return OrtEngine(Path(path), manifest, threads or os.cpu_count() or 1)
+    kind, _, number = device.partition(":")
+    if kind not in {"auto", "cpu", "cuda", "tensorrt"} or (number and not number.isdecimal()):
+        raise EngineError(f"found device {device!r}; needed {DEVICES}")
+    if manifest.engine in {"ort", "onnx"}:
+        from .ort import OrtEngine
+
+        return OrtEngine(path, manifest, threads or os.cpu_count() or 1, device)
+    from .tensorrt import TensorRtEngine
+
+    if kind in {"cpu", "tensorrt"}:
+        raise EngineError(
+            f"{path}: found device {device!r} for a {manifest.engine} engine, which runs on an "
+            "NVIDIA GPU: cuda:N, or export with --engine ort"
+        )
+    return TensorRtEngine(path, manifest, int(number or 0), cuda_graph)

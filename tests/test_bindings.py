@@ -1,9 +1,9 @@
-"""Does what the builder's code calls exist in TensorRT 10 and 11?
+"""Does what the builder and the runtime call exist in TensorRT 10 and 11?
 
 The libraries of TensorRT need a GPU, but their Python bindings are small wheels that can be
-imported against libraries of empty functions. The code of the worker is read (``ast``): every
-name it takes from the module, every member it uses of a TensorRT object and every keyword it
-passes must be there, or be guarded by ``hasattr`` in the same function.
+imported against libraries of empty functions. Our code is read (``ast``): every name it takes
+from the module, every member it uses of a TensorRT object and every keyword it passes must be
+there, or be guarded by ``hasattr`` in the same function.
 """
 
 from __future__ import annotations
@@ -22,14 +22,22 @@ from typing import Any
 import pytest
 
 from hdrq_deploy.exporters import trt_worker
+from hdrq_deploy.runtime import tensorrt as runtime
 
 WHEELS = {
     "10.3": "tensorrt-cu12-bindings==10.3.0",
     "10.13": "tensorrt-cu12-bindings==10.13.3.9",
     "11.4": "tensorrt-cu13-bindings==11.4.0.106",
 }
-# What the worker calls its objects.
+# What the worker and the runtime call their objects.
+MODULES = ("trt", "self._trt")
 TYPES = {
+    "self._engine": "ICudaEngine",
+    "owner._engine": "ICudaEngine",
+    "self._runtime": "Runtime",
+    "self._context": "IExecutionContext",
+    "context": "IExecutionContext",
+    "refitter": "Refitter",
     "builder": "Builder",
     "network": "INetworkDefinition",
     "parser": "OnnxParser",
@@ -99,7 +107,7 @@ def uses(source: str) -> Iterator[Use]:
             if (base, node.attr) in guarded:
                 continue
             given = keywords.get(id(node), ())
-            if base == "trt":
+            if base in MODULES:
                 yield Use("", node.attr, given, node.lineno)
             elif base.startswith("trt."):
                 yield Use(base.removeprefix("trt."), node.attr, given, node.lineno)
@@ -148,14 +156,17 @@ def bindings(
     return result
 
 
-def test_the_worker_uses_what_tensorrt_has(bindings: dict[str, Any]) -> None:
+OWNERS = {
+    trt_worker: {"NetworkDefinitionCreationFlag", "Builder", "OnnxParser", "IBuilderConfig"},
+    runtime: {"Runtime", "ICudaEngine", "IExecutionContext", "Refitter"},
+}
+
+
+@pytest.mark.parametrize("module", OWNERS, ids=["builder", "runtime"])
+def test_we_use_what_tensorrt_has(bindings: dict[str, Any], module: Any) -> None:
     members = bindings["members"]
-    found = list(uses(Path(trt_worker.__file__).read_text()))
-    assert {use.owner for use in found} >= {
-        "",
-        "NetworkDefinitionCreationFlag",
-        *TYPES.values(),
-    } - {"ILogger"}
+    found = list(uses(Path(module.__file__).read_text()))
+    assert {use.owner for use in found} >= {"", *OWNERS[module]}
     missing = [
         f"line {use.line}: {use.owner}.{use.member}"
         for use in found

@@ -23,7 +23,7 @@ from hdrq_deploy.exporters.compute import SMALLEST_STEP, to_fp16
 from hdrq_deploy.exporters.export import lowered
 from hdrq_deploy.frames import feed
 from hdrq_deploy.runtime import benchmark, load_engine
-from hdrq_deploy.runtime.engine import saturates
+from hdrq_deploy.runtime.ort import saturates
 
 
 def run(path: Path, x: Any, fused: bool = False) -> Any:

@@ -23,7 +23,8 @@ from ..files import write_bytes
 from ..frames import feed, in_batches
 from ..manifest import EngineManifest, Preprocessing, Tolerances
 from ..runtime import load_engine
-from ..runtime.engine import read_manifest, session_options
+from ..runtime.engine import read_manifest
+from ..runtime.ort import session_options
 from ..verification import (
     Stage,
     Tapped,

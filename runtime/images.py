@@ -1,0 +1,141 @@
+"""From a camera's frame to the network's input, and from its output to an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ..errors import EngineError
+from ..manifest import EngineManifest
+
+__all__ = ["Prediction", "enlarge", "network_input", "predictions", "softmax"]
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What an engine says of one frame.
+
+    Attributes:
+        index: Number of the most likely class; None for a mask.
+        label: Its name, where the manifest has the classes' names.
+        scores: Probabilities (classes,); None where the engine gives labels only.
+        mask: Class of every pixel (H, W) of the frame, of a segmentation engine.
+    """
+
+    index: int | None = None
+    label: str | None = None
+    scores: Array | None = None
+    mask: Array | None = None
+
+
+def network_input(frames: Sequence[Array], manifest: EngineManifest, where: object) -> Array:
+    """Frames as the engine takes them: resized, and normalised unless the engine does it.
+
+    Args:
+        frames: (H, W, 3) uint8 RGB each, or (H, W) for a grey model; sizes may differ.
+        manifest: Of the engine.
+        where: Names the engine in errors.
+
+    Raises:
+        EngineError: Not such frames, or the manifest has no preprocessing.
+    """
+    p = manifest.preprocessing
+    if p is None:
+        raise EngineError(
+            f"{where}: the manifest has no preprocessing (calibrated from .npz); call the engine "
+            "with network inputs, or calibrate from an image folder"
+        )
+    rows = []
+    for frame in frames:
+        grey = p.channels == 1
+        if frame.dtype != np.uint8 or frame.ndim != (2 if grey else 3):
+            raise EngineError(
+                f"{where}: found a frame of shape {frame.shape}, {frame.dtype}; needed "
+                f"{'(H, W)' if grey else '(H, W, 3)'} uint8"
+            )
+        if not grey and frame.shape[2] != p.channels:
+            raise EngineError(
+                f"{where}: found a frame of {frame.shape[2]} channels; needed {p.channels} "
+                f"({p.colour})"
+            )
+        if frame.shape[:2] != (p.height, p.width):
+            resized = Image.fromarray(frame).resize((p.width, p.height), Image.Resampling.BILINEAR)
+            frame = np.asarray(resized)
+        rows.append(frame.reshape(p.height, p.width, p.channels))
+    batch = np.stack(rows)
+    if manifest.inputs[0].dtype == "uint8":
+        return batch
+    # x / 255, minus mean, over std, as one multiplication and one addition.
+    std = np.array(p.std, np.float32)
+    gain, offset = (1 / (255 * std)).astype(np.float32), -np.array(p.mean, np.float32) / std
+    x = batch.astype(np.float32) * gain + offset
+    return np.ascontiguousarray(x.transpose(0, 3, 1, 2), dtype=np.float32)
+
+
+def softmax(scores: Array) -> Array:
+    """Probabilities along axis 1."""
+    powers = np.exp(scores - scores.max(1, keepdims=True))
+    result: Array = powers / powers.sum(1, keepdims=True)
+    return result
+
+
+def predictions(
+    output: Array, manifest: EngineManifest, sizes: Sequence[tuple[int, ...]]
+) -> list[Prediction]:
+    """One answer a frame.
+
+    Args:
+        output: Scores (N, classes) or (N, classes, h, w), or labels (N,) or (N, h, w).
+        manifest: Of the engine: classes and postprocessing.
+        sizes: (height, width) of the frames, which masks are brought back to.
+    """
+    labels = output.dtype.kind in "iu"
+    if output.ndim > 2:
+        return [
+            Prediction(mask=_mask(row, (size[0], size[1])))
+            for row, size in zip(output, sizes, strict=True)
+        ]
+    scores = None if labels else output if manifest.postprocess == "softmax" else softmax(output)
+    best = output if labels else output.argmax(1)
+    names = manifest.classes
+    return [
+        Prediction(
+            int(index),
+            names[index] if names else None,
+            None if scores is None else scores[i],
+        )
+        for i, index in enumerate(best)
+    ]
+
+
+def _mask(row: Array, size: tuple[int, int]) -> Array:
+    if row.dtype.kind in "iu":
+        image = Image.fromarray(row.astype(np.int32), mode="I")
+        nearest = image.resize((size[1], size[0]), Image.Resampling.NEAREST)
+        return np.asarray(nearest).astype(np.uint8 if row.max(initial=0) < 256 else np.int32)
+    mask: Array = enlarge(row, size).argmax(0)
+    return mask.astype(np.uint8 if len(row) <= 256 else np.int32)
+
+
+def enlarge(scores: Array, size: tuple[int, int]) -> Array:
+    """Scores (classes, h, w) at another size, bilinear with half-pixel centres.
+
+    The usual last step of a segmentation network whose output is smaller than its input
+    (``interpolate(mode="bilinear", align_corners=False)``).
+    """
+    if scores.shape[1:] == size:
+        return scores
+    planes = [
+        Image.fromarray(plane.astype(np.float32)).resize(
+            (size[1], size[0]), Image.Resampling.BILINEAR
+        )
+        for plane in scores
+    ]
+    return np.stack([np.asarray(plane) for plane in planes])

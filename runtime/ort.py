@@ -1,0 +1,107 @@
+"""Engines on ONNX Runtime: the CPU, or its CUDA and TensorRT providers where they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from ..errors import EngineError
+from ..manifest import EngineManifest
+from .engine import Engine, Feeds
+
+__all__ = ["OrtEngine", "saturates", "session_options"]
+
+Array = npt.NDArray[Any]
+_PROVIDERS = {
+    "auto": "CPUExecutionProvider",
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+
+
+class OrtEngine(Engine):
+    """An engine on ONNX Runtime, whose ``run`` is thread safe: calls run side by side.
+
+    Raises:
+        EngineError: ONNX Runtime cannot load it, or has not the provider that was asked for.
+    """
+
+    def __init__(
+        self, path: Path, manifest: EngineManifest, threads: int, device: str = "cpu"
+    ) -> None:
+        kind, _, number = device.partition(":")
+        provider = _PROVIDERS[kind]
+        on_cpu = provider == "CPUExecutionProvider"
+        super().__init__(path, manifest, threads, "cpu" if on_cpu else f"{kind}:{number or 0}")
+        self._session: onnxruntime.InferenceSession | None = None
+        available = onnxruntime.get_available_providers()
+        if provider not in available:
+            raise EngineError(
+                f"{path}: found no {provider} in this onnxruntime (it has "
+                f"{', '.join(available)}); pip install onnxruntime-gpu, or take device cpu"
+            )
+        options = session_options(threads)
+        if manifest.engine == "onnx" and on_cpu:
+            # The portable graph keeps int8 activations, which x86 fuses into slow kernels.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        entry: Any = provider if on_cpu else (provider, {"device_id": str(number or 0)})
+        try:
+            session = onnxruntime.InferenceSession(
+                str(path / "model.onnx"), options, providers=[entry]
+            )
+        except Exception as error:  # ONNX Runtime's exceptions have no public base class
+            text = " ".join(str(error).split())[:300]
+            raise EngineError(f"{path}: ONNX Runtime cannot load it ({text})") from error
+        if session.get_providers()[0] != provider:
+            # ONNX Runtime only warns and goes on with the CPU.
+            raise EngineError(
+                f"{path}: {provider} did not start (ONNX Runtime fell back to "
+                f"{session.get_providers()[0]}); check the driver and CUDA's libraries, or take "
+                "device cpu"
+            )
+        self._session = session
+        self._names = [port.name for port in manifest.outputs]
+
+    def _execute(self, feeds: Feeds) -> dict[str, Array]:
+        session = self._session
+        if session is None:
+            raise EngineError(f"{self.path}: the engine is closed; load it again")
+        for name, x in feeds.items():
+            if not isinstance(x, np.ndarray):
+                raise EngineError(
+                    f"{self.path}: found the input {name} in GPU memory; ONNX Runtime engines take "
+                    "NumPy arrays: copy it to the host first"
+                )
+        return dict(zip(self._names, session.run(self._names, dict(feeds)), strict=True))
+
+    def _release(self) -> None:
+        self._session = None
+
+
+def session_options(threads: int) -> onnxruntime.SessionOptions:
+    """ONNX Runtime's options for an engine on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    if saturates(Path("/proc/cpuinfo")):
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def saturates(cpuinfo: Path) -> bool:
+    """Whether a product of u8 and s8 can saturate: x86 with AVX2 but without VNNI.
+
+    ONNX Runtime's remedy takes twice the time, so it is not for CPUs that need none.
+    """
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        return False
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return " avx2" in flags and "vnni" not in flags
