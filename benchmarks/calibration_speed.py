@@ -39,7 +39,7 @@ from hdrq_deploy.calibrate.placement import Plan, plan_quantizers
 from hdrq_deploy.calibrate.source import load_model
 from hdrq_deploy.files import write_bytes
 from hdrq_deploy.recipe import Options
-from hdrq_deploy.runtime.bench import environment
+from hdrq_deploy.runtime.environment import environment
 from hdrq_deploy.spec import QuantSpec
 
 BATCH = 16

@@ -38,7 +38,7 @@ from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.files import write_bytes
 from hdrq_deploy.merge import merge
 from hdrq_deploy.recipe import Options
-from hdrq_deploy.runtime.bench import environment
+from hdrq_deploy.runtime.environment import environment
 
 # Side of the images.
 MODELS = {

@@ -36,7 +36,8 @@ from hdrq_deploy.errors import HdrqError
 from hdrq_deploy.files import write_bytes
 from hdrq_deploy.merge import Merger, choose_weights
 from hdrq_deploy.merge.reestimate import moved
-from hdrq_deploy.runtime.bench import environment, harmonic_mean
+from hdrq_deploy.runtime.bench import harmonic_mean
+from hdrq_deploy.runtime.environment import environment
 
 MODEL = "hdrq_deploy.calibration_data.models:resnet14"
 DOMAINS = ("handwriting", "photo", "night")

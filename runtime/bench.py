@@ -2,111 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
 
 from ..calibration_data.readers import ImageSet, Wanted, read, relabel
 from ..errors import DataError
-from ..frames import decisions, feed
-from .engine import Engine, load_engine
+from ..frames import feed
+from ..manifest import EngineManifest
+from .accuracy import accuracy
+from .engine import Engine, load_engine, open_engine, read_manifest
+from .environment import Watch, environment, open_nvml
 from .power import Energy, find_meters, measure_energy
+from .results import Accuracy, BenchResult, Latency, harmonic_mean
+from .timing import ROUNDS, Plan, latency, measure, overhead_us, phases, run_offline, speedup
 
 __all__ = [
     "Accuracy",
     "BenchResult",
     "Latency",
+    "Plan",
     "benchmark",
+    "benchmark_all",
     "harmonic_mean",
     "interleaved",
     "measure",
 ]
 
-_BATCH = 64
+Array = npt.NDArray[Any]
+Paths = Sequence[str | os.PathLike[str]]
 # Files of an engine folder that running it does not take.
 _NOT_NEEDED = {"precision.json", "golden.safetensors"}
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Latency(_Frozen):
-    """Times of single calls in ms: one batch of ``batch`` images, array in, array out."""
-
-    p50: float
-    p90: float
-    p99: float
-    mean: float
-    batch: int
-    warmup: int
-    iterations: int
-    samples: tuple[float, ...]
-
-
-class Accuracy(_Frozen):
-    """Top-1 accuracy per domain, 0 to 1, and their harmonic mean."""
-
-    domains: dict[str, float]
-    harmonic_mean: float | None
-    images: dict[str, int]
-
-
-class BenchResult(_Frozen):
-    """``--json`` of hdrq-bench. The schema is ``BenchResult.model_json_schema()``."""
-
-    schema_version: Literal[1] = 1
-    kind: Literal["hdrq-bench"] = "hdrq-bench"
-    created: str
-    engine: str
-    path: str
-    model: str
-    method: str
-    domains: dict[str, float]
-    wbits: int | None
-    abits: int | None
-    size_bytes: int
-    precision: str
-    accuracy: Accuracy | None
-    latency_ms: Latency
-    throughput_images_per_s: float
-    threads: int
-    cpu_per_wall: float
-    energy: Energy | Literal["unavailable"] = "unavailable"
-    environment: dict[str, Any]
-
-
-def harmonic_mean(values: Sequence[float]) -> float:
-    """n / sum(1 / v); 0 when a value is 0.
-
-    >>> round(harmonic_mean([0.951, 0.94]), 4)
-    0.9455
-    """
-    if not values or min(values) <= 0:
-        return 0.0
-    return len(values) / sum(1 / value for value in values)
-
-
-def measure(
-    call: Callable[[], object], times: int, clock_ns: Callable[[], int] = time.perf_counter_ns
-) -> tuple[float, ...]:
-    """Latency of each call in ms."""
-    latencies = []
-    for _ in range(times):
-        start = clock_ns()
-        call()
-        latencies.append((clock_ns() - start) / 1e6)
-    return tuple(latencies)
+_PHASE_CALLS = 100
 
 
 def benchmark(
@@ -114,107 +48,249 @@ def benchmark(
     data: Mapping[str, str | Path] | None = None,
     warmup: int = 10,
     iterations: int = 100,
-    batch: int = 1,
+    batch: int | None = None,
     threads: int = 0,
     skip_corrupt: bool = False,
     energy: bool = False,
+    **more: Any,
 ) -> BenchResult:
-    """Measure one engine.
-
-    Args:
-        path: Engine folder.
-        data: Labelled images of each domain: folder or .npz.
-        warmup: Calls before the clock counts.
-        iterations: Timed calls.
-        batch: Images a call.
-        threads: Threads inside an operator; 0, one per core.
-        skip_corrupt: Leave out images that cannot be decoded.
-        energy: Measure joules per call too, where the device has a meter.
+    """Measure one engine; :func:`benchmark_all` says what each argument is.
 
     Raises:
         EngineError: The engine cannot be loaded or fed.
         DataError: Data cannot be read, have no labels, or do not fit the engine.
     """
-    if warmup < 0 or iterations < 1 or batch < 1:
-        raise DataError(
-            f"found warmup={warmup}, iterations={iterations}, batch={batch}; needed 0, 1, 1 or more"
-        )
-    with load_engine(path, threads=threads) as engine:
-        sets = {
-            name: _labelled(engine, name, where, skip_corrupt)
-            for name, where in (data or {}).items()
-        }
-        x = _timing_input(engine, sets, batch)
-        measure(lambda: engine(x), warmup)
-        cpu, wall = time.process_time(), time.perf_counter()
-        samples = measure(lambda: engine(x), iterations)
-        busy = (time.process_time() - cpu) / (time.perf_counter() - wall)
-        used = None
-        if energy:
-            used = measure_energy(lambda: engine(x), find_meters(), iterations)
-        accuracy = _accuracy(engine, sets) if sets else None
-        manifest = engine.manifest
-    return BenchResult(
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        engine=manifest.engine,
-        path=str(path),
-        model=manifest.model,
-        method=manifest.method,
-        domains=manifest.domains,
-        wbits=manifest.scheme.wbits,
-        abits=manifest.scheme.abits,
-        size_bytes=sum(
-            record.bytes for name, record in manifest.files.items() if name not in _NOT_NEEDED
-        ),
-        precision=manifest.precision,
-        accuracy=accuracy,
-        latency_ms=_latency(samples, batch, warmup),
-        throughput_images_per_s=batch * 1000 / statistics.fmean(samples),
-        threads=engine.threads,
-        cpu_per_wall=busy,
-        energy=used or "unavailable",
-        environment=environment(),
-    )
+    plan = Plan(warmup=warmup, iterations=iterations, batch=batch)
+    plan = more.pop("plan", plan)
+    (result,) = benchmark_all([path], data, plan, threads, skip_corrupt, energy, **more)
+    return result
 
 
-def interleaved(
-    paths: Sequence[str | os.PathLike[str]],
-    x: npt.NDArray[np.float32],
-    warmup: int = 10,
-    iterations: int = 100,
-) -> list[Latency]:
-    """Latencies of several engines called in turn, so that a noisy moment meets them all.
+def benchmark_all(
+    paths: Paths,
+    data: Mapping[str, str | Path] | None = None,
+    plan: Plan | None = None,
+    threads: int = 0,
+    skip_corrupt: bool = False,
+    energy: bool = False,
+    device: str = "auto",
+    cuda_graph: bool = True,
+    reference: str | os.PathLike[str] | None = None,
+) -> list[BenchResult]:
+    """Measure engines, taking turns so that a noisy moment meets them all.
 
-    One thread each: idle thread pools of other engines would disturb a measurement.
+    Args:
+        paths: Engine folders.
+        data: Labelled images of each domain: folder or .npz.
+        plan: Scenario, warm-up, how often, batch.
+        threads: Threads inside an operator; 0, one per core.
+        skip_corrupt: Leave out images that cannot be decoded.
+        energy: Measure joules per call too, where the device has a meter.
+        device: See :func:`load_engine`.
+        cuda_graph: See :func:`load_engine`.
+        reference: Engine that decisions are compared with.
+
+    Raises:
+        EngineError: An engine cannot be loaded or fed.
+        DataError: Data cannot be read, have no labels, or do not fit an engine.
     """
-    engines = [load_engine(path, threads=1) for path in paths]
-    samples: list[list[float]] = [[] for _ in engines]
-    for i in range(warmup + iterations):
-        for engine, mine in zip(engines, samples, strict=True):
-            (time_ms,) = measure(lambda engine=engine: engine(x), 1)  # type: ignore[misc]
-            if i >= warmup:
-                mine.append(time_ms)
-    for engine in engines:
-        engine.close()
-    return [_latency(tuple(mine), len(x), warmup) for mine in samples]
+    plan = plan or Plan()
+    plan.check()
+    how = _How(threads, device, cuda_graph)
+    subjects = [_Subject(Path(path), read_manifest(path), how, plan) for path in paths]
+    for subject in subjects:
+        subject.prepare(data or {}, skip_corrupt)
+    _take_turns(subjects, plan)
+    other = load_engine(reference, device, threads) if reference is not None else None
+    with other or contextlib.nullcontext():
+        results = [subject.result(energy, other) for subject in subjects]
+    return _compared(results, subjects)
 
 
-def _latency(samples: tuple[float, ...], batch: int, warmup: int) -> Latency:
-    p50, p90, p99 = (float(v) for v in np.percentile(samples, [50, 90, 99]))
-    return Latency(
-        p50=p50,
-        p90=p90,
-        p99=p99,
-        mean=statistics.fmean(samples),
-        batch=batch,
-        warmup=warmup,
-        iterations=len(samples),
-        samples=samples,
-    )
+def interleaved(paths: Paths, x: Array, warmup: int = 10, iterations: int = 100) -> list[Latency]:
+    """Latencies of several engines, measured in turn on one thread with one input."""
+    plan = Plan(warmup=warmup, iterations=iterations, batch=len(x))
+    how = _How(threads=1)
+    subjects = [_Subject(Path(path), read_manifest(path), how, plan, x=x) for path in paths]
+    _take_turns(subjects, plan)
+    return [subject.latency for subject in subjects]
 
 
-def _labelled(engine: Engine, name: str, where: str | Path, skip_corrupt: bool) -> ImageSet:
-    manifest = engine.manifest
+@dataclass(frozen=True)
+class _How:
+    """How engines are opened."""
+
+    threads: int = 0
+    device: str = "auto"
+    cuda_graph: bool = True
+
+
+@dataclass
+class _Subject:
+    """An engine that is measured, and what was found so far."""
+
+    path: Path
+    manifest: EngineManifest
+    how: _How
+    plan: Plan
+    x: Array | None = None
+    sets: dict[str, ImageSet] = field(default_factory=dict)
+    rounds: list[tuple[float, ...]] = field(default_factory=list)
+    seconds: float = 0.0
+    watch: Watch = field(default_factory=lambda: Watch(nvml=open_nvml()))
+    _engine: Engine | None = None
+
+    def prepare(self, data: Mapping[str, str | Path], skip_corrupt: bool) -> None:
+        """Read the data and make the input that is timed; errors come before any timing."""
+        self.sets = {
+            name: _labelled(self.manifest, name, where, skip_corrupt)
+            for name, where in data.items()
+        }
+        with self.opened() as engine:
+            self.x = _timing_input(engine, self.sets, self.plan.images(engine))
+
+    @contextlib.contextmanager
+    def opened(self, keep: bool = False) -> Iterator[Engine]:
+        """The engine, loaded; ``keep`` leaves it loaded."""
+        engine = self._engine or open_engine(
+            self.path, self.manifest, self.how.device, self.how.threads, self.how.cuda_graph
+        )
+        self._engine = engine if keep else None
+        try:
+            yield engine
+        finally:
+            if not keep:
+                engine.close()
+
+    def measure(self, queries: int, duration: float, keep: bool) -> None:
+        """One round."""
+        x, plan = self.x, self.plan
+        assert x is not None
+        with self.opened(keep) as engine:
+            measure(lambda: engine(x), plan.warmup if not self.rounds else min(plan.warmup, 3))
+            with self.watch:
+                if plan.scenario == "offline":
+                    samples, seconds = run_offline(engine, x, queries)
+                    while seconds < duration:
+                        more, extra = run_offline(engine, x, queries)
+                        samples, seconds = samples + more, seconds + extra
+                else:
+                    calls = plan.calls(len(x))
+                    samples = measure(_query(engine, x, calls), queries, duration=duration)
+                    seconds = sum(samples) / 1000
+        self.rounds.append(samples)
+        self.seconds += seconds
+
+    @property
+    def medians(self) -> list[float]:
+        """ms of every round."""
+        return [float(np.median(samples)) for samples in self.rounds]
+
+    @property
+    def latency(self) -> Latency:
+        """Of all rounds together."""
+        assert self.x is not None
+        plan, batch = self.plan, len(self.x)
+        what = "one call: array in, array out"
+        if plan.scenario == "multistream":
+            calls = plan.calls(batch)
+            batch *= calls
+            what = f"one query of {batch} images in {calls} call(s): arrays in, arrays out"
+        elif plan.scenario == "offline":
+            what = "one call: array in, array out, two in flight"
+        samples = tuple(v for samples in self.rounds for v in samples)
+        return latency(samples, batch, plan.warmup, what, plan.percentiles)
+
+    def result(self, energy: bool, reference: Engine | None) -> BenchResult:
+        """Everything that is measured beside the latency, and the whole."""
+        x, manifest = self.x, self.manifest
+        assert x is not None
+        times = self.latency
+        used: Energy | None = None
+        with self.opened() as engine:
+            engine(x)
+            parts = phases(
+                engine, _frames(manifest, len(x)), x, min(times.iterations, _PHASE_CALLS)
+            )
+            overhead = overhead_us(engine, x)
+            if energy:
+                used = measure_energy(lambda: engine(x), find_meters(), times.iterations)
+            found = accuracy(engine, self.sets, reference) if self.sets else None
+            threads, device, graph = engine.threads, engine.device, engine.cuda_graph
+        return BenchResult(
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            engine=manifest.engine,
+            path=str(self.path),
+            device=device,
+            model=manifest.model,
+            method=manifest.method,
+            domains=manifest.domains,
+            wbits=manifest.scheme.wbits,
+            abits=manifest.scheme.abits,
+            size_bytes=sum(
+                record.bytes for name, record in manifest.files.items() if name not in _NOT_NEEDED
+            ),
+            precision=manifest.precision,
+            accuracy=found,
+            scenario=self.plan.scenario,
+            latency_ms=times,
+            phases=parts,
+            throughput_images_per_s=times.batch * times.iterations / self.seconds,
+            threads=threads,
+            cpu_per_wall=self.watch.cpu_per_wall,
+            cuda_graph=graph,
+            overhead_us=overhead,
+            energy=used or "unavailable",
+            environment={**environment(device=device), **self.watch.facts()},
+            marks=tuple(self.watch.marks()),
+        )
+
+
+def _take_turns(subjects: Sequence[_Subject], plan: Plan) -> None:
+    """Measure in rounds, another engine first in each.
+
+    Engines of one thread, or on a GPU, stay loaded. The idle threads of others would spin
+    beside the one that is measured, so those are loaded again for every round.
+    """
+    rounds = min(ROUNDS, plan.iterations) if len(subjects) > 1 else 1
+    queries, duration = -(-plan.iterations // rounds), plan.duration / rounds
+    alone = len(subjects) == 1
+    for turn in range(rounds):
+        for i in range(len(subjects)):
+            subject = subjects[(turn + i) % len(subjects)]
+            quiet = subject.how.threads == 1 or subject.manifest.engine not in {"ort", "onnx"}
+            subject.measure(queries, duration, keep=(quiet or alone) and turn + 1 < rounds)
+
+
+def _query(engine: Engine, x: Array, calls: int) -> Any:
+    def query() -> None:
+        for _ in range(calls):
+            engine(x)
+
+    return query
+
+
+def _compared(results: list[BenchResult], subjects: Sequence[_Subject]) -> list[BenchResult]:
+    """Ratios against the first float engine, or the first engine."""
+    if len(subjects) < 2 or len(subjects[0].rounds) < 2:
+        return results
+    floats = [i for i, subject in enumerate(subjects) if subject.manifest.scheme.wbits is None]
+    base = floats[0] if floats else 0
+    per_image = [len(s.x) if s.x is not None else 1 for s in subjects]
+    medians = [[m / n for m in s.medians] for s, n in zip(subjects, per_image, strict=True)]
+    return [
+        result
+        if i == base
+        else result.model_copy(
+            update={"speedup": speedup(medians[i], medians[base], results[base].path)}
+        )
+        for i, result in enumerate(results)
+    ]
+
+
+def _labelled(
+    manifest: EngineManifest, name: str, where: str | Path, skip_corrupt: bool
+) -> ImageSet:
     wanted = Wanted.like(manifest.preprocessing) if manifest.preprocessing else Wanted()
     images = relabel(read(where, wanted, skip_corrupt=skip_corrupt), manifest.classes, where)
     if images.y is None:
@@ -225,88 +301,29 @@ def _labelled(engine: Engine, name: str, where: str | Path, skip_corrupt: bool) 
     return images
 
 
-def _timing_input(engine: Engine, sets: Mapping[str, ImageSet], batch: int) -> npt.NDArray[Any]:
+def _timing_input(engine: Engine, sets: Mapping[str, ImageSet], batch: int) -> Array:
     """Real images where there are any, so that the data's zeros and extremes are real too."""
     if sets:
         x = next(iter(sets.values())).x
         rows = np.ascontiguousarray(x[np.arange(batch) % len(x)])
         return feed(rows, engine.manifest)
-    (port,) = engine.manifest.inputs
-    shape = port.shape
-    if isinstance(shape[0], int) and shape[0] != batch:
-        raise DataError(f"{engine.path}: found --batch {batch}; the engine takes {shape[0]} only")
-    free = [d for d in shape[1:] if isinstance(d, str)]
-    if free:
+    (port,) = engine.inputs
+    free = [d for d in port.shape[1:] if isinstance(d, str)]
+    if free and engine.manifest.preprocessing is None:
         raise DataError(f"{engine.path}: found free dimensions {free}; pass --data to fix them")
-    sides = [d for d in shape[1:] if isinstance(d, int)]
+    shape = engine.input_shape(port, batch)
     rng = np.random.default_rng(0)
     if port.dtype == "uint8":
-        return rng.integers(0, 256, (batch, *sides), np.uint8)
-    return rng.random((batch, *sides), dtype=np.float32)
+        return rng.integers(0, 256, shape, np.uint8)
+    return rng.random(shape, dtype=np.float32)
 
 
-def _accuracy(engine: Engine, sets: Mapping[str, ImageSet]) -> Accuracy:
-    domains = {name: top1(engine, images) for name, images in sets.items()}
-    return Accuracy(
-        domains=domains,
-        harmonic_mean=harmonic_mean(list(domains.values())),
-        images={name: len(images.x) for name, images in sets.items()},
-    )
-
-
-def top1(engine: Engine, images: ImageSet) -> float:
-    """Share of images whose highest output is their label."""
-    assert images.y is not None
-    right = 0
-    fixed = engine.manifest.inputs[0].shape[0]
-    step = fixed if isinstance(fixed, int) else _BATCH
-    for first in range(0, len(images.x), step):
-        rows = images.x[first : first + step]
-        labels = images.y[first : first + step]
-        # An engine of a fixed batch runs the last one filled up.
-        filled = np.resize(rows, (step, *rows.shape[1:])) if isinstance(fixed, int) else rows
-        output = engine(feed(filled, engine.manifest))[: len(rows)]
-        if output.ndim != (1 if output.dtype.kind in "iu" else 2):
-            raise DataError(
-                f"{engine.path}: found outputs of shape {output.shape}; accuracy needs one row "
-                "of class scores, or one label, an image"
-            )
-        if output.ndim == 2 and not 0 <= images.y.min() <= images.y.max() < output.shape[1]:
-            raise DataError(
-                f"found labels {images.y.min()} to {images.y.max()}; the model has "
-                f"{output.shape[1]} classes"
-            )
-        right += int((decisions(output) == labels).sum())
-    return right / len(images.x)
-
-
-def environment() -> dict[str, Any]:
-    """What a reader needs to judge or repeat the figures."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        **{
-            name: _version(name)
-            for name in ("hdrq-deploy", "onnxruntime", "onnx", "numpy", "safetensors")
-        },
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
+def _frames(manifest: EngineManifest, batch: int) -> list[Array] | None:
+    """Frames as a camera gives them: 1.5 times the size of the network's input."""
+    p = manifest.preprocessing
+    if p is None:
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    rng = np.random.default_rng(0)
+    sides = (p.height * 3 // 2, p.width * 3 // 2)
+    shape = sides if p.channels == 1 else (*sides, p.channels)
+    return [rng.integers(0, 256, shape, np.uint8) for _ in range(batch)]

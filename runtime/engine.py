@@ -101,6 +101,7 @@ class Engine(ABC):
 
     def __init__(self, path: Path, manifest: EngineManifest, threads: int, device: str) -> None:
         self.path, self.manifest, self.threads, self.device = path, manifest, threads, device
+        self._wanted = {port.name for port in manifest.inputs}
         self._closed = False
         self._worker: ThreadPoolExecutor | None = None
         self._guard = threading.Lock()
@@ -192,7 +193,7 @@ class Engine(ABC):
     def warm_up(self, times: int = 3, batch: int | None = None) -> None:
         """Run on zeros, so that buffers, kernels and CUDA graphs of this batch are there."""
         feeds = {
-            port.name: np.zeros(self._shape(port, batch), DTYPES.get(port.dtype, np.float32))
+            port.name: np.zeros(self.input_shape(port, batch), DTYPES.get(port.dtype, np.float32))
             for port in self.inputs
         }
         for _ in range(times):
@@ -242,7 +243,7 @@ class Engine(ABC):
     def _checked(self, x: Any) -> Feeds:
         self._open()
         feeds = dict(x) if isinstance(x, Mapping) else {self.inputs[0].name: x}
-        wanted = {port.name for port in self.inputs}
+        wanted = self._wanted
         if feeds.keys() != wanted:
             raise EngineError(
                 f"{self.path}: found inputs {', '.join(map(str, feeds)) or 'none'}; needed "
@@ -252,7 +253,8 @@ class Engine(ABC):
             check_input(feeds[port.name], port, self.path)
         return feeds
 
-    def _shape(self, port: Port, batch: int | None) -> tuple[int, ...]:
+    def input_shape(self, port: Port, batch: int | None = None) -> tuple[int, ...]:
+        """Shape of an input of ``batch`` images, free sides as in the preprocessing."""
         first, *rest = port.shape
         sides = [d for d in rest if isinstance(d, int)]
         if len(sides) != len(rest):
@@ -301,7 +303,7 @@ def check_input(x: Any, port: Port, where: object) -> None:
         isinstance(want, str) or want == got for want, got in zip(port.shape, shape, strict=True)
     )
     # PyTorch's and CuPy's dtypes end in NumPy's name.
-    same = str(x.dtype).rsplit(".", 1)[-1] == dtype.name
+    same = x.dtype == dtype if not gpu else str(x.dtype).rsplit(".", 1)[-1] == dtype.name
     if not same or not fits or shape[0] == 0:
         raise EngineError(
             f"{where}: found an input of shape {shape}, {x.dtype}; needed "

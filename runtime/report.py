@@ -1,17 +1,20 @@
-"""One HTML file with table and plots; works offline, in print and on a phone."""
+"""One HTML file with tables and plots; works offline, in print and on a phone."""
 
 from __future__ import annotations
 
+import csv
 import html
 import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..errors import EngineError
-from .bench import BenchResult
+from .results import BenchResult
 
-__all__ = ["need_matplotlib", "page", "table"]
+__all__ = ["csv_text", "did_it_pay", "need_matplotlib", "page", "table"]
+
+Rows = Sequence[tuple[str, BenchResult]]
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;
@@ -20,8 +23,11 @@ h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%}
 th,td{padding:.35rem .45rem;text-align:right;border-bottom:1px solid #d8dee6;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}th{background:#f2f5f9}
+.scroll.facts td{white-space:normal}.scroll svg{min-width:34rem}
 svg{max-width:100%;height:auto}small,footer{color:#5b6675}
-@media print{body{margin:0}}
+.mark{background:#fdeceb;border-left:4px solid #c0392b;padding:.4rem .7rem;margin:.5rem 0}
+@media print{body{margin:0;max-width:none;font-size:11px}.scroll{overflow:visible}
+.scroll svg{min-width:0}th,td{white-space:normal}h2{break-after:avoid}svg,table{break-inside:avoid}}
 """
 
 
@@ -31,9 +37,13 @@ def need_matplotlib() -> None:
         raise EngineError("--html draws with matplotlib: pip install 'hdrq-deploy[report]'")
 
 
-def table(rows: Sequence[tuple[str, BenchResult]]) -> tuple[list[str], list[list[str]]]:
+def _domains(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(d for _, r in rows if r.accuracy for d in r.accuracy.domains))
+
+
+def table(rows: Rows) -> tuple[list[str], list[list[str]]]:
     """Header and cells: accuracy per domain, harmonic mean, size, latency, precision."""
-    domains = list(dict.fromkeys(d for _, r in rows if r.accuracy for d in r.accuracy.domains))
+    domains = _domains(rows)
     header = ["model", *domains, "harmonic mean", "size KB", "median ms", "executed"]
     cells = []
     for name, result in rows:
@@ -56,9 +66,144 @@ def table(rows: Sequence[tuple[str, BenchResult]]) -> tuple[list[str], list[list
     return header, cells
 
 
+def phase_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """Median ms of every phase, of the call and of the harness itself."""
+    phases = list(dict.fromkeys(p for _, r in rows for p in r.phases))
+    percentiles = list(dict.fromkeys(p for _, r in rows for p in r.latency_ms.percentiles))
+    header = [
+        "model",
+        *(p.replace("_", " ") for p in phases),
+        "call p50",
+        "p90",
+        "p99",
+        *(f"p{p}" for p in percentiles),
+        "images/s",
+        "threads used",
+        "harness us",
+    ]
+    cells = []
+    for name, r in rows:
+        times = r.latency_ms
+        cells.append(
+            [
+                name,
+                *(f"{r.phases[p].p50:.3f}" if p in r.phases else "-" for p in phases),
+                *(f"{v:.3f}" for v in (times.p50, times.p90, times.p99)),
+                *(
+                    f"{times.percentiles[p]:.3f}" if p in times.percentiles else "-"
+                    for p in percentiles
+                ),
+                f"{r.throughput_images_per_s:.0f}",
+                f"{r.cpu_per_wall:.2f}",
+                "-" if r.overhead_us is None else f"{r.overhead_us:.1f}",
+            ]
+        )
+    return header, cells
+
+
+def accuracy_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """What lies behind the accuracy of every domain."""
+    header = ["model", "domain", "images", "metric", "value", "top-5", "pixels", "worst class"]
+    header += ["calibration error", "decisions changed"]
+    cells = []
+
+    def shown(values: dict[str, float] | None, domain: str) -> str:
+        return "-" if values is None else f"{100 * values[domain]:.1f}"
+
+    for name, result in rows:
+        found = result.accuracy
+        for domain in found.domains if found else ():
+            assert found is not None
+            classes = {k: v for k, v in found.per_class.get(domain, {}).items() if v is not None}
+            worst = min(classes, key=lambda k: classes[k]) if classes else None
+            cells.append(
+                [
+                    name,
+                    domain,
+                    str(found.images[domain]),
+                    {"top1": "top-1", "miou": "mIoU"}[found.metric],
+                    shown(found.domains, domain),
+                    shown(found.top5, domain),
+                    shown(found.pixel_accuracy, domain),
+                    "-" if worst is None else f"{worst} {100 * classes[worst]:.1f}",
+                    shown(found.calibration_error, domain),
+                    shown(found.decision_flips, domain),
+                ]
+            )
+    return header, cells
+
+
+def did_it_pay(rows: Rows) -> list[str]:
+    """One sentence an engine: is it faster than the base, how much smaller, what it cost."""
+    by_path = {result.path: (name, result) for name, result in rows}
+    found = []
+    for name, result in rows:
+        gain = result.speedup
+        if gain is None:
+            continue
+        base_name, base = by_path.get(gain.against, (gain.against, None))
+        if gain.verdict == "no difference shown":
+            speed = (
+                f"no difference in speed shown ({gain.low:.2f} to {gain.high:.2f} times as fast)"
+            )
+        else:
+            speed = (
+                f"{gain.ratio:.2f} times as fast as {base_name} "
+                f"({gain.low:.2f} to {gain.high:.2f}, 95% over {gain.rounds} rounds)"
+            )
+        parts = [speed]
+        if base is not None:
+            parts.append(f"{base.size_bytes / result.size_bytes:.1f} times smaller")
+            parts += _accuracy_change(base, result)
+        verdict = ""
+        if base is not None and base.wbits is None and result.wbits is not None:
+            paid = gain.verdict == "faster"
+            verdict = "quantization paid: " if paid else "quantization did not pay in speed: "
+        found.append(f"{name}: {verdict}{', '.join(parts)}")
+    return found
+
+
+def _accuracy_change(base: BenchResult, result: BenchResult) -> Iterator[str]:
+    first, second = base.accuracy, result.accuracy
+    if first is None or second is None or first.domains.keys() != second.domains.keys():
+        return
+    if first.harmonic_mean is not None and second.harmonic_mean is not None:
+        change = 100 * (second.harmonic_mean - first.harmonic_mean)
+        worst = min(first.domains, key=lambda d: second.domains[d] - first.domains[d])
+        loss = 100 * (second.domains[worst] - first.domains[worst])
+        yield f"harmonic mean {change:+.1f} points (worst: {worst} {loss:+.1f})"
+
+
+def csv_text(rows: Rows) -> str:
+    """One line an engine; times in ms, shares 0 to 1."""
+    domains = _domains(rows)
+    text = io.StringIO()
+    columns = ["name", "path", "engine", "device", "scenario", "batch", "threads", "wbits", "abits"]
+    columns += ["size_bytes", "p50_ms", "p90_ms", "p99_ms", "mean_ms", "images_per_s"]
+    phases = list(dict.fromkeys(p for _, r in rows for p in r.phases))
+    columns += [f"{p}_p50_ms" for p in phases]
+    columns += ["metric", *(f"accuracy_{d}" for d in domains), "harmonic_mean"]
+    columns += ["speedup", "speedup_low", "speedup_high", "joules_per_call", "precision", "marks"]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for name, r in rows:
+        times, accuracy, gain = r.latency_ms, r.accuracy, r.speedup
+        line: list[Any] = [name, r.path, r.engine, r.device, r.scenario, times.batch, r.threads]
+        line += [r.wbits, r.abits, r.size_bytes, times.p50, times.p90, times.p99, times.mean]
+        line += [r.throughput_images_per_s]
+        line += [r.phases[p].p50 if p in r.phases else None for p in phases]
+        line += [accuracy.metric if accuracy else None]
+        line += [accuracy.domains.get(d) if accuracy else None for d in domains]
+        line += [accuracy.harmonic_mean if accuracy else None]
+        line += [gain.ratio, gain.low, gain.high] if gain else [None] * 3
+        line += [None if isinstance(r.energy, str) else r.energy.joules_per_inference]
+        writer.writerow([*line, r.precision, "; ".join(r.marks)])
+    return text.getvalue()
+
+
 def page(
     title: str,
-    rows: Sequence[tuple[str, BenchResult]],
+    rows: Rows,
     header: Sequence[str] | None = None,
     cells: Sequence[Sequence[str]] | None = None,
     note: str = "",
@@ -67,27 +212,52 @@ def page(
     if header is None or cells is None:
         header, cells = table(rows)
     first = rows[0][1]
+    times = first.latency_ms
+    answers = did_it_pay(rows)
+    metric = "mIoU" if first.accuracy and first.accuracy.metric == "miou" else "top-1 accuracy"
     body = [
         f"<h1>{html.escape(title)}</h1>",
         f"<p>{html.escape(note)}</p>" if note else "",
-        "<p>Accuracy in %. Latency: one call, array in, array out, batch "
-        f"{first.latency_ms.batch}, {first.threads} thread(s), {first.latency_ms.warmup} warm-up "
-        f"and {first.latency_ms.iterations} timed calls.</p>",
+        *(
+            f"<p class=mark>{html.escape(name)}: {html.escape(mark)}</p>"
+            for name, result in rows
+            for mark in result.marks
+        ),
+        f"<p>{metric} in %. Latency: {html.escape(times.what)}; batch {times.batch}, scenario "
+        f"{first.scenario}, {html.escape(first.device)}, {first.threads} thread(s), {times.warmup} "
+        f"warm-up and {times.iterations} timed.</p>",
         _html_table(header, cells),
+        *(["<h2>Did quantization pay?</h2>", _list(answers)] if answers else []),
         "<h2>Accuracy per domain</h2>",
         _svg(_plot_accuracy, rows),
+        _html_table(*accuracy_table(rows)) if _domains(rows) else "",
         "<h2>Latency</h2>",
         _svg(_plot_latency, rows),
+        _svg(_plot_distribution, rows),
+        "<h2>Phases</h2><p>Median ms of each part, measured in calls of their own; the "
+        "harness itself takes the last column.</p>",
+        _html_table(*phase_table(rows)),
         "<h2>Accuracy, latency and size</h2>",
         _svg(_plot_trade, rows),
+        "<h2>Executed precision</h2>",
+        _html_table(
+            ["model", "engine", "what its layers execute"],
+            [[name, r.engine, r.precision] for name, r in rows],
+        ),
         "<h2>Environment</h2>",
         _html_table(
             ["item", "value"],
             [
                 ["measured", first.created],
-                ["CPU time / wall time", f"{first.cpu_per_wall:.2f}"],
-                *[[k, str(v)] for k, v in first.environment.items()],
+                ["threads used (CPU time / wall time)", f"{first.cpu_per_wall:.2f}"],
+                ["CUDA graph", first.cuda_graph or "no GPU"],
+                *[
+                    [k.replace("_", " "), str(v)]
+                    for k, v in first.environment.items()
+                    if v is not None
+                ],
             ],
+            "facts",
         ),
     ]
     return (
@@ -99,15 +269,19 @@ def page(
     )
 
 
-def _html_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+def _list(lines: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+
+
+def _html_table(header: Sequence[str], cells: Sequence[Sequence[str]], kind: str = "") -> str:
     head = "".join(f"<th>{html.escape(c)}</th>" for c in header)
     rows = "".join(
         "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in cells
     )
-    return f"<div class=scroll><table><tr>{head}</tr>{rows}</table></div>"
+    return f"<div class='scroll {kind}'><table><tr>{head}</tr>{rows}</table></div>"
 
 
-def _svg(draw: Any, rows: Sequence[tuple[str, BenchResult]]) -> str:
+def _svg(draw: Callable[[Any, Rows], bool], rows: Rows) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -117,11 +291,12 @@ def _svg(draw: Any, rows: Sequence[tuple[str, BenchResult]]) -> str:
         return "<p>No accuracy was measured.</p>"
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    drawn = text.getvalue()
+    return f"<div class=scroll>{drawn[drawn.index('<svg') :]}</div>"
 
 
-def _plot_accuracy(axes: Any, rows: Sequence[tuple[str, BenchResult]]) -> bool:
-    domains = list(dict.fromkeys(d for _, r in rows if r.accuracy for d in r.accuracy.domains))
+def _plot_accuracy(axes: Any, rows: Rows) -> bool:
+    domains = _domains(rows)
     if not domains:
         return False
     height = 0.8 / len(domains)
@@ -136,12 +311,12 @@ def _plot_accuracy(axes: Any, rows: Sequence[tuple[str, BenchResult]]) -> bool:
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_xlabel("top-1 accuracy, % (black line: harmonic mean)")
+    axes.set_xlabel("accuracy, % (black line: harmonic mean)")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return True
 
 
-def _plot_latency(axes: Any, rows: Sequence[tuple[str, BenchResult]]) -> bool:
+def _plot_latency(axes: Any, rows: Rows) -> bool:
     samples = [result.latency_ms.samples for _, result in rows]
     places = list(range(len(rows)))
     axes.boxplot(
@@ -150,24 +325,52 @@ def _plot_latency(axes: Any, rows: Sequence[tuple[str, BenchResult]]) -> bool:
     axes.set_yticks(places, [name for name, _ in rows])
     axes.invert_yaxis()
     axes.set_xlim(left=0)
-    axes.set_xlabel("latency of one call, ms (box: quartiles, whiskers: 5 to 95%)")
+    axes.set_xlabel("latency, ms (box: quartiles, whiskers: 5 to 95%)")
     return True
 
 
-def _plot_trade(axes: Any, rows: Sequence[tuple[str, BenchResult]]) -> bool:
-    shown = [
-        (name, r, 100 * r.accuracy.harmonic_mean)
-        for name, r in rows
-        if r.accuracy and r.accuracy.harmonic_mean is not None
-    ]
+def _plot_distribution(axes: Any, rows: Rows) -> bool:
+    for name, result in rows:
+        samples = sorted(result.latency_ms.samples)
+        shares = [(i + 1) / len(samples) for i in range(len(samples))]
+        axes.step(samples, shares, where="post", label=name, lw=1.2)
+    for share in (0.5, 0.9, 0.99):
+        axes.axhline(share, color="0.85", lw=0.8, zorder=0)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.set_ylim(0, 1.02)
+    axes.set_yticks([0, 0.5, 0.9, 0.99], ["0", "p50", "p90", "p99"])
+    axes.set_xlabel("latency, ms")
+    axes.set_ylabel("share of calls below")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    return True
+
+
+def _plot_trade(axes: Any, rows: Rows) -> bool:
+    shown = [(name, r, r.accuracy) for name, r in rows if r.accuracy]
     if not shown:
         return False
     largest = max(r.size_bytes for _, r, _ in shown)
-    for name, result, mean in shown:
-        area = 40 + 500 * result.size_bytes / largest
-        axes.scatter(result.latency_ms.p50, mean, s=area, alpha=0.6, label=name)
+    colours: dict[str, Any] = {}
+    markers = dict(zip(_domains(rows), "osv^DPX*<>" * 10, strict=False))
+    for name, result, accuracy in shown:
+        area = 30 + 300 * result.size_bytes / largest
+        for domain, value in accuracy.domains.items():
+            dots = axes.scatter(
+                result.latency_ms.p50,
+                100 * value,
+                s=area,
+                alpha=0.6,
+                marker=markers[domain],
+                color=colours.get(name),
+                label=name if name not in colours else None,
+            )
+            colours.setdefault(name, dots.get_facecolor()[0])
     axes.set_xlabel("median latency, ms")
-    axes.set_ylabel("harmonic mean accuracy, %")
+    axes.set_ylabel("accuracy of a domain, %")
+    for domain, marker in markers.items():
+        axes.scatter([], [], marker=marker, color="0.4", label=domain)
     legend = axes.legend(
         loc="upper left", bbox_to_anchor=(1, 1), frameon=False, title="area: size on disk"
     )

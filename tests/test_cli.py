@@ -67,8 +67,9 @@ def test_the_path_from_checkpoints_to_a_report(
     assert len(raw) == 20
     assert result.latency_ms.p90 == pytest.approx(np.percentile(raw, 90))
     page = out[1].read_text()
-    # One file: three plots inside, nothing fetched from elsewhere.
-    assert page.count("<svg") == 3
+    # One file: the plots inside, nothing fetched from elsewhere.
+    assert page.count("<svg") == 4
+    assert {"preprocess", "compute", "end_to_end"} <= result.phases.keys()
     assert not re.search(r'(src|href)="(?!#)', page)
     assert verify.main([merged, engine, "--torch", "--data", data[0], "--max-flips", "0.2"]) == 0
     capsys.readouterr()

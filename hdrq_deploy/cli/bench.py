@@ -6,36 +6,72 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
+from ..errors import CheckFailed, HdrqError
 from ..files import write_bytes
-from ..runtime import benchmark
+from ..runtime.bench import benchmark_all
 from ..runtime.power import Energy
-from ..runtime.report import need_matplotlib, page, table
+from ..runtime.report import csv_text, did_it_pay, need_matplotlib, page, phase_table, table
+from ..runtime.results import BenchResult, Scenario
+from ..runtime.timing import Plan
 from .common import named, parser, run
 
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = parser("hdrq-bench", "Measure engines: latency, and accuracy per domain.")
-    p.add_argument("engines", nargs="+", help="engine folders from hdrq-export")
+    p = parser(
+        "hdrq-bench",
+        "Measure engines: latency and its phases, accuracy per domain. Several engines take "
+        "turns, and are compared with the first float one.",
+    )
+    p.add_argument("engines", nargs="*", help="engine folders from hdrq-export")
     p.add_argument(
         "--data", nargs="+", default=[], metavar="NAME=PATH", help="labelled images of each domain"
     )
-    p.add_argument("--warmup", type=int, default=10, help="calls before the clock counts")
-    p.add_argument("--iterations", type=int, default=100, help="timed calls")
-    p.add_argument("--batch", type=int, default=1, help="images per call")
-    p.add_argument("--threads", type=int, default=0, help="0: one per core")
-    p.add_argument(
+    p.add_argument("--reference", help="engine whose decisions these are compared with")
+    p.add_argument("--skip-corrupt", action="store_true", help="leave out broken images")
+    how = p.add_argument_group("how it is measured")
+    how.add_argument(
+        "--scenario",
+        choices=get_args(Scenario),
+        default="singlestream",
+        help="MLPerf's: query after query of one sample, or of --streams; or all at once",
+    )
+    how.add_argument("--streams", type=int, default=8, help="samples in a multistream query")
+    how.add_argument("--warmup", type=int, default=10, help="calls before the clock counts")
+    how.add_argument("--iterations", type=int, default=100, help="timed queries, at least")
+    how.add_argument("--duration", type=float, default=0.0, help="seconds timed, at least")
+    how.add_argument(
+        "--batch",
+        type=int,
+        help="images per call (default: 1; multistream: the streams; offline: 32)",
+    )
+    how.add_argument(
+        "--percentiles", type=float, nargs="+", default=[], help="beside 50, 90 and 99"
+    )
+    how.add_argument("--threads", type=int, default=0, help="0: one per core")
+    how.add_argument("--device", default="auto", help="auto, cpu, cuda[:N], tensorrt[:N]")
+    how.add_argument("--no-cuda-graph", action="store_true", help="enqueue work call by call")
+    how.add_argument(
         "--energy",
         action="store_true",
         help="joules per call, idle subtracted (RAPL, INA3221 or NVML)",
     )
-    p.add_argument("--skip-corrupt", action="store_true", help="leave out broken images")
-    p.add_argument("--json", type=Path, help="write the result (a list for several engines)")
-    p.add_argument("--html", type=Path, help="write a report, one file")
+    how.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse a run (exit code 3, nothing written) that was throttled, changed its clock "
+        "or had a noisy neighbour",
+    )
+    out = p.add_argument_group("what is written")
+    out.add_argument("--json", type=Path, help="the result (a list for several engines)")
+    out.add_argument("--csv", type=Path, help="one line an engine")
+    out.add_argument("--html", type=Path, help="a report, one file")
+    out.add_argument("--schema", action="store_true", help="print the JSON schema and stop")
     return p
 
 
@@ -45,34 +81,80 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run("hdrq-bench", lambda: _bench(args))
 
 
+def schema() -> str:
+    """The JSON schema of one result."""
+    return json.dumps(BenchResult.model_json_schema(), indent=1) + "\n"
+
+
 def _bench(args: argparse.Namespace) -> int:
+    if args.schema:
+        print(schema(), end="")
+        return 0
+    if not args.engines:
+        raise HdrqError("found no engine; needed one or more folders from hdrq-export")
     if args.html:
         need_matplotlib()
-    data = named(args.data)
-    rows = []
-    for engine in args.engines:  # one session alive at a time: idle pools disturb each other
-        result = benchmark(
-            engine,
-            data,
-            args.warmup,
-            args.iterations,
-            args.batch,
-            args.threads,
-            args.skip_corrupt,
-            args.energy,
+    plan = Plan(
+        args.scenario,
+        args.warmup,
+        args.iterations,
+        args.duration,
+        args.batch,
+        args.streams,
+        tuple(args.percentiles),
+    )
+    results = benchmark_all(
+        args.engines,
+        named(args.data),
+        plan,
+        args.threads,
+        args.skip_corrupt,
+        args.energy,
+        args.device,
+        not args.no_cuda_graph,
+        args.reference,
+    )
+    rows = list(zip(_names(args.engines), results, strict=True))
+    _show(rows, args.energy)
+    marks = [f"{name}: {mark}" for name, result in rows for mark in result.marks]
+    if marks and args.strict:
+        raise CheckFailed(
+            f"found {'; '.join(marks)}; needed an undisturbed run for --strict: stop other work, "
+            "fix the clock, let the device cool, and measure again"
         )
-        rows.append((Path(engine).name or str(engine), result))
+    _write(args, rows)
+    return 0
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """Names of the folders, or whole paths where those are not different."""
+    names = [Path(path).name or path for path in paths]
+    return names if len(set(names)) == len(names) else list(paths)
+
+
+def _show(rows: list[tuple[str, BenchResult]], energy: bool) -> None:
+    times = rows[0][1].latency_ms
     print_table(*table(rows))
-    if args.energy:
-        for name, result in rows:
+    print(f"\nmedian ms: {times.what}, batch {times.batch}; phases in calls of their own:")
+    print_table(*phase_table(rows))
+    for line in did_it_pay(rows):
+        print(line)
+    for name, result in rows:
+        if energy:
             print(f"{name}: energy {_energy(result.energy)}")
+        for mark in result.marks:
+            print(f"{name}: doubtful, {mark}")
+
+
+def _write(args: argparse.Namespace, rows: list[tuple[str, BenchResult]]) -> None:
     if args.json:
         results = [json.loads(result.model_dump_json()) for _, result in rows]
         text = json.dumps(results[0] if len(results) == 1 else results, indent=1) + "\n"
         write_bytes(args.json, text.encode())
+    if args.csv:
+        write_bytes(args.csv, csv_text(rows).encode())
     if args.html:
         write_bytes(args.html, page("hdrq-bench", rows).encode())
-    return 0
 
 
 def _energy(found: Energy | str) -> str:
@@ -98,4 +180,4 @@ def print_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
     Console(width=max(console.width, 160) if not console.is_terminal else None).print(made)
 
 
-__all__ = ["arguments", "main", "print_table"]
+__all__ = ["arguments", "main", "print_table", "schema"]

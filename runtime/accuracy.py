@@ -1,0 +1,207 @@
+"""How right an engine is: classes of images, or of every pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..calibration_data.readers import ImageSet
+from ..errors import DataError
+from ..frames import decisions, feed
+from .engine import Engine
+from .images import enlarge, softmax
+from .results import Accuracy, harmonic_mean
+
+__all__ = ["IGNORE", "accuracy", "confusion"]
+
+Array = npt.NDArray[Any]
+IGNORE = 255  # the label of pixels that nobody is asked about
+_BATCH, _BINS, _TOP = 64, 15, 5
+
+
+@dataclass
+class _Counts:
+    """What the images of one domain add up to."""
+
+    classes: int = 0
+    table: Array = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    top5: int = 0
+    images: int = 0
+    flips: int = 0
+    decided: int = 0
+    # Of every bin of confidence: images, right ones, sum of confidences.
+    bins: Array = field(default_factory=lambda: np.zeros((3, _BINS)))
+    scored: bool = True
+
+
+def accuracy(
+    engine: Engine,
+    sets: Mapping[str, ImageSet],
+    reference: Engine | None = None,
+) -> Accuracy:
+    """Run an engine over the labelled images of each domain.
+
+    Args:
+        engine: A classifier (scores (N, classes) or labels (N,)) or a segmentation engine
+            (scores (N, classes, h, w) or labels (N, h, w); scores are brought to the labels'
+            size first).
+        sets: Images and labels by domain.
+        reference: Another engine whose decisions are compared.
+
+    Raises:
+        DataError: Labels out of range or of another form than the engine's answers.
+    """
+    counts = {name: _count(engine, images, name, reference) for name, images in sets.items()}
+    pixels = {images.y.ndim == 3 for images in sets.values() if images.y is not None} == {True}
+    names = engine.manifest.classes
+    scored = all(count.scored for count in counts.values())
+    per_class = {d: _per_class(c.table, pixels) for d, c in counts.items()}
+    domains = {
+        d: _mean(per_class[d]) if pixels else float(np.trace(c.table) / c.table.sum())
+        for d, c in counts.items()
+    }
+    ranked = scored and not pixels
+    return Accuracy(
+        metric="miou" if pixels else "top1",
+        domains=domains,
+        harmonic_mean=harmonic_mean(list(domains.values())),
+        images={d: c.images for d, c in counts.items()},
+        per_class={
+            d: {names[i] if names and i < len(names) else str(i): v for i, v in enumerate(values)}
+            for d, values in per_class.items()
+        },
+        top5={d: c.top5 / c.images for d, c in counts.items()}
+        if ranked and all(c.classes > _TOP for c in counts.values())
+        else None,
+        pixel_accuracy={d: float(np.trace(c.table) / c.table.sum()) for d, c in counts.items()}
+        if pixels
+        else None,
+        calibration_error={d: _calibration_error(c) for d, c in counts.items()} if ranked else None,
+        decision_flips={d: c.flips / c.decided for d, c in counts.items()} if reference else None,
+        reference=str(reference.path) if reference else None,
+    )
+
+
+def confusion(labels: Array, found: Array, classes: int) -> Array:
+    """(classes, classes) counts: row is the label, column what was found; IGNORE is left out."""
+    known = labels != IGNORE
+    pairs = labels[known].astype(np.int64) * classes + found[known]
+    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+
+def _count(engine: Engine, images: ImageSet, name: str, reference: Engine | None) -> _Counts:
+    assert images.y is not None
+    counts = _Counts()
+    step = _step(engine)
+    for first in range(0, len(images.x), step):
+        rows = images.x[first : first + step]
+        labels = images.y[first : first + step]
+        output = _run(engine, rows, step)
+        found = _decide(output, labels, engine, name)
+        if not counts.classes:
+            counts.classes = _classes(output, images.y, engine)
+            counts.table = np.zeros((counts.classes, counts.classes), np.int64)
+        _check_labels(labels, counts.classes, name)
+        counts.table += confusion(labels, np.minimum(found, counts.classes - 1), counts.classes)
+        counts.images += len(rows)
+        counts.scored &= output.dtype.kind == "f"
+        if output.ndim == 2 and output.dtype.kind == "f":
+            _score(counts, output, labels, engine.manifest.postprocess == "softmax")
+        if reference is not None:
+            other = _decide(_run(reference, rows, step), labels, reference, name)
+            counts.flips += int((other != found).sum())
+            counts.decided += found.size
+    return counts
+
+
+def _step(engine: Engine) -> int:
+    fixed = engine.inputs[0].shape[0]
+    if isinstance(fixed, int):
+        return fixed
+    # Scores of whole images are large: some 256 MB of them at a time.
+    output = engine.outputs[0].shape
+    if len(output) < 3:
+        return _BATCH
+    sides = [d if isinstance(d, int) else 512 for d in output[1:]]
+    return int(np.clip((1 << 26) // np.prod(sides), 1, 16))
+
+
+def _run(engine: Engine, rows: Array, step: int) -> Array:
+    """Outputs of the rows; an engine of a fixed batch runs a last one filled up."""
+    fixed = engine.inputs[0].shape[0]
+    size = fixed if isinstance(fixed, int) else len(rows)
+    parts = []
+    for first in range(0, len(rows), size):
+        some = rows[first : first + size]
+        filled = np.resize(some, (size, *rows.shape[1:]))
+        parts.append(engine(feed(filled, engine.manifest))[: len(some)])
+    return np.concatenate(parts)
+
+
+def _decide(output: Array, labels: Array, engine: Engine, name: str) -> Array:
+    """Classes in the form of the labels."""
+    pixels = labels.ndim == 3
+    if output.ndim - (output.dtype.kind == "f") != (3 if pixels else 1):
+        raise DataError(
+            f"{engine.path}: found outputs of shape {output.shape} for labels of shape "
+            f"{labels.shape} in {name}; needed one row of class scores (or one label) an image, or "
+            "for labels (N, H, W) a map of them"
+        )
+    if not pixels or output.shape[-2:] == labels.shape[1:]:
+        return decisions(output)
+    if output.dtype.kind in "iu":
+        raise DataError(
+            f"{engine.path}: found label maps of {output.shape[1:]} for labels of "
+            f"{labels.shape[1:]} in {name}; export without --postprocess argmax"
+        )
+    size = (labels.shape[1], labels.shape[2])
+    return np.stack([enlarge(row, size).argmax(0) for row in output])
+
+
+def _classes(output: Array, labels: Array, engine: Engine) -> int:
+    if output.dtype.kind == "f":
+        return int(output.shape[1])
+    if engine.manifest.classes:
+        return len(engine.manifest.classes)
+    return int(max(labels[labels != IGNORE].max(initial=0), output.max())) + 1
+
+
+def _check_labels(labels: Array, classes: int, name: str) -> None:
+    known = labels[labels != IGNORE] if labels.ndim == 3 else labels
+    if len(known) and not 0 <= known.min() <= known.max() < classes:
+        raise DataError(
+            f"{name}: found labels {known.min()} to {known.max()}; the model has {classes} classes"
+            + (f" (and {IGNORE} for pixels to leave out)" if labels.ndim == 3 else "")
+        )
+
+
+def _score(counts: _Counts, output: Array, labels: Array, probabilities: bool) -> None:
+    shares = output if probabilities else softmax(output)
+    if output.shape[1] > _TOP:
+        best = np.argpartition(-output, _TOP, axis=1)[:, :_TOP]
+        counts.top5 += int((best == labels[:, None]).any(1).sum())
+    sure, right = shares.max(1), output.argmax(1) == labels
+    # The first bin is closed below; a confidence of 1 belongs to the last.
+    where = np.clip(np.ceil(sure * _BINS).astype(int) - 1, 0, _BINS - 1)
+    for row, weights in enumerate((np.ones(len(sure)), right.astype(float), sure)):
+        counts.bins[row] += np.bincount(where, weights, _BINS)
+
+
+def _calibration_error(counts: _Counts) -> float:
+    images, right, sure = counts.bins
+    return float(np.abs(right - sure).sum() / images.sum())
+
+
+def _per_class(table: Array, pixels: bool) -> list[float | None]:
+    hits, labelled, found = np.diag(table), table.sum(1), table.sum(0)
+    whole = labelled + found - hits if pixels else labelled
+    return [float(h / w) if w else None for h, w in zip(hits, whole, strict=True)]
+
+
+def _mean(values: list[float | None]) -> float:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else 0.0
