@@ -7,14 +7,17 @@ the background, and swaps it in between two frames. Every output comes from exac
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
@@ -22,17 +25,20 @@ from safetensors import SafetensorError
 
 from .bundle import Bundle
 from .errors import EngineError, HdrqError, MergeError
-from .exporters import GraphOptions
+from .exporters import GraphOptions, export
 from .exporters.export import lowered, port_of
+from .exporters.options import BuildOptions
 from .manifest import Port
 from .merge import Merger, choose_weights
-from .runtime.engine import check_input
+from .runtime.engine import check_input, load_engine
 from .runtime.ort import session_options
+from .runtime.tensorrt import LIBRARIES, TensorRtEngine
 
 __all__ = ["Adapted", "DomainMixer", "Output"]
 
 Array = npt.NDArray[Any]
 Mix = tuple[float, ...]
+_PATIENCE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,42 @@ class Adapted:
     present: float
 
 
-@dataclass
+class _Runs(Protocol):
+    """An engine of one mix."""
+
+    @property
+    def port(self) -> Port:
+        """Its input."""
+        ...
+
+    def __call__(self, x: Array) -> Array:
+        """Outputs of a batch that was checked."""
+        ...
+
+    def close(self) -> None:
+        """Free it."""
+        ...
+
+
+class _Builder(Protocol):
+    """Makes engines of one kind."""
+
+    def make(self, mix: Mix, spare: _Runs | None) -> _Runs:
+        """The engine of a mix; ``spare`` is one that nobody needs and that may become it."""
+        ...
+
+    def close(self) -> None:
+        """Remove what building left."""
+        ...
+
+
+@dataclass(eq=False)
 class _Running:
-    """One engine."""
+    """One engine, and how many calls are in it."""
 
     mix: Mix
-    session: onnxruntime.InferenceSession
+    engine: _Runs
+    users: int = 0
 
 
 @dataclass
@@ -80,12 +116,14 @@ class DomainMixer:
     """One engine for several domains, at weights that change while it runs.
 
     A context manager. ``__call__``, ``run``, ``set`` and ``adapt`` may be called from any
-    thread. Memory holds the running engine, at most ``cached`` earlier ones, and the one that
-    is being built.
+    thread. Memory holds at most ``cached`` engines (two at least: the running one and the one
+    that is being built), and those that slow calls are still in.
 
     Args:
         bundles: Two or more bundles of one model, each of one domain.
-        engine: ``ort``; TensorRT needs its own builder for every mix.
+        engine: ``ort``; ``trt`` or ``trt-rtx`` on an NVIDIA GPU: every mix is built in a
+            process of its own, or, with ``build=BuildOptions(refit=True)``, an engine that is
+            not needed any more is given the new weights.
         mix: Weight of every domain at the start; equal weights by default.
         rounding: How merged codes are rounded: ``nearest`` is the fastest.
         candidates: Draws of ``advanced``.
@@ -93,6 +131,7 @@ class DomainMixer:
         threads: Threads inside an operator; 0, one per core.
         cached: Engines of recent mixes that are kept.
         options: Of the lowered graph.
+        build: Of the builder of a TensorRT engine.
 
     Raises:
         MergeError: Bundles that do not fit each other, or a domain that two of them have.
@@ -114,11 +153,11 @@ class DomainMixer:
         threads: int = 0,
         cached: int = 4,
         options: GraphOptions | None = None,
+        build: BuildOptions | None = None,
     ) -> None:
-        if engine != "ort":
+        if engine != "ort" and engine not in LIBRARIES:
             raise EngineError(
-                f"found engine {engine!r}; a mixer runs ort engines: export each mix with "
-                f"hdrq-export --engine {engine} instead"
+                f"found engine {engine!r}; a mixer runs {', '.join(('ort', *LIBRARIES))}"
             )
         self._merger = Merger(bundles, rounding, candidates, seed)
         self.domains = tuple(_domain(bundle) for bundle in self._merger.parents)
@@ -126,16 +165,26 @@ class DomainMixer:
             raise MergeError(
                 f"found the domains {', '.join(self.domains)}; needed one bundle for each"
             )
-        self._options = options or GraphOptions()
-        self._threads, self._cached = threads, cached
+        options = options or GraphOptions()
+        self._maker: _Builder = (
+            _OrtBuilder(self._merger, options, threads)
+            if engine == "ort"
+            else _TrtBuilder(self._merger, engine, options, build or BuildOptions())
+        )
+        self._cached = max(cached, 1)
         self._recent: OrderedDict[Mix, _Running] = OrderedDict()
         self._lock = threading.Lock()
+        self._left = threading.Condition(self._lock)  # a call has left its engine
         self._waiting: _Asked | None = None
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="mixer")
         self._closed = False
-        self._port: Port | None = None
         first = self._weights(mix) if mix else (1 / len(self.domains),) * len(self.domains)
-        self._running = self._build(first)
+        try:
+            self._running = self._build(first)
+        except BaseException:
+            self._builder.shutdown()
+            self._maker.close()
+            raise
 
     @property
     def mix(self) -> dict[str, float]:
@@ -156,13 +205,18 @@ class DomainMixer:
         Raises:
             EngineError: Closed, or an input that does not fit.
         """
-        running = self._running  # one read: a swap in between changes nothing here
-        if self._closed:
-            raise EngineError("the mixer is closed; make another one")
-        assert self._port is not None
-        check_input(x, self._port, "mixer")
-        values = running.session.run(None, {self._port.name: x})[0]
-        return Output(values, self._named(running.mix))
+        with self._lock:
+            if self._closed:
+                raise EngineError("the mixer is closed; make another one")
+            running = self._running  # a swap from here on changes nothing for this call
+            running.users += 1
+        try:
+            check_input(x, running.engine.port, "mixer")
+            return Output(running.engine(x), self._named(running.mix))
+        finally:
+            with self._left:
+                running.users -= 1
+                self._left.notify_all()
 
     def set(self, mix: Mapping[str, float]) -> Future[dict[str, float]]:
         """Run another mix as soon as its engine is there; frames keep flowing meanwhile.
@@ -228,7 +282,10 @@ class DomainMixer:
         with self._lock:
             self._closed = True
         self._builder.shutdown(wait=True)
+        for kept in self._recent.values():
+            kept.engine.close()
         self._recent.clear()
+        self._maker.close()
 
     def __enter__(self) -> DomainMixer:
         return self
@@ -259,7 +316,9 @@ class DomainMixer:
         if asked is None:
             return
         try:
-            self._running = self._build(asked.mix)
+            built = self._build(asked.mix)
+            with self._lock:
+                self._running = built
         except Exception as error:  # the caller of set() gets it; frames keep flowing
             asked.future.set_exception(_explained(error))
         else:
@@ -270,19 +329,148 @@ class DomainMixer:
         if mix in self._recent:
             self._recent.move_to_end(mix)
             return self._recent[mix]
+        spare = self._spare()
+        # Until it is made the spare engine is nobody's; a failure loses it.
+        running = _Running(mix, self._maker.make(mix, spare))
+        self._recent[mix] = running
+        while len(self._recent) > self._cached and (over := self._spare(running)) is not None:
+            over.close()
+        return running
+
+    def _spare(self, new: _Running | None = None) -> _Runs | None:
+        """Take the oldest engine that does not run out of a full cache.
+
+        A call that is still in it is waited for; one that takes longer than that keeps it.
+        """
+        with self._left:
+            if len(self._recent) < self._cached:
+                return None
+            needed = (self._running, new)
+            others = [kept for kept in self._recent.values() if kept not in needed]
+            if not others:
+                return None
+            self._left.wait_for(lambda: others[0].users == 0, _PATIENCE_S)
+            free = next((kept for kept in others if kept.users == 0), None)
+            return None if free is None else self._recent.pop(free.mix).engine
+
+
+class _OrtBuilder:
+    """Sessions of ONNX Runtime, made in memory."""
+
+    def __init__(self, merger: Merger, options: GraphOptions, threads: int) -> None:
+        self._merger, self._options, self._threads = merger, options, threads
+
+    def make(self, mix: Mix, spare: _Runs | None) -> _Runs:
+        """A session is made as fast as one could be changed."""
+        if spare is not None:
+            spare.close()
         tensors = self._merger.tensors(mix)
         model, _ = lowered(self._merger.parents[0], "ort", self._options, tensors)
-        if self._port is None:
-            (value,) = model.graph.inputs
-            self._port = port_of(value)
+        (value,) = model.graph.inputs
         data = ir.to_proto(model).SerializeToString()
-        options = session_options(self._threads)
-        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        running = _Running(mix, session)
-        self._recent[mix] = running
-        while len(self._recent) > max(self._cached, 1):
-            self._recent.popitem(last=False)
-        return running
+        return _Session(data, port_of(value, self._options.fold_preprocess), self._threads)
+
+    def close(self) -> None:
+        """Nothing is left."""
+
+
+class _Session:
+    """See :class:`_Runs`."""
+
+    def __init__(self, data: bytes, port: Port, threads: int) -> None:
+        self._session: onnxruntime.InferenceSession | None = onnxruntime.InferenceSession(
+            data, session_options(threads), providers=["CPUExecutionProvider"]
+        )
+        self.port = port
+
+    def __call__(self, x: Array) -> Array:
+        """See :class:`_Runs`."""
+        assert self._session is not None
+        result: Array = self._session.run(None, {self.port.name: x})[0]
+        return result
+
+    def close(self) -> None:
+        """See :class:`_Runs`."""
+        self._session = None
+
+
+class _TrtBuilder:
+    """TensorRT engines: built in a process of their own, or refitted."""
+
+    def __init__(
+        self, merger: Merger, engine: str, options: GraphOptions, build: BuildOptions
+    ) -> None:
+        self._merger, self._engine = merger, engine
+        self._options, self._build = options, build
+        self._scratch = tempfile.TemporaryDirectory(prefix="hdrq-mixer-")
+        self._made = 0
+
+    def make(self, mix: Mix, spare: _Runs | None) -> _Runs:
+        """The weights of ``spare`` are replaced where the engine allows that."""
+        if isinstance(spare, _Loaded) and spare.refittable and self._refit(spare, mix):
+            return spare
+        if spare is not None:
+            spare.close()
+        self._made += 1
+        folder = Path(self._scratch.name)
+        merged = self._merger.write(folder / f"{self._made}.hdrq", mix)
+        target = folder / f"{self._made}-engine"
+        export(merged, target, self._engine, options=self._options, build=self._build, say=_silent)
+        return _Loaded(target)
+
+    def close(self) -> None:
+        """Remove bundles and plans."""
+        self._scratch.cleanup()
+
+    def _refit(self, spare: _Loaded, mix: Mix) -> bool:
+        """Whether the engine took the weights; steps that no longer fit its fusions it refuses."""
+        weights = self._weights(mix)
+        if weights is None:
+            return False
+        try:
+            spare.refit(weights)
+        except EngineError:
+            return False  # half done: the caller builds another one
+        return True
+
+    def _weights(self, mix: Mix) -> dict[str, Array] | None:
+        """Initializers of the lowered graph; None where NumPy has no type for one."""
+        tensors = self._merger.tensors(mix)
+        model, _ = lowered(self._merger.parents[0], self._engine, self._options, tensors)
+        found = {}
+        for name, value in model.graph.initializers.items():
+            assert value.const_value is not None
+            if value.dtype in {ir.DataType.INT4, ir.DataType.UINT4}:
+                return None
+            found[name] = np.asarray(value.const_value.numpy(), order="C")
+        return found
+
+
+class _Loaded:
+    """See :class:`_Runs`."""
+
+    def __init__(self, folder: Path) -> None:
+        engine = load_engine(folder)
+        assert isinstance(engine, TensorRtEngine)
+        self._engine = engine
+        self.port = engine.inputs[0]
+        self.refittable = engine.refittable
+
+    def __call__(self, x: Array) -> Array:
+        """See :class:`_Runs`."""
+        return self._engine(x)
+
+    def refit(self, weights: Mapping[str, Array]) -> None:
+        """Other weights; no call may be running."""
+        self._engine.refit(weights)
+
+    def close(self) -> None:
+        """See :class:`_Runs`."""
+        self._engine.close()
+
+
+def _silent(text: str) -> None:
+    """A background build says nothing; errors reach the caller of ``set``."""
 
 
 def _domain(bundle: Bundle) -> str:

@@ -135,6 +135,11 @@ class TensorRtEngine(Engine):
         """``on``, or why work is enqueued call by call."""
         return self._graphs
 
+    @property
+    def refittable(self) -> bool:
+        """Whether :meth:`refit` can replace the weights."""
+        return bool(self._engine.refittable)
+
     def run_async(self, x: Any) -> Pending:
         """See :meth:`Engine.run_async`. Copies, work and copies back overlap with other calls.
 
@@ -171,7 +176,7 @@ class TensorRtEngine(Engine):
             EngineError: The engine was not built with ``--refit``, or a weight is missing or
                 does not fit; it must not be used then.
         """
-        if not self._engine.refittable:
+        if not self.refittable:
             raise EngineError(f"{self.path}: cannot be refitted; export it with --refit")
         with self._turn:
             self._open()
@@ -185,7 +190,7 @@ class TensorRtEngine(Engine):
                     f"(first: {missing[0]}); needed all"
                 )
             # The refitter reads these when it refits, not when it is given them.
-            kept = [np.ascontiguousarray(weights[name]) for name in sorted(wanted)]
+            kept = [np.asarray(weights[name], order="C") for name in sorted(wanted)]
             for name, values in zip(sorted(wanted), kept, strict=True):
                 if not refitter.set_named_weights(name, self._trt.Weights(values)):
                     raise EngineError(

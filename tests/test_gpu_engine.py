@@ -18,18 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
-from hdrq_deploy import Bundle
+from hdrq_deploy import Bundle, merge
 from hdrq_deploy.errors import EngineError
-from hdrq_deploy.exporters import export
+from hdrq_deploy.exporters import GraphOptions, export
+from hdrq_deploy.exporters.options import BuildOptions
 from hdrq_deploy.files import sha256_file
 from hdrq_deploy.manifest import FileRecord
+from hdrq_deploy.mixer import DomainMixer
 from hdrq_deploy.runtime import load_engine
 from hdrq_deploy.runtime.cuda import Cuda, Stream, device_array
 from hdrq_deploy.runtime.engine import read_manifest
-from hdrq_deploy.runtime.tensorrt import IN_FLIGHT, plan_version
+from hdrq_deploy.runtime.tensorrt import IN_FLIGHT, TensorRtEngine, plan_version
 
 
 class Status(IntEnum):
@@ -65,6 +68,7 @@ class FakeCuda(types.ModuleType):
         self.capturing: dict[int, list[Callable[[], None]]] = {}
         self.marks: dict[int, tuple[int, int]] = {}
         self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.uses: dict[Callable[[], None], tuple[int, ...]] = {}
         self.next = 1
         self.refuse_capture = False
         self.devices = 1
@@ -100,7 +104,8 @@ class FakeCuda(types.ModuleType):
                 return
         raise AssertionError(f"{count} bytes at {address}: freed, or never allocated")
 
-    def _put(self, stream: int, work: Callable[[], None]) -> None:
+    def _put(self, stream: int, work: Callable[[], None], uses: tuple[int, ...] = ()) -> None:
+        self.uses[work] = uses
         target = self.capturing.get(int(stream), self.queues[int(stream)])
         target.append(work)
 
@@ -134,7 +139,8 @@ class FakeCuda(types.ModuleType):
         return self._allocate("host", count)
 
     def _free(self, address: int, kind: str) -> tuple[Status]:
-        assert not any(self.queues.values()), "freed while work was queued"
+        queued = [work for queue in self.queues.values() for work in list(queue)]
+        assert not any(address in self.uses[work] for work in queued), "freed before its last use"
         found, block = self.memory.pop(address)
         assert found == kind
         ctypes.memset(address, 0xEE, len(block))
@@ -197,7 +203,7 @@ class FakeCuda(types.ModuleType):
         up = kind == Kind.cudaMemcpyHostToDevice
         self._inside(target, count, "device" if up else "host")
         self._inside(source, count, "host" if up else "device")
-        self._put(stream, lambda: ctypes.memmove(target, source, count))
+        self._put(stream, lambda: ctypes.memmove(target, source, count), (target, source))
         return (Status.cudaSuccess,)
 
     def cudaStreamBeginCapture(self, stream: int, mode: Mode) -> tuple[Status]:
@@ -219,7 +225,7 @@ class FakeCuda(types.ModuleType):
 
     def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[Status]:
         for work in self.graphs[graph]:
-            self._put(stream, work)
+            self._put(stream, work, self.uses[work])
         return (Status.cudaSuccess,)
 
     def cudaGraphExecDestroy(self, graph: int) -> tuple[Status]:
@@ -229,17 +235,14 @@ class FakeCuda(types.ModuleType):
         return self._end(graph, "graph")
 
 
-def fake_tensorrt(cuda: FakeCuda, folder: Path) -> types.ModuleType:
-    """A TensorRT 10 whose engines run ``model.onnx`` of the folder on the fake memory."""
-    session = onnxruntime.InferenceSession(
-        str(folder / "model.onnx"), providers=["CPUExecutionProvider"]
-    )
-    names = [v.name for v in session.get_outputs()]
+def fake_tensorrt(cuda: FakeCuda) -> types.ModuleType:
+    """A TensorRT 10 whose plans name a folder, and whose engines run its ``model.onnx``."""
 
     class Context:
         active_optimization_profile = 0
 
-        def __init__(self) -> None:
+        def __init__(self, engine: Engine) -> None:
+            self.engine = engine
             self.shapes: dict[str, tuple[int, ...]] = {}
             self.addresses: dict[str, int] = {}
 
@@ -256,7 +259,7 @@ def fake_tensorrt(cuda: FakeCuda, folder: Path) -> types.ModuleType:
 
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
             (batch,) = {shape[0] for shape in self.shapes.values()}
-            (value,) = (v for v in session.get_outputs() if v.name == name)
+            (value,) = (v for v in self.engine.session.get_outputs() if v.name == name)
             return (batch, *value.shape[1:])
 
         def set_tensor_address(self, name: str, address: int) -> bool:
@@ -267,29 +270,44 @@ def fake_tensorrt(cuda: FakeCuda, folder: Path) -> types.ModuleType:
             shapes, addresses = dict(self.shapes), dict(self.addresses)
 
             def work() -> None:
+                session = self.engine.session
                 feeds = {}
                 for name, shape in shapes.items():
                     count = 4 * int(np.prod(shape))
                     cuda._inside(addresses[name], count, "device")
                     raw = (ctypes.c_uint8 * count).from_address(addresses[name])
                     feeds[name] = np.frombuffer(bytes(raw), np.float32).reshape(shape)
+                names = [v.name for v in session.get_outputs()]
                 for name, value in zip(names, session.run(names, feeds), strict=True):
                     cuda._inside(addresses[name], value.nbytes, "device")
                     ctypes.memmove(addresses[name], value.tobytes(), value.nbytes)
 
-            cuda._put(stream, work)
+            cuda._put(stream, work, tuple(addresses.values()))
             return True
 
     class Engine:
-        refittable = True
         num_optimization_profiles = 2
-        given: dict[str, Any] = {}  # noqa: RUF012
+        refittable = True
+
+        def __init__(self, folder: Path) -> None:
+            self.model = onnx.load(str(folder / "model.onnx"))
+            self.session = self._session()
+
+        def _session(self) -> Any:
+            data = self.model.SerializeToString()
+            return onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+
+        def refitted(self, weights: dict[str, Any]) -> None:
+            for tensor in self.model.graph.initializer:
+                if tensor.name in weights:
+                    tensor.CopyFrom(onnx.numpy_helper.from_array(weights[tensor.name], tensor.name))
+            self.session = self._session()
 
         def create_execution_context(self, config: Any = None) -> Context:
-            return Context()
+            return Context(self)
 
         def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
-            rest = session.get_inputs()[0].shape[1:]
+            rest = self.session.get_inputs()[0].shape[1:]
             low, high = ((1, 4), (5, 8))[index]
             return [(low, *rest), (high, *rest), (high, *rest)]
 
@@ -304,20 +322,30 @@ def fake_tensorrt(cuda: FakeCuda, folder: Path) -> types.ModuleType:
             if blob.endswith(b"broken"):
                 self.logger.log(1, "Serialization assertion failed.\n Corrupt.")
                 return None
-            return Engine()
+            return Engine(Path(blob[64:].decode()))
 
     class Refitter:
         def __init__(self, engine: Engine, logger: Any) -> None:
             self.engine = engine
+            self.weights = {
+                t.name: onnx.numpy_helper.to_array(t)
+                for t in engine.model.graph.initializer
+                if t.data_type in {onnx.TensorProto.FLOAT, onnx.TensorProto.INT8}
+            }
+            self.given: dict[str, Any] = {}
 
         def get_all_weights(self) -> list[str]:
-            return ["fc.weight", "fc.bias"]
+            return list(self.weights)
 
         def set_named_weights(self, name: str, weights: Any) -> bool:
-            self.engine.given[name] = weights
-            return weights.dtype == np.float32  # type: ignore[no-any-return]
+            self.given[name] = weights
+            return (weights.dtype, weights.shape) == (
+                self.weights[name].dtype,
+                self.weights[name].shape,
+            )
 
         def refit_cuda_engine(self) -> bool:
+            self.engine.refitted(self.given)
             return True
 
     module = types.ModuleType("tensorrt")
@@ -333,11 +361,14 @@ def fake_tensorrt(cuda: FakeCuda, folder: Path) -> types.ModuleType:
 
 
 def header(*version: int) -> bytes:
-    return b"ftrt" + bytes(20) + bytes(version) + bytes(60)
+    return b"ftrt" + bytes(20) + bytes(version) + bytes(36)
 
 
-def set_plan(folder: Path, blob: bytes, device: str = "Orin, compute capability 8.7") -> None:
+def set_plan(
+    folder: Path, blob: bytes | None = None, device: str = "Orin, compute capability 8.7"
+) -> None:
     """Make a lowered folder look as if TensorRT 10.3 had built it on ``device``."""
+    blob = header(10, 3, 0, 30) + str(folder).encode() if blob is None else blob
     (folder / "model.plan").write_bytes(blob)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["engine"] = "trt"
@@ -351,7 +382,7 @@ def set_plan(folder: Path, blob: bytes, device: str = "Orin, compute capability 
 def folder(make: Any, tmp_path: Path) -> Path:
     bundle: Bundle = make(domain="night")
     target = export(bundle, tmp_path / "engine", "onnx")
-    set_plan(target, header(10, 3, 0, 30))
+    set_plan(target)
     return target
 
 
@@ -361,7 +392,7 @@ def cuda(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     bindings = types.ModuleType("cuda.bindings")
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake)
-    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(fake, folder))
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(fake))
     monkeypatch.setattr("hdrq_deploy.runtime.tensorrt._loggers", {})
     yield fake
     assert not fake.memory and not fake.live, "something was never freed"
@@ -547,18 +578,74 @@ def test_a_failed_call_leaves_the_engine_usable(
             engine(inputs[:2] * np.nan)
 
 
-def test_refit_asks_for_every_weight(cuda: FakeCuda, folder: Path) -> None:
-    weights = {"fc.weight": np.ones((4, 8), np.float32), "fc.bias": np.ones(4, np.float32)}
+def test_refit_asks_for_every_weight(
+    cuda: FakeCuda, folder: Path, inputs: Any, expected: Any
+) -> None:
+    model = onnx.load(str(folder / "model.onnx"))
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    bias = next(n for n, v in weights.items() if v.dtype == np.float32 and v.shape == (4,))
     with load_engine(folder) as engine:
-        engine.refit(weights)
-        assert engine._engine.given.keys() == weights.keys()
-        with pytest.raises(EngineError, match=r"no values for 1 of 2 weights \(first: fc.bias\)"):
-            engine.refit({"fc.weight": weights["fc.weight"]})
-        with pytest.raises(EngineError, match=r"refused fc.bias of shape \(4,\), float64"):
-            engine.refit({**weights, "fc.bias": np.ones(4)})
+        engine.refit({**weights, bias: weights[bias] + 1})
+        np.testing.assert_allclose(engine(inputs[:2]), expected(inputs[:2]) + 1, atol=1e-5)
+        with pytest.raises(EngineError, match=f"no values for 1 of .* weights .first: {bias}"):
+            engine.refit({name: value for name, value in weights.items() if name != bias})
+        with pytest.raises(EngineError, match=rf"refused {bias} of shape \(4,\), float64"):
+            engine.refit({**weights, bias: np.ones(4)})
         engine._engine.refittable = False
         with pytest.raises(EngineError, match="--refit"):
             engine.refit(weights)
+
+
+@pytest.mark.parametrize("refit", ["never", "works", "refused"])
+def test_domains_are_mixed_on_a_gpu(
+    cuda: FakeCuda,
+    make: Any,
+    inputs: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refit: str,
+) -> None:
+    built = []
+
+    def build(bundle: Any, target: Path, engine: str, **options: Any) -> Path:
+        built.append(target)
+        set_plan(export(bundle, target, "onnx", options=options["options"]))
+        return target
+
+    monkeypatch.setattr("hdrq_deploy.mixer.export", build)
+    monkeypatch.setattr(TensorRtEngine, "refittable", refit != "never")
+    if refit == "refused":
+        monkeypatch.setattr(sys.modules["tensorrt"].Refitter, "refit_cuda_engine", lambda _: False)
+    parents = [make(domain=d, fold="steps") for d in ("night", "day")]
+    grid = [{"night": n / 4, "day": 1 - n / 4} for n in range(5)]
+    x = inputs[:2]
+    expected = {}
+    for mix in grid:
+        merged = merge(parents, tmp_path / "m.hdrq", list(mix.values()), "nearest")
+        with load_engine(export(merged, tmp_path / "e", "onnx", force=True)) as engine:
+            expected[tuple(mix.values())] = engine(x)
+    wrong, seen, stop = [], [0], threading.Event()
+    settings = BuildOptions(refit=refit != "never")
+    options = GraphOptions(compute="fp32")
+    with DomainMixer(parents, "trt", cached=2, options=options, build=settings) as mixer:
+
+        def frames() -> None:
+            while not stop.is_set():
+                output = mixer.run(x)
+                seen[0] += 1
+                if not np.allclose(output.values, expected[tuple(output.mix.values())], atol=1e-5):
+                    wrong.append(output.mix)
+
+        camera = threading.Thread(target=frames)
+        camera.start()
+        for i in range(12):
+            mixer.set(grid[(3 * i) % 5]).result(60)
+            assert mixer.mix == grid[(3 * i) % 5]
+        stop.set()
+        camera.join()
+        folder = Path(mixer._maker._scratch.name)  # type: ignore[attr-defined]
+    assert wrong == [] and seen[0] > 12 and not folder.exists()
+    assert len(built) <= 4 if refit == "works" else len(built) >= 10
 
 
 def test_plans_of_another_version_or_device(
@@ -573,7 +660,7 @@ def test_plans_of_another_version_or_device(
     set_plan(folder, b"garbage")
     with pytest.raises(EngineError, match="holds no engine .*--force"):
         load_engine(folder)
-    set_plan(folder, header(10, 3, 0, 30), "NVIDIA L4, compute capability 8.9")
+    set_plan(folder, None, "NVIDIA L4, compute capability 8.9")
     with pytest.raises(EngineError, match=r"built for NVIDIA L4.* is Imaginary GPU.*8.7; build it"):
         load_engine(folder)
     set_plan(folder, header(10, 3, 0, 30) + b"broken")
@@ -581,7 +668,7 @@ def test_plans_of_another_version_or_device(
         EngineError, match="cannot load it .Serialization assertion failed. Corrupt"
     ):
         load_engine(folder)
-    set_plan(folder, header(10, 3, 0, 30))
+    set_plan(folder)
     with pytest.raises(EngineError, match=r"found 1 GPU\(s\); needed device cuda:3"):
         load_engine(folder, "cuda:3")
     with pytest.raises(EngineError, match="runs on an NVIDIA GPU"):

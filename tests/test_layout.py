@@ -21,7 +21,7 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 LAYERS = [  # low to high; the members of one layer are siblings and do not import each other
-    {"errors"},
+    {"errors", "callable"},
     {"spec", "files", "fold", "recipe"},
     {"affine", "manifest", "reference", "surgery"},
     {"bundle", "frames"},
@@ -97,3 +97,12 @@ def test_the_evidence_page_is_that_of_the_committed_results() -> None:
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
     assert (ROOT / "docs" / "evidence.md").read_text() == tables.page()
+
+
+@pytest.mark.parametrize("name", ["calibrate", "merge"])
+def test_the_public_functions_can_be_called_whatever_was_imported(name: str) -> None:
+    package = importlib.import_module(f"hdrq_deploy.{name}")
+    public = getattr(importlib.import_module("hdrq_deploy"), name)
+    with pytest.raises(TypeError, match="missing"):
+        public()
+    assert callable(package) and callable(getattr(package, name))

@@ -105,8 +105,8 @@ def test_what_does_not_fit_leaves_the_running_engine_alone(
         mixer(inputs)
     with pytest.raises(EngineError, match="closed"):
         mixer.set({"night": 1.0})
-    with pytest.raises(EngineError, match="a mixer runs ort engines"):
-        DomainMixer(parents, engine="trt")
+    with pytest.raises(EngineError, match="found engine 'onnx'; a mixer runs ort, trt, trt-rtx"):
+        DomainMixer(parents, engine="onnx")
     with pytest.raises(MergeError, match="needed one bundle for each"):
         DomainMixer([parents[0], parents[0]])
     both = merge(parents[:2], tmp_path / "both.hdrq")

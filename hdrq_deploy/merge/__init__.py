@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..callable import make_callable
 from .bundles import Merger, merge
 from .checkpoints import CHECKPOINT_METHODS, merge_checkpoints
 from .mixing import CRITERIA, choose_weights
@@ -18,3 +19,5 @@ __all__ = [
     "merge_checkpoints",
     "re_estimate",
 ]
+
+make_callable(__name__, merge)

@@ -61,28 +61,7 @@ def merge(
         Shin et al., ICML 2025, section 4.3 (rounding); Li et al., ECCV 2024 (BatchNorm).
     """
     merger = Merger(bundles, rounding, candidates, seed)
-    mix = merger.check_weights(weights)
-    layers: dict[str, Any] = {}
-    done = 0
-
-    def write(put: Callable[[str, Array], None]) -> Manifest:
-        names = merger.parents[0].manifest.tensors
-        small = merger.floats(mix)
-        for name, value in small.items():
-            put(name, value)
-
-        def one(name: str) -> None:
-            nonlocal done
-            codes, layers[name] = merger.codes(name, mix, small)
-            put(name, codes)
-            done += 1
-            if progress:
-                progress(len(small) + done, len(names))
-
-        in_parallel(one, merger.code_names, threads)
-        return merger.manifest(mix, dict(sorted(layers.items())), options or {})
-
-    return Bundle.write_like(output, merger.parents[0], write, golden_inputs(merger.parents))
+    return merger.write(output, merger.check_weights(weights), progress, threads, options)
 
 
 def golden_inputs(parents: Sequence[Bundle]) -> dict[str, Array]:
@@ -139,6 +118,37 @@ class Merger:
     def check_weights(self, weights: Sequence[float] | None) -> list[float]:
         """See :func:`check_mix`."""
         return check_mix(weights, len(self.parents), "bundle")
+
+    def write(
+        self,
+        output: str | os.PathLike[str],
+        mix: Sequence[float],
+        progress: Progress | None = None,
+        threads: int | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Bundle:
+        """The merge as a bundle; see :func:`merge`."""
+        layers: dict[str, Any] = {}
+        done = 0
+
+        def put_all(put: Callable[[str, Array], None]) -> Manifest:
+            names = self.parents[0].manifest.tensors
+            small = self.floats(mix)
+            for name, value in small.items():
+                put(name, value)
+
+            def one(name: str) -> None:
+                nonlocal done
+                codes, layers[name] = self.codes(name, mix, small)
+                put(name, codes)
+                done += 1
+                if progress:
+                    progress(len(small) + done, len(names))
+
+            in_parallel(one, self.code_names, threads)
+            return self.manifest(mix, dict(sorted(layers.items())), options or {})
+
+        return Bundle.write_like(output, self.parents[0], put_all, golden_inputs(self.parents))
 
     def tensors(self, mix: Sequence[float]) -> dict[str, Array]:
         """All tensors of a merge, in memory."""

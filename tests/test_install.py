@@ -1,0 +1,99 @@
+"""The base install, as a device gets it: every Python at hand, no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+VERSIONS = ("3.10", "3.11", "3.12", "3.13")
+WALK = """
+import importlib.util, json, pathlib, subprocess, sys
+import numpy as np
+
+def seconds():
+    code = "from time import time as now; t = now(); import hdrq_deploy.runtime; print(now() - t)"
+    return min(float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3))
+
+import_s = seconds()
+from hdrq_deploy import merge
+from hdrq_deploy.exporters import export
+from hdrq_deploy.mixer import DomainMixer
+from hdrq_deploy.runtime import benchmark, load_engine
+
+night, day, data, out = map(pathlib.Path, sys.argv[1:])
+merged = merge([night, day], out / "merged.hdrq", [0.25, 0.75], "nearest")
+engine = export(merged, out / "engine")
+result = benchmark(engine, {"d": data}, iterations=5, threads=1)
+with np.load(data) as file:
+    x = file["x"][:8]
+with load_engine(engine) as run, DomainMixer([night, day], threads=1) as mixer:
+    mixer.set({"night": 0.25, "day": 0.75}).result()
+    same = bool(np.array_equal(run(x), mixer(x)))
+files = [f for f in pathlib.Path(sys.prefix).rglob("*") if f.is_file() and not f.is_symlink()]
+print(json.dumps({
+    "same": same,
+    "accuracy": result.accuracy.domains,
+    "torch": importlib.util.find_spec("torch") is not None or "torch" in sys.modules,
+    "import_s": import_s,
+    "megabytes": sum(f.stat().st_size for f in files) / 1e6,
+}))
+"""
+
+
+def interpreter(wanted: str) -> str | None:
+    """A Python of this version: the running one, pyenv's, or one on PATH."""
+    if f"{sys.version_info[0]}.{sys.version_info[1]}" == wanted:
+        return sys.executable
+    folders = sorted((Path.home() / ".pyenv" / "versions").glob(f"{wanted}.*/bin/python"))
+    found = shutil.which(f"python{wanted}")
+    for candidate in [str(f) for f in reversed(folders)] + ([found] if found else []):
+        done = subprocess.run([candidate, "--version"], capture_output=True, text=True, check=False)
+        if done.returncode == 0 and f" {wanted}." in done.stdout:
+            return candidate
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted", VERSIONS)
+def test_a_device_merges_exports_runs_and_mixes(
+    wanted: str, make: Any, work: Path, tmp_path: Path
+) -> None:
+    python = interpreter(wanted)
+    if python is None:
+        pytest.skip(f"no Python {wanted} at hand")
+    night, day = (make(domain=d, fold="steps") for d in ("night", "day"))
+    source = tmp_path / "source"  # a build leaves files in the tree
+    ignored = shutil.ignore_patterns("build", ".git", "*.egg-info", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    quiet = {"PATH": os.environ["PATH"], "HOME": str(Path.home())}
+
+    def call(*command: object) -> str:
+        done = subprocess.run(
+            [str(part) for part in command],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=quiet,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    call(python, "-m", "venv", tmp_path / "venv")
+    ours = tmp_path / "venv" / "bin" / "python"
+    call(ours, "-m", "pip", "install", "--quiet", source)
+    found = json.loads(call(ours, "-c", WALK, night.path, day.path, work / "data.npz", tmp_path))
+    assert found["same"] and not found["torch"] and 0 <= found["accuracy"]["d"] <= 1
+    # Read off: 300 MB, of which onnxruntime, numpy, sympy and onnx are 250; 0.25 s. The bounds
+    # catch a dependency or an import that should not be there, not a slow machine.
+    assert found["megabytes"] < 400, found
+    assert found["import_s"] < 1.5, found
+    print(f"Python {wanted}: {found['megabytes']:.0f} MB, import {found['import_s']:.2f} s")
