@@ -442,6 +442,34 @@ def mixing(record: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
+def harness(record: Mapping[str, Any]) -> str:
+    """The section on what measuring costs."""
+    rows = [
+        [
+            row["model"].rpartition(":")[2],
+            "x".join(map(str, row["input"])),
+            f"{row['bare_ms']:.3f}",
+            f"{row['bench_adds_us']:.1f}",
+            f"{row['application_adds_us']:.1f}",
+        ]
+        for row in record["rows"]
+    ]
+    return "\n".join(
+        [
+            "## What measuring costs",
+            "",
+            "One ONNX Runtime session on one thread, called in turn by its own `run`, as "
+            "`hdrq-bench` calls it, and as an application does, whose inputs are checked at every "
+            "call (`benchmarks/harness.py`):",
+            "",
+            table(
+                ["model", "input", "bare call, ms", "hdrq-bench adds, µs", "`engine(x)` adds, µs"],
+                rows,
+            ),
+        ]
+    )
+
+
 def _digits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Merged digits engines."""
     cells = [
@@ -468,6 +496,7 @@ SECTIONS = {
     "merge_speed": merge_speed,
     "engines": engines,
     "mixing": mixing,
+    "harness": harness,
 }
 
 

@@ -31,6 +31,7 @@ from .exporters.options import BuildOptions
 from .manifest import Port
 from .merge import Merger, choose_weights
 from .runtime.engine import check_input, load_engine
+from .runtime.images import Prediction, network_input, predictions
 from .runtime.ort import session_options
 from .runtime.tensorrt import LIBRARIES, TensorRtEngine
 
@@ -165,7 +166,7 @@ class DomainMixer:
             raise MergeError(
                 f"found the domains {', '.join(self.domains)}; needed one bundle for each"
             )
-        options = options or GraphOptions()
+        self._options = options = options or GraphOptions()
         self._maker: _Builder = (
             _OrtBuilder(self._merger, options, threads)
             if engine == "ort"
@@ -177,6 +178,7 @@ class DomainMixer:
         self._left = threading.Condition(self._lock)  # a call has left its engine
         self._waiting: _Asked | None = None
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="mixer")
+        self._chooser = ThreadPoolExecutor(1, thread_name_prefix="mixer-adapt")
         self._closed = False
         first = self._weights(mix) if mix else (1 / len(self.domains),) * len(self.domains)
         try:
@@ -217,6 +219,19 @@ class DomainMixer:
             with self._left:
                 running.users -= 1
                 self._left.notify_all()
+
+    def predict(self, frames: Sequence[Array]) -> tuple[list[Prediction], dict[str, float]]:
+        """Answers for frames (H, W, C) uint8 of any size, and the mix that gave them.
+
+        Raises:
+            EngineError: Closed, not frames, or bundles without preprocessing.
+        """
+        manifest, options = self._merger.parents[0].manifest, self._options
+        x = network_input(frames, manifest.preprocessing, "mixer", options.fold_preprocess)
+        output = self.run(x)
+        sizes = [frame.shape[:2] for frame in frames]
+        probabilities = options.postprocess == "softmax"
+        return predictions(output.values, sizes, manifest.classes, probabilities), output.mix
 
     def set(self, mix: Mapping[str, float]) -> Future[dict[str, float]]:
         """Run another mix as soon as its engine is there; frames keep flowing meanwhile.
@@ -277,8 +292,23 @@ class DomainMixer:
             self.set(self._named(found.weights)).result()
         return Adapted(self._named(found.weights), changed, best, now)
 
+    def adapt_async(self, frames: Sequence[Array]) -> Future[Adapted]:
+        """:meth:`adapt` of frames (H, W, C) uint8, beside the calls that go on.
+
+        Raises:
+            EngineError: Closed, not frames, or bundles without preprocessing.
+        """
+        manifest = self._merger.parents[0].manifest
+        # Choosing runs the network itself, whatever the engine takes.
+        x = network_input(frames, manifest.preprocessing, "mixer")
+        with self._lock:
+            if self._closed:
+                raise EngineError("the mixer is closed; make another one")
+            return self._chooser.submit(self.adapt, x)
+
     def close(self) -> None:
         """Stop building and free all engines; later calls raise EngineError."""
+        self._chooser.shutdown(wait=True, cancel_futures=True)  # may still call set()
         with self._lock:
             self._closed = True
         self._builder.shutdown(wait=True)

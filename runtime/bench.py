@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -167,7 +167,8 @@ class _Subject:
         x, plan = self.x, self.plan
         assert x is not None
         with self.opened(keep) as engine:
-            measure(lambda: engine(x), plan.warmup if not self.rounds else min(plan.warmup, 3))
+            call = engine.bound(x)
+            measure(call, plan.warmup if not self.rounds else min(plan.warmup, 3))
             with self.watch:
                 if plan.scenario == "offline":
                     samples, seconds = run_offline(engine, x, queries)
@@ -176,7 +177,7 @@ class _Subject:
                         samples, seconds = samples + more, seconds + extra
                 else:
                     calls = plan.calls(len(x))
-                    samples = measure(_query(engine, x, calls), queries, duration=duration)
+                    samples = measure(_query(call, calls), queries, duration=duration)
                     seconds = sum(samples) / 1000
         self.rounds.append(samples)
         self.seconds += seconds
@@ -214,7 +215,7 @@ class _Subject:
             )
             overhead = overhead_us(engine, x)
             if energy:
-                used = measure_energy(lambda: engine(x), find_meters(), times.iterations)
+                used = measure_energy(engine.bound(x), find_meters(), times.iterations)
             found = accuracy(engine, self.sets, reference) if self.sets else None
             threads, device, graph = engine.threads, engine.device, engine.cuda_graph
         return BenchResult(
@@ -262,10 +263,13 @@ def _take_turns(subjects: Sequence[_Subject], plan: Plan) -> None:
             subject.measure(queries, duration, keep=(quiet or alone) and turn + 1 < rounds)
 
 
-def _query(engine: Engine, x: Array, calls: int) -> Any:
+def _query(call: Callable[[], object], calls: int) -> Callable[[], object]:
+    if calls == 1:
+        return call
+
     def query() -> None:
         for _ in range(calls):
-            engine(x)
+            call()
 
     return query
 

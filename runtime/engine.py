@@ -142,6 +142,15 @@ class Engine(ABC):
         """
         return _shaped(self._execute(self._checked(x)), isinstance(x, Mapping))
 
+    def bound(self, x: Any) -> Callable[[], dict[str, Array]]:
+        """Calls on one input that is checked now and not again: a benchmark's inner loop.
+
+        Raises:
+            EngineError: As a call does.
+        """
+        feeds = self._checked(x)
+        return lambda: self._execute(feeds)
+
     def run_async(self, x: Any) -> Pending:
         """Begin a call and return at once; ``wait`` of the result ends it.
 
@@ -184,11 +193,21 @@ class Engine(ABC):
         size = fixed if isinstance(fixed, int) else len(frames)
         for first in range(0, len(frames), size):
             some = frames[first : first + size]
-            x = network_input(some, self.manifest, self.path)
+            x = self.prepare(some)
             # An engine of a fixed batch runs the last one filled up.
             output = self(np.resize(x, (size, *x.shape[1:])))[: len(some)]
-            found += predictions(output, self.manifest, [f.shape[:2] for f in some])
+            found += self.answers(output, [f.shape[:2] for f in some])
         return found[0] if single else found
+
+    def prepare(self, frames: Sequence[Array]) -> Array:
+        """Frames as this engine takes them; see :func:`network_input`."""
+        raw = self.inputs[0].dtype == "uint8"
+        return network_input(frames, self.manifest.preprocessing, self.path, raw)
+
+    def answers(self, output: Array, sizes: Sequence[tuple[int, ...]]) -> list[Prediction]:
+        """What an output says of frames of these sizes; see :func:`predictions`."""
+        manifest = self.manifest
+        return predictions(output, sizes, manifest.classes, manifest.postprocess == "softmax")
 
     def warm_up(self, times: int = 3, batch: int | None = None) -> None:
         """Run on zeros, so that buffers, kernels and CUDA graphs of this batch are there."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..errors import EngineError
-from ..manifest import EngineManifest
+from ..manifest import Preprocessing
 
 __all__ = ["Prediction", "enlarge", "network_input", "predictions", "softmax"]
 
@@ -35,18 +35,20 @@ class Prediction:
     mask: Array | None = None
 
 
-def network_input(frames: Sequence[Array], manifest: EngineManifest, where: object) -> Array:
+def network_input(
+    frames: Sequence[Array], p: Preprocessing | None, where: object, raw: bool = False
+) -> Array:
     """Frames as the engine takes them: resized, and normalised unless the engine does it.
 
     Args:
         frames: (H, W, 3) uint8 RGB each, or (H, W) for a grey model; sizes may differ.
-        manifest: Of the engine.
+        p: The manifest's preprocessing.
         where: Names the engine in errors.
+        raw: The engine takes uint8 frames (N, H, W, C) and normalises them itself.
 
     Raises:
         EngineError: Not such frames, or the manifest has no preprocessing.
     """
-    p = manifest.preprocessing
     if p is None:
         raise EngineError(
             f"{where}: the manifest has no preprocessing (calibrated from .npz); call the engine "
@@ -70,7 +72,7 @@ def network_input(frames: Sequence[Array], manifest: EngineManifest, where: obje
             frame = np.asarray(resized)
         rows.append(frame.reshape(p.height, p.width, p.channels))
     batch = np.stack(rows)
-    if manifest.inputs[0].dtype == "uint8":
+    if raw:
         return batch
     # x / 255, minus mean, over std, as one multiplication and one addition.
     std = np.array(p.std, np.float32)
@@ -87,14 +89,18 @@ def softmax(scores: Array) -> Array:
 
 
 def predictions(
-    output: Array, manifest: EngineManifest, sizes: Sequence[tuple[int, ...]]
+    output: Array,
+    sizes: Sequence[tuple[int, ...]],
+    classes: Sequence[str] | None = None,
+    probabilities: bool = False,
 ) -> list[Prediction]:
     """One answer a frame.
 
     Args:
         output: Scores (N, classes) or (N, classes, h, w), or labels (N,) or (N, h, w).
-        manifest: Of the engine: classes and postprocessing.
         sizes: (height, width) of the frames, which masks are brought back to.
+        classes: Their names.
+        probabilities: Scores are that already.
     """
     labels = output.dtype.kind in "iu"
     if output.ndim > 2:
@@ -102,13 +108,12 @@ def predictions(
             Prediction(mask=_mask(row, (size[0], size[1])))
             for row, size in zip(output, sizes, strict=True)
         ]
-    scores = None if labels else output if manifest.postprocess == "softmax" else softmax(output)
+    scores = None if labels else output if probabilities else softmax(output)
     best = output if labels else output.argmax(1)
-    names = manifest.classes
     return [
         Prediction(
             int(index),
-            names[index] if names else None,
+            classes[index] if classes else None,
             None if scores is None else scores[i],
         )
         for i, index in enumerate(best)

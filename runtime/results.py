@@ -115,7 +115,8 @@ class BenchResult(_Frozen):
         threads: Threads that the engine may use.
         cpu_per_wall: Threads that really worked.
         cuda_graph: ``on``, or why not; None without a GPU.
-        overhead_us: What the harness itself adds to one call: clock, loop and input checks.
+        overhead_us: What the harness itself adds to one call: clock and loop. The input is
+            checked once, before.
         energy: Joules, or "unavailable".
         speedup: Against the first float engine of the same run, or the first engine.
         environment: Device, versions, clock, temperature and other load during the run.

@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError
-from .engine import Engine, Feeds, Pending, check_input
-from .images import network_input, predictions
+from .engine import Engine, Feeds, Pending
 from .results import Latency, Scenario, Speedup
 
 __all__ = ["Plan", "latency", "measure", "overhead_us", "phases", "run_offline", "speedup"]
@@ -159,7 +158,6 @@ def phases(engine: Engine, frames: list[Array] | None, x: Array, times: int) -> 
         x: The network's input otherwise.
         times: Answers.
     """
-    manifest = engine.manifest
     sizes = [frame.shape[:2] for frame in frames] if frames else [x.shape[-2:]] * len(x)
     found: dict[str, list[float]] = {}
 
@@ -169,14 +167,14 @@ def phases(engine: Engine, frames: list[Array] | None, x: Array, times: int) -> 
 
     for _ in range(times):
         start = time.perf_counter_ns()
-        given = network_input(frames, manifest, engine.path) if frames else x
+        given = engine.prepare(frames) if frames else x
         prepared = time.perf_counter_ns()
         results, inner = engine.timed(given)
         called = time.perf_counter_ns()
         output = next(iter(results.values()))
         answered = _answers(output)
         if answered:
-            predictions(output, manifest, sizes)
+            engine.answers(output, sizes)
         end = time.perf_counter_ns()
         note("preprocess", (prepared - start) / 1e6 if frames else None)
         note("host_to_device", inner.host_to_device)
@@ -204,7 +202,7 @@ def _answers(output: Array) -> bool:
 
 
 class _Idle(Engine):
-    """The engine's own checks and bookkeeping around no work at all."""
+    """The engine's own bookkeeping around no work at all."""
 
     def __init__(self, engine: Engine, results: dict[str, Array]) -> None:
         super().__init__(engine.path, engine.manifest, engine.threads, engine.device)
@@ -218,11 +216,11 @@ class _Idle(Engine):
 
 
 def overhead_us(engine: Engine, x: Array, times: int = 300) -> float:
-    """What clock, loop and input checks add to one call, in µs (median)."""
-    check_input(x, engine.inputs[0], engine.path)
+    """What clock and loop add to one call, in µs (median)."""
     with _Idle(engine, {engine.outputs[0].name: x[:1]}) as idle:
-        measure(lambda: idle(x), 20)
-        return 1000 * statistics.median(measure(lambda: idle(x), times))
+        call = idle.bound(x)
+        measure(call, 20)
+        return 1000 * statistics.median(measure(call, times))
 
 
 def speedup(ours: Sequence[float], theirs: Sequence[float], against: str) -> Speedup:

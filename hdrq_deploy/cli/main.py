@@ -13,6 +13,7 @@ COMMANDS = {
     "merge": "bundles of several domains become one",
     "export": "a bundle becomes an engine",
     "bench": "measure engines",
+    "emit": "configuration for Triton, DeepStream or ROS 2",
     "compare": "two benchmarks: what changed, and is it more than noise",
     "analyze": "show why a merge works or fails",
     "sensitivity": "rank layers by what their quantization costs",
