@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from PIL import Image, UnidentifiedImageError
 
 from hdrq_deploy.errors import DataError
 from hdrq_deploy.manifest import Preprocessing
+
+from .street import find_scenes, is_scenes
 
 __all__ = ["ImageSet", "Wanted", "read"]
 
@@ -54,6 +56,15 @@ class ImageSet:
     classes: tuple[str, ...] | None
     preprocessing: Preprocessing | None
     skipped: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batches(self, count: int) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+        """Inputs and labels, ``count`` at a time."""
+        assert self.y is not None
+        for first in range(0, len(self.x), count):
+            yield self.x[first : first + count], self.y[first : first + count]
 
     @property
     def sha256(self) -> str:
@@ -128,6 +139,9 @@ def _read_npz(path: Path, limit: int | None, seed: int) -> ImageSet:
 def _read_folder(
     folder: Path, wanted: Wanted, limit: int | None, seed: int, skip_corrupt: bool
 ) -> ImageSet:
+    if is_scenes(folder):  # images alone; labels are for whoever measures
+        images = [image for image, _ in find_scenes(folder, "train").pairs]
+        return _read_files(folder, [(f, -1) for f in images], (), wanted, limit, seed, skip_corrupt)
     classes = tuple(sorted(d.name for d in folder.iterdir() if d.is_dir() and _images(d)))
     files = [(f, i) for i, name in enumerate(classes) for f in _images(folder / name)]
     if not files:
@@ -137,6 +151,19 @@ def _read_folder(
             f"{folder}: found no images ({', '.join(sorted(EXTENSIONS))}); needed one folder "
             "of images per class, or images"
         )
+    return _read_files(folder, files, classes, wanted, limit, seed, skip_corrupt)
+
+
+def _read_files(
+    folder: Path,
+    files: list[tuple[Path, int]],
+    classes: tuple[str, ...],
+    wanted: Wanted,
+    limit: int | None,
+    seed: int,
+    skip_corrupt: bool,
+) -> ImageSet:
+    """Images and class numbers (-1: none), decoded into memory."""
     files = [files[i] for i in _chosen(len(files), limit, seed)]
     pixels, labels, skipped = [], [], []
     size = wanted.size

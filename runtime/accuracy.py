@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,16 +10,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ..calibration_data.readers import ImageSet
+from ..calibration_data.street import IGNORE, Scenes
 from ..errors import DataError
 from ..frames import decisions, feed
 from .engine import Engine
 from .images import enlarge, softmax
 from .results import Accuracy, harmonic_mean
 
-__all__ = ["IGNORE", "accuracy", "confusion"]
+__all__ = ["Labelled", "accuracy", "confusion", "window_of", "windows"]
 
 Array = npt.NDArray[Any]
-IGNORE = 255  # the label of pixels that nobody is asked about
+Labelled = ImageSet | Scenes
+# Called with domain, number of the image, its input, its labels and what was found.
+Draw = Callable[[str, int, Array, Array, Array], None]
 _BATCH, _BINS, _TOP = 64, 15, 5
 
 
@@ -36,28 +39,32 @@ class _Counts:
     # Of every bin of confidence: images, right ones, sum of confidences.
     bins: Array = field(default_factory=lambda: np.zeros((3, _BINS)))
     scored: bool = True
+    pixels: bool = False
 
 
 def accuracy(
     engine: Engine,
-    sets: Mapping[str, ImageSet],
+    sets: Mapping[str, Labelled],
     reference: Engine | None = None,
+    draw: Draw | None = None,
 ) -> Accuracy:
     """Run an engine over the labelled images of each domain.
 
     Args:
         engine: A classifier (scores (N, classes) or labels (N,)) or a segmentation engine
             (scores (N, classes, h, w) or labels (N, h, w); scores are brought to the labels'
-            size first).
+            size first). Images larger than its input are covered by windows.
         sets: Images and labels by domain.
         reference: Another engine whose decisions are compared.
+        draw: Shown every image with its label map and the one that was found.
 
     Raises:
         DataError: Labels out of range or of another form than the engine's answers.
     """
-    counts = {name: _count(engine, images, name, reference) for name, images in sets.items()}
-    pixels = {images.y.ndim == 3 for images in sets.values() if images.y is not None} == {True}
-    names = engine.manifest.classes
+    counts = {n: _count(engine, images, n, reference, draw) for n, images in sets.items()}
+    pixels = all(count.pixels for count in counts.values())
+    given = [images.classes for images in sets.values() if isinstance(images, Scenes)]
+    names = engine.manifest.classes or (given[0] if given else None)
     scored = all(count.scored for count in counts.values())
     per_class = {d: _per_class(c.table, pixels) for d, c in counts.items()}
     domains = {
@@ -93,35 +100,39 @@ def confusion(labels: Array, found: Array, classes: int) -> Array:
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
-def _count(engine: Engine, images: ImageSet, name: str, reference: Engine | None) -> _Counts:
-    assert images.y is not None
+def _count(
+    engine: Engine, images: Labelled, name: str, reference: Engine | None, draw: Draw | None
+) -> _Counts:
     counts = _Counts()
-    step = _step(engine)
-    for first in range(0, len(images.x), step):
-        rows = images.x[first : first + step]
-        labels = images.y[first : first + step]
-        output = _run(engine, rows, step)
+    for rows, labels in images.batches(_step(engine, images)):
+        output = _run(engine, rows)
         found = _decide(output, labels, engine, name)
         if not counts.classes:
-            counts.classes = _classes(output, images.y, engine)
+            counts.pixels = labels.ndim == 3
+            counts.classes = _classes(output, images, engine)
             counts.table = np.zeros((counts.classes, counts.classes), np.int64)
         _check_labels(labels, counts.classes, name)
         counts.table += confusion(labels, np.minimum(found, counts.classes - 1), counts.classes)
+        if draw is not None and counts.pixels:
+            for i in range(len(rows)):
+                draw(name, counts.images + i, rows[i], labels[i], found[i])
         counts.images += len(rows)
         counts.scored &= output.dtype.kind == "f"
         if output.ndim == 2 and output.dtype.kind == "f":
             _score(counts, output, labels, engine.manifest.postprocess == "softmax")
         if reference is not None:
-            other = _decide(_run(reference, rows, step), labels, reference, name)
+            other = _decide(_run(reference, rows), labels, reference, name)
             counts.flips += int((other != found).sum())
             counts.decided += found.size
     return counts
 
 
-def _step(engine: Engine) -> int:
+def _step(engine: Engine, images: Labelled) -> int:
     fixed = engine.inputs[0].shape[0]
     if isinstance(fixed, int):
         return fixed
+    if isinstance(images, Scenes):
+        return 1  # scores of a whole street scene take 160 MB
     # Scores of whole images are large: some 256 MB of them at a time.
     output = engine.outputs[0].shape
     if len(output) < 3:
@@ -130,7 +141,64 @@ def _step(engine: Engine) -> int:
     return int(np.clip((1 << 26) // np.prod(sides), 1, 16))
 
 
-def _run(engine: Engine, rows: Array, step: int) -> Array:
+def windows(length: int, window: int) -> list[int]:
+    """Where windows begin that cover a length, two thirds of one apart; the last one ends it.
+
+    >>> windows(100, 60)
+    [0, 40]
+    """
+    last, step = length - window, max(1, 2 * window // 3)
+    return [*range(0, last, step), last]
+
+
+def window_of(engine: Engine, rows: Array) -> tuple[int, int] | None:
+    """Size of the engine's input where the images are larger than that."""
+    port = engine.inputs[0]
+    sides = port.shape[1:3] if port.layout == "NHWC" else port.shape[2:]
+    if rows.ndim != 4 or len(sides) != 2:
+        return None
+    height, width = sides
+    if not isinstance(height, int) or not isinstance(width, int):
+        return None
+    if rows.shape[2:] == (height, width):
+        return None
+    if rows.shape[2] < height or rows.shape[3] < width:
+        raise DataError(
+            f"found images of {rows.shape[2]}x{rows.shape[3]}; the engine {engine.path} takes "
+            f"{height}x{width}: bring them to that size or a larger one (--image-size)"
+        )
+    return height, width
+
+
+def _run(engine: Engine, rows: Array) -> Array:
+    """Outputs of the rows; images larger than the input in windows whose scores are averaged."""
+    window = window_of(engine, rows)
+    if window is None:
+        return _call(engine, rows)
+    height, width = window
+    total: Array | None = None
+    times = np.zeros(rows.shape[2:], np.float32)
+    for top in windows(rows.shape[2], height):
+        for left in windows(rows.shape[3], width):
+            part = rows[:, :, top : top + height, left : left + width]
+            scores = _call(engine, np.ascontiguousarray(part))
+            if scores.dtype.kind != "f" or scores.ndim != 4:
+                raise DataError(
+                    f"{engine.path}: found outputs of shape {scores.shape}, {scores.dtype}; "
+                    "windows need score maps to average: export without --postprocess argmax"
+                )
+            if total is None:
+                total = np.zeros((len(rows), scores.shape[1], *rows.shape[2:]), np.float32)
+            place = (slice(top, top + height), slice(left, left + width))
+            for sums, row in zip(total, scores, strict=True):
+                sums[(slice(None), *place)] += enlarge(row, window)
+            times[place] += 1
+    assert total is not None
+    total /= times
+    return total
+
+
+def _call(engine: Engine, rows: Array) -> Array:
     """Outputs of the rows; an engine of a fixed batch runs a last one filled up."""
     fixed = engine.inputs[0].shape[0]
     size = fixed if isinstance(fixed, int) else len(rows)
@@ -162,12 +230,16 @@ def _decide(output: Array, labels: Array, engine: Engine, name: str) -> Array:
     return np.stack([enlarge(row, size).argmax(0) for row in output])
 
 
-def _classes(output: Array, labels: Array, engine: Engine) -> int:
+def _classes(output: Array, images: Labelled, engine: Engine) -> int:
     if output.dtype.kind == "f":
         return int(output.shape[1])
     if engine.manifest.classes:
         return len(engine.manifest.classes)
-    return int(max(labels[labels != IGNORE].max(initial=0), output.max())) + 1
+    if isinstance(images, Scenes):
+        return len(images.classes) if images.classes else IGNORE
+    assert images.y is not None
+    known = images.y[images.y != IGNORE] if images.y.ndim == 3 else images.y
+    return int(max(known.max(initial=0), output.max())) + 1
 
 
 def _check_labels(labels: Array, classes: int, name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..calibration_data.readers import ImageSet, Wanted, read, relabel
+from ..calibration_data.readers import Wanted, read, relabel
+from ..calibration_data.street import find_scenes, is_scenes
 from ..errors import DataError
 from ..frames import feed
 from ..manifest import EngineManifest
-from .accuracy import accuracy
+from .accuracy import Labelled, accuracy, window_of
 from .engine import Engine, load_engine, open_engine, read_manifest
 from .environment import Watch, environment, open_nvml
+from .pictures import Pictures
 from .power import Energy, find_meters, measure_energy
 from .results import Accuracy, BenchResult, Latency, harmonic_mean
 from .timing import ROUNDS, Plan, latency, measure, overhead_us, phases, run_offline, speedup
@@ -76,12 +78,16 @@ def benchmark_all(
     device: str = "auto",
     cuda_graph: bool = True,
     reference: str | os.PathLike[str] | None = None,
+    split: str = "val",
+    image_size: tuple[int, int] | None = None,
+    draw: str | os.PathLike[str] | None = None,
 ) -> list[BenchResult]:
     """Measure engines, taking turns so that a noisy moment meets them all.
 
     Args:
         paths: Engine folders.
-        data: Labelled images of each domain: folder or .npz.
+        data: Labelled images of each domain: folder, .npz, or street scenes (Cityscapes, GTA5,
+            IDD, BDD100K).
         plan: Scenario, warm-up, how often, batch.
         threads: Threads inside an operator; 0, one per core.
         skip_corrupt: Leave out images that cannot be decoded.
@@ -89,6 +95,10 @@ def benchmark_all(
         device: See :func:`load_engine`.
         cuda_graph: See :func:`load_engine`.
         reference: Engine that decisions are compared with.
+        split: Of street scenes.
+        image_size: (height, width) that street scenes are brought to; their own by default.
+            Larger than the engine's input, they are covered by windows.
+        draw: Folder for pictures of image, labels and what was found.
 
     Raises:
         EngineError: An engine cannot be loaded or fed.
@@ -99,11 +109,11 @@ def benchmark_all(
     how = _How(threads, device, cuda_graph)
     subjects = [_Subject(Path(path), read_manifest(path), how, plan) for path in paths]
     for subject in subjects:
-        subject.prepare(data or {}, skip_corrupt)
+        subject.prepare(data or {}, skip_corrupt, split, image_size)
     _take_turns(subjects, plan)
     other = load_engine(reference, device, threads) if reference is not None else None
     with other or contextlib.nullcontext():
-        results = [subject.result(energy, other) for subject in subjects]
+        results = [subject.result(energy, other, draw) for subject in subjects]
     return _compared(results, subjects)
 
 
@@ -134,16 +144,22 @@ class _Subject:
     how: _How
     plan: Plan
     x: Array | None = None
-    sets: dict[str, ImageSet] = field(default_factory=dict)
+    sets: dict[str, Labelled] = field(default_factory=dict)
     rounds: list[tuple[float, ...]] = field(default_factory=list)
     seconds: float = 0.0
     watch: Watch = field(default_factory=lambda: Watch(nvml=open_nvml()))
     _engine: Engine | None = None
 
-    def prepare(self, data: Mapping[str, str | Path], skip_corrupt: bool) -> None:
+    def prepare(
+        self,
+        data: Mapping[str, str | Path],
+        skip_corrupt: bool,
+        split: str,
+        image_size: tuple[int, int] | None,
+    ) -> None:
         """Read the data and make the input that is timed; errors come before any timing."""
         self.sets = {
-            name: _labelled(self.manifest, name, where, skip_corrupt)
+            name: _labelled(self.manifest, name, where, skip_corrupt, split, image_size)
             for name, where in data.items()
         }
         with self.opened() as engine:
@@ -202,7 +218,12 @@ class _Subject:
         samples = tuple(v for samples in self.rounds for v in samples)
         return latency(samples, batch, plan.warmup, what, plan.percentiles)
 
-    def result(self, energy: bool, reference: Engine | None) -> BenchResult:
+    def result(
+        self,
+        energy: bool,
+        reference: Engine | None,
+        draw: str | os.PathLike[str] | None = None,
+    ) -> BenchResult:
         """Everything that is measured beside the latency, and the whole."""
         x, manifest = self.x, self.manifest
         assert x is not None
@@ -216,7 +237,8 @@ class _Subject:
             overhead = overhead_us(engine, x)
             if energy:
                 used = measure_energy(engine.bound(x), find_meters(), times.iterations)
-            found = accuracy(engine, self.sets, reference) if self.sets else None
+            pictures = Pictures(Path(draw) / self.path.name, manifest) if draw else None
+            found = accuracy(engine, self.sets, reference, pictures) if self.sets else None
             threads, device, graph = engine.threads, engine.device, engine.cuda_graph
         return BenchResult(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -293,9 +315,18 @@ def _compared(results: list[BenchResult], subjects: Sequence[_Subject]) -> list[
 
 
 def _labelled(
-    manifest: EngineManifest, name: str, where: str | Path, skip_corrupt: bool
-) -> ImageSet:
-    wanted = Wanted.like(manifest.preprocessing) if manifest.preprocessing else Wanted()
+    manifest: EngineManifest,
+    name: str,
+    where: str | Path,
+    skip_corrupt: bool,
+    split: str,
+    image_size: tuple[int, int] | None,
+) -> Labelled:
+    p = manifest.preprocessing
+    if is_scenes(Path(where)):
+        scenes = replace(find_scenes(where, split), size=image_size)
+        return replace(scenes, mean=p.mean, std=p.std) if p else scenes
+    wanted = Wanted.like(p) if p else Wanted()
     images = relabel(read(where, wanted, skip_corrupt=skip_corrupt), manifest.classes, where)
     if images.y is None:
         raise DataError(
@@ -305,11 +336,13 @@ def _labelled(
     return images
 
 
-def _timing_input(engine: Engine, sets: Mapping[str, ImageSet], batch: int) -> Array:
+def _timing_input(engine: Engine, sets: Mapping[str, Labelled], batch: int) -> Array:
     """Real images where there are any, so that the data's zeros and extremes are real too."""
     if sets:
-        x = next(iter(sets.values())).x
+        x, _ = next(next(iter(sets.values())).batches(batch))
         rows = np.ascontiguousarray(x[np.arange(batch) % len(x)])
+        if window := window_of(engine, rows):
+            rows = np.ascontiguousarray(rows[:, :, : window[0], : window[1]])
         return feed(rows, engine.manifest)
     (port,) = engine.inputs
     free = [d for d in port.shape[1:] if isinstance(d, str)]

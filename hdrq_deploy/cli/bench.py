@@ -33,6 +33,15 @@ def arguments() -> argparse.ArgumentParser:
         "--data", nargs="+", default=[], metavar="NAME=PATH", help="labelled images of each domain"
     )
     p.add_argument("--reference", help="engine whose decisions these are compared with")
+    p.add_argument("--split", default="val", help="of street scenes")
+    p.add_argument(
+        "--image-size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="street scenes are brought to this; windows cover what is larger than the input",
+    )
+    p.add_argument("--draw", type=Path, help="folder for pictures of image, labels, found labels")
     p.add_argument("--skip-corrupt", action="store_true", help="leave out broken images")
     how = p.add_argument_group("how it is measured")
     how.add_argument(
@@ -113,6 +122,9 @@ def _bench(args: argparse.Namespace) -> int:
         args.device,
         not args.no_cuda_graph,
         args.reference,
+        args.split,
+        tuple(args.image_size) if args.image_size else None,
+        args.draw,
     )
     rows = list(zip(_names(args.engines), results, strict=True))
     _show(rows, args.energy)

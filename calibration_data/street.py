@@ -1,0 +1,291 @@
+"""Street scenes with a label for every pixel, in the layouts that the data sets come in.
+
+Cityscapes, GTA5, IDD and BDD100K, all mapped to the 19 training classes of Cityscapes; and any
+folder with ``images/`` and ``labels/`` of equal file names. Pixels that are asked nothing of
+carry 255. Images are read when they are needed, a few at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from hdrq_deploy.errors import DataError
+
+__all__ = ["CITYSCAPES", "IGNORE", "PALETTE", "Scenes", "find_scenes", "is_scenes"]
+
+Array = npt.NDArray[Any]
+IGNORE = 255
+
+# github.com/mcordts/cityscapesScripts, helpers/labels.py: train id, label id, name, colour.
+_CLASSES = (
+    (7, "road", (128, 64, 128)),
+    (8, "sidewalk", (244, 35, 232)),
+    (11, "building", (70, 70, 70)),
+    (12, "wall", (102, 102, 156)),
+    (13, "fence", (190, 153, 153)),
+    (17, "pole", (153, 153, 153)),
+    (19, "traffic light", (250, 170, 30)),
+    (20, "traffic sign", (220, 220, 0)),
+    (21, "vegetation", (107, 142, 35)),
+    (22, "terrain", (152, 251, 152)),
+    (23, "sky", (70, 130, 180)),
+    (24, "person", (220, 20, 60)),
+    (25, "rider", (255, 0, 0)),
+    (26, "car", (0, 0, 142)),
+    (27, "truck", (0, 0, 70)),
+    (28, "bus", (0, 60, 100)),
+    (31, "train", (0, 80, 100)),
+    (32, "motorcycle", (0, 0, 230)),
+    (33, "bicycle", (119, 11, 32)),
+)
+CITYSCAPES = tuple(name for _, name, _ in _CLASSES)
+PALETTE = tuple(colour for _, _, colour in _CLASSES)
+# github.com/AutoNUE/public-code, helpers/anue_labels.py: level3Id to the train id above. What
+# Cityscapes does not know, or level 3 does not tell apart (12: caravan, trailer, train), is left
+# out of every figure.
+_IDD_LEVEL3 = {
+    0: "road",
+    2: "sidewalk",
+    3: "terrain",
+    4: "person",
+    5: "rider",
+    6: "motorcycle",
+    7: "bicycle",
+    9: "car",
+    10: "truck",
+    11: "bus",
+    14: "wall",
+    15: "fence",
+    18: "traffic sign",
+    19: "traffic light",
+    20: "pole",
+    22: "building",
+    24: "vegetation",
+    25: "sky",
+}
+
+
+def _table(pairs: dict[int, int], known: int) -> Array:
+    """256 entries: train id, ``IGNORE``, or -1 for a value that the data set does not have."""
+    table = np.full(256, -1, np.int16)
+    table[:known] = IGNORE
+    table[IGNORE] = IGNORE
+    for label, train in pairs.items():
+        table[label] = train
+    return table
+
+
+_IDENTITY = _table({i: i for i in range(len(_CLASSES))}, len(_CLASSES))
+# Label ids run to 33; GTA5 knows 34 more as 34 and Cityscapes the licence plate as -1, 255 here.
+_LABEL_IDS = _table({label: i for i, (label, _, _) in enumerate(_CLASSES)}, 35)
+_LEVEL3 = _table({k: CITYSCAPES.index(name) for k, name in _IDD_LEVEL3.items()}, 27)
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Pairs of an image and its label map, not read yet.
+
+    Attributes:
+        layout: ``cityscapes``, ``gta5``, ``idd``, ``bdd100k`` or ``folder``.
+        pairs: Files.
+        classes: Names, or None where a folder does not tell.
+        size: (height, width) that images and labels are brought to; None keeps theirs.
+        mean, std: Of the network's input, per channel.
+    """
+
+    layout: str
+    pairs: tuple[tuple[Path, Path], ...]
+    table: Array
+    classes: tuple[str, ...] | None
+    size: tuple[int, int] | None = None
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def batches(self, count: int, workers: int = 4) -> Iterator[tuple[Array, Array]]:
+        """Inputs (n, 3, H, W) float32 and labels (n, H, W) int64, ``count`` at most at a time.
+
+        Reading runs ahead by one batch; a batch holds images of one size.
+
+        Raises:
+            DataError: A file that cannot be read, a label out of range, or sizes that differ.
+        """
+        with ThreadPoolExecutor(workers) as pool:
+            waiting: list[Any] = []
+            todo = iter(self.pairs)
+            batch: list[tuple[Array, Array]] = []
+            while True:
+                while len(waiting) < 2 * count and (pair := next(todo, None)) is not None:
+                    waiting.append(pool.submit(self.read, *pair))
+                if not waiting:
+                    break
+                image, label = waiting.pop(0).result()
+                if batch and batch[0][1].shape != label.shape:
+                    yield _stacked(batch)
+                    batch = []
+                batch.append((image, label))
+                if len(batch) == count:
+                    yield _stacked(batch)
+                    batch = []
+            if batch:
+                yield _stacked(batch)
+
+    def read(self, image_file: Path, label_file: Path) -> tuple[Array, Array]:
+        """One input (3, H, W) float32 and its labels (H, W) int64.
+
+        Raises:
+            DataError: As :meth:`batches`.
+        """
+        frame = _open(image_file).convert("RGB")
+        label = _open(label_file)
+        if label.mode not in {"L", "P", "I", "I;16"}:
+            raise DataError(
+                f"{label_file}: found a picture of mode {label.mode}; needed one number a pixel "
+                "(grey or palette)"
+            )
+        if frame.size != label.size:
+            raise DataError(
+                f"{label_file}: found labels of {label.height}x{label.width} for an image of "
+                f"{frame.height}x{frame.width}; needed one label a pixel"
+            )
+        if self.size is not None and frame.size != self.size[::-1]:
+            frame = frame.resize(self.size[::-1], Image.Resampling.BILINEAR)
+            label = label.resize(self.size[::-1], Image.Resampling.NEAREST)
+        x = np.asarray(frame, np.float32) / 255
+        x = (x - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return np.ascontiguousarray(x.transpose(2, 0, 1)), self._mapped(
+            np.asarray(label), label_file
+        )
+
+    def _mapped(self, label: Array, file: Path) -> Array:
+        found = int(label.max(initial=0))
+        mapped = self.table[np.minimum(label, 255)].astype(np.int64)
+        if found > 255 or mapped.min(initial=0) < 0:
+            wrong = found if found > 255 else int(label[mapped < 0][0])
+            raise DataError(
+                f"{file}: found label {wrong}; {self.layout} has {_known(self.table)} and 255 for "
+                "pixels to leave out"
+            )
+        return mapped
+
+
+def _known(table: Array) -> str:
+    values = np.flatnonzero(table[:255] >= 0)
+    return f"0 to {values[-1]}"
+
+
+def _stacked(batch: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+    images, labels = zip(*batch, strict=True)
+    return np.stack(images), np.stack(labels)
+
+
+def _open(file: Path) -> Image.Image:
+    try:
+        with Image.open(file) as opened:
+            opened.load()
+            return opened.copy()
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise DataError(f"{file}: cannot be decoded ({error}); mend or remove it") from error
+
+
+def is_scenes(root: Path) -> bool:
+    """Whether a folder has one of the layouts, complete or not."""
+    both = (root / "images").is_dir() and (root / "labels").is_dir()
+    return (root / "leftImg8bit").is_dir() or both
+
+
+def find_scenes(root: str | Path, split: str = "val") -> Scenes:
+    """Find images and labels.
+
+    Args:
+        root: ``leftImg8bit/SPLIT/CITY`` and ``gtFine/SPLIT/CITY`` (Cityscapes, IDD);
+            ``images/10k/SPLIT`` and ``labels/sem_seg/masks/SPLIT`` (BDD100K); ``images`` and
+            ``labels`` with files of equal names (GTA5, or any other).
+        split: Of the layouts that have splits.
+
+    Raises:
+        DataError: No such layout, a split that is not there, or an image without labels.
+    """
+    folder = Path(root)
+    if (folder / "leftImg8bit").is_dir():
+        return _cityscapes(folder, split)
+    if (folder / "labels" / "sem_seg").is_dir():
+        images = _split(folder / "images" / "10k", split)
+        labels = _split(folder / "labels" / "sem_seg" / "masks", split)
+        pairs = _paired(images, lambda f: labels / f"{f.stem}.png")
+        return Scenes("bdd100k", pairs, _IDENTITY, CITYSCAPES)
+    if (folder / "labels").is_dir():
+        return _plain(folder)
+    raise DataError(
+        f"{folder}: found no street scenes; needed leftImg8bit/ and gtFine/ (Cityscapes, IDD), "
+        "images/10k/ and labels/sem_seg/masks/ (BDD100K), or images/ and labels/ (GTA5)"
+    )
+
+
+def _split(folder: Path, split: str) -> Path:
+    if (folder / split).is_dir():
+        return folder / split
+    there = sorted(f.name for f in folder.iterdir() if f.is_dir()) if folder.is_dir() else []
+    raise DataError(
+        f"{folder / split}: not there; needed a split ({', '.join(there) or 'none was found'})"
+    )
+
+
+def _cityscapes(folder: Path, split: str) -> Scenes:
+    images, labels = _split(folder / "leftImg8bit", split), _split(folder / "gtFine", split)
+    kinds = {
+        "labellevel3Ids": ("idd", _LEVEL3),
+        "labelTrainIds": ("cityscapes", _IDENTITY),
+        "labelIds": ("cityscapes", _LABEL_IDS),
+    }
+    for kind, (layout, table) in kinds.items():
+        if next(labels.glob(f"*/*_gtFine_{kind}.png"), None) is None:
+            continue
+
+        def label_of(image: Path, kind: str = kind) -> Path:
+            stem = image.stem.removesuffix("_leftImg8bit")
+            return labels / image.parent.name / f"{stem}_gtFine_{kind}.png"
+
+        return Scenes(layout, _paired(images, label_of), table, CITYSCAPES)
+    raise DataError(
+        f"{labels}: found no labels; needed CITY/*_gtFine_ with labelTrainIds.png or labelIds.png "
+        "(Cityscapes), or labellevel3Ids.png (IDD)"
+    )
+
+
+def _plain(folder: Path) -> Scenes:
+    labels = folder / "labels"
+    pairs = _paired(folder / "images", lambda f: labels / f"{f.stem}.png")
+    with Image.open(pairs[0][1]) as first:
+        palette = first.getpalette() if first.mode == "P" else None
+    # GTA5's label maps carry the palette of Cityscapes' label ids: 7 is road.
+    if palette is not None and tuple(palette[21:24]) == PALETTE[0]:
+        return Scenes("gta5", pairs, _LABEL_IDS, CITYSCAPES)
+    return Scenes("folder", pairs, _table({i: i for i in range(255)}, 255), None)
+
+
+def _paired(images: Path, label_of: Callable[[Path], Path]) -> tuple[tuple[Path, Path], ...]:
+    if not images.is_dir():
+        raise DataError(f"{images}: not there; needed a folder of images")
+    suffixes = {".png", ".jpg", ".jpeg"}
+    files = sorted(f for f in images.rglob("*") if f.suffix.lower() in suffixes)
+    if not files:
+        raise DataError(f"{images}: found no images (.png, .jpg)")
+    pairs = tuple((file, label_of(file)) for file in files)
+    missing = [label for _, label in pairs if not label.is_file()]
+    if missing:
+        raise DataError(
+            f"{missing[0]}: not there; needed the labels of every image ({len(missing)} of "
+            f"{len(pairs)} are missing)"
+        )
+    return pairs

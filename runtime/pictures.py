@@ -1,0 +1,67 @@
+"""Pictures of segmentation: image, labels and what an engine found, side by side."""
+
+from __future__ import annotations
+
+import colorsys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ..calibration_data.street import CITYSCAPES, IGNORE, PALETTE
+from ..manifest import EngineManifest
+
+__all__ = ["Pictures", "palette"]
+
+Array = npt.NDArray[Any]
+_GAP = 4
+
+
+def palette(classes: int) -> Array:
+    """(256, 3) uint8: Cityscapes' colours for its 19 classes, even hues for others, else black."""
+    table = np.zeros((256, 3), np.uint8)
+    if classes == len(CITYSCAPES):
+        table[:classes] = PALETTE
+        return table
+    for i in range(min(classes, IGNORE)):
+        hue = colorsys.hsv_to_rgb(i / classes, 0.75, 0.6 + 0.35 * (i % 2))
+        table[i] = [round(255 * part) for part in hue]
+    return table
+
+
+class Pictures:
+    """Writes ``DOMAIN/NUMBER.png`` for the first images of every domain.
+
+    Args:
+        folder: Where to.
+        manifest: Of the engine: how its inputs become pixels again.
+        limit: Pictures a domain.
+    """
+
+    def __init__(self, folder: Path, manifest: EngineManifest, limit: int = 20) -> None:
+        self._folder, self._limit = folder, limit
+        self._preprocessing = manifest.preprocessing
+        # (N, classes, h, w); an engine of labels has no such dimension.
+        shape = manifest.outputs[0].shape
+        self._classes = shape[1] if len(shape) == 4 and isinstance(shape[1], int) else 0
+
+    def __call__(self, domain: str, number: int, x: Array, labels: Array, found: Array) -> None:
+        """Write one picture: x (C, H, W), labels and found (H, W)."""
+        if number >= self._limit:
+            return
+        pixels = x.transpose(1, 2, 0)
+        if self._preprocessing is not None:
+            p = self._preprocessing
+            pixels = pixels * np.array(p.std, np.float32) + np.array(p.mean, np.float32)
+        frame = np.rint(255 * pixels).clip(0, 255).astype(np.uint8)
+        if frame.shape[2] == 1:
+            frame = np.repeat(frame, 3, 2)
+        known = int(np.max(np.where(labels == IGNORE, 0, labels), initial=found.max(initial=0))) + 1
+        table = palette(max(self._classes, known))
+        gap = np.full((frame.shape[0], _GAP, 3), 255, np.uint8)
+        parts = [frame, gap, table[labels], gap, table[np.where(labels == IGNORE, IGNORE, found)]]
+        file = self._folder / domain / f"{number:04}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.concatenate(parts, 1)).save(file)
