@@ -268,9 +268,7 @@ def generate_launch_description():
         ],
         output="screen",
     )
-    return LaunchDescription(
-        [DeclareLaunchArgument("parameters", default_value=PARAMETERS), node]
-    )
+    return LaunchDescription([DeclareLaunchArgument("parameters", default_value=PARAMETERS), node])
 '''
 
 

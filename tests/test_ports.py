@@ -147,8 +147,13 @@ def test_frames_in_labels_out(normalised: Bundle, work: Path, tmp_path: Path, en
         np.testing.assert_array_equal(feed(images.x, labels.manifest), frames)
         with pytest.raises(EngineError, match="uint8"):
             labels(images.x)
-    both = [benchmark(p, {"night": work / "images"}, 1, 3).accuracy for p in (plain, folded)]
-    assert both[0] == both[1]
+    scores, alone = (
+        benchmark(p, {"night": work / "images"}, 1, 3).accuracy for p in (plain, folded)
+    )
+    assert scores is not None and alone is not None
+    assert (scores.domains, scores.per_class) == (alone.domains, alone.per_class)
+    # Labels alone say nothing of confidence.
+    assert scores.calibration_error is not None and alone.calibration_error is None
 
 
 def test_frames_need_a_bundle_that_knows_its_preprocessing(make: Any, tmp_path: Path) -> None:
