@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from hdrq_deploy.errors import DataError
 from hdrq_deploy.manifest import Preprocessing
 
-from .street import find_scenes, is_scenes
+from .street import is_scenes, scene_images
 
 __all__ = ["ImageSet", "Wanted", "read"]
 
@@ -140,8 +140,8 @@ def _read_folder(
     folder: Path, wanted: Wanted, limit: int | None, seed: int, skip_corrupt: bool
 ) -> ImageSet:
     if is_scenes(folder):  # images alone; labels are for whoever measures
-        images = [image for image, _ in find_scenes(folder, "train").pairs]
-        return _read_files(folder, [(f, -1) for f in images], (), wanted, limit, seed, skip_corrupt)
+        images = [(file, -1) for file in scene_images(folder)]
+        return _read_files(folder, images, (), wanted, limit, seed, skip_corrupt)
     classes = tuple(sorted(d.name for d in folder.iterdir() if d.is_dir() and _images(d)))
     files = [(f, i) for i, name in enumerate(classes) for f in _images(folder / name)]
     if not files:

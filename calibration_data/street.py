@@ -19,7 +19,15 @@ from PIL import Image, UnidentifiedImageError
 
 from hdrq_deploy.errors import DataError
 
-__all__ = ["CITYSCAPES", "IGNORE", "PALETTE", "Scenes", "find_scenes", "is_scenes"]
+__all__ = [
+    "CITYSCAPES",
+    "IGNORE",
+    "PALETTE",
+    "Scenes",
+    "find_scenes",
+    "is_scenes",
+    "scene_images",
+]
 
 Array = npt.NDArray[Any]
 IGNORE = 255
@@ -232,6 +240,17 @@ def find_scenes(root: str | Path, split: str = "val") -> Scenes:
     )
 
 
+def scene_images(root: Path) -> list[Path]:
+    """Images alone, for calibration: of the split ``train`` where there is one.
+
+    Raises:
+        DataError: None.
+    """
+    bases = (root / "leftImg8bit", root / "images" / "10k", root / "images")
+    base = next(b for b in bases if b.is_dir())
+    return _images(base / "train" if (base / "train").is_dir() else base)
+
+
 def _split(folder: Path, split: str) -> Path:
     if (folder / split).is_dir():
         return folder / split
@@ -266,8 +285,8 @@ def _cityscapes(folder: Path, split: str) -> Scenes:
 def _plain(folder: Path) -> Scenes:
     labels = folder / "labels"
     pairs = _paired(folder / "images", lambda f: labels / f"{f.stem}.png")
-    with Image.open(pairs[0][1]) as first:
-        palette = first.getpalette() if first.mode == "P" else None
+    first = _open(pairs[0][1])
+    palette = first.getpalette() if first.mode == "P" else None
     # GTA5's label maps carry the palette of Cityscapes' label ids: 7 is road.
     if palette is not None and tuple(palette[21:24]) == PALETTE[0]:
         return Scenes("gta5", pairs, _LABEL_IDS, CITYSCAPES)
@@ -275,13 +294,7 @@ def _plain(folder: Path) -> Scenes:
 
 
 def _paired(images: Path, label_of: Callable[[Path], Path]) -> tuple[tuple[Path, Path], ...]:
-    if not images.is_dir():
-        raise DataError(f"{images}: not there; needed a folder of images")
-    suffixes = {".png", ".jpg", ".jpeg"}
-    files = sorted(f for f in images.rglob("*") if f.suffix.lower() in suffixes)
-    if not files:
-        raise DataError(f"{images}: found no images (.png, .jpg)")
-    pairs = tuple((file, label_of(file)) for file in files)
+    pairs = tuple((file, label_of(file)) for file in _images(images))
     missing = [label for _, label in pairs if not label.is_file()]
     if missing:
         raise DataError(
@@ -289,3 +302,13 @@ def _paired(images: Path, label_of: Callable[[Path], Path]) -> tuple[tuple[Path,
             f"{len(pairs)} are missing)"
         )
     return pairs
+
+
+def _images(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: not there; needed a folder of images")
+    suffixes = {".png", ".jpg", ".jpeg"}
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in suffixes)
+    if not files:
+        raise DataError(f"{folder}: found no images (.png, .jpg)")
+    return files

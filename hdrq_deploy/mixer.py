@@ -7,6 +7,7 @@ the background, and swaps it in between two frames. Every output comes from exac
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import threading
 from collections import OrderedDict
@@ -250,6 +251,7 @@ class DomainMixer:
         """
         weights = self._weights(mix)
         asked = _Asked(weights)
+        asked.future.set_running_or_notify_cancel()  # others may wait for the same turn
         with self._lock:
             if self._closed:
                 raise EngineError("the mixer is closed; make another one")
@@ -301,10 +303,10 @@ class DomainMixer:
         manifest = self._merger.parents[0].manifest
         # Choosing runs the network itself, whatever the engine takes.
         x = network_input(frames, manifest.preprocessing, "mixer")
-        with self._lock:
-            if self._closed:
-                raise EngineError("the mixer is closed; make another one")
+        try:
             return self._chooser.submit(self.adapt, x)
+        except RuntimeError as error:  # closing has begun
+            raise EngineError("the mixer is closed; make another one") from error
 
     def close(self) -> None:
         """Stop building and free all engines; later calls raise EngineError."""
@@ -312,6 +314,8 @@ class DomainMixer:
         with self._lock:
             self._closed = True
         self._builder.shutdown(wait=True)
+        with self._left:  # calls that have begun end first
+            self._left.wait_for(lambda: all(kept.users == 0 for kept in self._recent.values()))
         for kept in self._recent.values():
             kept.engine.close()
         self._recent.clear()
@@ -446,7 +450,10 @@ class _TrtBuilder:
         merged = self._merger.write(folder / f"{self._made}.hdrq", mix)
         target = folder / f"{self._made}-engine"
         export(merged, target, self._engine, options=self._options, build=self._build, say=_silent)
-        return _Loaded(target)
+        loaded = _Loaded(target)
+        for used in (merged.path, target):  # the plan is in memory
+            shutil.rmtree(used)
+        return loaded
 
     def close(self) -> None:
         """Remove bundles and plans."""

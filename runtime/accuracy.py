@@ -94,10 +94,14 @@ def accuracy(
 
 
 def confusion(labels: Array, found: Array, classes: int) -> Array:
-    """(classes, classes) counts: row is the label, column what was found; IGNORE is left out."""
-    known = labels != IGNORE
-    pairs = labels[known].astype(np.int64) * classes + found[known]
-    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+    """(classes, classes + 1) counts: row is the label, column what was found, the last for others.
+
+    In maps (N, H, W) pixels of label IGNORE are left out.
+    """
+    known = labels != IGNORE if labels.ndim == 3 else np.ones(labels.shape, bool)
+    columns = classes + 1
+    pairs = labels[known].astype(np.int64) * columns + np.minimum(found[known], classes)
+    return np.bincount(pairs, minlength=classes * columns).reshape(classes, columns)
 
 
 def _count(
@@ -110,9 +114,9 @@ def _count(
         if not counts.classes:
             counts.pixels = labels.ndim == 3
             counts.classes = _classes(output, images, engine)
-            counts.table = np.zeros((counts.classes, counts.classes), np.int64)
+            counts.table = np.zeros((counts.classes, counts.classes + 1), np.int64)
         _check_labels(labels, counts.classes, name)
-        counts.table += confusion(labels, np.minimum(found, counts.classes - 1), counts.classes)
+        counts.table += confusion(labels, found, counts.classes)
         if draw is not None and counts.pixels:
             for i in range(len(rows)):
                 draw(name, counts.images + i, rows[i], labels[i], found[i])
@@ -269,7 +273,7 @@ def _calibration_error(counts: _Counts) -> float:
 
 
 def _per_class(table: Array, pixels: bool) -> list[float | None]:
-    hits, labelled, found = np.diag(table), table.sum(1), table.sum(0)
+    hits, labelled, found = np.diag(table), table.sum(1), table.sum(0)[:-1]
     whole = labelled + found - hits if pixels else labelled
     return [float(h / w) if w else None for h, w in zip(hits, whole, strict=True)]
 

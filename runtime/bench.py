@@ -106,9 +106,17 @@ def benchmark_all(
     """
     plan = plan or Plan()
     plan.check()
+    if image_size is not None and min(image_size) < 1:
+        raise DataError(f"found image size {image_size[0]}x{image_size[1]}; needed 1 or more")
     how = _How(threads, device, cuda_graph)
+    other_manifest = read_manifest(reference) if reference is not None else None
     subjects = [_Subject(Path(path), read_manifest(path), how, plan) for path in paths]
     for subject in subjects:
+        if other_manifest and other_manifest.preprocessing != subject.manifest.preprocessing:
+            raise DataError(
+                f"{reference}: found another preprocessing than that of {subject.path}; needed the "
+                "same inputs to compare decisions"
+            )
         subject.prepare(data or {}, skip_corrupt, split, image_size)
     _take_turns(subjects, plan)
     other = load_engine(reference, device, threads) if reference is not None else None
@@ -147,7 +155,7 @@ class _Subject:
     sets: dict[str, Labelled] = field(default_factory=dict)
     rounds: list[tuple[float, ...]] = field(default_factory=list)
     seconds: float = 0.0
-    watch: Watch = field(default_factory=lambda: Watch(nvml=open_nvml()))
+    watch: Watch = field(default_factory=Watch)
     _engine: Engine | None = None
 
     def prepare(
@@ -163,6 +171,8 @@ class _Subject:
             for name, where in data.items()
         }
         with self.opened() as engine:
+            if engine.device != "cpu":
+                self.watch = Watch(nvml=open_nvml(), gpu=_number(engine.device))
             self.x = _timing_input(engine, self.sets, self.plan.images(engine))
 
     @contextlib.contextmanager
@@ -184,7 +194,10 @@ class _Subject:
         assert x is not None
         with self.opened(keep) as engine:
             call = engine.bound(x)
-            measure(call, plan.warmup if not self.rounds else min(plan.warmup, 3))
+            warmup = plan.warmup if not self.rounds else min(plan.warmup, 3)
+            measure(call, warmup)
+            if plan.scenario == "offline":  # its calls have buffers of their own on a GPU
+                run_offline(engine, x, max(warmup, 6))
             with self.watch:
                 if plan.scenario == "offline":
                     samples, seconds = run_offline(engine, x, queries)
@@ -231,9 +244,7 @@ class _Subject:
         used: Energy | None = None
         with self.opened() as engine:
             engine(x)
-            parts = phases(
-                engine, _frames(manifest, len(x)), x, min(times.iterations, _PHASE_CALLS)
-            )
+            parts = phases(engine, _frames(engine, x), x, min(times.iterations, _PHASE_CALLS))
             overhead = overhead_us(engine, x)
             if energy:
                 used = measure_energy(engine.bound(x), find_meters(), times.iterations)
@@ -264,7 +275,7 @@ class _Subject:
             cuda_graph=graph,
             overhead_us=overhead,
             energy=used or "unavailable",
-            environment={**environment(device=device), **self.watch.facts()},
+            environment={**environment(device=device, gpu=_number(device)), **self.watch.facts()},
             marks=tuple(self.watch.marks()),
         )
 
@@ -302,7 +313,7 @@ def _compared(results: list[BenchResult], subjects: Sequence[_Subject]) -> list[
         return results
     floats = [i for i, subject in enumerate(subjects) if subject.manifest.scheme.wbits is None]
     base = floats[0] if floats else 0
-    per_image = [len(s.x) if s.x is not None else 1 for s in subjects]
+    per_image = [s.latency.batch for s in subjects]  # images in a sample
     medians = [[m / n for m in s.medians] for s, n in zip(subjects, per_image, strict=True)]
     return [
         result
@@ -324,6 +335,8 @@ def _labelled(
 ) -> Labelled:
     p = manifest.preprocessing
     if is_scenes(Path(where)):
+        if skip_corrupt:
+            raise DataError(f"{where}: --skip-corrupt is for image folders; mend the scenes")
         scenes = replace(find_scenes(where, split), size=image_size)
         return replace(scenes, mean=p.mean, std=p.std) if p else scenes
     wanted = Wanted.like(p) if p else Wanted()
@@ -355,12 +368,17 @@ def _timing_input(engine: Engine, sets: Mapping[str, Labelled], batch: int) -> A
     return rng.random(shape, dtype=np.float32)
 
 
-def _frames(manifest: EngineManifest, batch: int) -> list[Array] | None:
-    """Frames as a camera gives them: 1.5 times the size of the network's input."""
-    p = manifest.preprocessing
+def _number(device: str) -> int:
+    return int(device.partition(":")[2] or 0)
+
+
+def _frames(engine: Engine, x: Array) -> list[Array] | None:
+    """Frames as a camera gives them, 1.5 times as large, that become an input like ``x``."""
+    p = engine.manifest.preprocessing
     if p is None:
         return None
     rng = np.random.default_rng(0)
     sides = (p.height * 3 // 2, p.width * 3 // 2)
     shape = sides if p.channels == 1 else (*sides, p.channels)
-    return [rng.integers(0, 256, shape, np.uint8) for _ in range(batch)]
+    frames = [rng.integers(0, 256, shape, np.uint8) for _ in range(len(x))]
+    return frames if engine.prepare(frames).shape == x.shape else None

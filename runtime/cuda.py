@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 Array = npt.NDArray[Any]
+_LEGACY_STREAM = 1  # cudaStreamLegacy: what an interface without a stream may be written by
 
 
 @dataclass(frozen=True)
@@ -290,12 +291,14 @@ def device_array(x: Any, stream: Stream) -> DeviceArray:
         dmlc.github.io/dlpack/latest/python_spec.html
     """
     interface = getattr(x, "__cuda_array_interface__", None)
-    if interface is None:
+    # PyTorch's interface is of version 2, which does not name the stream that writes the array.
+    if interface is None or ("stream" not in interface and hasattr(x, "__dlpack__")):
         return _from_dlpack(x, stream)
+    writer = interface.get("stream", _LEGACY_STREAM)
     shape = tuple(int(n) for n in interface["shape"])
     dtype = np.dtype(interface["typestr"])
     _contiguous(shape, interface.get("strides"), dtype.itemsize)
-    return DeviceArray(int(interface["data"][0]), shape, dtype, interface.get("stream"), x)
+    return DeviceArray(int(interface["data"][0]), shape, dtype, writer, x)
 
 
 def _contiguous(shape: tuple[int, ...], strides: Any, unit: int) -> None:

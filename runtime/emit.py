@@ -27,6 +27,7 @@ _TRITON_TYPES = {
     "int64": "TYPE_INT64",
 }
 Files = dict[str, str]
+MARKER = "hdrq-emit.json"
 
 
 def emit(target: str, engine: str | Path, output: str | Path, **options: Any) -> Path:
@@ -47,7 +48,10 @@ def emit(target: str, engine: str | Path, output: str | Path, **options: Any) ->
     folder = Path(engine).absolute()
     manifest = read_manifest(folder)
     texts, copies = TARGETS[target](folder, manifest, **options)
-    with new_directory(Path(output).absolute()) as made:
+    # A marker of its own: an engine folder given as the output is not an older result.
+    with new_directory(Path(output).absolute(), MARKER) as made:
+        record = {"target": target, "engine": str(folder), "bundle": manifest.bundle_sha256}
+        (made / MARKER).write_text(json.dumps(record, indent=1) + "\n")
         for name, text in texts.items():
             (made / name).parent.mkdir(parents=True, exist_ok=True)
             (made / name).write_text(text)
@@ -73,7 +77,9 @@ def triton_files(
         docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/user_guide/
         model_configuration.html
     """
-    name = name or _identifier(folder.name)
+    name = _identifier(name or folder.name)
+    if max_batch is not None and max_batch < 1:
+        raise ExportError(f"found --max-batch {max_batch}; needed 1 or more")
     plan = manifest.engine == "trt"
     if manifest.engine == "trt-rtx":
         raise ExportError(
@@ -126,6 +132,9 @@ def _triton_port(kind: str, port: Port, fixed: bool, labels: str) -> str:
 
 
 def _largest_batch(manifest: EngineManifest) -> int:
+    fixed = manifest.inputs[0].shape[0]
+    if isinstance(fixed, int):
+        return fixed
     build: Mapping[str, Any] = manifest.options.get("build") or {}
     batches = build.get("batches") or (1, 1, 8)
     return int(batches[2])
@@ -165,6 +174,11 @@ def deepstream_files(
         raise ExportError(
             f"{folder}: found an engine of uint8 frames; nvinfer feeds float planes: export "
             "without --fold-preprocess"
+        )
+    if manifest.postprocess == "argmax":
+        raise ExportError(
+            f"{folder}: found an engine of labels; nvinfer reads scores: export without "
+            "--postprocess argmax"
         )
     std = np.array(p.std, np.float64)
     if std.max() > 1.001 * std.min() and not approximate:
@@ -227,7 +241,7 @@ def ros2_files(
             f"{folder}: the manifest has no preprocessing; a node needs it to prepare frames: "
             "calibrate from an image folder"
         )
-    name = name or _identifier(folder.name)
+    name = _identifier(name or folder.name)
     parameters = (
         f"{name}:\n  ros__parameters:\n"
         f"    engine: {json.dumps(str(folder))}\n"

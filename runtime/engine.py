@@ -28,6 +28,7 @@ __all__ = [
     "Engine",
     "Pending",
     "Phases",
+    "StillRunning",
     "check_input",
     "load_engine",
     "on_gpu",
@@ -63,6 +64,10 @@ class Phases:
     device_to_host: float | None
 
 
+class StillRunning(EngineError):
+    """A time limit ran out; the result can be waited for again."""
+
+
 class Pending:
     """Outputs that are being computed; see :meth:`Engine.run_async`."""
 
@@ -70,6 +75,7 @@ class Pending:
         self._collect, self._named = collect, named
         self._lock = threading.Lock()
         self._results: dict[str, Array] | None = None
+        self._failed: EngineError | None = None
 
     def wait(self, timeout: float | None = None) -> Any:
         """The outputs, as the call itself would return them. May be called again.
@@ -81,8 +87,16 @@ class Pending:
             EngineError: The engine failed, or the time ran out (waiting again is allowed).
         """
         with self._lock:
+            if self._failed is not None:
+                raise self._failed
             if self._results is None:
-                self._results = self._collect(timeout)
+                try:
+                    self._results = self._collect(timeout)
+                except StillRunning:
+                    raise
+                except EngineError as error:
+                    self._failed = error
+                    raise
         return _shaped(self._results, self._named)
 
 
@@ -167,7 +181,7 @@ class Engine(ABC):
             try:
                 return future.result(timeout)
             except FutureTimeout as error:
-                raise EngineError(f"{self.path}: no result within {timeout} s") from error
+                raise StillRunning(f"{self.path}: no result within {timeout} s") from error
 
         return Pending(collect, isinstance(x, Mapping))
 
@@ -299,8 +313,11 @@ def on_gpu(x: Any) -> bool:
     """Whether ``x`` says that it lies in GPU memory."""
     if isinstance(x, np.ndarray):
         return False
-    if hasattr(x, "__cuda_array_interface__"):
-        return True
+    try:
+        if hasattr(x, "__cuda_array_interface__"):
+            return True
+    except RuntimeError as error:  # PyTorch, of a tensor that requires a gradient
+        raise EngineError(f"found an array that is not readable ({error}); detach it") from error
     return hasattr(x, "__dlpack_device__") and int(x.__dlpack_device__()[0]) == 2  # kDLCUDA
 
 

@@ -60,15 +60,16 @@ class Reading:
     gpu_reasons: int = 0
 
 
-def read(root: Path = Path("/"), nvml: Any = None) -> Reading:
+def read(root: Path = Path("/"), nvml: Any = None, gpu: int = 0) -> Reading:
     """One reading.
 
     Args:
         root: Where ``sys`` and ``proc`` lie.
         nvml: The module, initialised, where there is a GPU.
+        gpu: Its number.
     """
     busy, stolen = _cpu_seconds(root)
-    clock, reasons = _gpu(nvml)
+    clock, reasons = _gpu(nvml, gpu)
     return Reading(
         _clock(root),
         _temperature(root),
@@ -89,21 +90,22 @@ class Watch:
 
     Args:
         root: Where ``sys`` and ``proc`` lie.
-        nvml: See :func:`read`.
+        nvml, gpu: See :func:`read`.
     """
 
     root: Path = Path("/")
     nvml: Any = None
+    gpu: int = 0
     stretches: list[tuple[Reading, Reading]] = field(default_factory=list)
     _begun: Reading | None = None
 
     def __enter__(self) -> Watch:
-        self._begun = read(self.root, self.nvml)
+        self._begun = read(self.root, self.nvml, self.gpu)
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self._begun is not None
-        self.stretches.append((self._begun, read(self.root, self.nvml)))
+        self.stretches.append((self._begun, read(self.root, self.nvml, self.gpu)))
 
     @property
     def cpu_per_wall(self) -> float:
@@ -180,7 +182,7 @@ def _pair(first: float | None, last: float | None) -> list[float] | None:
     return None if first is None or last is None else [round(first, 1), round(last, 1)]
 
 
-def environment(root: Path = Path("/"), device: str = "cpu") -> dict[str, Any]:
+def environment(root: Path = Path("/"), device: str = "cpu", gpu: int = 0) -> dict[str, Any]:
     """What a reader needs to judge or repeat the figures."""
     found: dict[str, Any] = {
         "cpu": _cpu_name(root),
@@ -197,7 +199,7 @@ def environment(root: Path = Path("/"), device: str = "cpu") -> dict[str, Any]:
     }
     if device != "cpu":
         found |= {name: _version(name) for name in _GPU_PACKAGES}
-        found |= _gpu_facts()
+        found |= _gpu_facts(gpu)
     return found
 
 
@@ -213,28 +215,28 @@ def open_nvml() -> Any:
     return nvml
 
 
-def _gpu(nvml: Any) -> tuple[float | None, int]:
+def _gpu(nvml: Any, gpu: int) -> tuple[float | None, int]:
     if nvml is None:
         return None, 0
     try:
-        handle = nvml.nvmlDeviceGetHandleByIndex(0)
+        handle = nvml.nvmlDeviceGetHandleByIndex(gpu)
         clock = float(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM))
         return clock, int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
     except nvml.NVMLError:
         return None, 0
 
 
-def _gpu_facts() -> dict[str, Any]:
+def _gpu_facts(gpu: int) -> dict[str, Any]:
     nvml = open_nvml()
     if nvml is None:
         return {"gpu": None, "driver": None}
     try:
-        handle = nvml.nvmlDeviceGetHandleByIndex(0)
+        handle = nvml.nvmlDeviceGetHandleByIndex(gpu)
         texts = nvml.nvmlDeviceGetName(handle), nvml.nvmlSystemGetDriverVersion()
     except nvml.NVMLError:
         return {"gpu": None, "driver": None}
-    gpu, driver = (t.decode() if isinstance(t, bytes) else str(t) for t in texts)
-    return {"gpu": gpu, "driver": driver}
+    name, driver = (t.decode() if isinstance(t, bytes) else str(t) for t in texts)
+    return {"gpu": name, "driver": driver}
 
 
 def _text(path: Path) -> str | None:

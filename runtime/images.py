@@ -54,6 +54,8 @@ def network_input(
             f"{where}: the manifest has no preprocessing (calibrated from .npz); call the engine "
             "with network inputs, or calibrate from an image folder"
         )
+    if not frames:
+        raise EngineError(f"{where}: found no frames; needed one or more")
     rows = []
     for frame in frames:
         grey = p.channels == 1

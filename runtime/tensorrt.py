@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,14 @@ from .cuda import (
     device_array,
     load_cuda,
 )
-from .engine import DTYPES, Engine, Feeds, Pending, Phases
+from .engine import DTYPES, Engine, Feeds, Pending, Phases, StillRunning
 
 __all__ = ["LIBRARIES", "TensorRtEngine", "check_plan", "plan_version"]
 
 Array = npt.NDArray[Any]
 LIBRARIES = {"trt": ("tensorrt", "TensorRT"), "trt-rtx": ("tensorrt_rtx", "TensorRT-RTX")}
 IN_FLIGHT = 2
-_GRAPHS = 8
+_GRAPHS, _SHAPES = 8, 4
 _loggers: dict[str, Any] = {}
 
 
@@ -152,7 +153,7 @@ class TensorRtEngine(Engine):
             slot = self._take()
             try:
                 slot.begin(feeds)
-            except EngineError:
+            except BaseException:
                 self._free.append(slot)
                 raise
         return Pending(lambda timeout: self._collect(slot, timeout), isinstance(x, Mapping))
@@ -167,7 +168,7 @@ class TensorRtEngine(Engine):
             return results, self._slot.phases()
 
     def refit(self, weights: Mapping[str, Array]) -> None:
-        """Give a running engine other weights. No call may be in flight.
+        """Give a running engine other weights; calls in flight are waited for.
 
         Args:
             weights: By the initializers' names in ``model.onnx``, all that the engine has.
@@ -176,10 +177,14 @@ class TensorRtEngine(Engine):
             EngineError: The engine was not built with ``--refit``, or a weight is missing or
                 does not fit; it must not be used then.
         """
-        if not self.refittable:
-            raise EngineError(f"{self.path}: cannot be refitted; export it with --refit")
         with self._turn:
             self._open()
+            if not self.refittable:
+                raise EngineError(f"{self.path}: cannot be refitted; export it with --refit")
+            self._cuda.use()
+            for slot in (self._slot, *self._others):
+                slot.finish()
+                slot.forget_graphs()  # they may hold what the old weights gave
             refitter = self._trt.Refitter(self._engine, _logger(self._trt))
             # get_missing_weights of TensorRT-RTX may overlook some: ask for all.
             wanted = set(refitter.get_all_weights())
@@ -196,7 +201,6 @@ class TensorRtEngine(Engine):
                     raise EngineError(
                         f"{self.path}: refused {name} of shape {values.shape}, {values.dtype}"
                     )
-            self._cuda.use()
             if not refitter.refit_cuda_engine():
                 said = _loggers[self._trt.__name__].last
                 raise EngineError(f"{self.path}: refitting failed ({said}); build the engine again")
@@ -218,9 +222,15 @@ class TensorRtEngine(Engine):
         return self._others[-1]
 
     def _collect(self, slot: _Slot, timeout: float | None) -> dict[str, Array]:
-        self._open()
-        if timeout is not None and not slot.ready(timeout):
-            raise EngineError(f"{self.path}: no result within {timeout} s")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while deadline is not None:
+            with self._turn:  # close() may come in between, and takes the events away
+                self._open()
+                if slot.reached():
+                    break
+            if time.monotonic() >= deadline:
+                raise StillRunning(f"{self.path}: no result within {timeout} s")
+            time.sleep(0.0005)
         with self._turn:
             self._open()
             try:
@@ -268,22 +278,34 @@ class TensorRtEngine(Engine):
             del self._engine, self._runtime
 
 
+@dataclass
+class _State:
+    """An execution context that keeps its shapes: a CUDA graph is tied to those.
+
+    Attributes:
+        context: Of the library.
+        shapes: Of every input and output.
+        graphs: By the addresses that they hold; None after the first plain run.
+    """
+
+    context: Any
+    shapes: dict[str, tuple[int, ...]]
+    graphs: dict[tuple[int, ...], Graph | None] = field(default_factory=dict)
+
+
 class _Slot:
-    """What one call in flight needs: context, stream, events, buffers and CUDA graphs."""
+    """What one call in flight needs: contexts, a stream, events and buffers."""
 
     def __init__(self, owner: TensorRtEngine) -> None:
         self._owner, self._cuda = owner, owner._cuda
         self._cuda.use()
-        self._context = owner._context()
-        if self._context is None:
-            raise EngineError(f"{owner.path}: no execution context (too little GPU memory?)")
         self._stack = ExitStack()
         self._stream = self._keep(Stream(self._cuda))
         self._events = [self._keep(Event(self._cuda)) for _ in range(4)]
-        ports = (*owner.inputs, *owner.outputs)
-        self._device = {port.name: self._keep(DeviceBuffer(self._cuda)) for port in ports}
-        self._host = {port.name: self._keep(Pinned(self._cuda)) for port in ports}
-        self._graphs: OrderedDict[Any, Graph | None] = OrderedDict()
+        self._ports = (*owner.inputs, *owner.outputs)
+        self._device = {port.name: self._keep(DeviceBuffer(self._cuda)) for port in self._ports}
+        self._host = {port.name: self._keep(Pinned(self._cuda)) for port in self._ports}
+        self._states: OrderedDict[Any, _State] = OrderedDict()
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._reading: list[DeviceArray] = []
 
@@ -305,8 +327,9 @@ class _Slot:
         for array in self._reading:
             if array.stream is not None:
                 self._stream.wait_for(array.stream)
-        self._shape(arrays)
-        addresses = self._addresses(arrays)
+        state = self._state({name: tuple(x.shape) for name, x in arrays.items()})
+        self._shapes = state.shapes
+        addresses = self._addresses(state, arrays)
         self._events[0].record(self._stream)
         for name, x in arrays.items():
             if isinstance(x, np.ndarray):
@@ -314,21 +337,16 @@ class _Slot:
                 source, target = self._host[name].pointer, self._device[name].pointer
                 self._cuda.copy(target, source, x.nbytes, self._stream, to_host=False)
         self._events[1].record(self._stream)
-        self._compute((tuple(sorted(self._shapes.items())), addresses))
+        self._compute(state, addresses)
         self._events[2].record(self._stream)
         for port in self._owner.outputs:
             source, target = self._device[port.name].pointer, self._host[port.name].pointer
-            self._cuda.copy(target, source, self._bytes(port.name), self._stream, to_host=True)
+            self._cuda.copy(target, source, self._bytes(port), self._stream, to_host=True)
         self._events[3].record(self._stream)
 
-    def ready(self, timeout: float) -> bool:
-        """Whether the outputs are there within ``timeout`` seconds."""
-        deadline = time.monotonic() + timeout
-        while not self._events[3].reached():
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.0005)
-        return True
+    def reached(self) -> bool:
+        """Whether the outputs are there."""
+        return bool(self._events[3].reached())
 
     def end(self) -> dict[str, Array]:
         """Wait, and copy the outputs out of the pinned memory that the next call will use."""
@@ -348,24 +366,41 @@ class _Slot:
         """Wait for what is enqueued."""
         self._stream.synchronize()
 
+    def forget_graphs(self) -> None:
+        """Destroy all graphs, after :meth:`finish`; work is captured again when it comes."""
+        for state in self._states.values():
+            for graph in state.graphs.values():
+                if graph is not None:
+                    graph.close()
+            state.graphs.clear()
+
     def close(self) -> None:
         """Free everything, after :meth:`finish`."""
-        self._forget_graphs()
-        del self._context
+        self.forget_graphs()
+        self._states.clear()
         self._stack.close()
 
     def _keep(self, resource: Any) -> Any:
         self._stack.callback(resource.close)
         return resource
 
-    def _shape(self, arrays: Mapping[str, Array | DeviceArray]) -> None:
-        """Tell the context the inputs' shapes; learn those of the outputs."""
-        inputs = {name: tuple(x.shape) for name, x in arrays.items()}
-        if all(self._shapes.get(name) == shape for name, shape in inputs.items()):
-            return
-        owner, context = self._owner, self._context
+    def _state(self, inputs: dict[str, tuple[int, ...]]) -> _State:
+        """The context of these shapes: kept from before, or one that learns them."""
+        key = tuple(sorted(inputs.items()))
+        if key in self._states:
+            self._states.move_to_end(key)
+            return self._states[key]
+        owner = self._owner
         index = _profile(owner._engine, inputs, owner.path)
-        self._shapes = {}
+        while len(self._states) >= _SHAPES:
+            self._stream.synchronize()
+            _, oldest = self._states.popitem(last=False)
+            for graph in oldest.graphs.values():
+                if graph is not None:
+                    graph.close()
+        context = owner._context()
+        if context is None:
+            raise EngineError(f"{owner.path}: no execution context (too little GPU memory?)")
         if index != context.active_optimization_profile:
             context.set_optimization_profile_async(index, int(self._stream.handle))
             self._stream.synchronize()
@@ -376,73 +411,67 @@ class _Slot:
         if unknown:
             raise EngineError(f"{owner.path}: found no shape for {', '.join(unknown)}")
         outputs = {p.name: tuple(context.get_tensor_shape(p.name)) for p in owner.outputs}
-        self._shapes = {**inputs, **outputs}
+        state = self._states[key] = _State(context, {**inputs, **outputs})
+        return state
 
-    def _addresses(self, arrays: Mapping[str, Array | DeviceArray]) -> tuple[int, ...]:
+    def _addresses(
+        self, state: _State, arrays: Mapping[str, Array | DeviceArray]
+    ) -> tuple[int, ...]:
         """Make room, and tell the context where everything lies."""
         moved = False
         found = []
-        for port in (*self._owner.inputs, *self._owner.outputs):
+        for port in self._ports:
             given = arrays.get(port.name)
             if isinstance(given, DeviceArray):
                 found.append(given.pointer)
                 continue
-            count = self._bytes(port.name)
+            count = self._bytes(port)
             moved |= self._device[port.name].reserve(count)
             self._host[port.name].reserve(count)
             found.append(self._device[port.name].pointer)
         if moved:
-            self._forget_graphs()  # they hold the old addresses
-        ports = (*self._owner.inputs, *self._owner.outputs)
-        for port, address in zip(ports, found, strict=True):
-            self._context.set_tensor_address(port.name, address)
+            self.forget_graphs()  # they hold the old addresses
+        for port, address in zip(self._ports, found, strict=True):
+            state.context.set_tensor_address(port.name, address)
         return tuple(found)
 
-    def _compute(self, key: Any) -> None:
+    def _compute(self, state: _State, addresses: tuple[int, ...]) -> None:
         """Enqueue the engine's work: the first time as it is, then as a graph of it."""
-        owner = self._owner
-        if owner._graphs != "on" or owner._library_graphs:
-            self._enqueue()
+        owner, graphs = self._owner, state.graphs
+
+        def enqueue() -> None:
+            if not state.context.execute_async_v3(int(self._stream.handle)):
+                said = _loggers[owner._trt.__name__].last
+                raise EngineError(f"{owner.path}: the engine failed ({said})")
+
+        if owner._graphs != "on" or owner._library_graphs or addresses not in graphs:
+            # Capturing must not meet what a context does once for its shapes.
+            enqueue()
+            graphs.setdefault(addresses, None)
             return
-        if key not in self._graphs:
-            self._graphs[key] = None  # a first run settles what capturing must not meet
-            self._enqueue()
-        elif self._graphs[key] is None:
+        graph = graphs[addresses]
+        if graph is None:
+            self._make_room(graphs)
             try:
-                self._graphs[key] = Graph(self._cuda, self._stream, self._enqueue)
+                graph = graphs[addresses] = Graph(self._cuda, self._stream, enqueue)
             except EngineError as error:
                 owner._graphs = f"off: cannot be captured ({error})"
-                self._enqueue()
+                enqueue()
                 return
-            self._launch(key)
-        else:
-            self._launch(key)
-        while len(self._graphs) > _GRAPHS:
-            _, oldest = self._graphs.popitem(last=False)
-            if oldest is not None:
-                self._stream.synchronize()
-                oldest.close()
-
-    def _launch(self, key: Any) -> None:
-        self._graphs.move_to_end(key)
-        graph = self._graphs[key]
-        assert graph is not None
         graph.launch()
 
-    def _enqueue(self) -> None:
-        if not self._context.execute_async_v3(int(self._stream.handle)):
-            said = _loggers[self._owner._trt.__name__].last
-            raise EngineError(f"{self._owner.path}: the engine failed ({said})")
-
-    def _forget_graphs(self) -> None:
-        for graph in self._graphs.values():
+    def _make_room(self, graphs: dict[tuple[int, ...], Graph | None]) -> None:
+        """Arrays on the GPU may lie elsewhere at every call: only so many graphs are kept."""
+        if len(graphs) <= _GRAPHS:
+            return
+        self._stream.synchronize()
+        for graph in graphs.values():
             if graph is not None:
                 graph.close()
-        self._graphs.clear()
+        graphs.clear()
 
-    def _bytes(self, name: str) -> int:
-        (port,) = (p for p in (*self._owner.inputs, *self._owner.outputs) if p.name == name)
-        return int(np.prod(self._shapes[name], dtype=np.int64)) * _dtype(port).itemsize
+    def _bytes(self, port: Any) -> int:
+        return int(np.prod(self._shapes[port.name], dtype=np.int64)) * _dtype(port).itemsize
 
 
 def _dtype(port: Any) -> np.dtype[Any]:

@@ -257,7 +257,26 @@ def test_mean_intersection_over_union(engines: dict[str, Path], smaller: bool) -
 
 def test_confusion_counts_by_hand() -> None:
     labels, found = np.array([0, 0, 1, 2, IGNORE]), np.array([0, 1, 1, 0, 2])
-    np.testing.assert_array_equal(confusion(labels, found, 3), [[1, 1, 0], [0, 1, 0], [1, 0, 0]])
+    counts = [[1, 1, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0]]
+    np.testing.assert_array_equal(confusion(labels[None, None], found[None, None], 3), counts)
+    # What no class has is found, and never right.
+    np.testing.assert_array_equal(confusion(labels[:1], np.array([9]), 3)[0], [0, 0, 0, 1])
+    # Images may well be of class 255.
+    many = confusion(np.array([255, 255]), np.array([255, 7]), 300)
+    assert many[255, 255] == 1 and many[255, 7] == 1
+
+
+def test_queries_of_several_calls_are_compared_by_image(
+    engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 images in one call, and in two calls of 4: the same time a query is the same speed."""
+    plan = Plan("multistream", 0, 20, streams=8)
+    monkeypatch.setattr(
+        "hdrq_deploy.runtime.bench.measure", lambda call, times, **_: (8.0,) * max(times, 1)
+    )
+    first, second = benchmark_all([engines["int8"], engines["fixed"]], plan=plan, threads=1)
+    assert first.latency_ms.batch == second.latency_ms.batch == 8
+    assert second.speedup is not None and second.speedup.ratio == pytest.approx(1)
 
 
 def tree(root: Path, **texts: str) -> Path:

@@ -67,6 +67,18 @@ def test_a_triton_repository(bundle: Bundle, tmp_path: Path, batch: int | None) 
     assert session.run([target.name], {source.name: x})[0].shape == (batch or 2, 4)
 
 
+def test_an_engine_is_never_replaced(bundle: Bundle, tmp_path: Path) -> None:
+    engine = export(bundle, tmp_path / "engine")
+    before = sorted(f.name for f in engine.iterdir())
+    assert command.main(["ros2", str(engine), "-o", str(engine)]) == 2
+    assert sorted(f.name for f in engine.iterdir()) == before
+    out = str(tmp_path / "out")
+    for _ in range(2):  # its own earlier output it replaces
+        assert command.main(["triton", str(engine), "-o", out, "--name", "../../night"]) == 0
+    assert (tmp_path / "out" / "night" / "config.pbtxt").is_file()
+    assert command.main(["triton", str(engine), "-o", out, "--max-batch", "-3"]) == 2
+
+
 def test_triton_loads_the_plan_of_its_gpu(bundle: Bundle, tmp_path: Path) -> None:
     schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
     engine = export(bundle, tmp_path / "engine", "trt", only_graph=True)
@@ -107,12 +119,20 @@ def test_what_a_server_cannot_run(
     engines = {
         "ort": export(bundle, tmp_path / "ort"),
         "uneven": export(uneven, tmp_path / "uneven", "trt", only_graph=True),
+        "labels": export(
+            bundle,
+            tmp_path / "labels",
+            "trt",
+            only_graph=True,
+            options=GraphOptions(postprocess="argmax"),
+        ),
         "arrays": export(make(domain="night"), tmp_path / "arrays", "trt", only_graph=True),
     }
     for target, engine, text in (
         ("deepstream", "ort", "nvinfer runs TensorRT"),
         ("deepstream", "uneven", "one factor for all channels.*--approximate"),
         ("deepstream", "arrays", "no preprocessing to map"),
+        ("deepstream", "labels", "nvinfer reads scores"),
         ("ros2", "arrays", "no preprocessing"),
     ):
         flags = [target, str(engines[engine]), "-o", str(tmp_path / "none")]

@@ -442,6 +442,12 @@ def test_buffers_are_reused_and_work_becomes_a_graph(
         engine.warm_up(3, batch=2)
         np.testing.assert_array_equal(engine(inputs[:4]), expected(inputs[:4]))
         assert cuda.calls.count("cudaStreamBeginCapture") == 1
+        # In turn: each shape has a context of its own, whose graph stays valid.
+        for start in range(3):
+            for n in (2, 4):
+                x = inputs[start : start + n]
+                np.testing.assert_array_equal(engine(x), expected(x))
+        assert cuda.calls.count("cudaStreamBeginCapture") == 1
         # A larger one moves the buffers: graphs of the old addresses are gone.
         np.testing.assert_array_equal(engine(inputs[:8]), expected(inputs[:8]))
         np.testing.assert_array_equal(engine(inputs[:4]), expected(inputs[:4]))
@@ -471,6 +477,10 @@ def test_calls_in_flight(cuda: FakeCuda, folder: Path, inputs: Any, expected: An
             engine.run_async(inputs[:1])
         with pytest.raises(EngineError, match="no result within 0.0 s"):
             pending[1].wait(0.0)
+        again = engine.run_async  # a failed begin gives its buffers back
+        for _ in range(3):
+            with pytest.raises(EngineError, match="calls in flight"):
+                again(inputs[:1])
         for i in reversed(range(IN_FLIGHT)):
             np.testing.assert_array_equal(pending[i].wait(), expected(inputs[i : i + 1]))
             np.testing.assert_array_equal(pending[i].wait(), expected(inputs[i : i + 1]))
@@ -540,6 +550,31 @@ def test_arrays_on_the_gpu_are_not_copied(
     for array in (x, y, z):
         cuda.cudaFree(array.address)
     cuda.cudaStreamDestroy(producer)
+
+
+def test_arrays_whose_interface_names_no_stream_are_waited_for(
+    cuda: FakeCuda, folder: Path, inputs: Any, expected: Any
+) -> None:
+    """PyTorch's interface is of version 2: DLPack orders the work, or the default stream does."""
+    x = OnGpu(cuda, np.zeros_like(inputs[:2]))
+    del x.__cuda_array_interface__["stream"]
+    data = np.ascontiguousarray(inputs[:2]).tobytes()
+    cuda.queues[1] = []  # the default stream
+    with load_engine(folder) as engine:
+        cuda._put(1, lambda: ctypes.memmove(x.address, data, len(data)))
+        np.testing.assert_array_equal(engine(x), expected(inputs[:2]))
+        x.__dlpack__ = lambda stream: pytest.fail(f"asked to order stream {stream}")  # type: ignore[attr-defined]
+        with pytest.raises(pytest.fail.Exception, match="asked to order stream"):
+            engine(x)
+
+        class Learns:
+            @property
+            def __cuda_array_interface__(self) -> Any:
+                raise RuntimeError("requires grad")
+
+        with pytest.raises(EngineError, match="not readable .requires grad.; detach it"):
+            engine(Learns())
+    cuda.cudaFree(x.address)
 
 
 def test_dlpack_is_read_as_its_producer_wrote_it(cuda: FakeCuda) -> None:

@@ -243,7 +243,11 @@ def test_the_command_measures_and_draws(engine: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(drawn[:, 44:84], palette(4)[label])
     assert (drawn[:2, 88:] == 0).all()  # nothing was asked there
     assert command.main([*flags, "--image-size", "16", "16"]) == 0
-    assert command.main([*flags, "--image-size", "8", "8"]) == 2
+    for wrong in (("8", "8"), ("0", "8"), ("-1", "8")):
+        assert command.main([*flags, "--image-size", *wrong]) == 2
+    assert command.main([*flags, "--skip-corrupt"]) == 2
+    (root / "labels" / "0.png").write_bytes(b"no picture")
+    assert command.main(flags) == 2
 
 
 def test_engines_of_labels(engine: Path, work: Path, tmp_path: Path) -> None:
