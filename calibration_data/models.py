@@ -1,4 +1,4 @@
-"""The small residual network of the digits benchmark."""
+"""The small networks of the digits and street-scene benchmarks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-__all__ = ["ResNet14", "resnet14"]
+__all__ = ["ResNet14", "StreetNet", "resnet14", "streetnet"]
 
 
 class BasicBlock(nn.Module):
@@ -59,3 +60,46 @@ class ResNet14(nn.Module):
 def resnet14() -> ResNet14:
     """The factory for ``--model hdrq_deploy.calibration_data.models:resnet14``."""
     return ResNet14()
+
+
+class StreetNet(nn.Module):
+    """An encoder of residual blocks and a decoder that adds its levels up again (FPN).
+
+    Convolutions, sums and nearest resizing only, so that every layer that holds weights can run
+    in integers. 760,962 parameters.
+    """
+
+    WIDTHS = (24, 48, 80, 112)
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        first, *others = self.WIDTHS
+        self.conv1 = nn.Conv2d(3, first, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
+        self.relu = nn.ReLU(inplace=True)
+        self.levels = nn.ModuleList([BasicBlock(first, first, 1)])
+        for inputs, outputs in zip((first, *others), others, strict=False):
+            block = nn.Sequential(BasicBlock(inputs, outputs, 2), BasicBlock(outputs, outputs, 1))
+            self.levels.append(block)
+        inner = 48
+        self.lateral = nn.ModuleList(nn.Conv2d(width, inner, 1) for width in self.WIDTHS)
+        self.smooth = nn.Conv2d(inner, inner, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.head = nn.Conv2d(inner, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, 3, H, W), RGB in [0, 1], to scores (N, classes, H / 2, W / 2)."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        found = []
+        for level in self.levels:
+            x = level(x)
+            found.append(x)
+        y = self.lateral[-1](found[-1])
+        for skip, lateral in zip(found[-2::-1], list(self.lateral)[-2::-1], strict=True):
+            y = lateral(skip) + functional.interpolate(y, scale_factor=2.0, mode="nearest")
+        return cast(Tensor, self.head(self.relu(self.bn2(self.smooth(y)))))
+
+
+def streetnet() -> StreetNet:
+    """The factory for ``--model hdrq_deploy.calibration_data.models:streetnet``."""
+    return StreetNet()
