@@ -18,12 +18,16 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ..errors import ExportError
+from .compute import SMALLEST_STEP
 from .graph import weight_dequantizer
 
 __all__ = ["lint", "problems", "read"]
 
 # Below it a step is 0 in fp16.
-SMALLEST_STEP = {ir.DataType.FLOAT16: 6e-8, ir.DataType.FLOAT: float(np.finfo(np.float32).tiny)}
+_SMALLEST = {
+    ir.DataType.FLOAT16: SMALLEST_STEP,
+    ir.DataType.FLOAT: float(np.finfo(np.float32).tiny),
+}
 _QUANTIZED = ("QuantizeLinear", "DequantizeLinear")
 _UNSUPPORTED = {"QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear", "ConvInteger"}
 # Where the steps of a weight lie along the output channels.
@@ -126,7 +130,7 @@ def _steps(node: ir.Node) -> Iterator[str]:
         yield f"found a step {name} that is computed; needed a constant"
         return
     values = scale.const_value.numpy().astype(np.float64)
-    smallest = SMALLEST_STEP.get(scale.dtype or ir.DataType.FLOAT, 0.0)
+    smallest = _SMALLEST.get(scale.dtype or ir.DataType.FLOAT, 0.0)
     if not np.isfinite(values).all() or (values < smallest).any():
         wrong = values[~np.isfinite(values) | (values < smallest)][0]
         yield f"found a step of {wrong:g}; needed finite steps of {smallest:g} or more"

@@ -19,8 +19,10 @@ from hdrq_deploy.calibrate import calibrate
 from hdrq_deploy.calibration_data.readers import Wanted, read
 from hdrq_deploy.errors import EngineError, ExportError
 from hdrq_deploy.exporters import GraphOptions, export
+from hdrq_deploy.exporters import graph as graph_files
 from hdrq_deploy.exporters.compute import SMALLEST_STEP, to_fp16
 from hdrq_deploy.exporters.export import lowered
+from hdrq_deploy.exporters.lint import lint
 from hdrq_deploy.frames import feed
 from hdrq_deploy.runtime import benchmark, load_engine
 from hdrq_deploy.runtime.ort import saturates
@@ -54,7 +56,7 @@ def test_half_precision_moves_the_output_by_half_precision(
     assert reference.compare(expected, got)["relative_rms"] < 0.02
 
 
-def test_small_steps_and_large_masks_stay_inside_half_precision(make: Any) -> None:
+def test_small_steps_and_large_masks_stay_inside_half_precision(make: Any, tmp_path: Path) -> None:
     model, _ = lowered(make(), "onnx", GraphOptions())
     values = model.graph.initializers
     step = next(n for n in values if n.endswith("act_scale"))
@@ -65,6 +67,8 @@ def test_small_steps_and_large_masks_stay_inside_half_precision(make: Any) -> No
     to_fp16(model)
     assert float(values[step].const_value.numpy()) == SMALLEST_STEP
     assert float(values[bias].const_value.numpy()[0]) == -65504
+    graph_files.save(model, tmp_path / "model.onnx")
+    lint(tmp_path / "model.onnx")  # what was clamped is not refused
 
 
 def test_four_bit_linears_with_real_activations(make: Any, inputs: Any, tmp_path: Path) -> None:
