@@ -20,7 +20,7 @@ from hdrq_deploy.calibration_data.readers import Wanted
 from hdrq_deploy.calibration_data.street import find_scenes
 from hdrq_deploy.errors import DataError
 from hdrq_deploy.exporters import export
-from hdrq_deploy.runtime.bench import Plan, benchmark_all
+from hdrq_deploy.runtime.bench import BenchResult, Plan, benchmark_all
 
 MODEL = "hdrq_deploy.calibration_data.models:streetnet"
 
@@ -120,3 +120,12 @@ def test_adapted_bundles_merge_into_one_integer_engine(tmp_path: Path) -> None:
     assert result.accuracy.harmonic_mean is not None
     # The float merge reaches 0.81 of the separate models; INT8 may cost a little of it.
     assert result.accuracy.harmonic_mean > 0.75 * mean
+
+
+def test_the_committed_result_is_one_of_these_engines() -> None:
+    file = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "streetscape.json"
+    plain, merged = map(BenchResult.model_validate, json.loads(file.read_text()))
+    assert plain.wbits is None and merged.wbits == 8
+    for result in (plain, merged):
+        assert result.accuracy is not None and result.accuracy.metric == "miou"
+        assert set(result.accuracy.domains) == set(streetscape.TARGETS)
