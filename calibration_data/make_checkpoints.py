@@ -13,7 +13,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +27,9 @@ from torch.nn import functional
 from . import digits
 from .models import ResNet14, resnet14
 
-__all__ = ["CHECKPOINTS", "RECIPES", "accuracy", "load", "train"]
+__all__ = ["CHECKPOINTS", "RECIPES", "accuracy", "load", "publish", "train"]
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 RECIPES = {
@@ -97,28 +102,51 @@ def train(domain: str, start: ResNet14 | None, seed: int = 0) -> ResNet14:
     return model.eval()
 
 
+def publish(
+    out: Path,
+    seed: int,
+    domains: Sequence[str],
+    recipes: Mapping[str, Mapping[str, float]],
+    fit: Callable[[str, Model | None, int], Model],
+    metric: str,
+    measure: Callable[[Model, str], float],
+) -> None:
+    """Train a source model and those adapted from it; write them and ``checkpoints.json``.
+
+    Args:
+        out: Folder.
+        seed: Of the training.
+        domains: The source first.
+        recipes: What ``checkpoints.json`` says of the training of each.
+        fit: Trains one domain, from the source model or from nothing.
+        metric: Name of what ``measure`` measures on every domain's test split.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    source: Model | None = None
+    record: dict[str, Any] = {}
+    for domain in domains:
+        began = time.monotonic()
+        model = fit(domain, source, seed)
+        source = source or model
+        path = out / f"{domain}.safetensors"
+        save_file(model.state_dict(), path)
+        record[domain] = {
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "seed": seed,
+            "recipe": recipes[domain],
+            metric: {name: measure(model, name) for name in domains},
+        }
+        print(f"{domain} {time.monotonic() - began:.0f} s {record[domain][metric]}", flush=True)
+    (out / "checkpoints.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Train all four, write them and ``checkpoints.json`` with what they reach."""
+    """Train all four."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=CHECKPOINTS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    source = None
-    record = {}
-    for domain in digits.DOMAINS:
-        model = train(domain, source, args.seed)
-        source = source or model
-        path = args.out / f"{domain}.safetensors"
-        save_file(model.state_dict(), path)
-        record[domain] = {
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "seed": args.seed,
-            "recipe": RECIPES[domain],
-            "accuracy": {name: accuracy(model, name) for name in digits.DOMAINS},
-        }
-        print(domain, record[domain]["accuracy"], flush=True)
-    (args.out / "checkpoints.json").write_text(json.dumps(record, indent=2) + "\n")
+    publish(args.out, args.seed, digits.DOMAINS, RECIPES, train, "accuracy", accuracy)
     return 0
 
 

@@ -10,19 +10,16 @@ al., ICML 2018), because weight averaging needs models that stay in one basin.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
 from . import streetscape
+from .make_checkpoints import publish
 from .models import StreetNet, streetnet
 
 __all__ = ["CHECKPOINTS", "RECIPES", "load", "mean_iou", "train"]
@@ -119,29 +116,12 @@ def train(domain: str, start: StreetNet | None, seed: int = 0) -> StreetNet:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train all four, write them and ``checkpoints.json`` with what they reach."""
+    """Train all four."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=CHECKPOINTS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    source = None
-    record: dict[str, Any] = {}
-    for domain in streetscape.DOMAINS:
-        began = time.monotonic()
-        model = train(domain, source, args.seed)
-        source = source or model
-        path = args.out / f"{domain}.safetensors"
-        save_file(model.state_dict(), path)
-        record[domain] = {
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "seed": args.seed,
-            "recipe": RECIPES[domain],
-            "mean_iou": {name: mean_iou(model, name) for name in streetscape.DOMAINS},
-        }
-        seconds = time.monotonic() - began
-        print(f"{domain} {seconds:.0f} s {record[domain]['mean_iou']}", flush=True)
-    (args.out / "checkpoints.json").write_text(json.dumps(record, indent=2) + "\n")
+    publish(args.out, args.seed, streetscape.DOMAINS, RECIPES, train, "mean_iou", mean_iou)
     return 0
 
 
