@@ -152,6 +152,8 @@ def _show(rows: list[tuple[str, BenchResult]], energy: bool) -> None:
     for line in did_it_pay(rows):
         print(line)
     for name, result in rows:
+        if result.cuda_graph is not None:
+            print(f"{name}: CUDA graph {result.cuda_graph}")
         if energy:
             print(f"{name}: energy {_energy(result.energy)}")
         for mark in result.marks:
