@@ -109,10 +109,11 @@ def _count(
 ) -> _Counts:
     counts = _Counts()
     for rows, labels in images.batches(_step(engine, images)):
-        output = _run(engine, rows)
+        pixels = labels.ndim == 3
+        output = _run(engine, rows, pixels)
         found = _decide(output, labels, engine, name)
         if not counts.classes:
-            counts.pixels = labels.ndim == 3
+            counts.pixels = pixels
             counts.classes = _classes(output, images, engine)
             counts.table = np.zeros((counts.classes, counts.classes + 1), np.int64)
         _check_labels(labels, counts.classes, name)
@@ -125,7 +126,7 @@ def _count(
         if output.ndim == 2 and output.dtype.kind == "f":
             _score(counts, output, labels, engine.manifest.postprocess == "softmax")
         if reference is not None:
-            other = _decide(_run(reference, rows), labels, reference, name)
+            other = _decide(_run(reference, rows, pixels), labels, reference, name)
             counts.flips += int((other != found).sum())
             counts.decided += found.size
     return counts
@@ -174,9 +175,9 @@ def window_of(engine: Engine, rows: Array) -> tuple[int, int] | None:
     return height, width
 
 
-def _run(engine: Engine, rows: Array) -> Array:
-    """Outputs of the rows; images larger than the input in windows whose scores are averaged."""
-    window = window_of(engine, rows)
+def _run(engine: Engine, rows: Array, pixels: bool) -> Array:
+    """Outputs of the rows; scenes larger than the input in windows whose scores are averaged."""
+    window = window_of(engine, rows) if pixels else None
     if window is None:
         return _call(engine, rows)
     height, width = window

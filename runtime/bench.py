@@ -352,9 +352,9 @@ def _labelled(
 def _timing_input(engine: Engine, sets: Mapping[str, Labelled], batch: int) -> Array:
     """Real images where there are any, so that the data's zeros and extremes are real too."""
     if sets:
-        x, _ = next(next(iter(sets.values())).batches(batch))
+        x, y = next(next(iter(sets.values())).batches(batch))
         rows = np.ascontiguousarray(x[np.arange(batch) % len(x)])
-        if window := window_of(engine, rows):
+        if y.ndim == 3 and (window := window_of(engine, rows)):
             rows = np.ascontiguousarray(rows[:, :, : window[0], : window[1]])
         return feed(rows, engine.manifest)
     (port,) = engine.inputs
