@@ -14,7 +14,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from torch.nn import functional
 from . import digits
 from .models import ResNet14, resnet14
 
-__all__ = ["CHECKPOINTS", "RECIPES", "accuracy", "load", "publish", "train"]
+__all__ = ["CHECKPOINTS", "RECIPES", "accuracy", "fit", "load", "publish", "train"]
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -75,30 +75,50 @@ def train(domain: str, start: ResNet14 | None, seed: int = 0) -> ResNet14:
     recipe = RECIPES[domain]
     torch.manual_seed(seed)
     model = resnet14()
+    x, y = tensors(domain, "train", seed)
+    steps = int(recipe["epochs"]) * (len(x) // 64)
+
+    def losses() -> Iterator[Tensor]:
+        order = torch.Generator().manual_seed(seed)
+        for _ in range(int(recipe["epochs"])):
+            for rows in torch.randperm(len(x), generator=order).split(64):  # type: ignore[no-untyped-call]
+                if len(rows) == 64:
+                    yield functional.cross_entropy(model(exposure(x[rows], order)), y[rows])
+
+    return fit(model, start, recipe, steps, losses())
+
+
+def fit(
+    model: Model,
+    start: Model | None,
+    recipe: Mapping[str, float],
+    steps: int,
+    losses: Iterator[Tensor],
+) -> Model:
+    """Train a model, from ``start`` and pulled towards its weights where there is one.
+
+    Args:
+        model: What is trained.
+        start: The source model.
+        recipe: ``lr`` of the one-cycle schedule and ``pull``.
+        steps: How many losses there are.
+        losses: Computes the next one with the model as it is then.
+    """
     if start is not None:
         model.load_state_dict(start.state_dict())
     source = [p.detach().clone() for p in model.parameters()]
-    x, y = tensors(domain, "train", seed)
-    steps = int(recipe["epochs"]) * (len(x) // 64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], steps)
-    order = torch.Generator().manual_seed(seed)
     model.train()
-    for _ in range(int(recipe["epochs"])):
-        for rows in torch.randperm(len(x), generator=order).split(64):  # type: ignore[no-untyped-call]
-            if len(rows) < 64:
-                continue
-            loss = functional.cross_entropy(model(exposure(x[rows], order)), y[rows])
-            if start is not None:
-                pairs = zip(model.parameters(), source, strict=True)
-                loss = (
-                    loss
-                    + recipe["pull"] * torch.stack([(p - s).square().sum() for p, s in pairs]).sum()
-                )
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
+    for loss in losses:
+        if start is not None:
+            pairs = zip(model.parameters(), source, strict=True)
+            away = torch.stack([(p - s).square().sum() for p, s in pairs]).sum()
+            loss = loss + recipe["pull"] * away
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
     return model.eval()
 
 
@@ -107,7 +127,7 @@ def publish(
     seed: int,
     domains: Sequence[str],
     recipes: Mapping[str, Mapping[str, float]],
-    fit: Callable[[str, Model | None, int], Model],
+    learn: Callable[[str, Model | None, int], Model],
     metric: str,
     measure: Callable[[Model, str], float],
 ) -> None:
@@ -118,7 +138,7 @@ def publish(
         seed: Of the training.
         domains: The source first.
         recipes: What ``checkpoints.json`` says of the training of each.
-        fit: Trains one domain, from the source model or from nothing.
+        learn: Trains one domain, from the source model or from nothing.
         metric: Name of what ``measure`` measures on every domain's test split.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -126,7 +146,7 @@ def publish(
     record: dict[str, Any] = {}
     for domain in domains:
         began = time.monotonic()
-        model = fit(domain, source, seed)
+        model = learn(domain, source, seed)
         source = source or model
         path = out / f"{domain}.safetensors"
         save_file(model.state_dict(), path)

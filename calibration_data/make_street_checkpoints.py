@@ -10,6 +10,7 @@ al., ICML 2018), because weight averaging needs models that stay in one basin.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import streetscape
-from .make_checkpoints import publish
+from .make_checkpoints import fit, publish
 from .models import StreetNet, streetnet
 
 __all__ = ["CHECKPOINTS", "RECIPES", "load", "mean_iou", "train"]
@@ -82,37 +83,25 @@ def train(domain: str, start: StreetNet | None, seed: int = 0) -> StreetNet:
     recipe = RECIPES[domain]
     torch.manual_seed(seed)
     model = streetnet()
-    if start is not None:
-        model.load_state_dict(start.state_dict())
-    source = [p.detach().clone() for p in model.parameters()]
     images, labels = tensors(domain, "train", seed)
     steps = int(recipe["steps"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], steps)
-    order = torch.Generator().manual_seed(seed)
     # Small things count: road and houses would drown people and signs.
     share = torch.bincount(labels.flatten().long(), minlength=len(streetscape.CLASSES)).float()
     weight = (share.sum() / share.clamp(min=1)) ** 0.35
     weight = weight / weight.mean()
-    model.train()
-    for _ in range(steps):
-        rows = torch.randint(len(images), (_BATCH,), generator=order)
-        left = int(torch.randint(streetscape.WIDTH - _CROP + 1, (), generator=order))
-        across = slice(left, left + _CROP)
-        x, y = images[rows][..., across].float() / 255, labels[rows][..., across].long()
-        if torch.rand((), generator=order) < 0.5:
-            x, y = x.flip(3), y.flip(2)
-        scores = model(exposure(x, order))
-        loss = functional.cross_entropy(scores, y[:, ::2, ::2], weight)
-        if start is not None:
-            pairs = zip(model.parameters(), source, strict=True)
-            pull = torch.stack([(p - s).square().sum() for p, s in pairs]).sum()
-            loss = loss + recipe["pull"] * pull
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-    return model.eval()
+
+    def losses() -> Iterator[Tensor]:
+        order = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            rows = torch.randint(len(images), (_BATCH,), generator=order)
+            left = int(torch.randint(streetscape.WIDTH - _CROP + 1, (), generator=order))
+            across = slice(left, left + _CROP)
+            x, y = images[rows][..., across].float() / 255, labels[rows][..., across].long()
+            if torch.rand((), generator=order) < 0.5:
+                x, y = x.flip(3), y.flip(2)
+            yield functional.cross_entropy(model(exposure(x, order)), y[:, ::2, ::2], weight)
+
+    return fit(model, start, recipe, steps, losses())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .manifest import EngineManifest
+from .manifest import EngineManifest, Preprocessing
 
-__all__ = ["decisions", "feed", "in_batches"]
+__all__ = ["decisions", "feed", "in_batches", "pixels"]
 
 Array = npt.NDArray[Any]
 
@@ -20,10 +20,15 @@ def feed(x: Array, manifest: EngineManifest) -> Array:
     (port,) = manifest.inputs
     if port.dtype != "uint8":
         return x
-    assert manifest.preprocessing is not None
+    return pixels(x, manifest.preprocessing)
+
+
+def pixels(x: Array, preprocessing: Preprocessing | None) -> Array:
+    """The frames (N, H, W, C) uint8 that inputs (N, C, H, W) were made from."""
     side = (1, -1, 1, 1)
-    mean = np.array(manifest.preprocessing.mean, np.float32).reshape(side)
-    std = np.array(manifest.preprocessing.std, np.float32).reshape(side)
+    p = preprocessing
+    mean = np.array(p.mean if p else 0, np.float32).reshape(side)
+    std = np.array(p.std if p else 1, np.float32).reshape(side)
     frames: Array = np.rint((x * std + mean) * 255).clip(0, 255).astype(np.uint8)
     return np.ascontiguousarray(frames.transpose(0, 2, 3, 1))
 

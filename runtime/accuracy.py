@@ -67,10 +67,8 @@ def accuracy(
     names = engine.manifest.classes or (given[0] if given else None)
     scored = all(count.scored for count in counts.values())
     per_class = {d: _per_class(c.table, pixels) for d, c in counts.items()}
-    domains = {
-        d: _mean(per_class[d]) if pixels else float(np.trace(c.table) / c.table.sum())
-        for d, c in counts.items()
-    }
+    right = {d: float(np.trace(c.table) / c.table.sum()) for d, c in counts.items()}
+    domains = {d: _mean(values) for d, values in per_class.items()} if pixels else right
     ranked = scored and not pixels
     return Accuracy(
         metric="miou" if pixels else "top1",
@@ -84,9 +82,7 @@ def accuracy(
         top5={d: c.top5 / c.images for d, c in counts.items()}
         if ranked and all(c.classes > _TOP for c in counts.values())
         else None,
-        pixel_accuracy={d: float(np.trace(c.table) / c.table.sum()) for d, c in counts.items()}
-        if pixels
-        else None,
+        pixel_accuracy=right if pixels else None,
         calibration_error={d: _calibration_error(c) for d, c in counts.items()} if ranked else None,
         decision_flips={d: c.flips / c.decided for d, c in counts.items()} if reference else None,
         reference=str(reference.path) if reference else None,
@@ -179,14 +175,14 @@ def _run(engine: Engine, rows: Array, pixels: bool) -> Array:
     """Outputs of the rows; scenes larger than the input in windows whose scores are averaged."""
     window = window_of(engine, rows) if pixels else None
     if window is None:
-        return _call(engine, rows)
+        return engine.all_rows(feed(rows, engine.manifest))
     height, width = window
     total: Array | None = None
     times = np.zeros(rows.shape[2:], np.float32)
     for top in windows(rows.shape[2], height):
         for left in windows(rows.shape[3], width):
             part = rows[:, :, top : top + height, left : left + width]
-            scores = _call(engine, np.ascontiguousarray(part))
+            scores = engine.all_rows(feed(np.ascontiguousarray(part), engine.manifest))
             if scores.dtype.kind != "f" or scores.ndim != 4:
                 raise DataError(
                     f"{engine.path}: found outputs of shape {scores.shape}, {scores.dtype}; "
@@ -201,18 +197,6 @@ def _run(engine: Engine, rows: Array, pixels: bool) -> Array:
     assert total is not None
     total /= times
     return total
-
-
-def _call(engine: Engine, rows: Array) -> Array:
-    """Outputs of the rows; an engine of a fixed batch runs a last one filled up."""
-    fixed = engine.inputs[0].shape[0]
-    size = fixed if isinstance(fixed, int) else len(rows)
-    parts = []
-    for first in range(0, len(rows), size):
-        some = rows[first : first + size]
-        filled = np.resize(some, (size, *rows.shape[1:]))
-        parts.append(engine(feed(filled, engine.manifest))[: len(some)])
-    return np.concatenate(parts)
 
 
 def _decide(output: Array, labels: Array, engine: Engine, name: str) -> Array:

@@ -20,7 +20,7 @@ from ..frames import feed
 from ..manifest import EngineManifest
 from .accuracy import Labelled, accuracy, window_of
 from .engine import Engine, load_engine, open_engine, read_manifest
-from .environment import Watch, environment, open_nvml
+from .environment import Watch, environment
 from .pictures import Pictures
 from .power import Energy, find_meters, measure_energy
 from .results import Accuracy, BenchResult, Latency, harmonic_mean
@@ -63,7 +63,6 @@ def benchmark(
         DataError: Data cannot be read, have no labels, or do not fit the engine.
     """
     plan = Plan(warmup=warmup, iterations=iterations, batch=batch)
-    plan = more.pop("plan", plan)
     (result,) = benchmark_all([path], data, plan, threads, skip_corrupt, energy, **more)
     return result
 
@@ -111,13 +110,21 @@ def benchmark_all(
     how = _How(threads, device, cuda_graph)
     other_manifest = read_manifest(reference) if reference is not None else None
     subjects = [_Subject(Path(path), read_manifest(path), how, plan) for path in paths]
+    sets: dict[Any, dict[str, Labelled]] = {}
     for subject in subjects:
         if other_manifest and other_manifest.preprocessing != subject.manifest.preprocessing:
             raise DataError(
                 f"{reference}: found another preprocessing than that of {subject.path}; needed the "
                 "same inputs to compare decisions"
             )
-        subject.prepare(data or {}, skip_corrupt, split, image_size)
+        # Engines that are fed alike share the images in memory.
+        alike = (subject.manifest.preprocessing, subject.manifest.classes)
+        if alike not in sets:
+            sets[alike] = {
+                name: _labelled(subject.manifest, name, where, skip_corrupt, split, image_size)
+                for name, where in (data or {}).items()
+            }
+        subject.prepare(sets[alike])
     _take_turns(subjects, plan)
     other = load_engine(reference, device, threads) if reference is not None else None
     with other or contextlib.nullcontext():
@@ -158,21 +165,11 @@ class _Subject:
     watch: Watch = field(default_factory=Watch)
     _engine: Engine | None = None
 
-    def prepare(
-        self,
-        data: Mapping[str, str | Path],
-        skip_corrupt: bool,
-        split: str,
-        image_size: tuple[int, int] | None,
-    ) -> None:
-        """Read the data and make the input that is timed; errors come before any timing."""
-        self.sets = {
-            name: _labelled(self.manifest, name, where, skip_corrupt, split, image_size)
-            for name, where in data.items()
-        }
+    def prepare(self, sets: dict[str, Labelled]) -> None:
+        """Take the data and make the input that is timed; errors come before any timing."""
+        self.sets = sets
         with self.opened() as engine:
-            if engine.device != "cpu":
-                self.watch = Watch(nvml=open_nvml(), gpu=_number(engine.device))
+            self.watch = Watch.of(engine.device)
             self.x = _timing_input(engine, self.sets, self.plan.images(engine))
 
     @contextlib.contextmanager
@@ -275,7 +272,7 @@ class _Subject:
             cuda_graph=graph,
             overhead_us=overhead,
             energy=used or "unavailable",
-            environment={**environment(device=device, gpu=_number(device)), **self.watch.facts()},
+            environment={**environment(device=device), **self.watch.facts()},
             marks=tuple(self.watch.marks()),
         )
 
@@ -366,10 +363,6 @@ def _timing_input(engine: Engine, sets: Mapping[str, Labelled], batch: int) -> A
     if port.dtype == "uint8":
         return rng.integers(0, 256, shape, np.uint8)
     return rng.random(shape, dtype=np.float32)
-
-
-def _number(device: str) -> int:
-    return int(device.partition(":")[2] or 0)
 
 
 def _frames(engine: Engine, x: Array) -> list[Array] | None:

@@ -176,8 +176,11 @@ class Event:
         self._cuda("cudaEventDestroy", self.handle)
 
 
-class DeviceBuffer:
-    """Memory on the GPU that grows and never shrinks."""
+class _Memory:
+    """Memory that grows and never shrinks."""
+
+    _allocate: str
+    _free: str
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
@@ -189,44 +192,33 @@ class DeviceBuffer:
         if count <= self.bytes:
             return False
         self.close()
-        self.pointer = int(self._cuda("cudaMalloc", count))
+        self.pointer = int(self._cuda(self._allocate, count))
         self.bytes = count
         return True
 
     def close(self) -> None:
         """Free it."""
         if self.bytes:
-            self._cuda("cudaFree", self.pointer)
+            self._cuda(self._free, self.pointer)
             self.pointer = self.bytes = 0
 
 
-class Pinned:
+class DeviceBuffer(_Memory):
+    """Memory on the GPU."""
+
+    _allocate, _free = "cudaMalloc", "cudaFree"
+
+
+class Pinned(_Memory):
     """Page-locked host memory, which copies need to run beside other work."""
 
-    def __init__(self, cuda: Cuda) -> None:
-        self._cuda = cuda
-        self.pointer = 0
-        self.bytes = 0
-
-    def reserve(self, count: int) -> None:
-        """Make room. Nothing may be using the old memory."""
-        if count <= self.bytes:
-            return
-        self.close()
-        self.pointer = int(self._cuda("cudaMallocHost", count))
-        self.bytes = count
+    _allocate, _free = "cudaMallocHost", "cudaFreeHost"
 
     def view(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """The first bytes as an array; valid until ``close`` or a ``reserve`` that grows."""
         count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         memory = (ctypes.c_uint8 * count).from_address(self.pointer)
         return np.frombuffer(memoryview(memory), dtype).reshape(shape)
-
-    def close(self) -> None:
-        """Free it."""
-        if self.bytes:
-            self._cuda("cudaFreeHost", self.pointer)
-            self.pointer = self.bytes = 0
 
 
 class Graph:

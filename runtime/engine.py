@@ -20,16 +20,17 @@ from pydantic import ValidationError
 
 from ..errors import EngineError
 from ..files import sha256_file
+from ..frames import in_batches
 from ..manifest import EngineManifest, Port
 from .images import Prediction, network_input, predictions
 
 __all__ = [
-    "DTYPES",
     "Engine",
     "Pending",
     "Phases",
     "StillRunning",
     "check_input",
+    "dtype_of",
     "load_engine",
     "on_gpu",
     "open_engine",
@@ -38,7 +39,7 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Any]
-DTYPES: dict[str, type[np.generic]] = {
+_DTYPES: dict[str, type[np.generic]] = {
     "float": np.float32,
     "float16": np.float16,
     "uint8": np.uint8,
@@ -200,18 +201,20 @@ class Engine(ABC):
         """
         single = isinstance(image, np.ndarray)
         frames: list[Array] = [image] if isinstance(image, np.ndarray) else list(image)
-        if not frames:
-            raise EngineError(f"{self.path}: found no frames; needed one or more")
-        found: list[Prediction] = []
-        fixed = self.inputs[0].shape[0]
-        size = fixed if isinstance(fixed, int) else len(frames)
-        for first in range(0, len(frames), size):
-            some = frames[first : first + size]
-            x = self.prepare(some)
-            # An engine of a fixed batch runs the last one filled up.
-            output = self(np.resize(x, (size, *x.shape[1:])))[: len(some)]
-            found += self.answers(output, [f.shape[:2] for f in some])
+        output = self.all_rows(self.prepare(frames))
+        found = self.answers(output, [frame.shape[:2] for frame in frames])
         return found[0] if single else found
+
+    def all_rows(self, x: Array) -> Array:
+        """The output of any number of rows; a fixed batch runs the last one filled up."""
+        fixed = self.inputs[0].shape[0]
+        if not isinstance(fixed, int):
+            return self(x)
+        parts = []
+        for some in in_batches(x, fixed):
+            full = some if len(some) == fixed else np.resize(some, (fixed, *x.shape[1:]))
+            parts.append(self(full)[: len(some)])
+        return np.concatenate(parts)
 
     def prepare(self, frames: Sequence[Array]) -> Array:
         """Frames as this engine takes them; see :func:`network_input`."""
@@ -226,7 +229,7 @@ class Engine(ABC):
     def warm_up(self, times: int = 3, batch: int | None = None) -> None:
         """Run on zeros, so that buffers, kernels and CUDA graphs of this batch are there."""
         feeds = {
-            port.name: np.zeros(self.input_shape(port, batch), DTYPES.get(port.dtype, np.float32))
+            port.name: np.zeros(self.input_shape(port, batch), dtype_of(port))
             for port in self.inputs
         }
         for _ in range(times):
@@ -309,6 +312,11 @@ def _shaped(results: dict[str, Array], named: bool) -> Any:
     return results if named or len(results) > 1 else next(iter(results.values()))
 
 
+def dtype_of(port: Port) -> np.dtype[Any]:
+    """NumPy's type of an input or output."""
+    return np.dtype(_DTYPES.get(port.dtype, np.float32))
+
+
 def on_gpu(x: Any) -> bool:
     """Whether ``x`` says that it lies in GPU memory."""
     if isinstance(x, np.ndarray):
@@ -327,7 +335,7 @@ def check_input(x: Any, port: Port, where: object) -> None:
     Raises:
         EngineError: Another shape or dtype, an empty batch, or values that are not finite.
     """
-    dtype = np.dtype(DTYPES.get(port.dtype, np.float32))
+    dtype = dtype_of(port)
     gpu = on_gpu(x)
     if not gpu and not isinstance(x, np.ndarray):
         raise EngineError(

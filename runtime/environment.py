@@ -99,6 +99,11 @@ class Watch:
     stretches: list[tuple[Reading, Reading]] = field(default_factory=list)
     _begun: Reading | None = None
 
+    @classmethod
+    def of(cls, device: str) -> Watch:
+        """Of this machine, and of the GPU where ``device`` (``cuda:N``) is one."""
+        return cls() if device == "cpu" else cls(nvml=open_nvml(), gpu=_number(device))
+
     def __enter__(self) -> Watch:
         self._begun = read(self.root, self.nvml, self.gpu)
         return self
@@ -182,7 +187,7 @@ def _pair(first: float | None, last: float | None) -> list[float] | None:
     return None if first is None or last is None else [round(first, 1), round(last, 1)]
 
 
-def environment(root: Path = Path("/"), device: str = "cpu", gpu: int = 0) -> dict[str, Any]:
+def environment(root: Path = Path("/"), device: str = "cpu") -> dict[str, Any]:
     """What a reader needs to judge or repeat the figures."""
     found: dict[str, Any] = {
         "cpu": _cpu_name(root),
@@ -199,8 +204,12 @@ def environment(root: Path = Path("/"), device: str = "cpu", gpu: int = 0) -> di
     }
     if device != "cpu":
         found |= {name: _version(name) for name in _GPU_PACKAGES}
-        found |= _gpu_facts(gpu)
+        found |= _gpu_facts(_number(device))
     return found
+
+
+def _number(device: str) -> int:
+    return int(device.partition(":")[2] or 0)
 
 
 def open_nvml() -> Any:

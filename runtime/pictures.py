@@ -11,6 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..calibration_data.street import CITYSCAPES, IGNORE, PALETTE
+from ..frames import pixels
 from ..manifest import EngineManifest
 
 __all__ = ["Pictures", "palette"]
@@ -51,11 +52,7 @@ class Pictures:
         """Write one picture: x (C, H, W), labels and found (H, W)."""
         if number >= self._limit:
             return
-        pixels = x.transpose(1, 2, 0)
-        if self._preprocessing is not None:
-            p = self._preprocessing
-            pixels = pixels * np.array(p.std, np.float32) + np.array(p.mean, np.float32)
-        frame = np.rint(255 * pixels).clip(0, 255).astype(np.uint8)
+        (frame,) = pixels(x[None], self._preprocessing)
         if frame.shape[2] == 1:
             frame = np.repeat(frame, 3, 2)
         known = int(np.max(np.where(labels == IGNORE, 0, labels), initial=found.max(initial=0))) + 1

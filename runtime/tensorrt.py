@@ -32,7 +32,7 @@ from .cuda import (
     device_array,
     load_cuda,
 )
-from .engine import DTYPES, Engine, Feeds, Pending, Phases, StillRunning
+from .engine import Engine, Feeds, Pending, Phases, StillRunning, dtype_of
 
 __all__ = ["LIBRARIES", "TensorRtEngine", "check_plan", "plan_version"]
 
@@ -118,7 +118,7 @@ class TensorRtEngine(Engine):
         self._runtime = self._trt.Runtime(_logger(self._trt))
         engine = self._runtime.deserialize_cuda_engine(blob)
         if engine is None:
-            said = _loggers[self._trt.__name__].last
+            said = _logger(self._trt).last
             raise EngineError(
                 f"{path}: {title} {self._trt.__version__} cannot load it ({said}); "
                 f"{_again(manifest)}"
@@ -202,7 +202,7 @@ class TensorRtEngine(Engine):
                         f"{self.path}: refused {name} of shape {values.shape}, {values.dtype}"
                     )
             if not refitter.refit_cuda_engine():
-                said = _loggers[self._trt.__name__].last
+                said = _logger(self._trt).last
                 raise EngineError(f"{self.path}: refitting failed ({said}); build the engine again")
 
     def _execute(self, feeds: Feeds) -> dict[str, Array]:
@@ -292,6 +292,13 @@ class _State:
     shapes: dict[str, tuple[int, ...]]
     graphs: dict[tuple[int, ...], Graph | None] = field(default_factory=dict)
 
+    def forget_graphs(self) -> None:
+        """Destroy them; none may be running."""
+        for graph in self.graphs.values():
+            if graph is not None:
+                graph.close()
+        self.graphs.clear()
+
 
 class _Slot:
     """What one call in flight needs: contexts, a stream, events and buffers."""
@@ -353,7 +360,7 @@ class _Slot:
         self._events[3].synchronize()
         self._reading.clear()
         return {
-            port.name: self._host[port.name].view(self._shapes[port.name], _dtype(port)).copy()
+            port.name: self._host[port.name].view(self._shapes[port.name], dtype_of(port)).copy()
             for port in self._owner.outputs
         }
 
@@ -369,10 +376,7 @@ class _Slot:
     def forget_graphs(self) -> None:
         """Destroy all graphs, after :meth:`finish`; work is captured again when it comes."""
         for state in self._states.values():
-            for graph in state.graphs.values():
-                if graph is not None:
-                    graph.close()
-            state.graphs.clear()
+            state.forget_graphs()
 
     def close(self) -> None:
         """Free everything, after :meth:`finish`."""
@@ -395,9 +399,7 @@ class _Slot:
         while len(self._states) >= _SHAPES:
             self._stream.synchronize()
             _, oldest = self._states.popitem(last=False)
-            for graph in oldest.graphs.values():
-                if graph is not None:
-                    graph.close()
+            oldest.forget_graphs()
         context = owner._context()
         if context is None:
             raise EngineError(f"{owner.path}: no execution context (too little GPU memory?)")
@@ -441,7 +443,7 @@ class _Slot:
 
         def enqueue() -> None:
             if not state.context.execute_async_v3(int(self._stream.handle)):
-                said = _loggers[owner._trt.__name__].last
+                said = _logger(owner._trt).last
                 raise EngineError(f"{owner.path}: the engine failed ({said})")
 
         if owner._graphs != "on" or owner._library_graphs or addresses not in graphs:
@@ -451,7 +453,9 @@ class _Slot:
             return
         graph = graphs[addresses]
         if graph is None:
-            self._make_room(graphs)
+            if len(graphs) > _GRAPHS:  # arrays on the GPU may lie elsewhere at every call
+                self._stream.synchronize()
+                state.forget_graphs()
             try:
                 graph = graphs[addresses] = Graph(self._cuda, self._stream, enqueue)
             except EngineError as error:
@@ -460,22 +464,8 @@ class _Slot:
                 return
         graph.launch()
 
-    def _make_room(self, graphs: dict[tuple[int, ...], Graph | None]) -> None:
-        """Arrays on the GPU may lie elsewhere at every call: only so many graphs are kept."""
-        if len(graphs) <= _GRAPHS:
-            return
-        self._stream.synchronize()
-        for graph in graphs.values():
-            if graph is not None:
-                graph.close()
-        graphs.clear()
-
     def _bytes(self, port: Any) -> int:
-        return int(np.prod(self._shapes[port.name], dtype=np.int64)) * _dtype(port).itemsize
-
-
-def _dtype(port: Any) -> np.dtype[Any]:
-    return np.dtype(DTYPES.get(port.dtype, np.float32))
+        return int(np.prod(self._shapes[port.name], dtype=np.int64)) * dtype_of(port).itemsize
 
 
 def _profile(engine: Any, shapes: Mapping[str, tuple[int, ...]], path: Path) -> int:

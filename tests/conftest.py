@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,20 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(target / f"{i}.png")
     yield folder
     sys.path.remove(str(folder))
+
+
+@pytest.fixture
+def tree() -> Callable[[Path, dict[str, str]], Path]:
+    """``tree(root, files)`` writes a recorded ``/sys`` or ``/proc``."""
+
+    def write(root: Path, files: dict[str, str]) -> Path:
+        for name, text in files.items():
+            file = root / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text + "\n")
+        return root
+
+    return write
 
 
 # Random weights give losses far below the distance term's scale, so that is left out.

@@ -19,7 +19,7 @@ from hdrq_deploy.calibration_data.street import IGNORE
 from hdrq_deploy.cli import bench as command
 from hdrq_deploy.errors import DataError, EngineError
 from hdrq_deploy.exporters import GraphOptions, export
-from hdrq_deploy.runtime import benchmark, load_engine
+from hdrq_deploy.runtime import Engine, benchmark, load_engine
 from hdrq_deploy.runtime.accuracy import accuracy, confusion
 from hdrq_deploy.runtime.bench import Plan, benchmark_all
 from hdrq_deploy.runtime.environment import Watch, environment, read
@@ -178,16 +178,19 @@ def test_the_interval_is_students() -> None:
     assert isinstance(found, Speedup)
 
 
-class Answers:
+class Answers(Engine):
     """An engine that says what it was told to say."""
 
-    def __init__(self, engine: Any, outputs: Any) -> None:
-        self.path, self.manifest = engine.path, engine.manifest
-        self.inputs, self.outputs = engine.inputs, engine.outputs
+    def __init__(self, engine: Engine, outputs: Any) -> None:
+        super().__init__(engine.path, engine.manifest, 1, "cpu")
         self._rows = {row.tobytes(): out for row, out in zip(*outputs, strict=True)}
 
-    def __call__(self, x: Any) -> Any:
-        return np.stack([self._rows[row.tobytes()] for row in x])
+    def _execute(self, feeds: Any) -> dict[str, Any]:
+        (x,) = feeds.values()
+        return {self.outputs[0].name: np.stack([self._rows[row.tobytes()] for row in x])}
+
+    def _release(self) -> None:
+        self._rows.clear()
 
 
 def test_shares_of_a_classifier(engines: dict[str, Path]) -> None:
@@ -199,9 +202,9 @@ def test_shares_of_a_classifier(engines: dict[str, Path]) -> None:
     with load_engine(engines["int8"]) as engine:
         sets = {"d": ImageSet(x, labels, None, None)}
         found = accuracy(
-            Answers(engine, (x, scores)),  # type: ignore[arg-type]
+            Answers(engine, (x, scores)),
             sets,
-            Answers(engine, (x, other)),  # type: ignore[arg-type]
+            Answers(engine, (x, other)),
         )
     best = scores.argmax(1)
     assert found.metric == "top1" and found.domains["d"] == pytest.approx((best == labels).mean())
@@ -231,7 +234,7 @@ def test_mean_intersection_over_union(engines: dict[str, Path], smaller: bool) -
     labels = rng.integers(0, 3, (5, 16, 16))
     labels[0, :3] = IGNORE
     with load_engine(engines["int8"]) as engine:
-        fake: Any = Answers(engine, (x, scores))
+        fake = Answers(engine, (x, scores))
         found = accuracy(fake, {"d": ImageSet(x, labels, None, None)})
         with pytest.raises(DataError, match="labels 0 to 9; the model has 4 classes .and 255"):
             accuracy(fake, {"d": ImageSet(x, np.where(labels == 2, 9, labels), None, None)})
@@ -279,32 +282,23 @@ def test_queries_of_several_calls_are_compared_by_image(
     assert second.speedup is not None and second.speedup.ratio == pytest.approx(1)
 
 
-def tree(root: Path, **texts: str) -> Path:
-    """A recorded ``/sys`` and ``/proc``; ``__`` in a name stands for ``/``."""
-    for name, text in texts.items():
-        file = root / name.replace("__", "/")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text + "\n")
-    return root
-
-
-CPU = "sys__devices__system__cpu__cpu0__"
+CPU = "sys/devices/system/cpu/cpu0/"
 QUIET = {
-    f"{CPU}cpufreq__scaling_cur_freq": "1500000",
-    f"{CPU}cpufreq__scaling_governor": "performance",
-    f"{CPU}thermal_throttle__core_throttle_count": "5",
-    "sys__class__thermal__thermal_zone0__temp": "61500",
-    "sys__class__thermal__cooling_device0__type": "pwm-fan",
-    "sys__class__thermal__cooling_device0__cur_state": "3",
-    "sys__class__thermal__cooling_device1__type": "cpufreq-cpu0",
-    "sys__class__thermal__cooling_device1__cur_state": "0",
-    "proc__stat": "cpu  100 0 50 1000 0 0 0 0 0 0\ncpu0 1 1 1 1",
-    "var__lib__nvpmodel__status": "pmode:0002 fmode:quiet",
+    f"{CPU}cpufreq/scaling_cur_freq": "1500000",
+    f"{CPU}cpufreq/scaling_governor": "performance",
+    f"{CPU}thermal_throttle/core_throttle_count": "5",
+    "sys/class/thermal/thermal_zone0/temp": "61500",
+    "sys/class/thermal/cooling_device0/type": "pwm-fan",
+    "sys/class/thermal/cooling_device0/cur_state": "3",
+    "sys/class/thermal/cooling_device1/type": "cpufreq-cpu0",
+    "sys/class/thermal/cooling_device1/cur_state": "0",
+    "proc/stat": "cpu  100 0 50 1000 0 0 0 0 0 0\ncpu0 1 1 1 1",
+    "var/lib/nvpmodel/status": "pmode:0002 fmode:quiet",
 }
 
 
-def test_a_recorded_board(tmp_path: Path) -> None:
-    root = tree(tmp_path, **QUIET)
+def test_a_recorded_board(tmp_path: Path, tree: Any) -> None:
+    root = tree(tmp_path, QUIET)
     reading = read(root)
     assert (reading.clock_mhz, reading.temperature_c) == (1500, 61.5)
     assert (reading.throttled, reading.cooling, reading.busy_s) == (5, 0, 1.5)
@@ -318,25 +312,29 @@ def test_a_recorded_board(tmp_path: Path) -> None:
     ("change", "mark"),
     [
         ({}, None),
-        ({f"{CPU}cpufreq__scaling_cur_freq": "1200000"}, "clock change: 1500 and 1200 MHz"),
-        ({f"{CPU}cpufreq__scaling_cur_freq": "1450000"}, None),
-        ({f"{CPU}thermal_throttle__core_throttle_count": "9"}, "throttling: 4 event"),
-        ({"sys__class__thermal__cooling_device1__cur_state": "2"}, "cooling step 2"),
-        ({"sys__class__thermal__cooling_device0__cur_state": "9"}, None),  # a fan
-        ({"proc__stat": "cpu  900 0 50 1000 0 0 0 0 0 0"}, "other processes used"),
-        ({"proc__stat": "cpu  100 0 50 1000 0 0 0 300 0 0"}, "hypervisor took"),
+        ({f"{CPU}cpufreq/scaling_cur_freq": "1200000"}, "clock change: 1500 and 1200 MHz"),
+        ({f"{CPU}cpufreq/scaling_cur_freq": "1450000"}, None),
+        ({f"{CPU}thermal_throttle/core_throttle_count": "9"}, "throttling: 4 event"),
+        ({"sys/class/thermal/cooling_device1/cur_state": "2"}, "cooling step 2"),
+        ({"sys/class/thermal/cooling_device0/cur_state": "9"}, None),  # a fan
+        ({"proc/stat": "cpu  900 0 50 1000 0 0 0 0 0 0"}, "other processes used"),
+        ({"proc/stat": "cpu  100 0 50 1000 0 0 0 300 0 0"}, "hypervisor took"),
     ],
 )
 def test_what_disturbs_a_run_is_marked(
-    tmp_path: Path, change: dict[str, str], mark: str | None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tree: Any,
+    change: dict[str, str],
+    mark: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    root = tree(tmp_path, **QUIET)
+    root = tree(tmp_path, QUIET)
     times = iter((0.0, 1.0))
     monkeypatch.setattr("hdrq_deploy.runtime.environment.time.monotonic", lambda: next(times))
     monkeypatch.setattr("hdrq_deploy.runtime.environment.time.process_time", lambda: 0.0)
     watch = Watch(root)
     with watch:
-        tree(root, **change)
+        tree(root, change)
     marks = watch.marks()
     assert (mark is None and marks == []) or (mark is not None and mark in marks[0]), marks
 
@@ -360,9 +358,9 @@ class Gpu:
         return self.reasons
 
 
-def test_a_gpu_that_slows_down_is_marked(tmp_path: Path) -> None:
+def test_a_gpu_that_slows_down_is_marked(tmp_path: Path, tree: Any) -> None:
     gpu = Gpu()
-    watch = Watch(tree(tmp_path, **QUIET), gpu)
+    watch = Watch(tree(tmp_path, QUIET), gpu)
     with watch:
         gpu.clock, gpu.reasons = 1200, 0x40 | 0x01  # 1: idle, which is no throttling
     assert watch.marks() == [

@@ -12,15 +12,6 @@ import pytest
 
 from hdrq_deploy.runtime.power import Ina3221, Nvml, Rapl, find_meters, measure_energy
 
-
-def tree(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
-    return root
-
-
 PACKAGE = "sys/class/powercap/intel-rapl:0"
 X86 = {
     f"{PACKAGE}/name": "package-0",
@@ -72,7 +63,7 @@ def no_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_nvml")
-def test_rapl_counts_packages_once_and_survives_a_wrap(tmp_path: Path) -> None:
+def test_rapl_counts_packages_once_and_survives_a_wrap(tmp_path: Path, tree: Any) -> None:
     (meter,) = find_meters(tree(tmp_path, X86))
     assert isinstance(meter, Rapl) and meter.name == "rapl package-0"
     (tmp_path / PACKAGE / "energy_uj").write_text("3500000")
@@ -82,7 +73,7 @@ def test_rapl_counts_packages_once_and_survives_a_wrap(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_nvml")
-def test_a_jetson_is_measured_at_its_input_and_integrated(tmp_path: Path) -> None:
+def test_a_jetson_is_measured_at_its_input_and_integrated(tmp_path: Path, tree: Any) -> None:
     (meter,) = find_meters(tree(tmp_path, ORIN))
     assert meter.name == "ina3221 VDD_IN"
     now = [0.0]
@@ -95,7 +86,7 @@ def test_a_jetson_is_measured_at_its_input_and_integrated(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("no_nvml")
-def test_without_a_total_all_rails_are_counted(tmp_path: Path) -> None:
+def test_without_a_total_all_rails_are_counted(tmp_path: Path, tree: Any) -> None:
     root = tree(tmp_path, {**ORIN, f"{HWMON}/in1_label": "VDD_GPU"})
     assert [meter.name.split()[-1] for meter in find_meters(root)] == [
         "VDD_GPU",
