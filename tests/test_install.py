@@ -61,6 +61,23 @@ def interpreter(wanted: str) -> str | None:
     return None
 
 
+def copy_package(target: Path) -> None:
+    """What an install reads: the folders that pyproject maps, and not a virtual environment."""
+    target.mkdir()
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, target)
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("hdrq_deploy", "exporters", "runtime", "calibration_data"):
+        shutil.copytree(ROOT / name, target / name, ignore=ignored)
+
+
+def test_an_install_copies_the_package_alone(tmp_path: Path) -> None:
+    # The whole tree with a virtual environment in it is 13 GB, four times: a disk full of it.
+    copy_package(tmp_path / "source")
+    size = sum(f.stat().st_size for f in (tmp_path / "source").rglob("*") if f.is_file())
+    assert size < 50e6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("wanted", VERSIONS)
 def test_a_device_merges_exports_runs_and_mixes(
@@ -71,8 +88,7 @@ def test_a_device_merges_exports_runs_and_mixes(
         pytest.skip(f"no Python {wanted} at hand")
     night, day = (make(domain=d, fold="steps") for d in ("night", "day"))
     source = tmp_path / "source"  # a build leaves files in the tree
-    ignored = shutil.ignore_patterns("build", ".git", "*.egg-info", "__pycache__", ".*_cache")
-    shutil.copytree(ROOT, source, ignore=ignored)
+    copy_package(source)
     quiet = {"PATH": os.environ["PATH"], "HOME": str(Path.home())}
 
     def call(*command: object) -> str:
