@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +17,19 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from hdrq_deploy.errors import DataError
+from hdrq_deploy.files import mapped_file
 from hdrq_deploy.manifest import Preprocessing
 
 from .street import is_scenes, scene_images
 
-__all__ = ["ImageSet", "Wanted", "read"]
+__all__ = ["ImageSet", "Wanted", "cut", "read"]
+
+Array = npt.NDArray[Any]
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+# Bytes of inputs that stay in memory, and images that are decoded ahead.
+_IN_MEMORY = 1 << 30
+_AHEAD = 32
 _CHANNELS = {"1": 1, "L": 1, "I;16": 1, "RGB": 3, "P": 3, "RGBA": 4, "CMYK": 4, "LA": 2}
 
 
@@ -33,18 +42,21 @@ class Wanted:
         mean: Per channel, in units of [0, 1].
         std: Per channel, in units of [0, 1].
         channels: Channels the model reads; a folder with others is an error.
+        resize: (height, width) that images are resized to first; ``size`` is then cut out of the
+            middle.
     """
 
     size: tuple[int, int] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     channels: int | None = None
+    resize: tuple[int, int] | None = None
 
     @classmethod
     def like(cls, preprocessing: Preprocessing) -> Wanted:
         """What a bundle or engine was calibrated for."""
         p = preprocessing
-        return cls((p.height, p.width), p.mean, p.std, p.channels)
+        return cls((p.height, p.width), p.mean, p.std, p.channels, p.resize)
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,10 @@ class ImageSet:
     @property
     def sha256(self) -> str:
         """Hash of the inputs."""
-        return hashlib.sha256(np.ascontiguousarray(self.x).tobytes()).hexdigest()
+        digest = hashlib.sha256()
+        for row in np.ascontiguousarray(self.x):
+            digest.update(row.tobytes())
+        return digest.hexdigest()
 
 
 def read(
@@ -163,49 +178,116 @@ def _read_files(
     seed: int,
     skip_corrupt: bool,
 ) -> ImageSet:
-    """Images and class numbers (-1: none), decoded into memory."""
+    """Images and class numbers (-1: none); inputs beyond ``_IN_MEMORY`` lie in a mapped file."""
     files = [files[i] for i in _chosen(len(files), limit, seed)]
-    pixels, labels, skipped = [], [], []
-    size = wanted.size
-    for file, label in files:
-        try:
-            image = _decode(file, wanted.channels)
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    rows: _Rows | None = None
+    labels, skipped = [], []
+    for file, label, pixels in _decoded(files, wanted):
+        if isinstance(pixels, Exception):
             if not skip_corrupt:
                 raise DataError(
-                    f"{file}: cannot be decoded ({error}); mend or remove it, or pass "
+                    f"{file}: cannot be decoded ({pixels}); mend or remove it, or pass "
                     "--skip-corrupt"
-                ) from error
+                ) from pixels
             skipped.append(str(file))
             continue
-        if size is None:
-            size = (image.height, image.width)
-        elif wanted.size is None and (image.height, image.width) != size:
-            raise DataError(
-                f"{file}: found {image.height}x{image.width} after images of "
-                f"{size[0]}x{size[1]}; pass --size HEIGHT WIDTH to resize them all"
-            )
-        if (image.height, image.width) != size:
-            image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-        array = np.asarray(image)
-        pixels.append(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
+        if rows is None:
+            rows = _Rows(len(files), pixels.shape, wanted, folder)
+        rows.add(pixels, file)
         labels.append(label)
-        if pixels[0].shape[0] != pixels[-1].shape[0]:
-            raise DataError(
-                f"{file}: found {pixels[-1].shape[0]} channels after images of "
-                f"{pixels[0].shape[0]}; needed one kind: convert the images"
-            )
-    if not pixels:
+    if rows is None:
         raise DataError(f"{folder}: found no image that can be decoded among {len(files)}")
-    assert size is not None
-    x = np.stack(pixels).astype(np.float32) / 255
-    preprocessing = _preprocessing(size, x.shape[1], wanted, folder)
-    mean, std = (
-        np.array(v, np.float32)[:, None, None] for v in (preprocessing.mean, preprocessing.std)
-    )
     y = np.array(labels, np.int64) if classes else None
-    inputs = ((x - mean) / std).astype(np.float32)
-    return ImageSet(inputs, y, classes or None, preprocessing, tuple(skipped))
+    return ImageSet(rows.filled, y, classes or None, rows.preprocessing, tuple(skipped))
+
+
+def _decoded(
+    files: Sequence[tuple[Path, int]], wanted: Wanted
+) -> Iterator[tuple[Path, int, Array | Exception]]:
+    """Pixels (C, H, W) uint8 in order, decoded a few ahead on several cores."""
+
+    def one(file: Path) -> Array | Exception:
+        try:
+            return _pixels(_decode(file, wanted.channels), file, wanted)
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            return error
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+        waiting: deque[tuple[Path, int, Future[Array | Exception]]] = deque()
+        try:
+            for file, label in files:
+                waiting.append((file, label, pool.submit(one, file)))
+                if len(waiting) > _AHEAD:
+                    done, number, future = waiting.popleft()
+                    yield done, number, future.result()
+            for done, number, future in waiting:
+                yield done, number, future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pixels(image: Image.Image, file: Path, wanted: Wanted) -> Array:
+    if wanted.resize is not None:
+        image = cut(image, wanted.resize, wanted.size or wanted.resize, file)
+    elif wanted.size is not None and image.size != wanted.size[::-1]:
+        image = image.resize(wanted.size[::-1], Image.Resampling.BILINEAR)
+    array = np.asarray(image)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def cut(
+    image: Image.Image, resize: tuple[int, int], size: tuple[int, int], where: object
+) -> Image.Image:
+    """``image`` brought to ``resize``, and ``size`` (height, width) cut out of its middle.
+
+    Raises:
+        DataError: ``size`` is larger than ``resize``.
+    """
+    top, left = (resize[0] - size[0]) // 2, (resize[1] - size[1]) // 2
+    if top < 0 or left < 0:
+        raise DataError(
+            f"{where}: found a crop of {size[0]}x{size[1]} from images of {resize[0]}x{resize[1]}; "
+            "needed a crop no larger than the image"
+        )
+    if image.size != resize[::-1]:
+        image = image.resize(resize[::-1], Image.Resampling.BILINEAR)
+    return image.crop((left, top, left + size[1], top + size[0]))
+
+
+class _Rows:
+    """Network inputs (N, C, H, W), filled one by one."""
+
+    def __init__(self, count: int, shape: tuple[int, ...], wanted: Wanted, folder: Path) -> None:
+        channels, height, width = shape
+        self._wanted = wanted
+        self.preprocessing = _preprocessing((height, width), channels, wanted, folder)
+        p = self.preprocessing
+        self._mean, self._std = (np.array(v, np.float32)[:, None, None] for v in (p.mean, p.std))
+        size = 4 * count * channels * height * width
+        if size <= _IN_MEMORY:
+            self._x = np.empty((count, *shape), np.float32)
+        else:
+            self._x = np.frombuffer(mapped_file(size), np.float32).reshape(count, *shape)
+        self._count = 0
+
+    def add(self, pixels: Array, file: Path) -> None:
+        channels, height, width = self._x.shape[1:]
+        if pixels.shape[1:] != (height, width):
+            raise DataError(
+                f"{file}: found {pixels.shape[1]}x{pixels.shape[2]} after images of "
+                f"{height}x{width}; pass --size HEIGHT WIDTH to resize them all"
+            )
+        if len(pixels) != channels:
+            raise DataError(
+                f"{file}: found {len(pixels)} channels after images of {channels}; needed one "
+                "kind: convert the images"
+            )
+        self._x[self._count] = (pixels.astype(np.float32) / 255 - self._mean) / self._std
+        self._count += 1
+
+    @property
+    def filled(self) -> Array:
+        return self._x[: self._count]
 
 
 def _images(folder: Path) -> list[Path]:
@@ -251,6 +333,7 @@ def _preprocessing(
         mean=each(wanted.mean, 0.0, "mean"),
         std=each(wanted.std, 1.0, "std"),
         colour="RGB" if channels == 3 else "L",
+        resize=wanted.resize,
     )
 
 

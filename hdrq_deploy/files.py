@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import mmap
 import os
 import shutil
 import tempfile
@@ -12,11 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import HdrqError
+from .errors import DataError, HdrqError
 
 __all__ = [
     "check_parent",
     "make_directory",
+    "mapped_file",
     "new_directory",
     "replaced",
     "sha256_bytes",
@@ -170,3 +172,28 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def mapped_file(size: int, folder: Path | None = None) -> mmap.mmap:
+    """``size`` bytes of a file without a name, which vanishes with the process.
+
+    Args:
+        size: Bytes, all of them reserved.
+        folder: Where it lies; the system's place for temporary files by default.
+
+    Raises:
+        DataError: The disk has no room.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            # Without reserved blocks a full disk would be a bus error on a later write.
+            os.posix_fallocate(file.fileno(), 0, size)
+            return mmap.mmap(file.fileno(), size)
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise
+        raise DataError(
+            f"found no room for {size / 1e9:.1f} GB on the disk of "
+            f"{folder or tempfile.gettempdir()} ({error.strerror}); free some, pass fewer "
+            "--images, or (activations) raise --cache-gb"
+        ) from error

@@ -136,7 +136,10 @@ class Scheme(_Frozen):
 
 
 class Preprocessing(_Frozen):
-    """From an image file to the network's input: resize, scale to [0, 1], (x - mean) / std."""
+    """From an image file to the network's input: resize, scale to [0, 1], (x - mean) / std.
+
+    With ``resize`` an image is brought to that (height, width), the input cut out of its middle.
+    """
 
     height: int
     width: int
@@ -145,6 +148,7 @@ class Preprocessing(_Frozen):
     std: tuple[float, ...]
     colour: Literal["RGB", "L"] = "RGB"
     layout: Literal["NCHW"] = "NCHW"
+    resize: tuple[int, int] | None = None
 
 
 class ParentRecord(_Frozen):

@@ -231,8 +231,8 @@ class DomainMixer:
         x = network_input(frames, manifest.preprocessing, "mixer", options.fold_preprocess)
         output = self.run(x)
         sizes = [frame.shape[:2] for frame in frames]
-        probabilities = options.postprocess == "softmax"
-        return predictions(output.values, sizes, manifest.classes, probabilities), output.mix
+        probabilities, p = options.postprocess == "softmax", manifest.preprocessing
+        return predictions(output.values, sizes, manifest.classes, probabilities, p), output.mix
 
     def set(self, mix: Mapping[str, float]) -> Future[dict[str, float]]:
         """Run another mix as soon as its engine is there; frames keep flowing meanwhile.

@@ -121,7 +121,7 @@ def benchmark_all(
         alike = (subject.manifest.preprocessing, subject.manifest.classes)
         if alike not in sets:
             sets[alike] = {
-                name: _labelled(subject.manifest, name, where, skip_corrupt, split, image_size)
+                name: labelled(subject.manifest, name, where, skip_corrupt, split, image_size)
                 for name, where in (data or {}).items()
             }
         subject.prepare(sets[alike])
@@ -322,14 +322,25 @@ def _compared(results: list[BenchResult], subjects: Sequence[_Subject]) -> list[
     ]
 
 
-def _labelled(
+def labelled(
     manifest: EngineManifest,
     name: str,
     where: str | Path,
-    skip_corrupt: bool,
-    split: str,
-    image_size: tuple[int, int] | None,
+    skip_corrupt: bool = False,
+    split: str = "val",
+    image_size: tuple[int, int] | None = None,
 ) -> Labelled:
+    """Labelled images of domain ``name``, as the engine of ``manifest`` reads them.
+
+    Args:
+        where: Image folder, .npz or street scenes.
+        skip_corrupt: Leave out images of a folder that cannot be decoded.
+        split: Of street scenes.
+        image_size: (height, width) that street scenes are brought to.
+
+    Raises:
+        DataError: Data cannot be read or have no labels.
+    """
     p = manifest.preprocessing
     if is_scenes(Path(where)):
         if skip_corrupt:

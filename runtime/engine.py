@@ -224,7 +224,8 @@ class Engine(ABC):
     def answers(self, output: Array, sizes: Sequence[tuple[int, ...]]) -> list[Prediction]:
         """What an output says of frames of these sizes; see :func:`predictions`."""
         manifest = self.manifest
-        return predictions(output, sizes, manifest.classes, manifest.postprocess == "softmax")
+        probabilities = manifest.postprocess == "softmax"
+        return predictions(output, sizes, manifest.classes, probabilities, manifest.preprocessing)
 
     def warm_up(self, times: int = 3, batch: int | None = None) -> None:
         """Run on zeros, so that buffers, kernels and CUDA graphs of this batch are there."""

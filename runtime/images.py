@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ..calibration_data.readers import cut
+from ..calibration_data.street import IGNORE
 from ..errors import EngineError
 from ..manifest import Preprocessing
 
@@ -69,7 +71,10 @@ def network_input(
                 f"{where}: found a frame of {frame.shape[2]} channels; needed {p.channels} "
                 f"({p.colour})"
             )
-        if frame.shape[:2] != (p.height, p.width):
+        if p.resize is not None:
+            image = cut(Image.fromarray(frame), p.resize, (p.height, p.width), where)
+            frame = np.asarray(image)
+        elif frame.shape[:2] != (p.height, p.width):
             resized = Image.fromarray(frame).resize((p.width, p.height), Image.Resampling.BILINEAR)
             frame = np.asarray(resized)
         rows.append(frame.reshape(p.height, p.width, p.channels))
@@ -95,6 +100,7 @@ def predictions(
     sizes: Sequence[tuple[int, ...]],
     classes: Sequence[str] | None = None,
     probabilities: bool = False,
+    p: Preprocessing | None = None,
 ) -> list[Prediction]:
     """One answer a frame.
 
@@ -103,11 +109,12 @@ def predictions(
         sizes: (height, width) of the frames, which masks are brought back to.
         classes: Their names.
         probabilities: Scores are that already.
+        p: Where the input was cut out of the frame, a mask says IGNORE (255) outside of that.
     """
     labels = output.dtype.kind in "iu"
     if output.ndim > 2:
         return [
-            Prediction(mask=_mask(row, (size[0], size[1])))
+            Prediction(mask=_placed(row, (size[0], size[1]), p))
             for row, size in zip(output, sizes, strict=True)
         ]
     scores = None if labels else output if probabilities else softmax(output)
@@ -120,6 +127,19 @@ def predictions(
         )
         for i, index in enumerate(best)
     ]
+
+
+def _placed(row: Array, size: tuple[int, int], p: Preprocessing | None) -> Array:
+    """The mask of a whole frame."""
+    if p is None or p.resize is None:
+        return _mask(row, size)
+    height = round(size[0] * p.height / p.resize[0])
+    width = round(size[1] * p.width / p.resize[1])
+    part = _mask(row, (height, width))
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    mask = np.full(size, IGNORE, part.dtype)
+    mask[top : top + height, left : left + width] = part
+    return mask
 
 
 def _mask(row: Array, size: tuple[int, int]) -> Array:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hdrq_deploy.bundle import Bundle
 from hdrq_deploy.cli import bench, calibrate, export, inspect, merge, verify
 from hdrq_deploy.cli import main as umbrella
 from hdrq_deploy.runtime.bench import BenchResult, harmonic_mean
@@ -224,3 +225,27 @@ def test_merge_export_and_bench_need_no_torch(make: Any, work: Path, tmp_path: P
     run = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert "hdrq-deploy[calibrate]" in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_several_domains_in_one_call(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(work))  # workers find tiny_models
+    names = ["night", "day"]
+    argv = ["--model", "tiny_models:Tiny", "--base", f"{work}/Tiny-base.safetensors"]
+    argv += ["--domain", *names, "--data", *[f"{work}/images"] * 2, "--iters", "5", "--batch", "8"]
+    argv += ["--weights", *(f"{work}/Tiny-{name}.safetensors" for name in names)]
+    argv += ["--threads", "1", "-o", str(tmp_path)]
+    assert calibrate.main([*argv, "--workers", "2"]) == 0
+    made = [tmp_path / f"{name}.hdrq" for name in names]
+    assert capsys.readouterr().out.split() == [str(path) for path in made]
+    before = {f: (f.read_bytes(), f.stat().st_mtime_ns) for p in made for f in p.iterdir()}
+    assert {Bundle.open(path).domain for path in made} == set(names)
+    # The same in this process: bytes are equal, and with --resume nothing is made again.
+    assert calibrate.main([*argv, "--resume"]) == 0
+    assert {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in before} == before
+    assert calibrate.main(argv) == 0
+    assert {f: f.read_bytes() for f in before} == {f: b for f, (b, _) in before.items()}
+    capsys.readouterr()
+    assert calibrate.main([*argv, "--domain", "night"]) == 2
+    assert "found 2 after --data for 1 after --domain" in capsys.readouterr().err

@@ -28,7 +28,8 @@ LAYERS = [  # low to high; the members of one layer are siblings and do not impo
     {"bundle", "frames"},
     {"calibration_data", "verification"},
     {"merge", "calibrate", "exporters", "runtime"},
-    {"analysis", "sensitivity", "mixer"},
+    {"adapt", "analysis", "sensitivity", "mixer"},
+    {"protocol"},
     {"cli"},
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
@@ -73,7 +74,14 @@ def test_imports_point_to_lower_layers(name: str, path: Path) -> None:
 
 
 def test_only_calibration_imports_torch() -> None:
-    allowed = {"calibrate", "analysis", "models", "make_checkpoints", "make_street_checkpoints"}
+    allowed = {
+        "adapt",
+        "calibrate",
+        "analysis",
+        "models",
+        "make_checkpoints",
+        "make_street_checkpoints",
+    }
     for name, path in modules():
         if not allowed & set(name.split(".")) or name.startswith("hdrq_deploy.cli"):
             assert not any(t.split(".")[0] == "torch" for t in imported(name, path)), name

@@ -9,13 +9,14 @@ and those tensors become extra inputs and outputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from .placement import HEAVY
 
-__all__ = ["MOST_HEAVY", "Block", "find_blocks"]
+__all__ = ["MOST_HEAVY", "Block", "find_blocks", "rows_per_image", "scalar_value"]
 
 MOST_HEAVY = 8
 
@@ -139,9 +140,18 @@ def _block(nodes: list[fx.Node], first: int, last: int) -> Block:
     return Block(tuple(inside), tuple(inputs), tuple(outputs))
 
 
+def rows_per_image(node: fx.Node) -> int:
+    """Rows of a tensor for one image: 1, or the parts that the network cuts it into."""
+    return scalar(node.meta["val"].shape[0], 1)
+
+
 def scalar_value(node: fx.Node, batch: int) -> int:
     """A shape node's value at a batch size (the batch is the only symbol there is)."""
-    value = node.meta["val"]
+    return scalar(node.meta["val"], batch)
+
+
+def scalar(value: Any, batch: int) -> int:
+    """An extent at a batch size."""
     if isinstance(value, torch.SymInt):
         expression = value.node.expr
         return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import mmap
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from ..files import mapped_file
 
 __all__ = ["Caches", "Rows"]
 
@@ -21,35 +18,44 @@ _RESIDENT = 256 << 20
 
 
 class Rows:
-    """One tensor for every calibration image, (N, *shape) float32, on the CPU."""
+    """One tensor for every calibration image, on the CPU.
 
-    def __init__(self, owner: Caches, tensor: Tensor, mapped: mmap.mmap | None) -> None:
-        self._owner, self._tensor, self._mapped = owner, tensor, mapped
+    A network that cuts images into parts and takes those for a batch has several rows an image:
+    (N * rows, *shape) float32, those of one image together. All indices count images.
+    """
+
+    def __init__(
+        self, owner: Caches, tensor: Tensor, mapped: mmap.mmap | None, rows: int = 1
+    ) -> None:
+        self._owner, self._tensor, self._mapped, self._rows = owner, tensor, mapped, rows
         self._touched = 0
 
     def __len__(self) -> int:
-        return len(self._tensor)
+        return len(self._tensor) // self._rows
 
     @property
     def shape(self) -> torch.Size:
-        """(N, *shape)."""
+        """(N * rows, *shape)."""
         return self._tensor.shape
 
     def write(self, first: int, part: Tensor) -> None:
-        """Set the rows from ``first`` on."""
-        self._tensor[first : first + len(part)] = part
+        """Set the rows of the images from ``first`` on."""
+        start = first * self._rows
+        self._tensor[start : start + len(part)] = part
         self._touch(part)
 
     def read(self, first: int, last: int) -> Tensor:
-        """Rows ``first`` to ``last``; a view where they are in memory."""
-        part = self._tensor[first:last]
+        """Rows of the images ``first`` to ``last``; a view where they are in memory."""
+        part = self._tensor[first * self._rows : last * self._rows]
         if self._mapped is not None:
             part = part.clone()
         self._touch(part)
         return part
 
     def take(self, index: Tensor) -> Tensor:
-        """The rows of ``index``, copied."""
+        """The rows of the images ``index``, copied."""
+        if self._rows > 1:
+            index = (index[:, None] * self._rows + torch.arange(self._rows)).flatten()
         part = self._tensor.index_select(0, index)
         self._touch(part)
         return part
@@ -82,37 +88,23 @@ class Caches:
         self._folder = folder
         self.spilled = 0
 
-    def rows(self, count: int, shape: torch.Size) -> Rows:
-        """New rows.
+    def rows(self, count: int, shape: torch.Size, rows: int = 1) -> Rows:
+        """Rows for ``count`` images, ``rows`` of ``shape`` each.
 
         Raises:
             DataError: Memory is used up and the disk has no room either.
         """
+        count *= rows
         size = 4 * count * shape.numel()
         if size <= self._left or size == 0:
             self._left -= size
-            return Rows(self, torch.empty(count, *shape), None)
-        mapped = self._map(size)
+            return Rows(self, torch.empty(count, *shape), None, rows)
+        mapped = mapped_file(size, self._folder)
         self.spilled += size
         values = np.frombuffer(mapped, np.float32)
-        return Rows(self, torch.from_numpy(values).reshape(count, *shape), mapped)
+        return Rows(self, torch.from_numpy(values).reshape(count, *shape), mapped, rows)
 
     def released(self, size: int, mapped: bool) -> None:
         """Called by ``Rows.free``."""
         if not mapped:
             self._left += size
-
-    def _map(self, size: int) -> mmap.mmap:
-        try:
-            with tempfile.TemporaryFile(dir=self._folder) as file:
-                # Without reserved blocks a full disk would be a bus error on a later write.
-                os.posix_fallocate(file.fileno(), 0, size)
-                return mmap.mmap(file.fileno(), size)
-        except OSError as error:
-            if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-                raise
-            raise DataError(
-                f"found no room for {size / 1e9:.1f} GB of activations on the disk of "
-                f"{self._folder or tempfile.gettempdir()} ({error.strerror}); free some, pass "
-                "fewer --images, or raise --cache-gb"
-            ) from error

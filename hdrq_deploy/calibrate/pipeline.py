@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -28,10 +29,10 @@ from .capture import Capture, capture, fold_batch_norm, fold_constants
 from .emit import Emitted, check_graph, emit_float, emit_quantized, onnx_graph
 from .placement import Plan, plan_quantizers
 from .progress import Partial
-from .reconstruct import quantizers_of, reconstruct
+from .reconstruct import quantizers_of, reconstruct, run_batch
 from .source import load_model, load_state, state_sha256
 
-__all__ = ["calibrate", "fake_quantized", "folded_weights"]
+__all__ = ["calibrate", "fake_quantized", "folded_weights", "torch_threads"]
 
 _PARITY_IMAGES = 64
 
@@ -240,6 +241,17 @@ def folded_weights(model: str, weights: str | Path, example: Any) -> dict[str, A
     return {name: value.detach().cpu().numpy() for name, value in state.items()}
 
 
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Compute with so many threads; how many is part of what decides a calibration's bytes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _folded_constants(found: Capture) -> Capture:
     fold_constants(found)
     return found
@@ -326,7 +338,7 @@ def _parity(
     """
     from ..bundle import WEIGHTS, serialize
 
-    rows = inputs[:_PARITY_IMAGES]
+    rows = inputs[: min(_PARITY_IMAGES, max(GOLDEN_IMAGES, 2 * run_batch(inputs)))]
     with torch.no_grad():
         expected = made.module.cpu()(rows).numpy()
         real = found.module.cpu()(rows).numpy()

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import ModelError
 from ..recipe import Options
-from .blocks import MOST_HEAVY, Block, find_blocks, is_tensor, scalar_value
+from .blocks import MOST_HEAVY, Block, find_blocks, is_tensor, rows_per_image, scalar_value
 from .caches import Caches, Rows
 from .capture import Capture, attribute, module_path, set_attribute
 from .draws import Draws
@@ -29,8 +29,13 @@ from .progress import Partial
 __all__ = ["Quantized", "quantizers_of", "reconstruct"]
 
 Report = Callable[[int, int, str], None]
-# Images per forward pass when nothing is learned.
-_RUN_BATCH = 32
+# Images per forward pass when nothing is learned: so many, and values of the input, at most.
+_RUN_BATCH, _RUN_VALUES = 32, 1 << 23
+
+
+def run_batch(images: Tensor) -> int:
+    """Images (N, ...) per forward pass when nothing is learned."""
+    return max(1, min(_RUN_BATCH, _RUN_VALUES // max(images[0].numel(), 1)))
 
 
 @dataclass
@@ -58,7 +63,7 @@ class BlockModule(nn.Module):
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         """Tensors of ``block.inputs`` to tensors of ``block.outputs``."""
-        batch = len(inputs[0])
+        batch = len(inputs[0]) // rows_per_image(self.block.inputs[0])
         shapes = [scalar_value(node, batch) for node in self.scalars]
         outputs: list[Tensor] = self.body(*inputs, *shapes)
         return outputs
@@ -140,6 +145,7 @@ def reconstruct(
     most = 1 if options.granularity == "layer" else MOST_HEAVY
     blocks = find_blocks(found.graph, most)
     start = next(n for n in found.graph.nodes if n.op == "placeholder" and is_tensor(n))
+    batch = run_batch(images)
     first = caches.rows(len(images), images.shape[1:])
     first.write(0, images)
     kept: dict[fx.Node, tuple[Rows, Rows]] = {start: (first, first)}
@@ -150,7 +156,7 @@ def reconstruct(
         name = module_path(block.heavy[0]) if block.heavy else f"block {index}"
         real = [kept[node][0] for node in block.inputs]
         mixed = [kept[node][1] for node in block.inputs]
-        run = _Run(module, options, device, caches)
+        run = _Run(module, options, device, caches, batch)
         stored = partial.load(index) if partial else None
         if stored:
             targets = run.float_outputs(real)
@@ -158,7 +164,7 @@ def reconstruct(
             record = stored.record
         else:
             targets = run.float_outputs(real, observe=True)
-            _check_finite(targets, block, name)
+            _check_finite(targets, block, name, run.batch)
             record = {"name": name, "layers": len(block.heavy), "outputs": len(block.outputs)}
 
             def report(i: int, done: int = index, label: str = name) -> None:
@@ -222,9 +228,15 @@ class _Run:
     """Passes of one block over all calibration images."""
 
     def __init__(
-        self, module: BlockModule, options: Options, device: torch.device, caches: Caches
+        self,
+        module: BlockModule,
+        options: Options,
+        device: torch.device,
+        caches: Caches,
+        batch: int,
     ) -> None:
         self.module, self.options, self.device, self.caches = module, options, device, caches
+        self.batch = batch
         self.open_weights = [q for q in module.weights if q.frozen is None]
         self.open_activations = [q for q in module.activations if not q.settled]
 
@@ -253,45 +265,53 @@ class _Run:
         """Error of the rounded block on the quantized network's activations."""
         self.module.set_mode(Mode.ROUND)
         total = 0.0
-        for first, outputs in self._outputs(mixed):
-            total += self._part_loss(first, outputs, targets)
+        for (first, last), outputs in self._outputs(mixed):
+            total += self._part_loss(first, last, outputs, targets)
         return total / len(mixed[0])
 
     def loss(self, outputs: list[Rows], targets: list[Rows]) -> float:
         """The same error of outputs that are there already."""
         total = 0.0
-        for first, last in _batches(len(targets[0])):
+        for first, last in self._batches(len(targets[0])):
             parts = [rows.read(first, last) for rows in outputs]
-            total += self._part_loss(first, parts, targets)
+            total += self._part_loss(first, last, parts, targets)
         return total / len(targets[0])
 
-    def _part_loss(self, first: int, outputs: list[Tensor], targets: list[Rows]) -> float:
-        count = len(outputs[0])
+    def _part_loss(
+        self, first: int, last: int, outputs: list[Tensor], targets: list[Rows]
+    ) -> float:
         parts = (
-            _error(o, t.read(first, first + count).to(o.device))
+            _error(o, t.read(first, last).to(o.device))
             for o, t in zip(outputs, targets, strict=True)
         )
-        return float(sum(parts)) * count
+        return float(sum(parts)) * (last - first)
 
     @torch.no_grad()
-    def _outputs(self, inputs: list[Rows]) -> Iterator[tuple[int, list[Tensor]]]:
-        for first, last in _batches(len(inputs[0])):
-            yield first, self.module([rows.read(first, last).to(self.device) for rows in inputs])
+    def _outputs(self, inputs: list[Rows]) -> Iterator[tuple[tuple[int, int], list[Tensor]]]:
+        for first, last in self._batches(len(inputs[0])):
+            parts = [rows.read(first, last).to(self.device) for rows in inputs]
+            yield (first, last), self.module(parts)
 
     def _collect(self, inputs: list[Rows]) -> list[Rows]:
         collected: list[Rows] = []
-        for first, outputs in self._outputs(inputs):
+        for (first, _), outputs in self._outputs(inputs):
             if not collected:
-                shapes = [output.shape[1:] for output in outputs]
-                collected = [self.caches.rows(len(inputs[0]), shape) for shape in shapes]
+                nodes = zip(self.module.block.outputs, outputs, strict=True)
+                collected = [
+                    self.caches.rows(len(inputs[0]), output.shape[1:], rows_per_image(node))
+                    for node, output in nodes
+                ]
             for rows, output in zip(collected, outputs, strict=True):
                 rows.write(first, output.cpu())
         return collected
 
+    def _batches(self, count: int) -> Iterator[tuple[int, int]]:
+        return _parts(count, self.batch)
 
-def _batches(count: int) -> Iterator[tuple[int, int]]:
-    for first in range(0, count, _RUN_BATCH):
-        yield first, min(first + _RUN_BATCH, count)
+
+def _parts(count: int, most: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, count, most):
+        yield first, min(first + most, count)
 
 
 def _state(module: BlockModule, result: Quantized) -> dict[str, Tensor]:
@@ -509,9 +529,9 @@ def _error(output: Tensor, target: Tensor) -> Tensor:
     return torch.nn.functional.mse_loss(output, target, reduction="sum") / positions
 
 
-def _check_finite(tensors: list[Rows], block: Block, name: str) -> None:
+def _check_finite(tensors: list[Rows], block: Block, name: str, batch: int) -> None:
     for node, rows in zip(block.outputs, tensors, strict=True):
-        for first, last in _batches(len(rows)):
+        for first, last in _parts(len(rows), batch):
             if not torch.isfinite(rows.read(first, last)).all():
                 raise ModelError(
                     "found NaN or infinity in the float activations of "

@@ -24,8 +24,8 @@ def load_model(name: str) -> nn.Module:
     """Build a model with its initial weights.
 
     Args:
-        name: ``PKG.MOD:FACTORY``, ``timm:NAME`` or ``transformers:NAME`` (a model type such
-            as ``segformer``, or a folder with config.json).
+        name: ``PKG.MOD:FACTORY``, ``timm:NAME``, ``torchvision:NAME`` or ``transformers:NAME``
+            (a model type such as ``segformer``, or a folder with config.json).
 
     Raises:
         ModelError: Nothing of that name can be built.
@@ -33,10 +33,13 @@ def load_model(name: str) -> nn.Module:
     kind, _, rest = name.partition(":")
     if not rest:
         raise ModelError(
-            f"found --model {name!r}; needed PKG.MOD:FACTORY, timm:NAME or transformers:NAME"
+            f"found --model {name!r}; needed PKG.MOD:FACTORY, timm:NAME, torchvision:NAME or "
+            "transformers:NAME"
         )
     if kind == "timm":
         return _built(name, lambda: _need("timm").create_model(rest, pretrained=False))
+    if kind == "torchvision":
+        return _built(name, lambda: _torchvision(rest))
     if kind == "transformers":
         return _built(name, lambda: _transformers(rest))
     if "" not in sys.path:
@@ -70,6 +73,23 @@ def _need(module: str) -> Any:
         raise ModelError(f"{module} is not installed: pip install 'hdrq-deploy[models]'") from error
 
 
+def _torchvision(name: str) -> nn.Module:
+    models = _need("torchvision").models
+    # Models with a backbone of its own weights would fetch them.
+    whole = models.get_model_builder(name).__module__.startswith("torchvision.models.segmentation")
+    built: nn.Module = models.get_model(
+        name, weights=None, **({"weights_backbone": None} if whole else {})
+    )
+    if whole:
+        built.map_checkpoint = _without_auxiliary  # type: ignore[assignment]
+    return built
+
+
+def _without_auxiliary(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Public checkpoints have a second head that only training looks at."""
+    return {key: value for key, value in state.items() if not key.startswith("aux_classifier.")}
+
+
 def _transformers(name: str) -> nn.Module:
     library = _need("transformers")
     auto = library.AutoConfig
@@ -89,6 +109,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
         ModelError: Missing, unreadable, or no tensors inside.
     """
     path = Path(path)
+    if path.is_dir():
+        return _joined(path)
     if not path.is_file():
         raise ModelError(f"{path}: found no file; needed a checkpoint (.safetensors, .pt, .pth)")
     try:
@@ -114,6 +136,21 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
+def _joined(folder: Path) -> dict[str, Tensor]:
+    """SHOT's three files ``*_F*.pt``, ``*_B*.pt``, ``*_C*.pt`` as one: netF., netB., netC."""
+    state: dict[str, Tensor] = {}
+    for letter in "FBC":
+        files = sorted(folder.glob(f"*_{letter}*.pt"))
+        if len(files) != 1:
+            raise ModelError(
+                f"{folder}: found {len(files)} files *_{letter}*.pt; needed one each of _F, _B and "
+                "_C, as SHOT writes them, or pass a checkpoint file"
+            )
+        part = load_checkpoint(files[0])
+        state |= {f"net{letter}.{key}": value for key, value in part.items()}
+    return state
+
+
 def load_state(model: nn.Module, path: str | Path, what: str) -> dict[str, Tensor]:
     """Load a checkpoint into ``model``; all keys and shapes must fit.
 
@@ -127,6 +164,8 @@ def load_state(model: nn.Module, path: str | Path, what: str) -> dict[str, Tenso
             tensor with NaN.
     """
     state, own = load_checkpoint(path), model.state_dict()
+    if callable(rename := getattr(model, "map_checkpoint", None)):
+        state = rename(state)
     counters = {key for key in own if key.endswith("num_batches_tracked")}
     missing = [k for k in own if k not in state and k not in counters]
     unexpected = [k for k in state if k not in own]

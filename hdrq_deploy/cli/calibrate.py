@@ -1,24 +1,37 @@
-"""``hdrq-calibrate``: an adapted checkpoint becomes a bundle."""
+"""``hdrq-calibrate``: adapted checkpoints become bundles."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from ..errors import ModelError, SpecError
+from ..files import make_directory
+from ..protocol.fresh import is_calibrated
+from ..protocol.jobs import Job, open_pool, run_jobs
 from ..recipe import FOLDS, GRANULARITIES, LEARNERS, METHODS, NOISES, Recipe
 from ..spec import GRIDS
-from .common import parser, progress_bar, run
+from .common import parser, progress_bar, progress_lines, run, threads_of, where_flags
 
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = parser("hdrq-calibrate", "Quantize one adapted model so that it stays mergeable.")
-    p.add_argument("--model", required=True, help="PKG.MOD:FACTORY, timm:NAME, transformers:NAME")
-    p.add_argument("--weights", help="adapted checkpoint (.safetensors, .pt)")
+    p = parser(
+        "hdrq-calibrate",
+        "Quantize an adapted model so that it stays mergeable. With several names after --domain, "
+        "and as many after --weights and --data, one of each domain, to -o DIR/NAME.hdrq.",
+    )
+    p.add_argument(
+        "--model", required=True, help="PKG.MOD:FACTORY, {timm,torchvision,transformers}:NAME"
+    )
+    p.add_argument("--weights", nargs="+", help="adapted checkpoint (.safetensors, .pt)")
     p.add_argument("--base", help="source checkpoint that all domains started from")
-    p.add_argument("--data", required=True, help="image folder (one folder per class) or .npz")
-    p.add_argument("--domain", required=True, help="name of the domain")
+    p.add_argument(
+        "--data", required=True, nargs="+", help="image folder (one folder per class) or .npz"
+    )
+    p.add_argument("--domain", required=True, nargs="+", help="name of the domain")
     p.add_argument("--recipe", help="YAML or JSON with any of the settings below; flags win")
     p.add_argument("--method", choices=METHODS, help="hdrq if nothing else is said")
     p.add_argument("--wbits", type=int, help="bits of weights, 2 to 8 (8)")
@@ -37,6 +50,9 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--grid", choices=GRIDS, help="codes of non-negative activations (int8)")
     p.add_argument("--images", type=int, help="calibration images at most (1024)")
     p.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="resize images")
+    p.add_argument(
+        "--resize", type=int, nargs=2, metavar=("H", "W"), help="first; --size is cut out of that"
+    )
     p.add_argument("--mean", type=float, nargs="+", help="per channel, of pixels in [0, 1]")
     p.add_argument("--std", type=float, nargs="+", help="per channel, of pixels in [0, 1]")
     p.add_argument("--skip-corrupt", action="store_true", help="leave out broken images")
@@ -51,7 +67,10 @@ def arguments() -> argparse.ArgumentParser:
         default=1.0,
         help="activations held in memory; more go to files beside the output (1)",
     )
-    p.add_argument("-o", "--output", required=True, help="bundle folder (NAME.hdrq)")
+    p.add_argument(
+        "-o", "--output", required=True, help="bundle folder (NAME.hdrq), or folder of bundles"
+    )
+    where_flags(p.add_argument_group("several domains"))
     knobs = p.add_argument_group("learning, per block", "defaults are the method's own")
     knobs.add_argument("--iters", type=int, help="iterations (20000)")
     knobs.add_argument("--batch", type=int, help="images per iteration (32)")
@@ -104,25 +123,65 @@ def _calibrate(args: argparse.Namespace) -> int:
         tuple(args.size) if args.size else None,
         tuple(args.mean) if args.mean else None,
         tuple(args.std) if args.std else None,
+        resize=tuple(args.resize) if args.resize else None,
     )
     names = ("method", "wbits", "abits", "per_channel", "fold", "grid", "images", "seed")
-    given = {n: getattr(recipe, n) for n in names if getattr(recipe, n) is not None}
-    with progress_bar(f"calibrate {args.domain}") as progress:
-        bundle = calibrate(
-            model=args.model,
-            data=args.data,
-            domain=args.domain,
-            output=args.output,
-            weights=args.weights,
-            base=args.base,
-            options=options,
-            wanted=wanted,
-            skip_corrupt=args.skip_corrupt,
-            device=args.device,
-            resume=args.resume,
-            cache_gb=args.cache_gb,
-            progress=progress,
-            **given,
-        )
-    print(bundle.path)
+    common: dict[str, Any] = {
+        "model": args.model,
+        "base": args.base,
+        "options": options,
+        "wanted": wanted,
+        "skip_corrupt": args.skip_corrupt,
+        "device": args.device,
+        "resume": args.resume,
+        "cache_gb": args.cache_gb,
+        **{n: getattr(recipe, n) for n in names if getattr(recipe, n) is not None},
+    }
+    each = _of_each(args)
+    if len(each) == 1:
+        if args.ray:
+            raise SpecError("found --ray with one domain; it runs several, name them all")
+        with progress_bar(f"calibrate {args.domain[0]}") as progress:
+            bundle = calibrate(**{**common, **each[0], "output": args.output}, progress=progress)
+        print(bundle.path)
+        return 0
+    out = Path(args.output).absolute()
+    make_directory(out)
+    work = []
+    for own in each:
+        target = out / f"{own['domain']}.hdrq"
+        work.append(Job(own["domain"], calibrate_one, {**common, **own, "output": target}))
+    threads = threads_of(args.threads, args.workers, args.ray)
+    with (
+        progress_lines("calibrate") as report,
+        open_pool(args.workers, threads, args.ray, out, args.gpus) as pool,
+    ):
+        run_jobs(work, pool, report)
+    for job in work:
+        print(job.arguments["output"])
     return 0
+
+
+def calibrate_one(**arguments: Any) -> None:
+    """One domain, in whatever process; a finished bundle of these options is kept on --resume."""
+    from ..calibrate import calibrate
+
+    if not (arguments["resume"] and is_calibrated(arguments)):
+        calibrate(**arguments)
+
+
+def _of_each(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Domain, data and checkpoint of every calibration."""
+    count = len(args.domain)
+    for flag, values in (("--data", args.data), ("--weights", args.weights)):
+        if values is not None and len(values) != count:
+            raise SpecError(
+                f"found {len(values)} after {flag} for {count} after --domain; give one for each"
+            )
+    if len(set(args.domain)) < count:
+        raise SpecError(f"found a name twice in --domain {' '.join(args.domain)}")
+    weights = args.weights or [None] * count
+    return [
+        {"domain": domain, "data": data, "weights": own}
+        for domain, data, own in zip(args.domain, args.data, weights, strict=True)
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import signal
 import sys
 import threading
@@ -99,6 +100,51 @@ def progress_bar(title: str) -> Iterator[Report]:
             print(f"{title} {what}: {done}/{total}, {left:.0f} s left", file=sys.stderr, flush=True)
 
     yield line
+
+
+@contextmanager
+def progress_lines(title: str) -> Iterator[Report]:
+    """For pieces of minutes: a bar on a terminal, a line for each that ends otherwise."""
+    if sys.stderr.isatty():
+        with progress_bar(title) as show:
+            yield show
+        return
+    began = last = time.monotonic()
+
+    def line(done: int, total: int, what: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        left = (now - began) / max(done, 1) * (total - done)
+        took = f"{now - last:.0f} s, {left:.0f} s left"
+        print(f"{title} {done}/{total} {what}: {took}", file=sys.stderr, flush=True)
+        last = now
+
+    yield line
+
+
+def where_flags(group: argparse._ArgumentGroup) -> None:
+    """Flags of commands whose work has independent parts."""
+    group.add_argument("--workers", type=int, default=1, help="parts at a time on this machine")
+    group.add_argument("--threads", type=int, help="of each part (the cores, shared out)")
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="run on a Ray cluster (HOST:PORT, ray://HOST:PORT, auto); alone: this machine's cores",
+    )
+    group.add_argument("--gpus", type=float, default=0.0, help="of each part on Ray")
+
+
+def threads_of(given: int | None, workers: int, ray: str | None) -> int:
+    """Threads of one part.
+
+    Raises:
+        HdrqError: Not one or more of either.
+    """
+    if workers < 1 or (given is not None and given < 1):
+        raise HdrqError(f"found --workers {workers}, --threads {given}; needed 1 or more")
+    return given or (1 if ray else max(1, (os.cpu_count() or 1) // workers))
 
 
 def named(values: Sequence[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "adapt": "a source model learns a domain from unlabelled images",
     "calibrate": "an adapted checkpoint becomes a bundle",
     "merge": "bundles of several domains become one",
     "export": "a bundle becomes an engine",
@@ -19,6 +20,7 @@ COMMANDS = {
     "sensitivity": "rank layers by what their quantization costs",
     "inspect": "show a bundle",
     "verify": "compare torch, bundle, lowered graph and engine",
+    "reproduce": "the paper's two protocols, cell by cell",
     "demo": "the whole path on digits, no download",
 }
 

@@ -1,0 +1,115 @@
+"""The paper's networks at their full depth, from checkpoint to engines that run.
+
+    python benchmarks/protocol_models.py --results benchmarks/results
+
+Weights are random (no downloads), BatchNorm statistics those of the images, which are crops of
+the two photographs that scikit-learn ships. Each model is calibrated with HDRQ for a few
+iterations, exported to TensorRT-RTX and ONNX Runtime, and run by ONNX Runtime against the
+fake-quantized model in PyTorch. An export fails where a layer that was asked for INT8 runs in
+float, so a row says what the engines execute. Finished models are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from architectures import photographs, settle
+from safetensors.torch import save_file
+
+from hdrq_deploy.calibrate import calibrate, fake_quantized
+from hdrq_deploy.calibrate.source import load_model
+from hdrq_deploy.calibration_data.readers import ImageSet
+from hdrq_deploy.exporters import export
+from hdrq_deploy.files import write_bytes
+from hdrq_deploy.recipe import Options
+from hdrq_deploy.runtime import load_engine
+from hdrq_deploy.runtime.environment import environment
+
+# Side of the images, weight bits, activation bits.
+MODELS = {
+    "hdrq_deploy.models:shot_resnet50": (224, 4, 8),
+    "hdrq_deploy.models:hrda_resnet101": (256, 4, 8),
+    "hdrq_deploy.models:hrda_mit_b5": (256, 4, 8),
+    "transformers:segformer": (128, 4, 8),
+    "torchvision:deeplabv3_resnet50": (128, 4, 8),
+}
+IMAGES, ITERS = 4, 3
+
+
+def one(name: str, side: int, wbits: int, abits: int, folder: Path) -> dict[str, Any]:
+    """One row."""
+    torch.manual_seed(0)
+    model = load_model(name)
+    x = photographs(IMAGES, side, 0)
+    settle(model, torch.from_numpy(x))
+    base = folder / "base.safetensors"
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, base)
+    started = time.monotonic()
+    bundle = calibrate(
+        name, ImageSet(x, None, None, None), "d", folder / "d.hdrq", base, base, "hdrq", wbits,
+        abits, options=Options.of("hdrq", iters=ITERS, batch=1, lr=2e-4), cache_gb=4,
+    )  # fmt: skip
+    row: dict[str, Any] = {
+        "model": name,
+        "input": [3, side, side],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "scheme": f"W{wbits}A{abits}",
+        "blocks": len(bundle.manifest.metrics["blocks"]),
+        "calibrate_s": round(time.monotonic() - started, 1),
+    }
+    for kind in ("ort", "trt-rtx"):
+        started = time.monotonic()
+        target = export(bundle, folder / kind, kind)
+        report = json.loads((target / "precision.json").read_text())
+        row[kind] = {
+            "summary": report["summary"],
+            "seconds": round(time.monotonic() - started, 1),
+            "megabytes": sum(f.stat().st_size for f in target.iterdir()) / 1e6,
+        }
+    with load_engine(folder / "ort") as engine:
+        got = engine(x)
+    with torch.no_grad():
+        expected = fake_quantized(bundle, torch.from_numpy(x[:2]))(torch.from_numpy(x)).numpy()
+    error = np.sqrt(np.square(got - expected).mean() / np.square(expected).mean())
+    row["ort"]["relative_rms_to_torch"] = float(error)
+    row["float_layers"] = [
+        {"module": layer.module, "op": layer.op, "reason": layer.reason}
+        for layer in bundle.manifest.layers
+        if layer.requested != "int8"
+    ]
+    return row
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run all models that have no row yet, and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--again", action="store_true", help="run finished models too")
+    args = parser.parse_args(argv)
+    target = args.results / "protocol_models.json"
+    rows = json.loads(target.read_text())["rows"] if target.exists() else {}
+    for name in args.models:
+        if name in rows and not args.again:
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            rows[name] = one(name, *MODELS[name], Path(scratch))
+        print(json.dumps(rows[name]), flush=True)
+        names = ("torch", "torchvision", "transformers", "tensorrt-rtx")
+        versions = {n: version(n) for n in names}
+        record = {"schema_version": 1, "environment": {**environment(), **versions}, "rows": rows}
+        write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

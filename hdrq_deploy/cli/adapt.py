@@ -1,0 +1,91 @@
+"""``hdrq adapt``: a source model learns a domain from unlabelled images."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from ..calibration_data.readers import Wanted
+from ..errors import ModelError
+from .common import parser, progress_bar, run
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command's flags."""
+    p = parser(
+        "hdrq adapt",
+        "Adapt a source model to a domain without labels or source data: SHOT for classifiers, "
+        "class-balanced self-training for segmentation.",
+    )
+    p.add_argument("--model", required=True, help="PKG.MOD:FACTORY, {timm,torchvision,...}:NAME")
+    p.add_argument("--weights", required=True, help="source checkpoint")
+    p.add_argument("--data", required=True, help="image folder, street scenes or .npz")
+    p.add_argument("--images", type=int, help="at most so many (all)")
+    p.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="resize images")
+    p.add_argument("--mean", type=float, nargs="+", help="per channel, of pixels in [0, 1]")
+    p.add_argument("--std", type=float, nargs="+", help="per channel, of pixels in [0, 1]")
+    p.add_argument("--epochs", type=int, default=15)
+    p.add_argument("--batch", type=int, default=64, help="images per step")
+    p.add_argument("--lr", type=float, default=1e-2, help="of SGD; a tenth for the backbone")
+    p.add_argument("--pseudo", type=float, default=0.3, help="weight of SHOT's pseudo-labels")
+    p.add_argument(
+        "--share",
+        type=float,
+        nargs=2,
+        default=(0.2, 0.5),
+        metavar=("FIRST", "LAST"),
+        help="of each class's pixels that are labelled, first and last epoch (segmentation)",
+    )
+    p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True)
+    p.add_argument("--pull", type=float, default=0.0, help="towards the source weights (L2-SP)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    p.add_argument("--resume", action="store_true", help="go on behind a stopped run's last epoch")
+    p.add_argument("-o", "--output", required=True, help="adapted checkpoint (.safetensors)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``hdrq adapt``."""
+    args = arguments().parse_args(argv)
+    stopped = "no checkpoint was written; --resume goes on behind the last finished epoch"
+    return run("hdrq adapt", lambda: _adapt(args), stopped)
+
+
+def _adapt(args: argparse.Namespace) -> int:
+    try:
+        from ..adapt import Recipe, adapt
+    except ImportError as error:
+        raise ModelError(
+            f"adaptation needs {error.name}: pip install 'hdrq-deploy[calibrate]'"
+        ) from error
+    recipe = Recipe(
+        args.epochs,
+        args.batch,
+        args.lr,
+        args.pseudo,
+        tuple(args.share),
+        args.flip,
+        args.pull,
+    )
+    wanted = Wanted(
+        tuple(args.size) if args.size else None,
+        tuple(args.mean) if args.mean else None,
+        tuple(args.std) if args.std else None,
+    )
+    with progress_bar("adapt") as progress:
+        path = adapt(
+            args.model,
+            args.data,
+            args.output,
+            args.weights,
+            recipe,
+            args.images,
+            wanted,
+            args.seed,
+            args.device,
+            args.resume,
+            progress,
+        )
+    print(path)
+    return 0

@@ -1,0 +1,130 @@
+"""``hdrq reproduce``: the paper's two protocols, on its data or on the project's own."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+from ..errors import HdrqError, ModelError
+from ..files import make_directory, write_bytes
+from ..protocol.cells import jobs
+from ..protocol.grid import BITS, SETTINGS, Grid, parse_bits
+from ..protocol.jobs import open_pool, run_jobs
+from ..protocol.table import cells, header, markdown, rows
+from ..protocol.tasks import Task, made, office_home, segmentation
+from ..runtime.environment import environment
+from .bench import print_table
+from .common import parser, progress_lines, run, threads_of, where_flags
+
+PROTOCOLS = ("office-home", "segmentation")
+_EPILOG = """\
+Every cell is a bundle in OUT/cells and its figures in OUT/rows; the same command goes on where it
+was stopped. --made runs on digits (office-home) or drawn streets (segmentation), with nothing to
+download.
+"""
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command's flags."""
+    p = parser("hdrq reproduce", "Run one of the paper's protocols and print its table.", _EPILOG)
+    p.add_argument("protocol", choices=PROTOCOLS)
+    p.add_argument("--made", action="store_true", help="on the data that the project makes")
+    p.add_argument("--data", type=Path, help="folder of the data set(s)")
+    p.add_argument("--checkpoints", type=Path, help="folder of source and adapted checkpoints")
+    p.add_argument("--source", default="Real World", help="source domain of Office-Home")
+    p.add_argument("--targets", nargs="+", default=[], help="target domains (all there are)")
+    p.add_argument("--backbone", choices=("resnet101", "mit_b5"), default="resnet101", help="HRDA")
+    grid = p.add_argument_group("cells")
+    grid.add_argument("--methods", nargs="+", default=["brecq", "qdrop", "hdrq"])
+    grid.add_argument("--bits", nargs="+", default=list(BITS), metavar="wXaY")
+    grid.add_argument("--settings", nargs="+", choices=SETTINGS, default=["paper"])
+    grid.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of calibration")
+    grid.add_argument("--rounding-seeds", type=int, default=4, help="draws of every merge")
+    grid.add_argument("--pairs", action="store_true", help="merge every pair of domains too")
+    knobs = p.add_argument_group("learning", "defaults are the protocol's own")
+    knobs.add_argument("--iters", type=int, help="iterations a block")
+    knobs.add_argument("--batch", type=int, help="images per iteration")
+    knobs.add_argument("--images", type=int, help="calibration images of each domain")
+    where = p.add_argument_group("where it runs")
+    where.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    where_flags(where)
+    where.add_argument("--table", action="store_true", help="of the cells that are there; run none")
+    p.add_argument("--out", type=Path, required=True, help="cells, rows, table.md, results.json")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``hdrq reproduce``."""
+    args = arguments().parse_args(argv)
+    kept = "finished cells are kept; the same command goes on"
+    return run("hdrq reproduce", lambda: _reproduce(args), kept)
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    started = time.monotonic()
+    threads = threads_of(args.threads, args.workers, args.ray)
+    bits = parse_bits(args.bits)
+    if importlib.util.find_spec("torch") is None:
+        raise ModelError("calibration needs torch: pip install 'hdrq-deploy[calibrate]'")
+    out = args.out.absolute()
+    for folder in (out, out / "cells", out / "rows"):
+        make_directory(folder)
+    task = _task(args, out).calibrated_with(iters=args.iters, batch=args.batch)
+    grid = Grid(
+        _limited(task, args.images),
+        tuple(dict.fromkeys(args.methods)),
+        bits,
+        tuple(dict.fromkeys(args.seeds)),
+        tuple(dict.fromkeys(args.settings)),
+        args.rounding_seeds,
+        args.pairs,
+    )
+    if not args.table:
+        with (
+            progress_lines(args.protocol) as report,
+            open_pool(args.workers, threads, args.ray, out, args.gpus) as pool,
+        ):
+            run_jobs(list(jobs(grid, out, args.device, threads)), pool, report)
+    records = rows(grid, out)
+    record = {
+        "schema_version": 1,
+        "protocol": args.protocol,
+        "task": task.name,
+        "model": task.model,
+        "learning": task.learning,
+        "images": grid.task.images,
+        "threads": threads,
+        "seconds_of_this_run": round(time.monotonic() - started),
+        "environment": {**environment(), "torch": version("torch")},
+        "rows": records,
+    }
+    write_bytes(out / "results.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_bytes(out / "table.md", markdown(grid, records).encode())
+    print_table(header(grid), [cells(grid, row) for row in records])
+    print(f"{out / 'table.md'}, {out / 'results.json'}; every cell is a bundle in {out / 'cells'}")
+    return 0
+
+
+def _limited(task: Task, images: int | None) -> Task:
+    return task if images is None else replace(task, images=images)
+
+
+def _task(args: argparse.Namespace, out: Path) -> Task:
+    if args.made:
+        if args.data or args.checkpoints:
+            raise HdrqError("found --made with --data or --checkpoints; it brings its own")
+        return made(args.protocol, out)
+    if not (args.data and args.checkpoints):
+        raise HdrqError(
+            f"{args.protocol} needs --data and --checkpoints; or pass --made for the small data "
+            "that the project makes"
+        )
+    if args.protocol == "office-home":
+        return office_home(args.data, args.checkpoints, args.source, args.targets)
+    return segmentation(args.data, args.checkpoints, args.backbone, args.targets)

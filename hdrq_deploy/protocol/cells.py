@@ -1,0 +1,172 @@
+"""What a worker does: make the bundle of a cell, and measure its engine."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..bundle import Bundle
+from ..calibration_data.readers import Wanted, read
+from ..errors import SpecError
+from ..exporters import export
+from ..files import write_bytes
+from ..merge import Merger, choose_weights, re_estimate
+from ..recipe import Options
+from ..runtime.accuracy import accuracy
+from ..runtime.bench import labelled
+from ..runtime.engine import open_engine, read_manifest
+from .fresh import is_calibrated, is_merged
+from .grid import Grid, Merge, Run, bundle_path, row_path
+from .jobs import Job
+from .tasks import Task
+
+__all__ = ["jobs"]
+
+CANDIDATES = 30  # as in the paper
+
+
+def jobs(grid: Grid, out: Path, device: str, threads: int) -> Iterator[Job]:
+    """All work of a grid: calibrations first, then what reads them."""
+    common = {"task": grid.task, "out": out, "device": device, "threads": threads}
+    for run in grid.runs():
+        names = {domain: run.single(domain) for domain in grid.domains}
+        for domain, name in names.items():
+            yield Job(name, calibrate_cell, {**common, "run": run, "domain": domain})
+        for merge in grid.merges(run):
+            after = tuple(names[member] for member in merge.members)
+            yield Job(merge.name, merge_cells, {**common, "merge": merge}, after)
+
+
+def calibrate_cell(task: Task, out: Path, device: str, threads: int, run: Run, domain: str) -> None:
+    """The bundle of one domain, and its engine's accuracy there."""
+    cell = run.single(domain)
+    where = next(d for d in task.domains if d.name == domain)
+    arguments: dict[str, Any] = {
+        "model": task.model,
+        "data": where.images,
+        "domain": domain,
+        "output": bundle_path(out, cell),
+        "weights": where.weights,
+        "base": task.source,
+        "method": run.method,
+        "wbits": run.wbits,
+        "abits": run.abits,
+        "fold": "steps" if run.setting == "ours" else "weights",
+        "options": Options.of(run.method, **task.learning.get(run.method, {})),
+        "images": task.images,
+        "wanted": task.wanted,
+        "seed": run.seed,
+        "device": device,
+    }
+    if not is_calibrated(arguments):
+        _calibrate(arguments)
+    _measure(task, out, cell, (domain,), device, threads, {"setting": run.setting})
+
+
+def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) -> None:
+    """The merged bundles of one way, and their engines' accuracies."""
+    parents = [Bundle.open(bundle_path(out, merge.run.single(m))) for m in merge.members]
+    targets = [bundle_path(out, merge.cell(draw)) for draw in range(merge.draws)]
+    missing = [draw for draw, path in enumerate(targets) if not is_merged(path, parents)]
+    if missing:
+        mix, record = _mix(task, merge, parents)
+        for draw in missing:
+            _write(task, out, merge, draw, parents, mix, record, threads)
+    for draw in range(merge.draws):
+        extra = {"setting": merge.run.setting, "way": merge.way, "draw": draw}
+        _measure(task, out, merge.cell(draw), merge.members, device, threads, extra)
+
+
+def _mix(task: Task, merge: Merge, parents: list[Bundle]) -> tuple[list[float], dict[str, Any]]:
+    if merge.way != "auto":
+        return [1 / len(parents)] * len(parents), {}
+    images = _unlabelled(task, merge, parents[0], task.mix_images)
+    mix = choose_weights(Merger(parents), images)
+    return list(mix.weights), {"auto": mix.record()}
+
+
+def _write(
+    task: Task,
+    out: Path,
+    merge: Merge,
+    draw: int,
+    parents: list[Bundle],
+    mix: list[float],
+    record: dict[str, Any],
+    threads: int,
+) -> None:
+    rounding = "advanced" if merge.way == "auto" else merge.way
+    merger = Merger(parents, rounding, CANDIDATES, draw)
+    target = bundle_path(out, merge.cell(draw))
+    if merge.way != "auto":
+        merger.write(target, mix, None, threads)
+        return
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        bundle = merger.write(Path(scratch) / "merged.hdrq", mix, None, threads, record)
+        images = _unlabelled(task, merge, parents[0], task.renew_images)
+        re_estimate(bundle, images, target, draw)
+
+
+def _unlabelled(task: Task, merge: Merge, like: Bundle, limit: int) -> dict[str, Any]:
+    p = like.manifest.preprocessing
+    wanted = Wanted.like(p) if p else task.wanted
+    where = {domain.name: domain.images for domain in task.domains}
+    return {m: read(where[m], wanted, limit).x for m in merge.members}
+
+
+def _calibrate(arguments: dict[str, Any]) -> None:
+    """Go on behind the last finished block of the same run; of another run, begin anew."""
+    from ..calibrate import calibrate
+
+    try:
+        calibrate(**arguments, resume=True)
+    except SpecError:
+        calibrate(**arguments)
+
+
+def _measure(
+    task: Task,
+    out: Path,
+    cell: str,
+    domains: tuple[str, ...],
+    device: str,
+    threads: int,
+    extra: dict[str, Any],
+) -> None:
+    """Accuracy of the cell's ONNX Runtime engine; kept beside the hash of its bundle."""
+    bundle = Bundle.open(bundle_path(out, cell))
+    target = row_path(out, cell)
+    if target.is_file() and json.loads(target.read_text())["bundle"] == bundle.manifest_sha256:
+        return
+    tests = [domain for domain in task.domains if domain.name in domains]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = export(bundle, Path(scratch) / "engine", "ort")
+        manifest = read_manifest(folder)
+        sets = {
+            d.name: labelled(manifest, d.name, d.test, split=task.split, image_size=d.image_size)
+            for d in tests
+        }
+        with open_engine(folder, manifest, _engine_device(device), threads) as engine:
+            found = accuracy(engine, sets)
+    row = {
+        "cell": cell,
+        "bundle": bundle.manifest_sha256,
+        "metric": found.metric,
+        "domains": found.domains,
+        "harmonic_mean": found.harmonic_mean,
+        "images": found.images,
+        "per_class": found.per_class,
+        **extra,
+    }
+    write_bytes(target, (json.dumps(row, indent=1) + "\n").encode())
+
+
+def _engine_device(device: str) -> str:
+    """ONNX Runtime's CUDA provider where there is one and it was not declined."""
+    import onnxruntime
+
+    cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return "cuda" if cuda and device != "cpu" else "cpu"

@@ -1,0 +1,149 @@
+"""The cells of a protocol: which settings, methods and bit-widths, single and merged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from ..errors import SpecError
+from ..recipe import METHODS
+from ..spec import check_bits
+from .tasks import Task
+
+__all__ = ["BITS", "SETTINGS", "Grid", "Merge", "Run", "parse_bits"]
+
+# Weights and activations, as the paper has them; first and last layers keep 8 bits.
+BITS = ("w8a8", "w8a4", "w6a6", "w4a8", "w4a4", "w3a3")
+# paper: one step per tensor, BatchNorm folded into the weights, equal mix. ours: BatchNorm in
+# per-channel steps; the mix chosen, and BatchNorm and activation steps measured again, on
+# unlabelled images.
+SETTINGS = ("paper", "ours")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to calibrate all domains."""
+
+    setting: str
+    method: str
+    wbits: int
+    abits: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """As its cells begin: ``paper-hdrq-w4a4-s0``."""
+        if self.method == "float":
+            return "float"
+        return f"{self.setting}-{self.method}-{self.bits}-s{self.seed}"
+
+    @property
+    def bits(self) -> str:
+        """``w4a4``; nothing for float."""
+        return "" if self.method == "float" else f"w{self.wbits}a{self.abits}"
+
+    def single(self, domain: str) -> str:
+        """Name of the cell of one domain."""
+        return f"{self.name}-{domain}"
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One way to merge the bundles of a run."""
+
+    run: Run
+    members: tuple[str, ...]
+    way: str
+    draws: int
+
+    @property
+    def name(self) -> str:
+        """As its cells begin."""
+        return f"{self.run.name}-{'+'.join(self.members)}-{self.way}"
+
+    def cell(self, draw: int) -> str:
+        """Name of the cell of one rounding seed."""
+        return f"{self.name}-r{draw}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Everything that a protocol runs."""
+
+    task: Task
+    methods: tuple[str, ...] = ("brecq", "qdrop", "hdrq")
+    bits: tuple[tuple[int, int], ...] = tuple((int(b[1]), int(b[3])) for b in BITS)
+    seeds: tuple[int, ...] = (0, 1)
+    settings: tuple[str, ...] = ("paper",)
+    rounding_seeds: int = 4
+    pairs: bool = False
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if method not in METHODS or method == "float":
+                known = ", ".join(m for m in METHODS if m != "float")
+                raise SpecError(f"found method {method!r}; choose among {known} (float is there)")
+        if self.rounding_seeds < 1:
+            raise SpecError(f"found {self.rounding_seeds} rounding seeds; needed 1 or more")
+        if len(self.task.domains) < 2:
+            raise SpecError(f"found {len(self.task.domains)} domain; a merge needs two or more")
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the target domains."""
+        return tuple(domain.name for domain in self.task.domains)
+
+    def runs(self) -> Iterator[Run]:
+        """The float models, then all calibrations."""
+        yield Run("float", "float", 8, 8, 0)
+        for seed in self.seeds:
+            for wbits, abits in self.bits:
+                for setting in self.settings:
+                    for method in self.methods:
+                        yield Run(setting, method, wbits, abits, seed)
+
+    def merges(self, run: Run) -> Iterator[Merge]:
+        """All merges of one run."""
+        groups = list(combinations(self.domains, 2)) if self.pairs else []
+        for members in dict.fromkeys([*groups, self.domains]):
+            for way in ways(run):
+                draws = 1 if way == "nearest" else self.rounding_seeds
+                yield Merge(run, members, way, draws)
+
+
+def ways(run: Run) -> Sequence[str]:
+    """How the bundles of a run are merged."""
+    if run.method == "float":
+        return ("nearest",)
+    return ("auto",) if run.setting == "ours" else ("nearest", "advanced")
+
+
+def parse_bits(words: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """``w4a8`` as (4, 8).
+
+    Raises:
+        SpecError: Another form, or bits out of range.
+    """
+    found = []
+    for word in words:
+        match = re.fullmatch(r"w(\d)a(\d)", word.lower())
+        if not match:
+            raise SpecError(f"found bits {word!r}; needed such as w4a4 ({', '.join(BITS)})")
+        wbits, abits = int(match[1]), int(match[2])
+        check_bits(wbits, "wbits")
+        check_bits(abits, "abits")
+        found.append((wbits, abits))
+    return tuple(found)
+
+
+def bundle_path(out: Path, cell: str) -> Path:
+    """Where a cell's bundle is."""
+    return out / "cells" / f"{cell}.hdrq"
+
+
+def row_path(out: Path, cell: str) -> Path:
+    """Where its figures are."""
+    return out / "rows" / f"{cell}.json"

@@ -1,0 +1,114 @@
+"""The paper's table: methods and bit-widths, single and merged, published figures beside ours."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .grid import Grid, Merge, Run, row_path
+
+__all__ = ["markdown", "rows"]
+
+
+def rows(grid: Grid, out: Path) -> list[dict[str, Any]]:
+    """A record for every setting, method, bit-width and way of which there are figures.
+
+    Single is the harmonic mean of every domain's own bundle on its own domain. Means and standard
+    deviations are over calibration seeds and, of merges, rounding seeds.
+    """
+    result = []
+    by_kind: dict[tuple[str, str, str], list[Run]] = {}
+    for run in grid.runs():
+        by_kind.setdefault((run.setting, run.method, run.bits), []).append(run)
+    for (setting, method, bits), runs in by_kind.items():
+        found = [m for run in runs for m in grid.merges(run)]
+        for members, way in dict.fromkeys((m.members, m.way) for m in found):
+            merges = [m for m in found if (m.members, m.way) == (members, way)]
+            row = _row(grid, out, runs, merges)
+            if row is not None:
+                published = grid.task.published.get(f"{method}-{bits}", {})
+                known = setting == "paper" and way == "advanced" and members == grid.domains
+                result.append(
+                    {
+                        "setting": setting,
+                        "method": method,
+                        "bits": bits,
+                        "members": members,
+                        "way": way,
+                        **row,
+                        "published": published if known else {},
+                    }
+                )
+    return result
+
+
+def _row(
+    grid: Grid, out: Path, runs: Sequence[Run], merges: Sequence[Merge]
+) -> dict[str, Any] | None:
+    members = merges[0].members
+    singles: list[dict[str, float]] = []
+    for run in runs:
+        cells = {m: _read(out, run.single(m)) for m in members}
+        if all(cells.values()):
+            singles.append({m: cell["domains"][m] for m, cell in cells.items() if cell})
+    merged = [_read(out, merge.cell(draw)) for merge in merges for draw in range(merge.draws)]
+    together = [cell["domains"] for cell in merged if cell]
+    if not singles or not together:
+        return None
+    return {"single": _summary(singles), "merged": _summary(together)}
+
+
+def _summary(found: list[dict[str, float]]) -> dict[str, Any]:
+    """Of every domain and the harmonic mean: mean, standard deviation, count, in %."""
+    from ..runtime.results import harmonic_mean
+
+    columns = {name: [100 * row[name] for row in found] for name in found[0]}
+    columns["harmonic mean"] = [100 * harmonic_mean(list(row.values())) for row in found]
+    return {
+        name: {
+            "mean": round(statistics.fmean(values), 3),
+            "std": round(statistics.stdev(values), 3) if len(values) > 1 else 0.0,
+            "count": len(values),
+        }
+        for name, values in columns.items()
+    }
+
+
+def _read(out: Path, cell: str) -> dict[str, Any] | None:
+    path = row_path(out, cell)
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def header(grid: Grid) -> list[str]:
+    """Column titles of :func:`cells`."""
+    return ["setting", "method", "bits", "single", "merge", *grid.domains, "merged", "published"]
+
+
+def cells(grid: Grid, record: dict[str, Any]) -> list[str]:
+    """One line of the table."""
+    merged = record["merged"]
+    text = [record["setting"], record["method"], record["bits"].upper() or "FP32"]
+    text.append(_figure(record["single"]["harmonic mean"]))
+    text.append("mean" if record["method"] == "float" else record["way"])
+    text += [f"{merged[d]['mean']:.1f}" if d in merged else "" for d in grid.domains]
+    text.append(_figure(merged["harmonic mean"]))
+    text.append(f"{record['published']['merged']:.2f}" if record["published"] else "")
+    return text
+
+
+def _figure(summary: dict[str, float]) -> str:
+    if summary["count"] == 1:
+        return f"{summary['mean']:.1f}"
+    return f"{summary['mean']:.1f} ± {summary['std']:.1f}"
+
+
+def markdown(grid: Grid, records: Sequence[dict[str, Any]]) -> str:
+    """The table as Markdown."""
+    lines = [header(grid), ["---"] * len(header(grid)), *(cells(grid, r) for r in records)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,0 +1,249 @@
+"""What the protocols run on: a model, its source and adapted checkpoints, images of each domain."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..calibration_data import digits, streetscape
+from ..calibration_data.readers import Wanted
+from ..errors import DataError, ModelError
+
+__all__ = [
+    "OFFICE_HOME",
+    "SEGMENTATION",
+    "Domain",
+    "Task",
+    "made",
+    "office_home",
+    "segmentation",
+]
+
+OFFICE_HOME = ("Art", "Clipart", "Product", "Real World")
+SEGMENTATION = ("cityscapes", "idd", "bdd100k")
+_IMAGENET = Wanted(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+# (height, width) that scenes are measured at: each data set's own shape, as tall as the window.
+_SIZES = {"cityscapes": (1024, 2048), "idd": (1152, 2048), "bdd100k": (1152, 2048)}
+_ENDINGS = (".safetensors", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A target domain: its adapted checkpoint, and images to calibrate and to measure on.
+
+    Street scenes are measured at ``image_size`` (height, width), or as they are.
+    """
+
+    name: str
+    weights: str
+    images: str
+    test: str
+    image_size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One protocol on one data set.
+
+    Attributes:
+        model: As ``hdrq-calibrate --model`` takes it.
+        source: Checkpoint that all domains started from.
+        wanted: Size and normalisation of the images.
+        split: Of street scenes, for measuring.
+        images: Calibration images of each domain.
+        mix_images: Images of each domain that choose a mix, of our own setting.
+        renew_images: Images of each domain for new BatchNorm moments.
+        learning: Options of ``calibrate`` by method, beside the method's own.
+        published: Figures of the paper in %, by method and bits, single and merged.
+    """
+
+    name: str
+    model: str
+    source: str
+    domains: tuple[Domain, ...]
+    wanted: Wanted = field(default_factory=Wanted)
+    split: str = "val"
+    images: int = 1024
+    mix_images: int = 256
+    renew_images: int = 64
+    learning: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def calibrated_with(self, **changes: Any) -> Task:
+        """The task with options of every learning method changed; None changes nothing."""
+        given = {key: value for key, value in changes.items() if value is not None}
+        methods = {*self.learning, "brecq", "qdrop", "hdrq", "adaround"}
+        return replace(
+            self, learning={m: {**self.learning.get(m, {}), **given} for m in sorted(methods)}
+        )
+
+
+def office_home(
+    data: Path, checkpoints: Path, source: str = "Real World", targets: Sequence[str] = ()
+) -> Task:
+    """Office-Home with SHOT's ResNet-50 (65 classes, 224x224 out of 256x256).
+
+    Args:
+        data: Folder of the domains' folders, each of class folders.
+        checkpoints: ``source.pt`` and ``art.pt``, ``clipart.pt``, ... or what SHOT wrote
+            (``R/source_F.pt``, ``RA/target_F_*.pt`` and so on, at any depth).
+        source: The domain that the others were adapted from.
+        targets: All others by default.
+
+    Raises:
+        DataError: A domain's folder or checkpoint is not there.
+    """
+    names = list(targets) or [name for name in OFFICE_HOME if _key(name) != _key(source)]
+    folders = {name: _folder(data, name) for name in (source, *names)}
+    letter = _key(source)[0].upper()
+    domains = []
+    for name in names:
+        file = _checkpoint(checkpoints, name, f"{letter}{_key(name)[0].upper()}", "target")
+        domains.append(Domain(_key(name), str(file), str(folders[name]), str(folders[name])))
+    return Task(
+        "office-home",
+        "hdrq_deploy.models:shot_resnet50",
+        str(_checkpoint(checkpoints, "source", letter, "source")),
+        tuple(domains),
+        replace(_IMAGENET, size=(224, 224), resize=(256, 256)),
+        published={"qdrop-w3a3": {"merged": 62.99}, "hdrq-w3a3": {"merged": 64.70}},
+    )
+
+
+def segmentation(
+    data: Path, checkpoints: Path, model: str = "resnet101", targets: Sequence[str] = ()
+) -> Task:
+    """GTA5 to Cityscapes, IDD and BDD100K with HRDA.
+
+    Args:
+        data: Folder with ``cityscapes``, ``idd``, ``bdd100k`` as they are distributed.
+        checkpoints: ``source.pth`` and ``cityscapes.pth``, ``idd.pth``, ...
+        model: ``resnet101`` or ``mit_b5``.
+        targets: Those of which there are data by default.
+
+    Raises:
+        DataError: A data set or a checkpoint is not there.
+    """
+    there = [n for n in SEGMENTATION if (data / n).is_dir()]
+    names = list(targets) or there
+    if not names:
+        raise DataError(f"{data}: found none of {', '.join(SEGMENTATION)}; needed their folders")
+    domains = []
+    for name in names:
+        folder = _folder(data, name)
+        file = _checkpoint(checkpoints, name)
+        size = _SIZES.get(_key(name), _SIZES["cityscapes"])
+        domains.append(Domain(_key(name), str(file), str(folder), str(folder), size))
+    figures = {"qdrop-w4a4": {"merged": 58.92}, "hdrq-w4a4": {"merged": 63.00}}
+    known = model == "resnet101" and [d.name for d in domains] == ["cityscapes", "idd"]
+    return Task(
+        "segmentation",
+        f"hdrq_deploy.models:hrda_{model}",
+        str(_checkpoint(checkpoints, "source")),
+        tuple(domains),
+        replace(_IMAGENET, size=(1024, 1024), resize=(1024, 2048)),
+        images=256,
+        mix_images=8,
+        renew_images=8,
+        learning={m: {"batch": 1} for m in ("brecq", "qdrop", "hdrq")},
+        published=figures if known else {},
+    )
+
+
+def made(name: str, out: Path) -> Task:
+    """The same protocols on the small data that the project makes, written to ``out/data``.
+
+    Raises:
+        ModelError: scikit-learn, whose digits they are, is not installed.
+    """
+    return _digits(out / "data") if name == "office-home" else _streets(out / "data")
+
+
+def _digits(data: Path) -> Task:
+    from ..calibration_data.make_checkpoints import CHECKPOINTS
+
+    if importlib.util.find_spec("sklearn") is None:
+        raise ModelError("the digits need scikit-learn: pip install 'hdrq-deploy[demo]'")
+    _write(data, digits, digits.TARGETS)
+    return Task(
+        "digits",
+        "hdrq_deploy.calibration_data.models:resnet14",
+        str(CHECKPOINTS / "fonts.safetensors"),
+        tuple(_made_domain(data, CHECKPOINTS, name) for name in digits.TARGETS),
+        # A thousand iterations want the larger of the paper's two rates.
+        learning={
+            "brecq": {"iters": 1000},
+            "qdrop": {"iters": 1000},
+            "hdrq": {"iters": 1000, "lr": 1e-3},
+        },
+    )
+
+
+def _streets(data: Path) -> Task:
+    from ..calibration_data.make_street_checkpoints import CHECKPOINTS
+
+    _write(data, streetscape, streetscape.TARGETS)
+    return Task(
+        "streetscape",
+        "hdrq_deploy.calibration_data.models:streetnet",
+        str(CHECKPOINTS / f"{streetscape.SOURCE}.safetensors"),
+        tuple(_made_domain(data, CHECKPOINTS, name) for name in streetscape.TARGETS),
+        mix_images=8,
+        renew_images=16,
+        # Two hundred iterations want rates above the methods' own; chosen by the error on
+        # calibration scenes of dusk.
+        learning={
+            "brecq": {"iters": 200, "batch": 4, "lr": 1e-1},
+            "qdrop": {"iters": 200, "batch": 4, "lr": 1e-1},
+            "hdrq": {"iters": 200, "batch": 4, "lr": 3e-3},
+        },
+    )
+
+
+def _made_domain(data: Path, checkpoints: Path, name: str) -> Domain:
+    folder = data / name
+    weights = checkpoints / f"{name}.safetensors"
+    return Domain(name, str(weights), str(folder / "calibration"), str(folder / "test"))
+
+
+def _write(data: Path, benchmark: Any, names: Sequence[str]) -> None:
+    done = data / "written"
+    if not done.exists():
+        benchmark.write(data, tuple(names), ("calibration", "test"))
+        done.touch()
+
+
+def _key(name: str) -> str:
+    """``Real World``, ``Real_World`` and ``RealWorld`` are one."""
+    return "".join(c for c in name.lower() if c.isalnum())
+
+
+def _folder(data: Path, name: str) -> Path:
+    there = sorted(f for f in data.iterdir() if f.is_dir()) if data.is_dir() else []
+    for folder in there:
+        if _key(folder.name) == _key(name):
+            return folder
+    raise DataError(
+        f"{data / name}: not there; needed a folder of this domain's images "
+        f"(found {', '.join(f.name for f in there) or 'no folders'})"
+    )
+
+
+def _checkpoint(folder: Path, name: str, letters: str = "", role: str = "") -> Path:
+    """``NAME.pt`` and the like, or SHOT's folder ``LETTERS`` with ``ROLE_F*.pt``."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    for file in files:
+        if file.suffix in _ENDINGS and _key(file.stem) == _key(name):
+            return file
+    if letters and folder.is_dir():
+        for file in sorted(folder.rglob(f"{role}_F*.pt")):
+            if file.parent.name == letters:
+                return file.parent
+    public = f", or SHOT's {letters}/{role}_F*.pt, _B and _C" if letters else ""
+    raise DataError(
+        f"{folder / _key(name)}: found no checkpoint; needed {_key(name)} with "
+        f"{', '.join(_ENDINGS)}{public}"
+    )

@@ -1,0 +1,365 @@
+"""The paper's protocols: cells, their table, where they run, and what stops them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hdrq_deploy.bundle import Bundle
+from hdrq_deploy.cli import reproduce
+from hdrq_deploy.errors import DataError, HdrqError, SpecError
+from hdrq_deploy.protocol.cells import jobs
+from hdrq_deploy.protocol.grid import Grid, Run, bundle_path, parse_bits, row_path
+from hdrq_deploy.protocol.jobs import Job, open_pool, run_jobs
+from hdrq_deploy.protocol.table import cells, header, markdown, rows
+from hdrq_deploy.protocol.tasks import Domain, Task, office_home, segmentation
+
+LEARNING = {"iters": 20, "batch": 8, "lr": 1e-3}
+
+
+@pytest.fixture
+def task(work: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
+    """Three domains of the tiny network; workers find its module too."""
+    monkeypatch.setenv("PYTHONPATH", str(work))
+    data = str(work / "data.npz")
+    domains = [
+        Domain(name, str(work / f"Tiny-{name}.safetensors"), data, data)
+        for name in ("night", "day", "snow")
+    ]
+    return Task(
+        "tiny",
+        "tiny_models:Tiny",
+        str(work / "Tiny-base.safetensors"),
+        tuple(domains),
+        mix_images=16,
+        renew_images=16,
+        learning={"hdrq": LEARNING, "qdrop": LEARNING},
+        published={"hdrq-w4a4": {"merged": 63.0}},
+    )
+
+
+@pytest.fixture
+def grid(task: Task) -> Grid:
+    return Grid(task, ("hdrq",), ((4, 4),), (0, 1), ("paper", "ours"), rounding_seeds=2)
+
+
+def prepared(out: Path) -> Path:
+    for name in ("cells", "rows"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def run(grid: Grid, out: Path, workers: int = 1, ray: str | None = None) -> list[str]:
+    """Run a grid; the names of its jobs in the order they ended."""
+    ended: list[str] = []
+    prepared(out)
+    with open_pool(workers, 1, ray, out) as pool:
+        run_jobs(list(jobs(grid, out, "cpu", 1)), pool, lambda *said: ended.append(said[2]))
+    return ended
+
+
+def digests(out: Path) -> dict[str, str]:
+    """Of every file of every bundle, and of every row."""
+    files = [f for f in sorted(out.rglob("*")) if f.is_file()]
+    return {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """What a run in this process wrote, once it did."""
+    return {}
+
+
+def local(grid: Grid, out: Path, expected: dict[str, dict[str, str]]) -> dict[str, str]:
+    if not expected:
+        run(grid, out)
+        expected["here"] = digests(out)
+    return expected["here"]
+
+
+def test_a_grid_makes_its_cells_and_the_papers_table(
+    grid: Grid, tmp_path: Path, expected: dict[str, dict[str, str]]
+) -> None:
+    made = local(grid, tmp_path, expected)
+    bundles = {name.split("/")[1] for name in made if name.startswith("cells/")}
+    # Float: three and their merge. Twice two seeds: three, and nearest and two draws, or two.
+    assert len(bundles) == 4 + 2 * (3 + 3) + 2 * (3 + 2)
+    merged = Bundle.open(bundle_path(tmp_path, "ours-hdrq-w4a4-s1-night+day+snow-auto-r1"))
+    assert merged.manifest.options["merge"]["auto"]["criterion"] == "agreement"
+    assert merged.manifest.options["re_estimate"]["images"] == dict.fromkeys(
+        ("night", "day", "snow"), 16
+    )
+    records = rows(grid, tmp_path)
+    assert [(r["setting"], r["method"], r["way"]) for r in records] == [
+        ("float", "float", "nearest"),
+        ("paper", "hdrq", "nearest"),
+        ("paper", "hdrq", "advanced"),
+        ("ours", "hdrq", "auto"),
+    ]
+    advanced = records[2]
+    # By hand: the mean over two calibration and two rounding seeds, in %.
+    names = [f"paper-hdrq-w4a4-s{s}-night+day+snow-advanced-r{r}" for s in (0, 1) for r in (0, 1)]
+    found = [json.loads(row_path(tmp_path, name).read_text())["domains"] for name in names]
+    harmonic = [100 * 3 / sum(1 / v for v in domains.values()) for domains in found]
+    assert advanced["merged"]["harmonic mean"]["mean"] == pytest.approx(np.mean(harmonic), abs=1e-3)
+    assert advanced["merged"]["harmonic mean"]["std"] == pytest.approx(
+        np.std(harmonic, ddof=1), abs=1e-3
+    )
+    assert advanced["merged"]["night"]["count"] == 4 and advanced["single"]["night"]["count"] == 2
+    line = dict(zip(header(grid), cells(grid, advanced), strict=True))
+    assert line["published"] == "63.00" and line["bits"] == "W4A4"
+    assert [cells(grid, r)[-1] for r in records].count("63.00") == 1
+    assert markdown(grid, records).count("\n") == 6
+
+
+def test_a_run_goes_on_where_it_was(
+    grid: Grid, tmp_path: Path, expected: dict[str, dict[str, str]]
+) -> None:
+    before = local(grid, tmp_path, expected)
+    small = replace(grid, seeds=(0,), settings=("paper",))
+    run(small, tmp_path / "again")
+    kept = {f: f.stat().st_mtime_ns for f in (tmp_path / "again").rglob("*") if f.is_file()}
+    damaged = bundle_path(tmp_path / "again", "paper-hdrq-w4a4-s0-day") / "weights.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    merged = bundle_path(tmp_path / "again", "paper-hdrq-w4a4-s0-night+day+snow-nearest-r0")
+    (merged / "model.onnx").unlink()
+    run(small, tmp_path / "again")
+    changed = {f for f, when in kept.items() if f.stat().st_mtime_ns != when}
+    assert {f.parent.name for f in changed} <= {damaged.parent.name, merged.name}
+    assert damaged in changed
+    after = digests(tmp_path / "again")
+    assert after == {name: before[name] for name in after}
+    # Other options make other cells, and their merges.
+    other = replace(small.task, learning={"hdrq": {**LEARNING, "iters": 10}})
+    run(replace(small, task=other), tmp_path / "again")
+    changed = {name for name, value in digests(tmp_path / "again").items() if value != after[name]}
+    assert {name for name in changed if name.startswith("rows/paper")} == {
+        name for name in after if name.startswith("rows/paper")
+    }
+    assert not any(name.startswith("cells/float") for name in changed)
+
+
+def test_processes_write_the_same_bytes(
+    grid: Grid, tmp_path: Path, expected: dict[str, dict[str, str]]
+) -> None:
+    small = replace(grid, seeds=(0,))
+    before = local(grid, tmp_path / "here", expected)
+    run(small, tmp_path / "processes", workers=2)
+    after = digests(tmp_path / "processes")
+    assert len(after) > 40
+    assert after == {name: before[name] for name in after}
+
+
+def victims() -> Iterator[int]:
+    """Process ids of Ray's workers that run a job now."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                name = (folder / "cmdline").read_bytes()
+            except OSError:  # it ended
+                continue
+            if name.startswith(b"ray::_work_shared"):
+                yield int(folder.name)
+
+
+@pytest.mark.slow
+def test_ray_writes_the_same_bytes_though_a_worker_is_killed(
+    grid: Grid, tmp_path: Path, expected: dict[str, dict[str, str]]
+) -> None:
+    pytest.importorskip("ray")
+    before = local(grid, tmp_path / "here", expected)
+    killed: list[int] = []
+    over = threading.Event()
+
+    def kill() -> None:
+        while not over.is_set() and not killed:
+            # Behind its first finished block, so that there is something to go on from.
+            if next((tmp_path / "ray").rglob("block-*.safetensors"), None) is None:
+                time.sleep(0.02)
+                continue
+            for process in victims():
+                os.kill(process, signal.SIGKILL)
+                killed.append(process)
+                break
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        run(grid, tmp_path / "ray", ray="local")
+    finally:
+        over.set()
+        killer.join()
+    assert killed
+    assert digests(tmp_path / "ray") == before
+
+
+def test_a_killed_process_is_replaced(tmp_path: Path) -> None:
+    work = [Job(str(i), suicide, {"mark": tmp_path / str(i), "kills": i == 1}) for i in range(3)]
+    with open_pool(2, 1, None, tmp_path) as pool:
+        run_jobs(work, pool)
+    assert all((tmp_path / str(i)).read_text() == "done" for i in range(3))
+
+
+def suicide(mark: Path, kills: bool) -> None:
+    """Killed the first time, where asked to."""
+    if kills and not mark.exists():
+        mark.write_text("begun")
+        os.kill(os.getpid(), signal.SIGKILL)
+    mark.write_text("done")
+
+
+def fail(message: str) -> None:
+    raise DataError(message)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failing_job_ends_the_run_with_its_line(workers: int, tmp_path: Path) -> None:
+    work = [Job("bad", fail, {"message": "no images"}), Job("next", fail, {"message": "?"})]
+    with pytest.raises(DataError, match="no images"), open_pool(workers, 1, None, tmp_path) as p:
+        run_jobs(work[:1], p)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", "does not answer"),
+        ("ray://127.0.0.1:1", "does not answer"),
+        ("somewhere", "needed HOST:PORT"),
+    ],
+)
+def test_a_ray_address_that_does_not_answer(
+    address: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray")
+    began = time.monotonic()
+    argv = ["segmentation", "--made", "--out", str(tmp_path), "--ray", address, "--bits", "w8a8"]
+    assert reproduce.main(argv) == 2
+    said = capsys.readouterr().err.strip()
+    assert message in said and address in said and "\n" not in said
+    assert time.monotonic() - began < 60
+
+
+def images_in(folder: Path, names: list[str], size: tuple[int, int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for i, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        pixels = rng.integers(0, 255, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name / f"{i:04}.jpg")
+
+
+def office_tree(root: Path) -> Path:
+    """Office-Home as it is distributed, one picture a class."""
+    names = [f"Class_{i:02}" for i in range(65)]
+    for seed, domain in enumerate(("Art", "Clipart", "Product", "Real World")):
+        images_in(root / domain, names, (40, 48), seed)
+    return root
+
+
+def test_office_home_and_shots_folders_are_found(tmp_path: Path) -> None:
+    data = office_tree(tmp_path / "data")
+    for letters, role in (("R", "source"), ("RA", "target"), ("RC", "target"), ("RP", "target")):
+        folder = tmp_path / "ckps" / role / "uda" / "office-home" / letters
+        folder.mkdir(parents=True)
+        for part in "FBC":
+            torch.save({}, folder / f"{role}_{part}.pt")
+    task = office_home(data, tmp_path / "ckps")
+    assert [d.name for d in task.domains] == ["art", "clipart", "product"]
+    assert task.source.endswith("/R") and task.domains[1].weights.endswith("/RC")
+    assert task.wanted.resize == (256, 256) and task.wanted.size == (224, 224)
+    assert task.published["hdrq-w3a3"]["merged"] == 64.70
+    (data / "Clipart").rename(data / "Other")
+    with pytest.raises(DataError, match="Clipart: not there.*found Art, Other"):
+        office_home(data, tmp_path / "ckps")
+
+
+def test_the_segmentation_protocol_finds_its_data(tmp_path: Path) -> None:
+    for name in ("cityscapes", "idd"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    for name in ("source.pth", "cityscapes.pth", "idd.pth"):
+        (tmp_path / name).touch()
+    task = segmentation(tmp_path / "data", tmp_path)
+    assert task.model == "hdrq_deploy.models:hrda_resnet101"
+    assert [d.image_size for d in task.domains] == [(1024, 2048), (1152, 2048)]
+    assert task.published["qdrop-w4a4"]["merged"] == 58.92
+    assert not segmentation(tmp_path / "data", tmp_path, "mit_b5").published
+    (tmp_path / "idd.pth").unlink()
+    with pytest.raises(DataError, match=r"idd: found no checkpoint; needed idd with .safetensors"):
+        segmentation(tmp_path / "data", tmp_path)
+    with pytest.raises(DataError, match="found none of cityscapes, idd, bdd100k"):
+        segmentation(tmp_path, tmp_path)
+
+
+def test_grids_that_make_no_sense(task: Task) -> None:
+    with pytest.raises(SpecError, match="found method 'gptq'"):
+        Grid(task, ("gptq",))
+    with pytest.raises(SpecError, match="1 domain; a merge needs two"):
+        Grid(replace(task, domains=task.domains[:1]))
+    with pytest.raises(SpecError, match="found bits 'int4'; needed such as w4a4"):
+        parse_bits(["int4"])
+    with pytest.raises(SpecError, match="wbits"):
+        parse_bits(["w9a8"])
+    assert Run("paper", "hdrq", 4, 8, 1).single("night") == "paper-hdrq-w4a8-s1-night"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "needs --data and --checkpoints; or pass --made"),
+        (["--made", "--data", "x"], "it brings its own"),
+        (["--made", "--workers", "0"], "needed 1 or more"),
+        (["--data", "nowhere", "--checkpoints", "nowhere"], "not there"),
+    ],
+)
+def test_commands_that_make_no_sense(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reproduce.main(["office-home", "--out", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_office_home_runs_as_a_user_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchvision")
+    from hdrq_deploy.models import shot_resnet50
+
+    data, checkpoints = office_tree(tmp_path / "data"), tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    for seed, name in enumerate(("source", "art", "product")):
+        torch.manual_seed(seed // 2)
+        torch.save({"state_dict": shot_resnet50().state_dict()}, checkpoints / f"{name}.pth")
+    argv = ["office-home", "--data", str(data), "--checkpoints", str(checkpoints)]
+    argv += ["--targets", "Art", "Product", "--methods", "rtn", "--bits", "w8a8", "--seeds", "0"]
+    argv += ["--rounding-seeds", "1", "--images", "8", "--threads", "2"]
+    out = tmp_path / "out"
+    assert reproduce.main([*argv, "--out", str(out)]) == 0
+    assert "paper" in capsys.readouterr().out
+    report = json.loads((out / "results.json").read_text())
+    assert [r["way"] for r in report["rows"]] == ["nearest", "nearest", "advanced"]
+    row = json.loads(row_path(out, "paper-rtn-w8a8-s0-art+product-nearest-r0").read_text())
+    assert row["images"] == {"art": 65, "product": 65} and row["metric"] == "top1"
+    manifest = Bundle.open(bundle_path(out, "paper-rtn-w8a8-s0-art")).manifest
+    assert manifest.preprocessing and manifest.preprocessing.resize == (256, 256)
+    assert manifest.classes and len(manifest.classes) == 65
+    # The table again, from the cells alone.
+    (out / "table.md").unlink()
+    assert reproduce.main([*argv, "--out", str(out), "--table"]) == 0
+    assert "| paper | rtn | W8A8 |" in (out / "table.md").read_text()
+
+
+def test_errors_of_a_job_reach_the_user_from_any_place(tmp_path: Path) -> None:
+    with pytest.raises(HdrqError, match="found no file"), open_pool(2, 1, None, tmp_path) as pool:
+        run_jobs([Job("a", fail, {"message": "found no file"})], pool)
