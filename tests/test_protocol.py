@@ -26,6 +26,7 @@ from hdrq_deploy.protocol.jobs import Job, open_pool, run_jobs
 from hdrq_deploy.protocol.table import cells, header, markdown, rows
 from hdrq_deploy.protocol.tasks import Domain, Task, office_home, segmentation
 
+ROOT = Path(__file__).resolve().parents[1]
 LEARNING = {"iters": 20, "batch": 8, "lr": 1e-3}
 
 
@@ -48,6 +49,11 @@ def task(work: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
         learning={"hdrq": LEARNING, "qdrop": LEARNING},
         published={"hdrq-w4a4": {"merged": 63.0}},
     )
+
+
+@pytest.fixture(autouse=True)
+def _workers_import_this_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
 
 
 @pytest.fixture
@@ -212,10 +218,18 @@ def test_a_killed_process_is_replaced(tmp_path: Path) -> None:
     assert all((tmp_path / str(i)).read_text() == "done" for i in range(3))
 
 
+def test_workers_that_are_killed_again_and_again_are_given_up(tmp_path: Path) -> None:
+    work = [Job("a", suicide, {"mark": tmp_path / "none" / "a", "kills": True})]
+    killed = pytest.raises(HdrqError, match="4 workers killed.*fewer --workers")
+    with killed, open_pool(2, 1, None, tmp_path) as pool:
+        run_jobs(work, pool)
+
+
 def suicide(mark: Path, kills: bool) -> None:
     """Killed the first time, where asked to."""
     if kills and not mark.exists():
-        mark.write_text("begun")
+        if mark.parent.is_dir():
+            mark.write_text("begun")
         os.kill(os.getpid(), signal.SIGKILL)
     mark.write_text("done")
 

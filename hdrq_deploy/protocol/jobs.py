@@ -91,7 +91,12 @@ class _Processes(Pool):
         return ProcessPoolExecutor(self.room, mp_context=get_context("spawn"))
 
     def submit(self, job: Job) -> Job:
-        self._jobs[self._pool.submit(_work, job, self._threads)] = job
+        try:
+            future = self._pool.submit(_work, job, self._threads)
+        except BrokenProcessPool as error:
+            self._begin_again(error)
+            return self.submit(job)
+        self._jobs[future] = job
         return job
 
     def first(self, handles: Sequence[Job]) -> Job:
@@ -101,19 +106,22 @@ class _Processes(Pool):
             try:
                 future.result()
             except BrokenProcessPool as error:
-                self._lost += 1
-                if self._lost > RETRIES:
-                    raise HdrqError(
-                        f"found {self._lost} workers killed (out of memory?); finished cells are "
-                        "kept: pass fewer --workers and call again"
-                    ) from error
-                # The pool is broken as a whole: all that ran begins again behind its last block.
-                again, self._jobs = list(self._jobs.values()), {}
-                self._pool = self._start()
-                for job in again:
-                    self.submit(job)
+                self._begin_again(error)
                 continue
             return self._jobs.pop(future)
+
+    def _begin_again(self, error: BrokenProcessPool) -> None:
+        """A killed process breaks the pool: all that ran begins again behind its last block."""
+        self._lost += 1
+        if self._lost > RETRIES:
+            raise HdrqError(
+                f"found {self._lost} workers killed (out of memory?); finished cells are kept: "
+                "pass fewer --workers and call again"
+            ) from error
+        again, self._jobs = list(self._jobs.values()), {}
+        self._pool = self._start()
+        for job in again:
+            self.submit(job)
 
     def close(self, failed: bool) -> None:
         """End the workers; at once where the run failed."""
