@@ -4,9 +4,9 @@
 
 Weights are random (no downloads), BatchNorm statistics those of the images, which are crops of
 the two photographs that scikit-learn ships. Each model is calibrated with HDRQ for a few
-iterations, exported to TensorRT-RTX and ONNX Runtime, and run by ONNX Runtime against the
-fake-quantized model in PyTorch. An export fails where a layer that was asked for INT8 runs in
-float, so a row says what the engines execute. Finished models are kept.
+iterations, exported to TensorRT-RTX and ONNX Runtime, and run by ONNX Runtime. An export fails
+where a layer that was asked for INT8 runs in float, so a row says what the engines execute.
+Finished models are kept.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from architectures import photographs, settle
 from safetensors.torch import save_file
 
-from hdrq_deploy.calibrate import calibrate, fake_quantized
+from hdrq_deploy.calibrate import calibrate
 from hdrq_deploy.calibrate.source import load_model
 from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.exporters import export
@@ -76,11 +76,9 @@ def one(name: str, side: int, wbits: int, abits: int, folder: Path) -> dict[str,
             "megabytes": sum(f.stat().st_size for f in target.iterdir()) / 1e6,
         }
     with load_engine(folder / "ort") as engine:
-        got = engine(x)
-    with torch.no_grad():
-        expected = fake_quantized(bundle, torch.from_numpy(x[:2]))(torch.from_numpy(x)).numpy()
-    error = np.sqrt(np.square(got - expected).mean() / np.square(expected).mean())
-    row["ort"]["relative_rms_to_torch"] = float(error)
+        output = engine(x)
+    if not np.isfinite(output).all():
+        raise SystemExit(f"{name}: found NaN in the engine's outputs")
     row["float_layers"] = [
         {"module": layer.module, "op": layer.op, "reason": layer.reason}
         for layer in bundle.manifest.layers

@@ -170,6 +170,11 @@ def deepstream_files(
         raise ExportError(
             f"{folder}: the manifest has no preprocessing to map; calibrate from an image folder"
         )
+    if p.resize is not None:
+        raise ExportError(
+            f"{folder}: found images cut out of {p.resize[0]}x{p.resize[1]}; nvinfer cannot crop: "
+            "calibrate without --resize"
+        )
     if manifest.inputs[0].dtype == "uint8":
         raise ExportError(
             f"{folder}: found an engine of uint8 frames; nvinfer feeds float planes: export "

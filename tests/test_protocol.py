@@ -377,3 +377,27 @@ def test_office_home_runs_as_a_user_would(
 def test_errors_of_a_job_reach_the_user_from_any_place(tmp_path: Path) -> None:
     with pytest.raises(HdrqError, match="found no file"), open_pool(2, 1, None, tmp_path) as pool:
         run_jobs([Job("a", fail, {"message": "found no file"})], pool)
+
+
+@pytest.mark.slow
+def test_the_segmentation_protocol_runs_on_drawn_streets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hdrq_deploy.calibration_data import streetscape
+
+    for split, count in (("calibration", 8), ("test", 4)):
+        monkeypatch.setitem(streetscape.SIZES, split, count)
+    argv = ["segmentation", "--made", "--methods", "rtn", "--bits", "w4a4", "--settings", "paper"]
+    argv += ["ours", "--seeds", "0", "--rounding-seeds", "1", "--threads", "2", "--draw", "w4a4"]
+    assert reproduce.main([*argv, "--out", str(tmp_path)]) == 0
+    assert "6 pictures" in capsys.readouterr().out
+    pictures = sorted((tmp_path / "pictures").iterdir())
+    assert [p.name for p in pictures][:2] == ["brick-0.png", "brick-1.png"]
+    with Image.open(pictures[0]) as picture:
+        # Image, labels, float, and two settings of rtn; titles above.
+        assert picture.size == (5 * 260 - 4, 128 + 14)
+    row = json.loads(row_path(tmp_path, "ours-rtn-w4a4-s0-dusk+fog+brick-auto-r0").read_text())
+    assert row["metric"] == "miou" and set(row["domains"]) == {"dusk", "fog", "brick"}
+    other = [*argv, "--out", str(tmp_path), "--table", "--draw", "w3a3"]
+    assert reproduce.main(other) == 2
+    assert "found no merged cells of w3a3" in capsys.readouterr().err

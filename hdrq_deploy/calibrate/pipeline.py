@@ -169,7 +169,7 @@ def calibrate(
         seed=seed,
         input_shape=tuple(inputs.shape[1:]),
         preprocessing=dataset.preprocessing,
-        classes=dataset.classes,
+        classes=_class_names(dataset.classes, golden["output"]),
         metrics={"blocks": blocks, "parity": parity},
         tolerances=Tolerances(output_rms=most),
         versions=versions,
@@ -309,6 +309,11 @@ def _wanted(network: nn.Module, wanted: Wanted | None) -> Wanted:
         wanted.std or tuple(config["std"]),
         wanted.channels or config["input_size"][0],
     )
+
+
+def _class_names(folders: tuple[str, ...] | None, output: Any) -> tuple[str, ...] | None:
+    """Names of the scores; folders of some classes only do not say which are which."""
+    return folders if folders and output.ndim == 2 and output.shape[1] == len(folders) else None
 
 
 def _activations(plan: Plan | None) -> tuple[Activation, ...]:

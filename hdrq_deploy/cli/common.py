@@ -109,15 +109,18 @@ def progress_lines(title: str) -> Iterator[Report]:
         with progress_bar(title) as show:
             yield show
         return
-    began = last = time.monotonic()
+    last = time.monotonic()
+    spent: list[float] = []
 
     def line(done: int, total: int, what: str) -> None:
         nonlocal last
         now = time.monotonic()
-        left = (now - began) / max(done, 1) * (total - done)
-        took = f"{now - last:.0f} s, {left:.0f} s left"
-        print(f"{title} {done}/{total} {what}: {took}", file=sys.stderr, flush=True)
-        last = now
+        took, last = now - last, now
+        if took > 1:  # what was there already says nothing of what is to come
+            spent.append(took)
+        left = sum(spent) / max(len(spent), 1) * (total - done)
+        text = f"{title} {done}/{total} {what}: {took:.0f} s, {left:.0f} s left"
+        print(text, file=sys.stderr, flush=True)
 
     yield line
 

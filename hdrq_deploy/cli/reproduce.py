@@ -16,6 +16,7 @@ from ..files import make_directory, write_bytes
 from ..protocol.cells import jobs
 from ..protocol.grid import BITS, SETTINGS, Grid, parse_bits
 from ..protocol.jobs import open_pool, run_jobs
+from ..protocol.pictures import draw
 from ..protocol.table import cells, header, markdown, rows
 from ..protocol.tasks import Task, made, office_home, segmentation
 from ..runtime.environment import environment
@@ -55,6 +56,11 @@ def arguments() -> argparse.ArgumentParser:
     where.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     where_flags(where)
     where.add_argument("--table", action="store_true", help="of the cells that are there; run none")
+    p.add_argument(
+        "--draw",
+        metavar="wXaY",
+        help="pictures of two scenes a domain: image, labels, float merged, merged at these bits",
+    )
     p.add_argument("--out", type=Path, required=True, help="cells, rows, table.md, results.json")
     return p
 
@@ -106,6 +112,10 @@ def _reproduce(args: argparse.Namespace) -> int:
     }
     write_bytes(out / "results.json", (json.dumps(record, indent=1) + "\n").encode())
     write_bytes(out / "table.md", markdown(grid, records).encode())
+    if args.draw:
+        parse_bits([args.draw])
+        files = draw(grid, out, args.draw.lower())
+        print(f"{len(files)} pictures in {files[0].parent}")
     print_table(header(grid), [cells(grid, row) for row in records])
     print(f"{out / 'table.md'}, {out / 'results.json'}; every cell is a bundle in {out / 'cells'}")
     return 0

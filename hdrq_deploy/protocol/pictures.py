@@ -1,0 +1,121 @@
+"""Street scenes beside what the merged engines of a grid make of them."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+from ..bundle import Bundle
+from ..calibration_data.street import IGNORE, Scenes
+from ..errors import DataError
+from ..exporters import export
+from ..files import write_bytes
+from ..frames import pixels
+from ..runtime.accuracy import accuracy
+from ..runtime.bench import labelled
+from ..runtime.engine import open_engine, read_manifest
+from ..runtime.pictures import palette
+from .grid import Grid, Merge, bundle_path
+
+__all__ = ["draw"]
+
+Array = npt.NDArray[Any]
+_GAP, _TITLE = 4, 14
+
+
+def draw(grid: Grid, out: Path, bits: str, scenes: int = 2) -> list[Path]:
+    """``OUT/pictures/DOMAIN-NUMBER.png``: image, labels, float merged, merged at ``bits``.
+
+    Args:
+        grid: Its merges of all domains are drawn, of the first seed and rounding.
+        bits: Such as ``w4a4``.
+        scenes: Of every domain.
+
+    Raises:
+        DataError: No such cells, or data without label maps.
+    """
+    columns = list(_columns(grid, out, bits))
+    if len(columns) < 2:
+        raise DataError(f"{out}: found no merged cells of {bits}; run them first")
+    shown: dict[tuple[str, int], list[tuple[str, Array]]] = {}
+    for title, bundle in columns:
+        _run(grid, bundle, title, scenes, shown)
+    files = []
+    for (domain, number), parts in shown.items():
+        file = out / "pictures" / f"{domain}-{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        _beside(parts).save(buffer, "PNG")
+        write_bytes(file, buffer.getvalue())
+        files.append(file)
+    return files
+
+
+def _columns(grid: Grid, out: Path, bits: str) -> Iterator[tuple[str, Bundle]]:
+    """Titles and merged bundles: float, then every setting and method, its last way to merge."""
+    for run in grid.runs():
+        if run.method != "float" and (run.bits != bits or run.seed != grid.seeds[0]):
+            continue
+        merges: list[Merge] = [m for m in grid.merges(run) if m.members == grid.domains]
+        path = bundle_path(out, merges[-1].cell(0))
+        if path.is_dir():
+            name = "float merged"
+            if run.method != "float":
+                name = f"{run.method} {bits.upper()}, {run.setting}"
+            yield name, Bundle.open(path)
+
+
+def _run(
+    grid: Grid,
+    bundle: Bundle,
+    title: str,
+    scenes: int,
+    shown: dict[tuple[str, int], list[tuple[str, Array]]],
+) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = export(bundle, Path(scratch) / "engine", "ort")
+        manifest = read_manifest(folder)
+
+        def see(domain: str, number: int, x: Array, labels: Array, found: Array) -> None:
+            known = int(max(labels[labels != IGNORE].max(initial=0), found.max(initial=0))) + 1
+            table = palette(max(known, _classes(manifest.outputs[0].shape)))
+            parts = shown.setdefault((domain, number), [])
+            if not parts:
+                (frame,) = pixels(x[None], manifest.preprocessing)
+                parts += [("image", frame), ("labels", table[labels])]
+            parts.append((title, table[np.where(labels == IGNORE, IGNORE, found)]))
+
+        sets = {}
+        for d in grid.task.domains:
+            images = labelled(
+                manifest, d.name, d.test, split=grid.task.split, image_size=d.image_size
+            )
+            if not isinstance(images, Scenes):
+                raise DataError(f"{d.test}: found no label maps; pictures are of segmentation")
+            sets[d.name] = replace(images, pairs=images.pairs[:scenes])
+        with open_engine(folder, manifest, "cpu") as engine:
+            accuracy(engine, sets, draw=see)
+
+
+def _classes(shape: tuple[int | str, ...]) -> int:
+    return shape[1] if len(shape) == 4 and isinstance(shape[1], int) else 0
+
+
+def _beside(parts: list[tuple[str, Array]]) -> Image.Image:
+    height, width = parts[0][1].shape[:2]
+    size = (len(parts) * (width + _GAP) - _GAP, height + _TITLE)
+    whole = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(whole)
+    for i, (title, part) in enumerate(parts):
+        left = i * (width + _GAP)
+        pen.text((left + 2, 1), title, fill="black")
+        whole.paste(Image.fromarray(part.astype(np.uint8)), (left, _TITLE))
+    return whole
