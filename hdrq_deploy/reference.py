@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,24 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-__all__ = ["compare", "open_session", "unfused_session"]
+__all__ = ["compare", "open_session", "session_threads", "unfused_session"]
+
+
+_threads: ContextVar[int] = ContextVar("threads", default=0)
+
+
+@contextmanager
+def session_threads(count: int) -> Iterator[None]:
+    """Sessions made inside have so many threads, where nothing else is said; 0, one per core."""
+    token = _threads.set(count)
+    try:
+        yield
+    finally:
+        _threads.reset(token)
 
 
 def unfused_session(
-    path: Path | bytes, outside: Mapping[str, bytes] | None = None, threads: int = 0
+    path: Path | bytes, outside: Mapping[str, bytes] | None = None, threads: int | None = None
 ) -> onnxruntime.InferenceSession:
     """A session that computes every Q, DQ and convolution as written, in float.
 
@@ -22,10 +37,10 @@ def unfused_session(
         path: An ONNX file, or its bytes.
         outside: Contents of the files that the graph's external data name, where they are
             not on the disk.
-        threads: Threads inside an operator; 0, one per core.
+        threads: Threads inside an operator; 0, one per core; by default :func:`session_threads`.
     """
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = _threads.get() if threads is None else threads
     # Idle threads of a reference must not disturb whatever else runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -100,8 +100,8 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
 ) -> None:
     made = local(grid, tmp_path, expected)
     bundles = {name.split("/")[1] for name in made if name.startswith("cells/")}
-    # Float: three and their merge. Twice two seeds: three, and nearest and two draws, or two.
-    assert len(bundles) == 4 + 2 * (3 + 3) + 2 * (3 + 2)
+    # Float: three and two merges. Twice two seeds: three, and nearest and two draws, or two.
+    assert len(bundles) == 5 + 2 * (3 + 3) + 2 * (3 + 2)
     merged = Bundle.open(bundle_path(tmp_path, "ours-hdrq-w4a4-s1-night+day+snow-auto-r1"))
     assert merged.manifest.options["merge"]["auto"]["criterion"] == "agreement"
     assert merged.manifest.options["re_estimate"]["images"] == dict.fromkeys(
@@ -110,11 +110,12 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     records = rows(grid, tmp_path)
     assert [(r["setting"], r["method"], r["way"]) for r in records] == [
         ("float", "float", "nearest"),
+        ("float", "float", "auto"),
         ("paper", "hdrq", "nearest"),
         ("paper", "hdrq", "advanced"),
         ("ours", "hdrq", "auto"),
     ]
-    advanced = records[2]
+    advanced = records[3]
     # By hand: the mean over two calibration and two rounding seeds, in %.
     names = [f"paper-hdrq-w4a4-s{s}-night+day+snow-advanced-r{r}" for s in (0, 1) for r in (0, 1)]
     found = [json.loads(row_path(tmp_path, name).read_text())["domains"] for name in names]
@@ -127,7 +128,7 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     line = dict(zip(header(grid), cells(grid, advanced), strict=True))
     assert line["published"] == "63.00" and line["bits"] == "W4A4"
     assert [cells(grid, r)[-1] for r in records].count("63.00") == 1
-    assert markdown(grid, records).count("\n") == 6
+    assert markdown(grid, records).count("\n") == 7
 
 
 def test_a_run_goes_on_where_it_was(

@@ -109,16 +109,15 @@ class Grid:
         """All merges of one run."""
         groups = list(combinations(self.domains, 2)) if self.pairs else []
         for members in dict.fromkeys([*groups, self.domains]):
-            for way in ways(run):
-                draws = 1 if way == "nearest" else self.rounding_seeds
-                yield Merge(run, members, way, draws)
+            for way in self.ways(run):
+                rounds = way != "nearest" and run.method != "float"
+                yield Merge(run, members, way, self.rounding_seeds if rounds else 1)
 
-
-def ways(run: Run) -> Sequence[str]:
-    """How the bundles of a run are merged."""
-    if run.method == "float":
-        return ("nearest",)
-    return ("auto",) if run.setting == "ours" else ("nearest", "advanced")
+    def ways(self, run: Run) -> Sequence[str]:
+        """How the bundles of a run are merged."""
+        if run.method == "float":
+            return ("nearest", "auto") if "ours" in self.settings else ("nearest",)
+        return ("auto",) if run.setting == "ours" else ("nearest", "advanced")
 
 
 def parse_bits(words: Sequence[str]) -> tuple[tuple[int, int], ...]:

@@ -24,6 +24,7 @@ from typing import Any
 
 from ..errors import HdrqError
 from ..files import write_bytes
+from ..reference import session_threads
 
 __all__ = ["Job", "open_pool", "run_jobs"]
 
@@ -263,7 +264,7 @@ def run_jobs(jobs: Sequence[Job], pool: Pool, progress: Report | None = None) ->
 def _work(job: Job, threads: int) -> None:
     from ..calibrate.pipeline import torch_threads
 
-    with torch_threads(threads):
+    with torch_threads(threads), session_threads(threads):
         job.work(**job.arguments)
 
 

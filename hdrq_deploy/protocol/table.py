@@ -95,7 +95,9 @@ def cells(grid: Grid, record: dict[str, Any]) -> list[str]:
     merged = record["merged"]
     text = [record["setting"], record["method"], record["bits"].upper() or "FP32"]
     text.append(_figure(record["single"]["harmonic mean"]))
-    text.append("mean" if record["method"] == "float" else record["way"])
+    text.append(
+        "mean" if (record["method"], record["way"]) == ("float", "nearest") else record["way"]
+    )
     text += [f"{merged[d]['mean']:.1f}" if d in merged else "" for d in grid.domains]
     text.append(_figure(merged["harmonic mean"]))
     text.append(f"{record['published']['merged']:.2f}" if record["published"] else "")
