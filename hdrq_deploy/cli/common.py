@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import HdrqError
+from ..protocol.jobs import reach
 
 __all__ = ["parser", "progress_bar", "run"]
 
@@ -143,8 +144,10 @@ def threads_of(given: int | None, workers: int, ray: str | None) -> int:
     """Threads of one part.
 
     Raises:
-        HdrqError: Not one or more of either.
+        HdrqError: Not one or more of either, or Ray does not answer.
     """
+    if ray is not None:
+        reach(ray)
     if workers < 1 or (given is not None and given < 1):
         raise HdrqError(f"found --workers {workers}, --threads {given}; needed 1 or more")
     return given or (1 if ray else max(1, (os.cpu_count() or 1) // workers))

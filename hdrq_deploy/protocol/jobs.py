@@ -26,7 +26,7 @@ from ..errors import HdrqError
 from ..files import write_bytes
 from ..reference import session_threads
 
-__all__ = ["Job", "open_pool", "run_jobs"]
+__all__ = ["Job", "open_pool", "reach", "run_jobs"]
 
 Report = Callable[[int, int, str], None]
 RETRIES = 3
@@ -204,14 +204,12 @@ def open_pool(
 
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[Any]:
-    if importlib.util.find_spec("ray") is None:
-        raise HdrqError("--ray needs ray: pip install 'hdrq-deploy[ray]'")
+    reach(address)
     ray: Any = importlib.import_module("ray")
     how = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
         ray.init(address="local", include_dashboard=False, **how)
     else:
-        _reach(address)
         try:
             ray.init(address=address, **how)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -225,12 +223,18 @@ def _connected(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _reach(address: str) -> None:
-    """Ask the port before Ray waits a minute for it."""
+def reach(address: str) -> None:
+    """Is Ray there, and does this address answer? Its own client would wait a minute.
+
+    Raises:
+        HdrqError: No.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise HdrqError("--ray needs ray: pip install 'hdrq-deploy[ray]'")
+    if address in {"local", "auto"}:
+        return
     host, sign, port = address.removeprefix("ray://").rpartition(":")
     if not sign or not port.isdecimal():
-        if address == "auto":
-            return
         raise HdrqError(f"found --ray {address}; needed HOST:PORT, ray://HOST:PORT or auto")
     try:
         socket.create_connection((host, int(port)), _REACH_S).close()
