@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ..calibration_data.readers import Wanted
 from ..errors import ModelError
-from .common import parser, progress_bar, run
+from .common import image_flags, parser, progress_bar, run, wanted_of
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -21,9 +20,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--weights", required=True, help="source checkpoint")
     p.add_argument("--data", required=True, help="image folder, street scenes or .npz")
     p.add_argument("--images", type=int, help="at most so many (all)")
-    p.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="resize images")
-    p.add_argument("--mean", type=float, nargs="+", help="per channel, of pixels in [0, 1]")
-    p.add_argument("--std", type=float, nargs="+", help="per channel, of pixels in [0, 1]")
+    image_flags(p)
     p.add_argument("--epochs", type=int, default=15)
     p.add_argument("--batch", type=int, default=64, help="images per step")
     p.add_argument("--lr", type=float, default=1e-2, help="of SGD; a tenth for the backbone")
@@ -68,11 +65,6 @@ def _adapt(args: argparse.Namespace) -> int:
         args.flip,
         args.pull,
     )
-    wanted = Wanted(
-        tuple(args.size) if args.size else None,
-        tuple(args.mean) if args.mean else None,
-        tuple(args.std) if args.std else None,
-    )
     with progress_bar("adapt") as progress:
         path = adapt(
             args.model,
@@ -81,7 +73,7 @@ def _adapt(args: argparse.Namespace) -> int:
             args.weights,
             recipe,
             args.images,
-            wanted,
+            wanted_of(args),
             args.seed,
             args.device,
             args.resume,

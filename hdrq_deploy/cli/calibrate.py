@@ -13,7 +13,16 @@ from ..protocol.fresh import is_calibrated
 from ..protocol.jobs import Job, open_pool, run_jobs
 from ..recipe import FOLDS, GRANULARITIES, LEARNERS, METHODS, NOISES, Recipe
 from ..spec import GRIDS
-from .common import parser, progress_bar, progress_lines, run, threads_of, where_flags
+from .common import (
+    image_flags,
+    parser,
+    progress_bar,
+    progress_lines,
+    run,
+    threads_of,
+    wanted_of,
+    where_flags,
+)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -49,12 +58,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     p.add_argument("--grid", choices=GRIDS, help="codes of non-negative activations (int8)")
     p.add_argument("--images", type=int, help="calibration images at most (1024)")
-    p.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="resize images")
-    p.add_argument(
-        "--resize", type=int, nargs=2, metavar=("H", "W"), help="first; --size is cut out of that"
-    )
-    p.add_argument("--mean", type=float, nargs="+", help="per channel, of pixels in [0, 1]")
-    p.add_argument("--std", type=float, nargs="+", help="per channel, of pixels in [0, 1]")
+    image_flags(p)
     p.add_argument("--skip-corrupt", action="store_true", help="leave out broken images")
     p.add_argument("--seed", type=int, help="of every draw (0)")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -117,20 +121,12 @@ def _calibrate(args: argparse.Namespace) -> int:
             f"calibration needs {error.name}, which is not installed: "
             "pip install 'hdrq-deploy[calibrate]'"
         ) from error
-    from ..calibration_data.readers import Wanted
-
-    wanted = Wanted(
-        tuple(args.size) if args.size else None,
-        tuple(args.mean) if args.mean else None,
-        tuple(args.std) if args.std else None,
-        resize=tuple(args.resize) if args.resize else None,
-    )
     names = ("method", "wbits", "abits", "per_channel", "fold", "grid", "images", "seed")
     common: dict[str, Any] = {
         "model": args.model,
         "base": args.base,
         "options": options,
-        "wanted": wanted,
+        "wanted": wanted_of(args),
         "skip_corrupt": args.skip_corrupt,
         "device": args.device,
         "resume": args.resume,

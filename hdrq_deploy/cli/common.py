@@ -11,10 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..calibration_data.readers import Wanted
 from ..errors import HdrqError
 from ..protocol.jobs import reach
 
@@ -124,6 +126,23 @@ def progress_lines(title: str) -> Iterator[Report]:
         print(text, file=sys.stderr, flush=True)
 
     yield line
+
+
+def image_flags(p: argparse.ArgumentParser) -> None:
+    """How images are read; :func:`wanted_of` makes it of the arguments."""
+    p.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="resize images")
+    p.add_argument(
+        "--resize", type=int, nargs=2, metavar=("H", "W"), help="first; --size is cut out of that"
+    )
+    p.add_argument("--mean", type=float, nargs="+", help="per channel, of pixels in [0, 1]")
+    p.add_argument("--std", type=float, nargs="+", help="per channel, of pixels in [0, 1]")
+
+
+def wanted_of(args: argparse.Namespace) -> Wanted:
+    """Size and normalisation, where given."""
+    found = {name: getattr(args, name) for name in ("size", "mean", "std", "resize")}
+    given: dict[str, Any] = {name: tuple(values) for name, values in found.items() if values}
+    return Wanted(**given)
 
 
 def where_flags(group: argparse._ArgumentGroup) -> None:
