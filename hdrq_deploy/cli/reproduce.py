@@ -97,6 +97,7 @@ def _reproduce(args: argparse.Namespace) -> int:
             open_pool(args.workers, threads, args.ray, out, args.gpus) as pool,
         ):
             run_jobs(list(jobs(grid, out, args.device, threads)), pool, report)
+    ran = {"threads": threads, "seconds_of_this_run": round(time.monotonic() - started)}
     records = rows(grid, out)
     record = {
         "schema_version": 1,
@@ -105,8 +106,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         "model": task.model,
         "learning": task.learning,
         "images": grid.task.images,
-        "threads": threads,
-        "seconds_of_this_run": round(time.monotonic() - started),
+        **({} if args.table else ran),
         "environment": {**environment(), "torch": version("torch")},
         "rows": records,
     }
