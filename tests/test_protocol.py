@@ -266,6 +266,14 @@ def test_a_ray_address_that_does_not_answer(
     assert time.monotonic() - began < 60
 
 
+def test_tasks_that_fit_no_node(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    message = "found no node with 999 CPU and 0 GPU.*fewer --threads"
+    with pytest.raises(HdrqError, match=message), open_pool(1, 999, "local", tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def images_in(folder: Path, names: list[str], size: tuple[int, int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     for i, name in enumerate(names):
@@ -334,6 +342,7 @@ def test_grids_that_make_no_sense(task: Task) -> None:
         ([], "needs --data and --checkpoints; or pass --made"),
         (["--made", "--data", "x"], "it brings its own"),
         (["--made", "--workers", "0"], "needed 1 or more"),
+        (["--made", "--targets", "photo", "snow"], "found --targets snow; there are handwriting"),
         (["--data", "nowhere", "--checkpoints", "nowhere"], "not there"),
     ],
 )

@@ -129,7 +129,7 @@ def _task(args: argparse.Namespace, out: Path) -> Task:
     if args.made:
         if args.data or args.checkpoints:
             raise HdrqError("found --made with --data or --checkpoints; it brings its own")
-        return made(args.protocol, out)
+        return made(args.protocol, out, args.targets)
     if not (args.data and args.checkpoints):
         raise HdrqError(
             f"{args.protocol} needs --data and --checkpoints; or pass --made for the small data "

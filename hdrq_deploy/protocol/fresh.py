@@ -35,6 +35,8 @@ def is_calibrated(arguments: Mapping[str, Any]) -> bool:
         asked |= asdict(arguments["options"])
         if asked.get("fold") == "steps":
             asked["per_channel"] = True
+    if arguments.get("images") is not None and found.get("images", 0) > arguments["images"]:
+        return False
     if any(found.get(key) != value for key, value in asked.items()):
         return False
     made = (bundle.path / MANIFEST).stat().st_mtime

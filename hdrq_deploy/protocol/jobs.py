@@ -11,7 +11,9 @@ import contextlib
 import importlib
 import importlib.util
 import secrets
+import signal
 import socket
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +32,7 @@ __all__ = ["Job", "open_pool", "reach", "run_jobs"]
 
 Report = Callable[[int, int, str], None]
 RETRIES = 3
+_NO_INTERRUPT = (signal.SIGINT, signal.SIG_IGN)
 _REACH_S = 5.0
 
 
@@ -89,7 +92,9 @@ class _Processes(Pool):
         self._pool = self._start()
 
     def _start(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(self.room, mp_context=get_context("spawn"))
+        context = get_context("spawn")
+        # Ctrl-C is for the process that waits for them; it ends them.
+        return ProcessPoolExecutor(self.room, context, signal.signal, _NO_INTERRUPT)
 
     def submit(self, job: Job) -> Job:
         try:
@@ -137,6 +142,7 @@ class _Ray(Pool):
 
     def __init__(self, ray: Any, threads: int, gpus: float, shared: Path, token: str) -> None:
         self._ray = ray
+        _check_room(ray, threads, gpus)
         cores = ray.cluster_resources().get("CPU", 1)
         self.room = max(1, int(cores // threads))
         task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)
@@ -161,6 +167,18 @@ class _Ray(Pool):
                 "cells are kept: call again to go on"
             ) from error
         return self._jobs.pop(done)
+
+
+def _check_room(ray: Any, threads: int, gpus: float) -> None:
+    """A task that fits no node would wait for ever."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(n.get("CPU", 0) >= threads and n.get("GPU", 0) >= gpus for n in nodes):
+        return
+    found = "; ".join(f"{n.get('CPU', 0):g} CPU, {n.get('GPU', 0):g} GPU" for n in nodes)
+    raise HdrqError(
+        f"found no node with {threads} CPU and {gpus:g} GPU (there are: {found}); pass fewer "
+        "--threads or --gpus"
+    )
 
 
 @contextlib.contextmanager
@@ -206,6 +224,8 @@ def open_pool(
 def _connected(address: str) -> Iterator[Any]:
     reach(address)
     ray: Any = importlib.import_module("ray")
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
     how = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
         ray.init(address="local", include_dashboard=False, **how)
@@ -218,6 +238,8 @@ def _connected(address: str) -> Iterator[Any]:
                 "with `ray start --head`, or pass --ray alone for this machine"
             ) from error
     try:
+        if main:  # Ray's own handler exits behind our back
+            signal.signal(signal.SIGTERM, before)
         yield ray
     finally:
         ray.shutdown()

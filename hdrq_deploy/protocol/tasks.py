@@ -153,13 +153,19 @@ def segmentation(
     )
 
 
-def made(name: str, out: Path) -> Task:
+def made(name: str, out: Path, targets: Sequence[str] = ()) -> Task:
     """The same protocols on the small data that the project makes, written to ``out/data``.
 
     Raises:
+        DataError: No such target domain.
         ModelError: scikit-learn, whose digits they are, is not installed.
     """
-    return _digits(out / "data") if name == "office-home" else _streets(out / "data")
+    task = _digits(out / "data") if name == "office-home" else _streets(out / "data")
+    domains = {domain.name: domain for domain in task.domains}
+    unknown = [target for target in targets if target not in domains]
+    if unknown:
+        raise DataError(f"found --targets {unknown[0]}; there are {', '.join(domains)}")
+    return replace(task, domains=tuple(domains[name] for name in targets or domains))
 
 
 def _digits(data: Path) -> Task:
