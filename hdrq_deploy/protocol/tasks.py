@@ -145,7 +145,7 @@ def segmentation(
         str(_checkpoint(checkpoints, "source")),
         tuple(domains),
         replace(_IMAGENET, size=(1024, 1024), resize=(1024, 2048)),
-        images=256,
+        images=32,  # ten crops of each: 20 GB of activations on the disk
         mix_images=8,
         renew_images=8,
         learning={m: {"batch": 1} for m in ("brecq", "qdrop", "hdrq")},
