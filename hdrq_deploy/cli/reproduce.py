@@ -135,6 +135,7 @@ def _task(args: argparse.Namespace, out: Path) -> Task:
             f"{args.protocol} needs --data and --checkpoints; or pass --made for the small data "
             "that the project makes"
         )
+    data, checkpoints = args.data.absolute(), args.checkpoints.absolute()
     if args.protocol == "office-home":
-        return office_home(args.data, args.checkpoints, args.source, args.targets)
-    return segmentation(args.data, args.checkpoints, args.backbone, args.targets)
+        return office_home(data, checkpoints, args.source, args.targets)
+    return segmentation(data, checkpoints, args.backbone, args.targets)
