@@ -566,7 +566,7 @@ def protocol_streetscape(record: Mapping[str, Any]) -> str:
         ]
         for row in record["rows"]
     ]
-    learning = record["learning"]
+    learning = {row["method"]: row["options"] for row in record["rows"]}
     recipe = "; ".join(
         f"{m} {learning[m]['iters']} iterations of {learning[m]['batch']} scenes a block at "
         f"{learning[m]['lr']:g}"

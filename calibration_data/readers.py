@@ -30,6 +30,13 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", 
 # Bytes of inputs that stay in memory, and images that are decoded ahead.
 _IN_MEMORY = 1 << 30
 _AHEAD = 32
+_UNREADABLE = (
+    OSError,
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    SyntaxError,
+    ValueError,
+)
 _CHANNELS = {"1": 1, "L": 1, "I;16": 1, "RGB": 3, "P": 3, "RGBA": 4, "CMYK": 4, "LA": 2}
 
 
@@ -44,6 +51,8 @@ class Wanted:
         channels: Channels the model reads; a folder with others is an error.
         resize: (height, width) that images are resized to first; ``size`` is then cut out of the
             middle.
+        ignore_case: Class folders in alphabetical order whatever their case, as Office-Home is
+            numbered (TV behind Trash_Can), not in that of their bytes (TV before Table).
     """
 
     size: tuple[int, int] | None = None
@@ -51,6 +60,7 @@ class Wanted:
     std: tuple[float, ...] | None = None
     channels: int | None = None
     resize: tuple[int, int] | None = None
+    ignore_case: bool = False
 
     @classmethod
     def like(cls, preprocessing: Preprocessing) -> Wanted:
@@ -120,6 +130,10 @@ def read(
 
 
 def _chosen(count: int, limit: int | None, seed: int) -> npt.NDArray[np.intp]:
+    if limit is not None and limit < 1:
+        raise DataError(f"found a limit of {limit} images; needed 1 or more")
+    if seed < 0:
+        raise DataError(f"found seed {seed}; needed 0 or more")
     if limit is None or limit >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
@@ -157,7 +171,8 @@ def _read_folder(
     if is_scenes(folder):  # images alone; labels are for whoever measures
         images = [(file, -1) for file in scene_images(folder)]
         return _read_files(folder, images, (), wanted, limit, seed, skip_corrupt)
-    classes = tuple(sorted(d.name for d in folder.iterdir() if d.is_dir() and _images(d)))
+    names = [d.name for d in folder.iterdir() if d.is_dir() and _images(d)]
+    classes = tuple(sorted(names, key=str.lower if wanted.ignore_case else None))
     files = [(f, i) for i, name in enumerate(classes) for f in _images(folder / name)]
     if not files:
         files = [(f, -1) for f in _images(folder)]
@@ -209,7 +224,7 @@ def _decoded(
     def one(file: Path) -> Array | Exception:
         try:
             return _pixels(_decode(file, wanted.channels), file, wanted)
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        except _UNREADABLE as error:
             return error
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:

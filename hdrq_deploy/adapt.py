@@ -28,7 +28,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .calibrate.source import load_model, load_state
+from .calibrate.pipeline import own_wanted
+from .calibrate.source import load_model, load_state, state_sha256
 from .calibration_data.readers import ImageSet, Wanted, read
 from .calibration_data.street import IGNORE
 from .errors import DataError, ModelError, SpecError
@@ -67,6 +68,9 @@ class Recipe:
             raise SpecError(
                 f"found epochs={self.epochs}, batch={self.batch}; needed 1 or more, 2 or more"
             )
+        first, last = self.share
+        if not 0 < first <= last <= 1:
+            raise SpecError(f"found share {first} {last}; needed 0 < FIRST <= LAST <= 1")
         for name in ("lr", "pseudo", "pull"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -85,6 +89,7 @@ def adapt(
     device: str = "auto",
     resume: bool = False,
     progress: Progress | None = None,
+    skip_corrupt: bool = False,
 ) -> Path:
     """Adapt a source model to a domain and write its checkpoint.
 
@@ -100,6 +105,7 @@ def adapt(
         device: ``auto``, ``cpu`` or ``cuda``.
         resume: Go on behind the last epoch of a run that was stopped.
         progress: Called with (steps done, steps in all, epoch).
+        skip_corrupt: Leave out images that cannot be decoded.
 
     Raises:
         HdrqError: The input does not fit; the message says what to do.
@@ -110,8 +116,13 @@ def adapt(
         raise SpecError(f"found -o {output}; needed a .safetensors file")
     check_parent(target)
     network = load_model(model)
-    load_state(network, weights, "source")
-    found = data if isinstance(data, ImageSet) else read(data, wanted, images, seed)
+    source = state_sha256(load_state(network, weights, "source"))
+    wanted = own_wanted(network, wanted)
+    found = (
+        data
+        if isinstance(data, ImageSet)
+        else read(data, wanted, images, seed, skip_corrupt=skip_corrupt)
+    )
     if len(found.x) < recipe.batch:
         raise DataError(
             f"found {len(found.x)} images; needed {recipe.batch} or more (one batch): add images "
@@ -121,8 +132,10 @@ def adapt(
     if device == "cuda" and where.type != "cuda":
         raise SpecError("found no CUDA device; pass --device cpu")
     run = _Run(network.to(where), torch.from_numpy(found.x), recipe, seed, where)
+    run.origin = {"model": model, "source_sha256": source, "data_sha256": found.sha256}
     run.train(target.with_name(target.name + ".partial"), resume, progress)
-    state = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
+    # Clones: tied weights may not share their memory in the file.
+    state = {name: value.cpu().clone() for name, value in network.state_dict().items()}
     # One entry: safetensors writes several in any order.
     notes = json.dumps({"method": run.method, "seed": seed, **run.notes})
     write_bytes(target, save(state, {"adapted": notes}))
@@ -139,8 +152,16 @@ class _Run:
         self.model, self.x, self.recipe = model, x, recipe
         self.seed, self.device = seed, device
         self.notes: dict[str, Any] = {"images": len(x), **asdict(recipe)}
-        with torch.no_grad():
-            example = self._scores(x[:2].to(device))
+        self.origin: dict[str, str] = {}
+        try:
+            with torch.no_grad():
+                example = self._scores(x[:2].to(device))
+        except (RuntimeError, IndexError, TypeError) as error:
+            text = str(error).splitlines()[0]
+            raise DataError(
+                f"the model does not take images of shape {tuple(x.shape[1:])} ({text}); needed "
+                "what it was made for: pass --size, or convert the images"
+            ) from error
         if example.ndim not in {2, 4}:
             raise ModelError(
                 f"found outputs of shape {tuple(example.shape)}; needed class scores (N, classes) "
@@ -158,13 +179,14 @@ class _Run:
             self._groups(), lr=recipe.lr, momentum=0.9, weight_decay=1e-3, nesterov=True
         )
         steps = len(self.x) // recipe.batch
-        run = {"seed": self.seed, **{k: str(v) for k, v in self.notes.items()}}
+        run = {"seed": self.seed, **self.origin, **{k: str(v) for k, v in self.notes.items()}}
         begin = 0
         if resume and partial.is_file():
             kept = torch.load(partial, map_location=self.device, weights_only=True)
             if kept["run"] != run:
                 raise SpecError(
-                    f"{partial}: found a run of other options; repeat them, or leave out --resume"
+                    f"{partial}: found a run of other options, images or checkpoint; repeat them, "
+                    "or leave out --resume"
                 )
             model.load_state_dict(kept["model"])
             optimizer.load_state_dict(kept["optimizer"])
@@ -211,11 +233,7 @@ class _Run:
         return groups
 
     def _scores(self, x: Tensor) -> Tensor:
-        output = self.model(x)
-        if isinstance(output, Tensor):
-            return output
-        scores: Tensor = next(iter(output.values() if hasattr(output, "values") else output))
-        return scores
+        return _first_tensor(self.model(x))
 
     def _loss(self, rows: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         x, chosen = self.x[rows], labels[rows]
@@ -357,6 +375,14 @@ def _again(
     return x, labels
 
 
+def _first_tensor(output: Any) -> Tensor:
+    """The prediction of whatever a model returns."""
+    if isinstance(output, Tensor):
+        return output
+    first: Tensor = next(iter(output.values() if hasattr(output, "values") else output))
+    return first
+
+
 def _last_linear(model: nn.Module, example: Tensor) -> nn.Linear:
     """The linear layer that gives the model's output."""
     calls: list[tuple[nn.Linear, Tensor]] = []
@@ -371,7 +397,7 @@ def _last_linear(model: nn.Module, example: Tensor) -> nn.Linear:
     finally:
         for hook in hooks:
             hook.remove()
-    scores = output if isinstance(output, Tensor) else next(iter(output.values()))
+    scores = _first_tensor(output)
     if not calls or calls[-1][1].shape != scores.shape:
         raise ModelError(
             "found no linear layer that gives the model's scores; SHOT keeps the classifier fixed "

@@ -349,6 +349,13 @@ def labelled(
         return replace(scenes, mean=p.mean, std=p.std) if p else scenes
     wanted = Wanted.like(p) if p else Wanted()
     images = relabel(read(where, wanted, skip_corrupt=skip_corrupt), manifest.classes, where)
+    scores = manifest.outputs[0].shape[1:]
+    unnamed = manifest.classes is None and images.classes is not None and len(scores) == 1
+    if unnamed and images.classes and scores[0] not in {len(images.classes), "classes"}:
+        raise DataError(
+            f"{where}: found {len(images.classes)} class folders for {scores[0]} scores, and the "
+            "manifest does not name the classes; needed a folder for every class"
+        )
     if images.y is None:
         raise DataError(
             f"{where}: found images of {name} without labels; accuracy needs one folder per "

@@ -125,7 +125,19 @@ def test_a_stopped_adaptation_goes_on_to_the_same_bytes(work: Path, tmp_path: Pa
     other = Recipe(epochs=3, batch=16, lr=2e-2, pull=1e-3)
     with pytest.raises(SpecError, match="a run of other options"):
         adapt("tiny_models:Tiny", image_set(images), target, weights, other, resume=True)
-    adapt("tiny_models:Tiny", image_set(images), target, weights, recipe, resume=True)
+    with pytest.raises(SpecError, match="a run of other options, images or checkpoint"):
+        adapt("tiny_models:Tiny", image_set(images[::-1].copy()), target, weights, recipe, resume=True)
+    steps: list[int] = []
+    adapt(
+        "tiny_models:Tiny",
+        image_set(images),
+        target,
+        weights,
+        recipe,
+        resume=True,
+        progress=lambda done, *_: steps.append(done),
+    )
+    assert steps == [4, 5, 6, 7, 8, 9]  # three steps an epoch, the first was done
     assert target.read_bytes() == whole.read_bytes()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 
@@ -137,6 +149,10 @@ def test_what_cannot_be_adapted(work: Path, tmp_path: Path) -> None:
         adapt("tiny_models:Tiny", image_set(images), target, weights)
     with pytest.raises(SpecError, match=r"needed a .safetensors file"):
         adapt("tiny_models:Tiny", image_set(images), tmp_path / "a.pt", weights)
+    with pytest.raises(DataError, match="does not take images of shape .1, 16, 16."):
+        adapt("tiny_models:Tiny", image_set(images[:, :1]), target, weights, Recipe(batch=16))
+    with pytest.raises(SpecError, match="found share 20 50"):
+        Recipe(share=(20, 50))
     with pytest.raises(SpecError, match="found lr=nan"):
         Recipe(lr=float("nan"))
     recipe = Recipe(epochs=1, batch=16, lr=1e30)

@@ -247,5 +247,8 @@ def test_several_domains_in_one_call(
     assert calibrate.main(argv) == 0
     assert {f: f.read_bytes() for f in before} == {f: b for f, (b, _) in before.items()}
     capsys.readouterr()
+    one = [*argv, "--domain", "night", "--data", f"{work}/images", "--weights", "x", "--threads"]
+    assert calibrate.main([*one, "2"]) == 2
+    assert "--threads, --ray or --gpus with one domain" in capsys.readouterr().err
     assert calibrate.main([*argv, "--domain", "night"]) == 2
     assert "found 2 after --data for 1 after --domain" in capsys.readouterr().err

@@ -6,6 +6,9 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -99,7 +102,7 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     grid: Grid, tmp_path: Path, expected: dict[str, dict[str, str]]
 ) -> None:
     made = local(grid, tmp_path, expected)
-    bundles = {name.split("/")[1] for name in made if name.startswith("cells/")}
+    bundles = {name.split("/")[1] for name in made if ".hdrq/" in name}
     # Float: three and two merges. Twice two seeds: three, and nearest and two draws, or two.
     assert len(bundles) == 5 + 2 * (3 + 3) + 2 * (3 + 2)
     merged = Bundle.open(bundle_path(tmp_path, "ours-hdrq-w4a4-s1-night+day+snow-auto-r1"))
@@ -144,10 +147,36 @@ def test_a_run_goes_on_where_it_was(
     (merged / "model.onnx").unlink()
     run(small, tmp_path / "again")
     changed = {f for f, when in kept.items() if f.stat().st_mtime_ns != when}
-    assert {f.parent.name for f in changed} <= {damaged.parent.name, merged.name}
+    assert {f.parent.name for f in changed if ".hdrq" in f.parent.name} <= {
+        damaged.parent.name,
+        merged.name,
+    }
     assert damaged in changed
     after = digests(tmp_path / "again")
     assert after == {name: before[name] for name in after}
+    # Other checkpoints, though older, and other images make other cells.
+    domains = list(small.task.domains)
+    old = tmp_path / "other.safetensors"
+    old.write_bytes(Path(domains[1].weights).read_bytes())
+    os.utime(old, (1, 1))
+    domains[0] = replace(domains[0], weights=str(old))
+    run(replace(small, task=replace(small.task, domains=tuple(domains))), tmp_path / "again")
+    swapped = digests(tmp_path / "again")
+    for cell in ("paper-hdrq-w4a4-s0-night", "paper-hdrq-w4a4-s0-night+day+snow-nearest-r0"):
+        name = f"cells/{cell}.hdrq/weights.safetensors"
+        assert swapped[name] != after[name]
+    assert swapped["rows/paper-hdrq-w4a4-s0-day.json"] == after["rows/paper-hdrq-w4a4-s0-day.json"]
+    for images in (16, 32):
+        run(replace(small, task=replace(small.task, images=images)), tmp_path / "again")
+        manifest = Bundle.open(bundle_path(tmp_path / "again", "paper-hdrq-w4a4-s0-day")).manifest
+        assert manifest.options["images"] == images
+    # A row of other test data, or none that can be read, is measured again.
+    row = row_path(tmp_path / "again", "paper-hdrq-w4a4-s0-day")
+    row.write_text("{")
+    run(replace(small, task=replace(small.task, images=32)), tmp_path / "again")
+    assert json.loads(row.read_text())["images"] == {"day": 48}
+    run(small, tmp_path / "again")
+    assert digests(tmp_path / "again") == after
     # Other options make other cells, and their merges.
     other = replace(small.task, learning={"hdrq": {**LEARNING, "iters": 10}})
     run(replace(small, task=other), tmp_path / "again")
@@ -241,9 +270,14 @@ def fail(message: str) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_failing_job_ends_the_run_with_its_line(workers: int, tmp_path: Path) -> None:
-    work = [Job("bad", fail, {"message": "no images"}), Job("next", fail, {"message": "?"})]
+    work = [
+        Job("good", suicide, {"mark": tmp_path / "good", "kills": False}),
+        Job("bad", fail, {"message": "no images"}, ("good",)),
+        Job("after", suicide, {"mark": tmp_path / "after", "kills": False}, ("bad",)),
+    ]
     with pytest.raises(DataError, match="no images"), open_pool(workers, 1, None, tmp_path) as p:
-        run_jobs(work[:1], p)
+        run_jobs(work, p)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["good"]
 
 
 @pytest.mark.parametrize(
@@ -284,7 +318,8 @@ def images_in(folder: Path, names: list[str], size: tuple[int, int], seed: int) 
 
 def office_tree(root: Path) -> Path:
     """Office-Home as it is distributed, one picture a class."""
-    names = [f"Class_{i:02}" for i in range(65)]
+    names = [f"Class_{i:02}" for i in range(60)]
+    names += ["Telephone", "Toys", "Trash_Can", "TV", "Webcam"]
     for seed, domain in enumerate(("Art", "Clipart", "Product", "Real World")):
         images_in(root / domain, names, (40, 48), seed)
     return root
@@ -302,6 +337,7 @@ def test_office_home_and_shots_folders_are_found(tmp_path: Path) -> None:
     assert task.source.endswith("/R") and task.domains[1].weights.endswith("/RC")
     assert task.wanted.resize == (256, 256) and task.wanted.size == (224, 224)
     assert task.published["hdrq-w3a3"]["merged"] == 64.70
+    assert not office_home(data, tmp_path / "ckps", targets=["Art", "Product"]).published
     (data / "Clipart").rename(data / "Other")
     with pytest.raises(DataError, match="Clipart: not there.*found Art, Other"):
         office_home(data, tmp_path / "ckps")
@@ -333,6 +369,7 @@ def test_grids_that_make_no_sense(task: Task) -> None:
         parse_bits(["int4"])
     with pytest.raises(SpecError, match="wbits"):
         parse_bits(["w9a8"])
+    assert parse_bits(["w4a4", "W4A4", "w3a3"]) == ((4, 4), (3, 3))
     assert Run("paper", "hdrq", 4, 8, 1).single("night") == "paper-hdrq-w4a8-s1-night"
 
 
@@ -377,16 +414,98 @@ def test_office_home_runs_as_a_user_would(
     assert row["images"] == {"art": 65, "product": 65} and row["metric"] == "top1"
     manifest = Bundle.open(bundle_path(out, "paper-rtn-w8a8-s0-art")).manifest
     assert manifest.preprocessing and manifest.preprocessing.resize == (256, 256)
+    # As SHOT numbers them: TV is the 64th.
     assert manifest.classes and len(manifest.classes) == 65
+    assert manifest.classes[61:] == ("Toys", "Trash_Can", "TV", "Webcam")
     # The table again, from the cells alone.
     (out / "table.md").unlink()
     assert reproduce.main([*argv, "--out", str(out), "--table"]) == 0
     assert "| paper | rtn | W8A8 |" in (out / "table.md").read_text()
 
 
-def test_errors_of_a_job_reach_the_user_from_any_place(tmp_path: Path) -> None:
-    with pytest.raises(HdrqError, match="found no file"), open_pool(2, 1, None, tmp_path) as pool:
+@pytest.mark.slow
+def test_errors_of_a_job_on_ray_reach_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    failing = pytest.raises(DataError, match="found no file")
+    with failing, open_pool(1, 1, "local", tmp_path) as pool:
         run_jobs([Job("a", fail, {"message": "found no file"})], pool)
+
+
+def wait_for(mark: Path) -> None:
+    """Say who runs this, in a temporary folder that goes when the job is unwound."""
+    with tempfile.TemporaryDirectory(dir=mark.parent, prefix="scratch"):
+        mark.write_text(str(os.getpid()))
+        time.sleep(60)
+
+
+_PARENT = """
+import sys
+from pathlib import Path
+from tests.test_protocol import Job, open_pool, run_jobs, wait_for
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    with open_pool(2, 1, None, out) as pool:
+        run_jobs([Job(str(i), wait_for, {"mark": out / f"{i}"}) for i in range(2)], pool)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_parent(how: int, tmp_path: Path) -> None:
+    script, out = tmp_path / "parent.py", tmp_path / "out"
+    script.write_text(_PARENT)
+    out.mkdir()
+    command = [sys.executable, str(script), str(out)]
+    parent = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not all((out / f"{i}").exists() and (out / f"{i}").read_text() for i in range(2)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    workers = [int((out / f"{i}").read_text()) for i in range(2)]
+    parent.send_signal(how)
+    parent.wait(60)
+    while any(alive(worker) for worker in workers):
+        assert time.monotonic() < deadline + 30
+        time.sleep(0.1)
+    if how == signal.SIGKILL:  # unwound; SIGTERM without a handler ends the parent at once too
+        assert not list(out.glob("scratch*"))
+
+
+def alive(process: int) -> bool:
+    try:
+        state = (Path("/proc") / str(process) / "stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ray", "--workers", "2"], "--workers is of this machine"),
+        (["--gpus", "1"], "--gpus (0 or more) of Ray's tasks"),
+        (["--draw", "w9a9"], "wbits"),
+        (["--draw", "w3a3", "--bits", "w4a4"], "found --draw w3a3; needed one of --bits w4a4"),
+        (["--seeds", "-1", "--bits", "w4a4"], "found seeds -1"),
+        (["--images", "0", "--bits", "w4a4"], "found 0 calibration images"),
+        (["--targets", "dusk", "dusk", "--bits", "w4a4"], "found a domain twice"),
+    ],
+)
+def test_flags_are_looked_at_before_any_work(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from hdrq_deploy.calibration_data import streetscape
+
+    for split in ("calibration", "test"):
+        monkeypatch.setitem(streetscape.SIZES, split, 1)
+    assert reproduce.main(["segmentation", "--made", "--out", str(tmp_path), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("cells/*"))
 
 
 @pytest.mark.slow
@@ -408,6 +527,6 @@ def test_the_segmentation_protocol_runs_on_drawn_streets(
         assert picture.size == (5 * 260 - 4, 128 + 14)
     row = json.loads(row_path(tmp_path, "ours-rtn-w4a4-s0-dusk+fog+brick-auto-r0").read_text())
     assert row["metric"] == "miou" and set(row["domains"]) == {"dusk", "fog", "brick"}
-    other = [*argv, "--out", str(tmp_path), "--table", "--draw", "w3a3"]
+    other = [*argv, "--out", str(tmp_path), "--table", "--draw", "w3a3", "--bits", "w3a3"]
     assert reproduce.main(other) == 2
     assert "found no merged cells of w3a3" in capsys.readouterr().err

@@ -99,7 +99,7 @@ def calibrate(
     own = {name: value.clone() for name, value in network.state_dict().items()}
     base_state = load_state(network, base, "source") if base else None
     state = load_state(network, weights, "adapted") if weights else own
-    wanted = _wanted(network, wanted)
+    wanted = own_wanted(network, wanted)
     dataset = data if isinstance(data, ImageSet) else read(data, wanted, images, seed, skip_corrupt)
     learns = options.learner != "none"
     needed = max(2, options.batch if learns else 2)
@@ -297,7 +297,7 @@ def _auto_cuda(name: str) -> bool:
     return name == "auto" and torch.cuda.is_available()
 
 
-def _wanted(network: nn.Module, wanted: Wanted | None) -> Wanted:
+def own_wanted(network: nn.Module, wanted: Wanted | None) -> Wanted:
     """Fill what the user left open from a timm model's own configuration."""
     wanted = wanted or Wanted()
     config = getattr(network, "pretrained_cfg", None) or {}
@@ -308,6 +308,8 @@ def _wanted(network: nn.Module, wanted: Wanted | None) -> Wanted:
         wanted.mean or tuple(config["mean"]),
         wanted.std or tuple(config["std"]),
         wanted.channels or config["input_size"][0],
+        wanted.resize,
+        wanted.ignore_case,
     )
 
 

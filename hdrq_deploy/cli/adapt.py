@@ -21,6 +21,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--data", required=True, help="image folder, street scenes or .npz")
     p.add_argument("--images", type=int, help="at most so many (all)")
     image_flags(p)
+    p.add_argument("--skip-corrupt", action="store_true", help="leave out broken images")
     p.add_argument("--epochs", type=int, default=15)
     p.add_argument("--batch", type=int, default=64, help="images per step")
     p.add_argument("--lr", type=float, default=1e-2, help="of SGD; a tenth for the backbone")
@@ -78,6 +79,7 @@ def _adapt(args: argparse.Namespace) -> int:
             args.device,
             args.resume,
             progress,
+            args.skip_corrupt,
         )
     print(path)
     return 0

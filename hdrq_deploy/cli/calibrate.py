@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ModelError, SpecError
 from ..files import make_directory
-from ..protocol.fresh import is_calibrated
+from ..protocol.fresh import forget, make_bundle
 from ..protocol.jobs import Job, open_pool, run_jobs
 from ..recipe import FOLDS, GRANULARITIES, LEARNERS, METHODS, NOISES, Recipe
 from ..spec import GRIDS
@@ -135,8 +135,11 @@ def _calibrate(args: argparse.Namespace) -> int:
     }
     each = _of_each(args)
     if len(each) == 1:
-        if args.ray:
-            raise SpecError("found --ray with one domain; it runs several, name them all")
+        if args.ray or args.workers != 1 or args.threads or args.gpus:
+            raise SpecError(
+                "found --workers, --threads, --ray or --gpus with one domain; they are of several: "
+                "name them all after --domain (OMP_NUM_THREADS is torch's own setting)"
+            )
         with progress_bar(f"calibrate {args.domain[0]}") as progress:
             bundle = calibrate(**{**common, **each[0], "output": args.output}, progress=progress)
         print(bundle.path)
@@ -146,24 +149,30 @@ def _calibrate(args: argparse.Namespace) -> int:
     work = []
     for own in each:
         target = out / f"{own['domain']}.hdrq"
-        work.append(Job(own["domain"], calibrate_one, {**common, **own, "output": target}))
-    threads = threads_of(args.threads, args.workers, args.ray)
+        if not args.resume:
+            forget(target)
+        work.append(
+            Job(
+                own["domain"],
+                make_bundle,
+                {"arguments": _absolute({**common, **own, "output": target})},
+            )
+        )
+    threads = threads_of(args.threads, args.workers, args.ray, args.gpus)
     with (
         progress_lines("calibrate") as report,
         open_pool(args.workers, threads, args.ray, out, args.gpus) as pool,
     ):
         run_jobs(work, pool, report)
     for job in work:
-        print(job.arguments["output"])
+        print(job.arguments["arguments"]["output"])
     return 0
 
 
-def calibrate_one(**arguments: Any) -> None:
-    """One domain, in whatever process; a finished bundle of these options is kept on --resume."""
-    from ..calibrate import calibrate
-
-    if not (arguments["resume"] and is_calibrated(arguments)):
-        calibrate(**arguments)
+def _absolute(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Paths that hold in another process' folder too."""
+    paths = {key: arguments[key] for key in ("data", "weights", "base") if arguments[key]}
+    return {**arguments, **{key: str(Path(path).absolute()) for key, path in paths.items()}}
 
 
 def _of_each(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -159,14 +159,19 @@ def where_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--gpus", type=float, default=0.0, help="of each part on Ray")
 
 
-def threads_of(given: int | None, workers: int, ray: str | None) -> int:
-    """Threads of one part.
+def threads_of(given: int | None, workers: int, ray: str | None, gpus: float = 0.0) -> int:
+    """Threads of one part; checks the flags of :func:`where_flags`.
 
     Raises:
-        HdrqError: Not one or more of either, or Ray does not answer.
+        HdrqError: Numbers out of range, flags that do not go together, or Ray does not answer.
     """
     if ray is not None:
         reach(ray)
+    if gpus < 0 or (gpus and ray is None) or (ray is not None and workers != 1):
+        raise HdrqError(
+            f"found --workers {workers}, --gpus {gpus:g} {'with' if ray else 'without'} --ray; "
+            "--workers is of this machine, --gpus (0 or more) of Ray's tasks"
+        )
     if workers < 1 or (given is not None and given < 1):
         raise HdrqError(f"found --workers {workers}, --threads {given}; needed 1 or more")
     return given or (1 if ray else max(1, (os.cpu_count() or 1) // workers))

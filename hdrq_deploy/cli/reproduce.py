@@ -74,8 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _reproduce(args: argparse.Namespace) -> int:
     started = time.monotonic()
-    threads = threads_of(args.threads, args.workers, args.ray)
+    threads = threads_of(args.threads, args.workers, args.ray, args.gpus)
     bits = parse_bits(args.bits)
+    if args.draw and (args.protocol != "segmentation" or parse_bits([args.draw])[0] not in bits):
+        raise HdrqError(
+            f"found --draw {args.draw}; needed one of --bits {' '.join(args.bits)}, and the "
+            "segmentation protocol"
+        )
     if importlib.util.find_spec("torch") is None:
         raise ModelError("calibration needs torch: pip install 'hdrq-deploy[calibrate]'")
     out = args.out.absolute()
@@ -104,19 +109,16 @@ def _reproduce(args: argparse.Namespace) -> int:
         "protocol": args.protocol,
         "task": task.name,
         "model": task.model,
-        "learning": task.learning,
-        "images": grid.task.images,
         **({} if args.table else ran),
         "environment": {**environment(), "torch": version("torch")},
         "rows": records,
     }
     write_bytes(out / "results.json", (json.dumps(record, indent=1) + "\n").encode())
     write_bytes(out / "table.md", markdown(grid, records).encode())
+    print_table(header(grid), [cells(grid, row) for row in records])
     if args.draw:
-        parse_bits([args.draw])
         files = draw(grid, out, args.draw.lower())
         print(f"{len(files)} pictures in {files[0].parent}")
-    print_table(header(grid), [cells(grid, row) for row in records])
     print(f"{out / 'table.md'}, {out / 'results.json'}; every cell is a bundle in {out / 'cells'}")
     return 0
 

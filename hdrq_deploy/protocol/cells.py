@@ -10,7 +10,6 @@ from typing import Any
 
 from ..bundle import Bundle
 from ..calibration_data.readers import Wanted, read
-from ..errors import SpecError
 from ..exporters import export
 from ..files import write_bytes
 from ..merge import Merger, choose_weights, re_estimate
@@ -18,8 +17,8 @@ from ..recipe import Options
 from ..runtime.accuracy import accuracy
 from ..runtime.bench import labelled
 from ..runtime.engine import open_engine, read_manifest
-from .fresh import is_calibrated, is_merged
-from .grid import Grid, Merge, Run, bundle_path, row_path
+from .fresh import is_merged, make_bundle, stamp
+from .grid import Grid, Merge, Run, bundle_path, read_row, row_path
 from .jobs import Job
 from .tasks import Task
 
@@ -61,8 +60,7 @@ def calibrate_cell(task: Task, out: Path, device: str, threads: int, run: Run, d
         "seed": run.seed,
         "device": device,
     }
-    if not is_calibrated(arguments):
-        _calibrate(arguments)
+    make_bundle(arguments)
     _measure(task, out, cell, (domain,), device, threads, {"setting": run.setting})
 
 
@@ -117,16 +115,6 @@ def _unlabelled(task: Task, merge: Merge, like: Bundle, limit: int) -> dict[str,
     return {m: read(where[m], wanted, limit).x for m in merge.members}
 
 
-def _calibrate(arguments: dict[str, Any]) -> None:
-    """Go on behind the last finished block of the same run; of another run, begin anew."""
-    from ..calibrate import calibrate
-
-    try:
-        calibrate(**arguments, resume=True)
-    except SpecError:
-        calibrate(**arguments)
-
-
 def _measure(
     task: Task,
     out: Path,
@@ -139,9 +127,14 @@ def _measure(
     """Accuracy of the cell's ONNX Runtime engine; kept beside the hash of its bundle."""
     bundle = Bundle.open(bundle_path(out, cell))
     target = row_path(out, cell)
-    if target.is_file() and json.loads(target.read_text())["bundle"] == bundle.manifest_sha256:
-        return
     tests = [domain for domain in task.domains if domain.name in domains]
+    origin = {
+        "bundle": bundle.manifest_sha256,
+        "tests": {d.name: [*(stamp(d.test) or ()), task.split, d.image_size] for d in tests},
+    }
+    before = read_row(out, cell)
+    if before and {key: before.get(key) for key in origin} == json.loads(json.dumps(origin)):
+        return
     with tempfile.TemporaryDirectory() as scratch:
         folder = export(bundle, Path(scratch) / "engine", "ort")
         manifest = read_manifest(folder)
@@ -153,7 +146,7 @@ def _measure(
             found = accuracy(engine, sets)
     row = {
         "cell": cell,
-        "bundle": bundle.manifest_sha256,
+        **origin,
         "metric": found.metric,
         "domains": found.domains,
         "harmonic_mean": found.harmonic_mean,

@@ -1,55 +1,61 @@
-"""Is a bundle that is there the one that these arguments would make?"""
+"""Bundles that are made once: again only where what they are made from has changed.
+
+Beside ``night.hdrq`` lies ``.night.hdrq.inputs.json``: options, and path, size and time of the
+checkpoints and images. Where it is equal and the bundle whole, the bundle is kept.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..bundle import MANIFEST, Bundle
-from ..errors import HdrqError
+from ..bundle import Bundle
+from ..errors import HdrqError, SpecError
+from ..files import write_bytes
 
-__all__ = ["is_calibrated", "is_merged"]
+__all__ = ["forget", "is_calibrated", "is_merged", "make_bundle", "stamp"]
 
-_COMPARED = ("model", "method", "wbits", "abits", "per_channel", "grid", "fold", "seed")
+
+def make_bundle(arguments: Mapping[str, Any]) -> None:
+    """Calibrate where that was not done yet; go on behind the last block of the same run.
+
+    Args:
+        arguments: Keyword arguments of ``calibrate``.
+    """
+    from ..calibrate import calibrate
+
+    if is_calibrated(arguments):
+        return
+    inputs = _inputs(arguments)
+    _record(arguments).unlink(missing_ok=True)
+    given = {**arguments, "resume": True}
+    try:
+        calibrate(**given)
+    except SpecError:  # unfinished blocks of another run
+        calibrate(**{**given, "resume": False})
+    write_bytes(_record(arguments), inputs)
 
 
 def is_calibrated(arguments: Mapping[str, Any]) -> bool:
-    """Whether the bundle at ``output`` is whole, of these options, and newer than its checkpoints.
-
-    Args:
-        arguments: Keyword arguments of ``calibrate``; those left out are not compared.
-    """
+    """Whether the bundle at ``output`` is whole and made from just these inputs."""
+    record = _record(arguments)
+    if not record.is_file() or record.read_bytes() != _inputs(arguments):
+        return False
     try:
-        bundle = Bundle.open(arguments["output"])
+        Bundle.open(arguments["output"])
     except HdrqError:
         return False
-    manifest = bundle.manifest
-    found = {**manifest.options, **dict(manifest.scheme), "method": manifest.method}
-    found |= {"seed": manifest.seed, "model": manifest.model}
-    asked = {key: arguments[key] for key in _COMPARED if key in arguments}
-    if manifest.method == "float":
-        asked = {key: value for key, value in asked.items() if key in {"model", "method", "seed"}}
-    else:
-        asked |= asdict(arguments["options"])
-        if asked.get("fold") == "steps":
-            asked["per_channel"] = True
-    if arguments.get("images") is not None and found.get("images", 0) > arguments["images"]:
-        return False
-    if any(found.get(key) != value for key, value in asked.items()):
-        return False
-    made = (bundle.path / MANIFEST).stat().st_mtime
-    files = [arguments.get(name) for name in ("weights", "base")]
-    return all(_newest(Path(file)) <= made for file in files if file)
+    return True
 
 
-def _newest(path: Path) -> float:
-    """Time of the last change of a file, or of the newest file of a folder."""
-    if not path.exists():
-        return float("inf")  # the calibration itself says what is missing
-    parts = path.iterdir() if path.is_dir() else [path]
-    return max((part.stat().st_mtime for part in parts), default=float("inf"))
+def forget(output: Path) -> None:
+    """Let the bundle at ``output`` be made from its first block on."""
+    _record({"output": output}).unlink(missing_ok=True)
+    shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)
 
 
 def is_merged(path: Path, parents: Sequence[Bundle]) -> bool:
@@ -60,3 +66,29 @@ def is_merged(path: Path, parents: Sequence[Bundle]) -> bool:
         return False
     recorded = [parent.manifest_sha256 for parent in bundle.manifest.parents]
     return recorded == [parent.manifest_sha256 for parent in parents]
+
+
+def stamp(path: str | Path | None) -> list[Any] | None:
+    """Path, files, bytes and time of the last change of a file or of all files of a folder."""
+    if path is None:
+        return None
+    path = Path(path)
+    files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
+    found = [f.stat() for f in files if f.exists()]
+    newest = max((f.st_mtime_ns for f in found), default=0)
+    return [str(path.absolute()), len(found), sum(f.st_size for f in found), newest]
+
+
+def _record(arguments: Mapping[str, Any]) -> Path:
+    output = Path(arguments["output"])
+    return output.with_name(f".{output.name}.inputs.json")
+
+
+def _inputs(arguments: Mapping[str, Any]) -> bytes:
+    plain = {"model", "domain", "method", "wbits", "abits", "per_channel", "grid", "fold", "seed"}
+    plain |= {"images", "skip_corrupt", "device"}
+    record = {key: arguments[key] for key in sorted(plain & set(arguments))}
+    for key in ("options", "wanted"):
+        record[key] = asdict(arguments[key]) if arguments.get(key) is not None else None
+    record |= {key: stamp(arguments.get(key)) for key in ("data", "weights", "base")}
+    return (json.dumps(record, indent=1) + "\n").encode()

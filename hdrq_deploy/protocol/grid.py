@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from ..errors import SpecError
 from ..recipe import METHODS
@@ -88,6 +90,12 @@ class Grid:
                 raise SpecError(f"found method {method!r}; choose among {known} (float is there)")
         if self.rounding_seeds < 1:
             raise SpecError(f"found {self.rounding_seeds} rounding seeds; needed 1 or more")
+        if len(set(self.domains)) < len(self.domains):
+            raise SpecError(f"found a domain twice: {' '.join(self.domains)}")
+        if any(seed < 0 for seed in self.seeds):
+            raise SpecError(f"found seeds {' '.join(map(str, self.seeds))}; needed 0 or more")
+        if self.task.images < 1:
+            raise SpecError(f"found {self.task.images} calibration images; needed 1 or more")
         if len(self.task.domains) < 2:
             raise SpecError(f"found {len(self.task.domains)} domain; a merge needs two or more")
 
@@ -135,12 +143,21 @@ def parse_bits(words: Sequence[str]) -> tuple[tuple[int, int], ...]:
         check_bits(wbits, "wbits")
         check_bits(abits, "abits")
         found.append((wbits, abits))
-    return tuple(found)
+    return tuple(dict.fromkeys(found))
 
 
 def bundle_path(out: Path, cell: str) -> Path:
     """Where a cell's bundle is."""
     return out / "cells" / f"{cell}.hdrq"
+
+
+def read_row(out: Path, cell: str) -> dict[str, Any] | None:
+    """A cell's figures; None where there are none, or none that can be read."""
+    try:
+        found: dict[str, Any] = json.loads(row_path(out, cell).read_text())
+    except (OSError, ValueError):
+        return None
+    return found
 
 
 def row_path(out: Path, cell: str) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import os
 import secrets
 import signal
 import socket
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ __all__ = ["Job", "open_pool", "reach", "run_jobs"]
 
 Report = Callable[[int, int, str], None]
 RETRIES = 3
-_NO_INTERRUPT = (signal.SIGINT, signal.SIG_IGN)
 _REACH_S = 5.0
 
 
@@ -93,8 +93,7 @@ class _Processes(Pool):
 
     def _start(self) -> ProcessPoolExecutor:
         context = get_context("spawn")
-        # Ctrl-C is for the process that waits for them; it ends them.
-        return ProcessPoolExecutor(self.room, context, signal.signal, _NO_INTERRUPT)
+        return ProcessPoolExecutor(self.room, context, _begin_worker)
 
     def submit(self, job: Job) -> Job:
         try:
@@ -135,6 +134,28 @@ class _Processes(Pool):
             for process in list((self._pool._processes or {}).values()):
                 process.terminate()
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """In a new process: how it ends."""
+    # Ctrl-C is for the process that waits for the workers; it ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _unwind)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _unwind(*_: object) -> None:
+    raise SystemExit(143)  # temporary folders go
+
+
+def _leave_with_parent() -> None:
+    """A worker whose parent was killed would go on, and write where the next run does."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_REACH_S)
+        os._exit(1)
 
 
 class _Ray(Pool):
@@ -260,7 +281,7 @@ def reach(address: str) -> None:
         raise HdrqError(f"found --ray {address}; needed HOST:PORT, ray://HOST:PORT or auto")
     try:
         socket.create_connection((host, int(port)), _REACH_S).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise HdrqError(
             f"--ray {address}: does not answer ({error}); needed the address of a running cluster "
             "(`ray start --head` prints it), or --ray alone for this machine"

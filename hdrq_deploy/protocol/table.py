@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .grid import Grid, Merge, Run, row_path
+from ..bundle import Bundle
+from .grid import Grid, Merge, Run, bundle_path, read_row
 
 __all__ = ["markdown", "rows"]
 
@@ -51,14 +51,24 @@ def _row(
     members = merges[0].members
     singles: list[dict[str, float]] = []
     for run in runs:
-        cells = {m: _read(out, run.single(m)) for m in members}
+        cells = {m: read_row(out, run.single(m)) for m in members}
         if all(cells.values()):
             singles.append({m: cell["domains"][m] for m, cell in cells.items() if cell})
-    merged = [_read(out, merge.cell(draw)) for merge in merges for draw in range(merge.draws)]
+    merged = [read_row(out, merge.cell(draw)) for merge in merges for draw in range(merge.draws)]
     together = [cell["domains"] for cell in merged if cell]
     if not singles or not together:
         return None
-    return {"single": _summary(singles), "merged": _summary(together)}
+    return {
+        "single": _summary(singles),
+        "merged": _summary(together),
+        "options": _options(bundle_path(out, runs[0].single(members[0]))),
+    }
+
+
+def _options(path: Path) -> dict[str, Any]:
+    """How a cell was calibrated, by its own manifest."""
+    found = Bundle.open(path).manifest.options
+    return {key: found[key] for key in ("images", "iters", "batch", "lr", "threads")}
 
 
 def _summary(found: list[dict[str, float]]) -> dict[str, Any]:
@@ -75,14 +85,6 @@ def _summary(found: list[dict[str, float]]) -> dict[str, Any]:
         }
         for name, values in columns.items()
     }
-
-
-def _read(out: Path, cell: str) -> dict[str, Any] | None:
-    path = row_path(out, cell)
-    if not path.is_file():
-        return None
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
 
 
 def header(grid: Grid) -> list[str]:

@@ -103,13 +103,15 @@ def office_home(
     for name in names:
         file = _checkpoint(checkpoints, name, f"{letter}{_key(name)[0].upper()}", "target")
         domains.append(Domain(_key(name), str(file), str(folders[name]), str(folders[name])))
+    figures = {"qdrop-w3a3": {"merged": 62.99}, "hdrq-w3a3": {"merged": 64.70}}
+    known = _key(source) == "realworld" and len(domains) == len(OFFICE_HOME) - 1
     return Task(
         "office-home",
         "hdrq_deploy.models:shot_resnet50",
         str(_checkpoint(checkpoints, "source", letter, "source")),
         tuple(domains),
-        replace(_IMAGENET, size=(224, 224), resize=(256, 256)),
-        published={"qdrop-w3a3": {"merged": 62.99}, "hdrq-w3a3": {"merged": 64.70}},
+        replace(_IMAGENET, size=(224, 224), resize=(256, 256), ignore_case=True),
+        published=figures if known else {},
     )
 
 
@@ -160,7 +162,8 @@ def made(name: str, out: Path, targets: Sequence[str] = ()) -> Task:
         DataError: No such target domain.
         ModelError: scikit-learn, whose digits they are, is not installed.
     """
-    task = _digits(out / "data") if name == "office-home" else _streets(out / "data")
+    data = out / "data"
+    task = _digits(data / "digits") if name == "office-home" else _streets(data / "streets")
     domains = {domain.name: domain for domain in task.domains}
     unknown = [target for target in targets if target not in domains]
     if unknown:
