@@ -16,7 +16,7 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -180,26 +180,43 @@ def examine(name: str, side: int, count: int, iters: int, folder: Path) -> dict[
     return row
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Examine all models that have no row yet, and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def run_models(
+    argv: Sequence[str] | None,
+    about: str | None,
+    models: Mapping[str, Any],
+    file: str,
+    one: Callable[[str, Path], dict[str, Any]],
+    packages: Sequence[str],
+) -> int:
+    """A row for every model that has none yet, written to ``file`` as each is finished."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--again", action="store_true", help="examine finished models too")
+    parser.add_argument("--models", nargs="+", default=list(models), choices=list(models))
+    parser.add_argument("--again", action="store_true", help="run finished models too")
     args = parser.parse_args(argv)
     args.results.mkdir(parents=True, exist_ok=True)
-    target = args.results / "architectures.json"
+    target = args.results / file
     rows = json.loads(target.read_text())["rows"] if target.exists() else {}
     for name in args.models:
         if name in rows and not args.again:
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            rows[name] = examine(name, *MODELS[name], Path(scratch))
+            rows[name] = one(name, Path(scratch))
         print(json.dumps(rows[name]), flush=True)
-        versions = {n: version(n) for n in ("torch", "timm", "transformers")}
+        versions = {n: version(n) for n in packages}
         record = {"schema_version": 1, "environment": {**environment(), **versions}, "rows": rows}
         write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Examine all models that have no row yet, and write JSON."""
+
+    def one(name: str, folder: Path) -> dict[str, Any]:
+        return examine(name, *MODELS[name], folder)
+
+    packages = ("torch", "timm", "transformers")
+    return run_models(argv, __doc__, MODELS, "architectures.json", one, packages)
 
 
 if __name__ == "__main__":

@@ -11,28 +11,23 @@ Finished models are kept.
 
 from __future__ import annotations
 
-import argparse
 import json
-import tempfile
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from architectures import photographs, settle
+from architectures import photographs, run_models, settle
 from safetensors.torch import save_file
 
 from hdrq_deploy.calibrate import calibrate
 from hdrq_deploy.calibrate.source import load_model
 from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.exporters import export
-from hdrq_deploy.files import write_bytes
 from hdrq_deploy.recipe import Options
 from hdrq_deploy.runtime import load_engine
-from hdrq_deploy.runtime.environment import environment
 
 # Side of the images, weight bits, activation bits.
 MODELS = {
@@ -89,24 +84,12 @@ def one(name: str, side: int, wbits: int, abits: int, folder: Path) -> dict[str,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all models that have no row yet, and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--again", action="store_true", help="run finished models too")
-    args = parser.parse_args(argv)
-    target = args.results / "protocol_models.json"
-    rows = json.loads(target.read_text())["rows"] if target.exists() else {}
-    for name in args.models:
-        if name in rows and not args.again:
-            continue
-        with tempfile.TemporaryDirectory() as scratch:
-            rows[name] = one(name, *MODELS[name], Path(scratch))
-        print(json.dumps(rows[name]), flush=True)
-        names = ("torch", "torchvision", "transformers", "tensorrt-rtx")
-        versions = {n: version(n) for n in names}
-        record = {"schema_version": 1, "environment": {**environment(), **versions}, "rows": rows}
-        write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
-    return 0
+
+    def row(name: str, folder: Path) -> dict[str, Any]:
+        return one(name, *MODELS[name], folder)
+
+    packages = ("torch", "torchvision", "transformers", "tensorrt-rtx")
+    return run_models(argv, __doc__, MODELS, "protocol_models.json", row, packages)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from hdrq_deploy.errors import DataError
 from hdrq_deploy.files import mapped_file
 from hdrq_deploy.manifest import Preprocessing
 
-from .street import is_scenes, scene_images
+from .street import is_scenes, run_ahead, scene_images
 
 __all__ = ["ImageSet", "Wanted", "cut", "read"]
 
@@ -197,7 +195,9 @@ def _read_files(
     files = [files[i] for i in _chosen(len(files), limit, seed)]
     rows: _Rows | None = None
     labels, skipped = [], []
-    for file, label, pixels in _decoded(files, wanted):
+    todo = ((file, wanted) for file, _ in files)
+    found = run_ahead(_decoded, todo, min(os.cpu_count() or 1, 16), _AHEAD)
+    for (file, label), pixels in zip(files, found, strict=True):
         if isinstance(pixels, Exception):
             if not skip_corrupt:
                 raise DataError(
@@ -216,29 +216,12 @@ def _read_files(
     return ImageSet(rows.filled, y, classes or None, rows.preprocessing, tuple(skipped))
 
 
-def _decoded(
-    files: Sequence[tuple[Path, int]], wanted: Wanted
-) -> Iterator[tuple[Path, int, Array | Exception]]:
-    """Pixels (C, H, W) uint8 in order, decoded a few ahead on several cores."""
-
-    def one(file: Path) -> Array | Exception:
-        try:
-            return _pixels(_decode(file, wanted.channels), file, wanted)
-        except _UNREADABLE as error:
-            return error
-
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-        waiting: deque[tuple[Path, int, Future[Array | Exception]]] = deque()
-        try:
-            for file, label in files:
-                waiting.append((file, label, pool.submit(one, file)))
-                if len(waiting) > _AHEAD:
-                    done, number, future = waiting.popleft()
-                    yield done, number, future.result()
-            for done, number, future in waiting:
-                yield done, number, future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+def _decoded(file: Path, wanted: Wanted) -> Array | Exception:
+    """Pixels (C, H, W) uint8, or why there are none."""
+    try:
+        return _pixels(_decode(file, wanted.channels), file, wanted)
+    except _UNREADABLE as error:
+        return error
 
 
 def _pixels(image: Image.Image, file: Path, wanted: Wanted) -> Array:
@@ -274,7 +257,6 @@ class _Rows:
 
     def __init__(self, count: int, shape: tuple[int, ...], wanted: Wanted, folder: Path) -> None:
         channels, height, width = shape
-        self._wanted = wanted
         self.preprocessing = _preprocessing((height, width), channels, wanted, folder)
         p = self.preprocessing
         self._mean, self._std = (np.array(v, np.float32)[:, None, None] for v in (p.mean, p.std))
@@ -282,7 +264,7 @@ class _Rows:
         if size <= _IN_MEMORY:
             self._x = np.empty((count, *shape), np.float32)
         else:
-            self._x = np.frombuffer(mapped_file(size), np.float32).reshape(count, *shape)
+            self._x = np.frombuffer(mapped_file(size, "images"), np.float32).reshape(count, *shape)
         self._count = 0
 
     def add(self, pixels: Array, file: Path) -> None:

@@ -7,11 +7,12 @@ carry 255. Images are read when they are needed, a few at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +27,12 @@ __all__ = [
     "Scenes",
     "find_scenes",
     "is_scenes",
+    "run_ahead",
     "scene_images",
 ]
 
 Array = npt.NDArray[Any]
+Result = TypeVar("Result")
 IGNORE = 255
 
 # github.com/mcordts/cityscapesScripts, helpers/labels.py: train id, label id, name, colour.
@@ -97,6 +100,24 @@ _LABEL_IDS = _table({label: i for i, (label, _, _) in enumerate(_CLASSES)}, 35)
 _LEVEL3 = _table({k: CITYSCAPES.index(name) for k, name in _IDD_LEVEL3.items()}, 27)
 
 
+def run_ahead(
+    work: Callable[..., Result], items: Iterable[tuple[Any, ...]], workers: int, ahead: int
+) -> Iterator[Result]:
+    """``work(*item)`` of all items in order, on threads, ``ahead`` of them begun at most."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[Result]] = deque()
+        todo = iter(items)
+        try:
+            while True:
+                while len(waiting) < ahead and (item := next(todo, None)) is not None:
+                    waiting.append(pool.submit(work, *item))
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 @dataclass(frozen=True)
 class Scenes:
     """Pairs of an image and its label map, not read yet.
@@ -128,25 +149,17 @@ class Scenes:
         Raises:
             DataError: A file that cannot be read, a label out of range, or sizes that differ.
         """
-        with ThreadPoolExecutor(workers) as pool:
-            waiting: list[Any] = []
-            todo = iter(self.pairs)
-            batch: list[tuple[Array, Array]] = []
-            while True:
-                while len(waiting) < 2 * count and (pair := next(todo, None)) is not None:
-                    waiting.append(pool.submit(self.read, *pair))
-                if not waiting:
-                    break
-                image, label = waiting.pop(0).result()
-                if batch and batch[0][1].shape != label.shape:
-                    yield _stacked(batch)
-                    batch = []
-                batch.append((image, label))
-                if len(batch) == count:
-                    yield _stacked(batch)
-                    batch = []
-            if batch:
+        batch: list[tuple[Array, Array]] = []
+        for image, label in run_ahead(self.read, self.pairs, workers, 2 * count):
+            if batch and batch[0][1].shape != label.shape:
                 yield _stacked(batch)
+                batch = []
+            batch.append((image, label))
+            if len(batch) == count:
+                yield _stacked(batch)
+                batch = []
+        if batch:
+            yield _stacked(batch)
 
     def read(self, image_file: Path, label_file: Path) -> tuple[Array, Array]:
         """One input (3, H, W) float32 and its labels (H, W) int64.

@@ -28,7 +28,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .calibrate.pipeline import own_wanted
+from .calibrate.pipeline import own_wanted, torch_device
 from .calibrate.source import load_model, load_state, state_sha256
 from .calibration_data.readers import ImageSet, Wanted, read
 from .calibration_data.street import IGNORE
@@ -128,18 +128,17 @@ def adapt(
             f"found {len(found.x)} images; needed {recipe.batch} or more (one batch): add images "
             "or pass a smaller --batch"
         )
-    where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    if device == "cuda" and where.type != "cuda":
-        raise SpecError("found no CUDA device; pass --device cpu")
+    where = torch_device(device)
     run = _Run(network.to(where), torch.from_numpy(found.x), recipe, seed, where)
-    run.origin = {"model": model, "source_sha256": source, "data_sha256": found.sha256}
-    run.train(target.with_name(target.name + ".partial"), resume, progress)
+    origin = {"model": model, "source_sha256": source, "data_sha256": found.sha256}
+    partial = target.with_name(target.name + ".partial")
+    run.train(partial, origin, resume, progress)
     # Clones: tied weights may not share their memory in the file.
     state = {name: value.cpu().clone() for name, value in network.state_dict().items()}
     # One entry: safetensors writes several in any order.
     notes = json.dumps({"method": run.method, "seed": seed, **run.notes})
     write_bytes(target, save(state, {"adapted": notes}))
-    target.with_name(target.name + ".partial").unlink(missing_ok=True)
+    partial.unlink(missing_ok=True)
     return target
 
 
@@ -152,7 +151,6 @@ class _Run:
         self.model, self.x, self.recipe = model, x, recipe
         self.seed, self.device = seed, device
         self.notes: dict[str, Any] = {"images": len(x), **asdict(recipe)}
-        self.origin: dict[str, str] = {}
         try:
             with torch.no_grad():
                 example = self._scores(x[:2].to(device))
@@ -172,14 +170,16 @@ class _Run:
         self.head = None if self.pixels else _last_linear(model, x[:2].to(device))
         self.source = [p.detach().clone() for p in model.parameters()] if recipe.pull else []
 
-    def train(self, partial: Path, resume: bool, progress: Progress | None) -> None:
-        """All epochs; what was reached is kept beside the output after each."""
+    def train(
+        self, partial: Path, origin: dict[str, str], resume: bool, progress: Progress | None
+    ) -> None:
+        """All epochs; after each, ``partial`` keeps what was reached, for runs of ``origin``."""
         recipe, model = self.recipe, self.model
         optimizer = torch.optim.SGD(
             self._groups(), lr=recipe.lr, momentum=0.9, weight_decay=1e-3, nesterov=True
         )
         steps = len(self.x) // recipe.batch
-        run = {"seed": self.seed, **self.origin, **{k: str(v) for k, v in self.notes.items()}}
+        run = {"seed": self.seed, **origin, **{k: str(v) for k, v in self.notes.items()}}
         begin = 0
         if resume and partial.is_file():
             kept = torch.load(partial, map_location=self.device, weights_only=True)
@@ -264,7 +264,7 @@ class _Run:
         if self.pixels:
             first, last = self.recipe.share
             share = first + (last - first) * epoch / max(self.recipe.epochs - 1, 1)
-            return confident_labels(lambda: self._batches(), share)
+            return confident_labels(self._batches, share)
         features: list[Tensor] = []
         assert self.head is not None
         hook = self.head.register_forward_pre_hook(

@@ -174,12 +174,16 @@ def _umask() -> int:
     return mask
 
 
-def mapped_file(size: int, folder: Path | None = None) -> mmap.mmap:
+def mapped_file(
+    size: int, what: str, folder: Path | None = None, remedy: str = "pass fewer --images"
+) -> mmap.mmap:
     """``size`` bytes of a file without a name, which vanishes with the process.
 
     Args:
         size: Bytes, all of them reserved.
+        what: It holds, for the error.
         folder: Where it lies; the system's place for temporary files by default.
+        remedy: What else helps, beside room on the disk.
 
     Raises:
         DataError: The disk has no room.
@@ -193,7 +197,6 @@ def mapped_file(size: int, folder: Path | None = None) -> mmap.mmap:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise
         raise DataError(
-            f"found no room for {size / 1e9:.1f} GB on the disk of "
-            f"{folder or tempfile.gettempdir()} ({error.strerror}); free some, pass fewer "
-            "--images, or (activations) raise --cache-gb"
+            f"found no room for {size / 1e9:.1f} GB of {what} on the disk of "
+            f"{folder or tempfile.gettempdir()} ({error.strerror}); free some, {remedy}"
         ) from error

@@ -14,7 +14,7 @@ from ..calibration_data.street import CITYSCAPES, IGNORE, PALETTE
 from ..frames import pixels
 from ..manifest import EngineManifest
 
-__all__ = ["Pictures", "palette"]
+__all__ = ["Pictures", "in_colours", "palette"]
 
 Array = npt.NDArray[Any]
 _GAP = 4
@@ -32,6 +32,24 @@ def palette(classes: int) -> Array:
     return table
 
 
+def in_colours(
+    x: Array, labels: Array, found: Array, manifest: EngineManifest
+) -> tuple[Array, Array, Array]:
+    """A network input (C, H, W) and two label maps (H, W) as pictures (H, W, 3) uint8.
+
+    What was found where nothing was asked (IGNORE) is black, as the labels are there.
+    """
+    (frame,) = pixels(x[None], manifest.preprocessing)
+    if frame.shape[2] == 1:
+        frame = np.repeat(frame, 3, 2)
+    # (N, classes, h, w); an engine of labels has no such dimension.
+    shape = manifest.outputs[0].shape
+    classes = shape[1] if len(shape) == 4 and isinstance(shape[1], int) else 0
+    known = int(np.max(np.where(labels == IGNORE, 0, labels), initial=found.max(initial=0))) + 1
+    table = palette(max(classes, known))
+    return frame, table[labels], table[np.where(labels == IGNORE, IGNORE, found)]
+
+
 class Pictures:
     """Writes ``DOMAIN/NUMBER.png`` for the first images of every domain.
 
@@ -42,23 +60,15 @@ class Pictures:
     """
 
     def __init__(self, folder: Path, manifest: EngineManifest, limit: int = 20) -> None:
-        self._folder, self._limit = folder, limit
-        self._preprocessing = manifest.preprocessing
-        # (N, classes, h, w); an engine of labels has no such dimension.
-        shape = manifest.outputs[0].shape
-        self._classes = shape[1] if len(shape) == 4 and isinstance(shape[1], int) else 0
+        self._folder, self._manifest, self._limit = folder, manifest, limit
 
     def __call__(self, domain: str, number: int, x: Array, labels: Array, found: Array) -> None:
         """Write one picture: x (C, H, W), labels and found (H, W)."""
         if number >= self._limit:
             return
-        (frame,) = pixels(x[None], self._preprocessing)
-        if frame.shape[2] == 1:
-            frame = np.repeat(frame, 3, 2)
-        known = int(np.max(np.where(labels == IGNORE, 0, labels), initial=found.max(initial=0))) + 1
-        table = palette(max(self._classes, known))
+        frame, wanted, drawn = in_colours(x, labels, found, self._manifest)
         gap = np.full((frame.shape[0], _GAP, 3), 255, np.uint8)
-        parts = [frame, gap, table[labels], gap, table[np.where(labels == IGNORE, IGNORE, found)]]
+        parts = [frame, gap, wanted, gap, drawn]
         file = self._folder / domain / f"{number:04}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.concatenate(parts, 1)).save(file)

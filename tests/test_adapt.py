@@ -126,7 +126,9 @@ def test_a_stopped_adaptation_goes_on_to_the_same_bytes(work: Path, tmp_path: Pa
     with pytest.raises(SpecError, match="a run of other options"):
         adapt("tiny_models:Tiny", image_set(images), target, weights, other, resume=True)
     with pytest.raises(SpecError, match="a run of other options, images or checkpoint"):
-        adapt("tiny_models:Tiny", image_set(images[::-1].copy()), target, weights, recipe, resume=True)
+        adapt(
+            "tiny_models:Tiny", image_set(images[::-1].copy()), target, weights, recipe, resume=True
+        )
     steps: list[int] = []
     adapt(
         "tiny_models:Tiny",

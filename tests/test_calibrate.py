@@ -354,7 +354,7 @@ def test_activations_beyond_the_budget_go_to_mapped_files(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(HdrqError, match="no room for .* fewer --images, or .activations. raise --cache-gb"):
+    with pytest.raises(HdrqError, match="no room for .* fewer --images, or raise --cache-gb"):
         caches.rows(10, torch.Size([8]))
 
 

@@ -15,6 +15,7 @@ __all__ = ["Caches", "Rows"]
 
 # After so many bytes of a mapped file were touched its pages leave the process again.
 _RESIDENT = 256 << 20
+_REMEDY = "pass fewer --images, or raise --cache-gb"
 
 
 class Rows:
@@ -99,7 +100,7 @@ class Caches:
         if size <= self._left or size == 0:
             self._left -= size
             return Rows(self, torch.empty(count, *shape), None, rows)
-        mapped = mapped_file(size, self._folder)
+        mapped = mapped_file(size, "activations", self._folder, _REMEDY)
         self.spilled += size
         values = np.frombuffer(mapped, np.float32)
         return Rows(self, torch.from_numpy(values).reshape(count, *shape), mapped, rows)

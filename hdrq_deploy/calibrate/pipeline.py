@@ -94,7 +94,7 @@ def calibrate(
     options = options or Options.of(method)
     per_channel = per_channel or fold == "steps"
     _check(method, wbits, abits, grid, fold, options, base)
-    where = _device(device)
+    where = torch_device(device)
     network = load_model(model)
     own = {name: value.clone() for name, value in network.state_dict().items()}
     base_state = load_state(network, base, "source") if base else None
@@ -285,7 +285,8 @@ def _check(
         )
 
 
-def _device(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
+    """``auto``, ``cpu`` or ``cuda``, where it is there."""
     if name not in {"auto", "cpu", "cuda"}:
         raise SpecError(f"found device {name!r}; choose auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():

@@ -155,7 +155,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             Job(
                 own["domain"],
                 make_bundle,
-                {"arguments": _absolute({**common, **own, "output": target})},
+                _absolute({**common, **own, "output": target}),
             )
         )
     threads = threads_of(args.threads, args.workers, args.ray, args.gpus)
@@ -165,7 +165,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     ):
         run_jobs(work, pool, report)
     for job in work:
-        print(job.arguments["arguments"]["output"])
+        print(job.arguments["output"])
     return 0
 
 

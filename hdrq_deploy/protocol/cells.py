@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,15 @@ from ..exporters import export
 from ..files import write_bytes
 from ..merge import Merger, choose_weights, re_estimate
 from ..recipe import Options
-from ..runtime.accuracy import accuracy
+from ..runtime.accuracy import Labelled, accuracy
 from ..runtime.bench import labelled
-from ..runtime.engine import open_engine, read_manifest
+from ..runtime.engine import Engine, open_engine, read_manifest
 from .fresh import is_merged, make_bundle, stamp
 from .grid import Grid, Merge, Run, bundle_path, read_row, row_path
 from .jobs import Job
-from .tasks import Task
+from .tasks import Domain, Task
 
-__all__ = ["jobs"]
+__all__ = ["engine_of", "jobs", "labelled_set"]
 
 CANDIDATES = 30  # as in the paper
 
@@ -60,7 +61,7 @@ def calibrate_cell(task: Task, out: Path, device: str, threads: int, run: Run, d
         "seed": run.seed,
         "device": device,
     }
-    make_bundle(arguments)
+    make_bundle(**arguments)
     _measure(task, out, cell, (domain,), device, threads, {"setting": run.setting})
 
 
@@ -71,8 +72,12 @@ def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) 
     missing = [draw for draw, path in enumerate(targets) if not is_merged(path, parents)]
     if missing:
         mix, record = _mix(task, merge, parents)
+        auto = merge.way == "auto"
+        renewed = _unlabelled(task, merge, parents[0], task.renew_images) if auto else None
         for draw in missing:
-            _write(task, out, merge, draw, parents, mix, record, threads)
+            rounding = "advanced" if auto else merge.way
+            merger = Merger(parents, rounding, CANDIDATES, draw)
+            _write(merger, targets[draw], mix, record, renewed, threads)
     for draw in range(merge.draws):
         extra = {"setting": merge.run.setting, "way": merge.way, "draw": draw}
         _measure(task, out, merge.cell(draw), merge.members, device, threads, extra)
@@ -87,25 +92,19 @@ def _mix(task: Task, merge: Merge, parents: list[Bundle]) -> tuple[list[float], 
 
 
 def _write(
-    task: Task,
-    out: Path,
-    merge: Merge,
-    draw: int,
-    parents: list[Bundle],
+    merger: Merger,
+    target: Path,
     mix: list[float],
     record: dict[str, Any],
+    renewed: dict[str, Any] | None,
     threads: int,
 ) -> None:
-    rounding = "advanced" if merge.way == "auto" else merge.way
-    merger = Merger(parents, rounding, CANDIDATES, draw)
-    target = bundle_path(out, merge.cell(draw))
-    if merge.way != "auto":
+    if renewed is None:
         merger.write(target, mix, None, threads)
         return
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
         bundle = merger.write(Path(scratch) / "merged.hdrq", mix, None, threads, record)
-        images = _unlabelled(task, merge, parents[0], task.renew_images)
-        re_estimate(bundle, images, target, draw)
+        re_estimate(bundle, renewed, target, merger.seed)
 
 
 def _unlabelled(task: Task, merge: Merge, like: Bundle, limit: int) -> dict[str, Any]:
@@ -135,15 +134,8 @@ def _measure(
     before = read_row(out, cell)
     if before and {key: before.get(key) for key in origin} == json.loads(json.dumps(origin)):
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = export(bundle, Path(scratch) / "engine", "ort")
-        manifest = read_manifest(folder)
-        sets = {
-            d.name: labelled(manifest, d.name, d.test, split=task.split, image_size=d.image_size)
-            for d in tests
-        }
-        with open_engine(folder, manifest, _engine_device(device), threads) as engine:
-            found = accuracy(engine, sets)
+    with engine_of(bundle, _engine_device(device), threads) as engine:
+        found = accuracy(engine, {d.name: labelled_set(engine, task, d) for d in tests})
     row = {
         "cell": cell,
         **origin,
@@ -155,6 +147,21 @@ def _measure(
         **extra,
     }
     write_bytes(target, (json.dumps(row, indent=1) + "\n").encode())
+
+
+@contextmanager
+def engine_of(bundle: Bundle, device: str, threads: int) -> Iterator[Engine]:
+    """The bundle's ONNX Runtime engine, for a while."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = export(bundle, Path(scratch) / "engine", "ort")
+        with open_engine(folder, read_manifest(folder), device, threads) as engine:
+            yield engine
+
+
+def labelled_set(engine: Engine, task: Task, domain: Domain) -> Labelled:
+    """The labelled images of a domain, as the engine reads them."""
+    name, size = domain.name, domain.image_size
+    return labelled(engine.manifest, name, domain.test, split=task.split, image_size=size)
 
 
 def _engine_device(device: str) -> str:

@@ -17,10 +17,10 @@ from ..bundle import Bundle
 from ..errors import HdrqError, SpecError
 from ..files import write_bytes
 
-__all__ = ["forget", "is_calibrated", "is_merged", "make_bundle", "stamp"]
+__all__ = ["forget", "is_merged", "make_bundle", "stamp"]
 
 
-def make_bundle(arguments: Mapping[str, Any]) -> None:
+def make_bundle(**arguments: Any) -> None:
     """Calibrate where that was not done yet; go on behind the last block of the same run.
 
     Args:
@@ -28,25 +28,21 @@ def make_bundle(arguments: Mapping[str, Any]) -> None:
     """
     from ..calibrate import calibrate
 
-    if is_calibrated(arguments):
+    record, inputs = _record(arguments["output"]), _inputs(arguments)
+    if record.is_file() and record.read_bytes() == inputs and _is_whole(arguments["output"]):
         return
-    inputs = _inputs(arguments)
-    _record(arguments).unlink(missing_ok=True)
+    record.unlink(missing_ok=True)
     given = {**arguments, "resume": True}
     try:
         calibrate(**given)
     except SpecError:  # unfinished blocks of another run
         calibrate(**{**given, "resume": False})
-    write_bytes(_record(arguments), inputs)
+    write_bytes(record, inputs)
 
 
-def is_calibrated(arguments: Mapping[str, Any]) -> bool:
-    """Whether the bundle at ``output`` is whole and made from just these inputs."""
-    record = _record(arguments)
-    if not record.is_file() or record.read_bytes() != _inputs(arguments):
-        return False
+def _is_whole(path: Path) -> bool:
     try:
-        Bundle.open(arguments["output"])
+        Bundle.open(path)
     except HdrqError:
         return False
     return True
@@ -54,7 +50,7 @@ def is_calibrated(arguments: Mapping[str, Any]) -> bool:
 
 def forget(output: Path) -> None:
     """Let the bundle at ``output`` be made from its first block on."""
-    _record({"output": output}).unlink(missing_ok=True)
+    _record(output).unlink(missing_ok=True)
     shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)
 
 
@@ -79,8 +75,7 @@ def stamp(path: str | Path | None) -> list[Any] | None:
     return [str(path.absolute()), len(found), sum(f.st_size for f in found), newest]
 
 
-def _record(arguments: Mapping[str, Any]) -> Path:
-    output = Path(arguments["output"])
+def _record(output: Path) -> Path:
     return output.with_name(f".{output.name}.inputs.json")
 
 

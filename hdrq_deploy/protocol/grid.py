@@ -25,6 +25,24 @@ BITS = ("w8a8", "w8a4", "w6a6", "w4a8", "w4a4", "w3a3")
 SETTINGS = ("paper", "ours")
 
 
+def parse_bits(words: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """``w4a8`` as (4, 8).
+
+    Raises:
+        SpecError: Another form, or bits out of range.
+    """
+    found = []
+    for word in words:
+        match = re.fullmatch(r"w(\d)a(\d)", word.lower())
+        if not match:
+            raise SpecError(f"found bits {word!r}; needed such as w4a4 ({', '.join(BITS)})")
+        wbits, abits = int(match[1]), int(match[2])
+        check_bits(wbits, "wbits")
+        check_bits(abits, "abits")
+        found.append((wbits, abits))
+    return tuple(dict.fromkeys(found))
+
+
 @dataclass(frozen=True)
 class Run:
     """One way to calibrate all domains."""
@@ -77,7 +95,7 @@ class Grid:
 
     task: Task
     methods: tuple[str, ...] = ("brecq", "qdrop", "hdrq")
-    bits: tuple[tuple[int, int], ...] = tuple((int(b[1]), int(b[3])) for b in BITS)
+    bits: tuple[tuple[int, int], ...] = parse_bits(BITS)
     seeds: tuple[int, ...] = (0, 1)
     settings: tuple[str, ...] = ("paper",)
     rounding_seeds: int = 4
@@ -126,24 +144,6 @@ class Grid:
         if run.method == "float":
             return ("nearest", "auto") if "ours" in self.settings else ("nearest",)
         return ("auto",) if run.setting == "ours" else ("nearest", "advanced")
-
-
-def parse_bits(words: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """``w4a8`` as (4, 8).
-
-    Raises:
-        SpecError: Another form, or bits out of range.
-    """
-    found = []
-    for word in words:
-        match = re.fullmatch(r"w(\d)a(\d)", word.lower())
-        if not match:
-            raise SpecError(f"found bits {word!r}; needed such as w4a4 ({', '.join(BITS)})")
-        wbits, abits = int(match[1]), int(match[2])
-        check_bits(wbits, "wbits")
-        check_bits(abits, "abits")
-        found.append((wbits, abits))
-    return tuple(dict.fromkeys(found))
 
 
 def bundle_path(out: Path, cell: str) -> Path:

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import io
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from ..bundle import Bundle
-from ..calibration_data.street import IGNORE, Scenes
+from ..calibration_data.street import Scenes
 from ..errors import DataError
-from ..exporters import export
 from ..files import write_bytes
-from ..frames import pixels
 from ..runtime.accuracy import accuracy
-from ..runtime.bench import labelled
-from ..runtime.engine import open_engine, read_manifest
-from ..runtime.pictures import palette
+from ..runtime.pictures import in_colours
+from .cells import engine_of, labelled_set
 from .grid import Grid, Merge, bundle_path
 
 __all__ = ["draw"]
@@ -80,33 +75,20 @@ def _run(
     scenes: int,
     shown: dict[tuple[str, int], list[tuple[str, Array]]],
 ) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = export(bundle, Path(scratch) / "engine", "ort")
-        manifest = read_manifest(folder)
+    with engine_of(bundle, "cpu", 0) as engine:
 
         def see(domain: str, number: int, x: Array, labels: Array, found: Array) -> None:
-            known = int(max(labels[labels != IGNORE].max(initial=0), found.max(initial=0))) + 1
-            table = palette(max(known, _classes(manifest.outputs[0].shape)))
-            parts = shown.setdefault((domain, number), [])
-            if not parts:
-                (frame,) = pixels(x[None], manifest.preprocessing)
-                parts += [("image", frame), ("labels", table[labels])]
-            parts.append((title, table[np.where(labels == IGNORE, IGNORE, found)]))
+            frame, wanted, drawn = in_colours(x, labels, found, engine.manifest)
+            parts = shown.setdefault((domain, number), [("image", frame), ("labels", wanted)])
+            parts.append((title, drawn))
 
         sets = {}
-        for d in grid.task.domains:
-            images = labelled(
-                manifest, d.name, d.test, split=grid.task.split, image_size=d.image_size
-            )
+        for domain in grid.task.domains:
+            images = labelled_set(engine, grid.task, domain)
             if not isinstance(images, Scenes):
-                raise DataError(f"{d.test}: found no label maps; pictures are of segmentation")
-            sets[d.name] = replace(images, pairs=images.pairs[:scenes])
-        with open_engine(folder, manifest, "cpu") as engine:
-            accuracy(engine, sets, draw=see)
-
-
-def _classes(shape: tuple[int | str, ...]) -> int:
-    return shape[1] if len(shape) == 4 and isinstance(shape[1], int) else 0
+                raise DataError(f"{domain.test}: found no label maps; pictures are of segmentation")
+            sets[domain.name] = replace(images, pairs=images.pairs[:scenes])
+        accuracy(engine, sets, draw=see)
 
 
 def _beside(parts: list[tuple[str, Array]]) -> Image.Image:
@@ -117,5 +99,5 @@ def _beside(parts: list[tuple[str, Array]]) -> Image.Image:
     for i, (title, part) in enumerate(parts):
         left = i * (width + _GAP)
         pen.text((left + 2, 1), title, fill="black")
-        whole.paste(Image.fromarray(part.astype(np.uint8)), (left, _TITLE))
+        whole.paste(Image.fromarray(part), (left, _TITLE))
     return whole

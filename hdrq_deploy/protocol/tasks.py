@@ -11,6 +11,7 @@ from typing import Any
 from ..calibration_data import digits, streetscape
 from ..calibration_data.readers import Wanted
 from ..errors import DataError, ModelError
+from ..recipe import METHODS
 
 __all__ = [
     "OFFICE_HOME",
@@ -75,10 +76,8 @@ class Task:
     def calibrated_with(self, **changes: Any) -> Task:
         """The task with options of every learning method changed; None changes nothing."""
         given = {key: value for key, value in changes.items() if value is not None}
-        methods = {*self.learning, "brecq", "qdrop", "hdrq", "adaround"}
-        return replace(
-            self, learning={m: {**self.learning.get(m, {}), **given} for m in sorted(methods)}
-        )
+        methods = [name for name, options in METHODS.items() if options.learner != "none"]
+        return replace(self, learning={m: {**self.learning.get(m, {}), **given} for m in methods})
 
 
 def office_home(
