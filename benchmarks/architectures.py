@@ -133,7 +133,7 @@ def examine(name: str, side: int, count: int, iters: int, folder: Path) -> dict[
     with torch.no_grad():
         folded = torch.cat([found.module(part) for part in x.split(8)])  # type: ignore[no-untyped-call]
     plan = plan_quantizers(found, 8, 8, False, "int8")
-    blocks = find_blocks(found.graph)
+    blocks = find_blocks(found)
     row: dict[str, Any] = {
         "model": name,
         "input": [3, side, side],

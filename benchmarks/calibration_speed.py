@@ -95,7 +95,7 @@ def plain_calibrate(found: Capture, plan: Plan, images: Tensor, options: Options
         result.weights[name] = weight
     for activation in result.activations.values():
         activation.__class__ = PlainActivation
-    blocks = find_blocks(found.graph)
+    blocks = find_blocks(found)
     modules = [ours._build(found, plan, block, result) for block in blocks]
     start = next(n for n in found.graph.nodes if n.op == "placeholder" and is_tensor(n))
 

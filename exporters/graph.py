@@ -14,6 +14,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedN
 
 from ..bundle import GRAPH, Bundle
 from ..errors import ExportError
+from ..surgery import distinct_names
 
 __all__ = ["Quantizer", "load", "quantizers", "save"]
 
@@ -56,6 +57,7 @@ def load(bundle: Bundle, tensors: Mapping[str, npt.NDArray[Any]] | None = None) 
 
 def save(model: ir.Model, path: Path) -> None:
     """Write ``model`` with its larger tensors in ``model.onnx.data`` beside it."""
+    distinct_names(model)
     ir.save(model, path, external_data=DATA, size_threshold_bytes=_INLINE_BYTES)
 
 

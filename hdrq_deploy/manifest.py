@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -25,6 +26,7 @@ __all__ = [
     "Scheme",
     "Tensor",
     "Tolerances",
+    "weight_name",
 ]
 
 SCHEMA: Literal[1] = 1
@@ -71,6 +73,15 @@ class Tensor(_Frozen):
     def packed(self) -> bool:
         """Two codes share a byte."""
         return self.dtype == "int4"
+
+
+def weight_name(codes: str) -> str:
+    """The weight whose codes a tensor holds, by its name in the model.
+
+    >>> weight_name("conv1.weight_codes"), weight_name("conv1.weight_codes_2")
+    ('conv1.weight', 'conv1.weight')
+    """
+    return re.sub(r"_codes(_\d+)?$", "", codes)
 
 
 class FoldRecord(_Frozen):

@@ -35,6 +35,7 @@ from .runtime.engine import check_input, load_engine
 from .runtime.images import Prediction, network_input, predictions
 from .runtime.ort import session_options
 from .runtime.tensorrt import LIBRARIES, TensorRtEngine
+from .surgery import serialized
 
 __all__ = ["Adapted", "DomainMixer", "Output"]
 
@@ -401,7 +402,7 @@ class _OrtBuilder:
         tensors = self._merger.tensors(mix)
         model, _ = lowered(self._merger.parents[0], "ort", self._options, tensors)
         (value,) = model.graph.inputs
-        data = ir.to_proto(model).SerializeToString()
+        data = serialized(model)
         return _Session(data, port_of(value, self._options.fold_preprocess), self._threads)
 
     def close(self) -> None:

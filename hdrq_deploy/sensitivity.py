@@ -19,7 +19,8 @@ from .affine import dequantize
 from .bundle import GRAPH, Bundle
 from .errors import DataError
 from .frames import decisions, in_batches
-from .surgery import constant, quantize_only
+from .manifest import weight_name
+from .surgery import constant, quantize_only, serialized
 
 __all__ = ["LayerSensitivity", "Scheme", "Sensitivity", "sensitivity", "suggest"]
 
@@ -79,7 +80,7 @@ class Partly:
             entry = bundle.manifest.tensors[layer.weight]
             assert entry.scale is not None
             coded = dequantize(tensors[layer.weight], tensors[entry.scale], entry.axis)
-            name = layer.weight.removesuffix("_codes")
+            name = weight_name(layer.weight)
             self._weights[layer.weight] = (coded, _real(name, coded, real, bundle))
 
     def __call__(self, quantized: Collection[str], x: Iterable[Array]) -> Array:
@@ -96,7 +97,7 @@ class Partly:
             if layer.weight is not None:
                 coded, plain = self._weights[layer.weight]
                 _put(model, layer.weight, coded if layer.node in chosen else plain)
-        session = reference.unfused_session(ir.to_proto(model).SerializeToString())
+        session = reference.unfused_session(serialized(model))
         port = session.get_inputs()[0].name
         try:
             return np.concatenate([session.run(None, {port: rows})[0] for rows in x])

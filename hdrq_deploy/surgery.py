@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Container
 from typing import Any
 
 import numpy.typing as npt
 import onnx_ir as ir
 
-__all__ = ["chain", "constant", "free_operand", "quantize_only", "quantizer_of"]
+__all__ = [
+    "chain",
+    "constant",
+    "distinct_names",
+    "free_operand",
+    "quantize_only",
+    "quantizer_of",
+    "serialized",
+]
 
 _READERS = ("Conv", "Gemm", "MatMul")  # a transposed convolution computes in float
 _LAYERS = (*_READERS, "ConvTranspose")
@@ -108,7 +116,8 @@ def chain(quantize: ir.Node) -> list[ir.Node]:
 
 
 def constant(model: ir.Model, name: str, value: npt.NDArray[Any]) -> ir.Value:
-    """A new initializer."""
+    """A new initializer; where ``name`` is taken, its name gets a number."""
+    name = _numbered(name, model.graph.initializers)
     made = ir.Value(
         name=name,
         shape=ir.Shape(value.shape),
@@ -117,6 +126,39 @@ def constant(model: ir.Model, name: str, value: npt.NDArray[Any]) -> ir.Value:
     )
     model.graph.register_initializer(made)
     return made
+
+
+def distinct_names(model: ir.Model) -> None:
+    """Rename what nodes compute where an input, an initializer or another node has the name.
+
+    A model may hold a buffer ``mean`` beside a node that the exporter calls ``mean``; in a
+    file the two would be one value. In place; ports and initializers keep their names.
+    """
+    outputs = set(model.graph.outputs)
+    kept = [*model.graph.inputs, *model.graph.initializers.values(), *outputs]
+    taken = {value.name or "" for value in kept}
+    for node in model.graph:
+        for value in node.outputs:
+            if value in outputs:
+                continue
+            value.name = _numbered(value.name or node.op_type, taken)
+            taken.add(value.name)
+
+
+def serialized(model: ir.Model) -> bytes:
+    """The model as the bytes of a file, after :func:`distinct_names`."""
+    distinct_names(model)
+    data: bytes = ir.to_proto(model).SerializeToString()
+    return data
+
+
+def _numbered(name: str, taken: Container[str]) -> str:
+    """``name``, or the first of ``name_2``, ``name_3``, ... that is not taken."""
+    number, tried = 1, name
+    while tried in taken:
+        number += 1
+        tried = f"{name}_{number}"
+    return tried
 
 
 def _producer(node: ir.Node) -> ir.Node | None:

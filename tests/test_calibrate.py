@@ -49,7 +49,7 @@ def test_blocks_hold_every_heavy_node_once_and_split_at_long_skips(work: Path) -
         fold_constants(found)
         fold_batch_norm(found)
         plan = plan_quantizers(found, 4, 8, False, "int8")
-        blocks = find_blocks(found.graph)
+        blocks = find_blocks(found)
         assert [n for b in blocks for n in b.heavy] == [site.node for site in plan.layers]
 
 
@@ -92,7 +92,7 @@ def test_architectures_are_captured_and_cut(
     with torch.no_grad():
         got = found.module(x)
     assert float((got - expected).norm() / expected.norm()) < 1e-4
-    cut = find_blocks(found.graph)
+    cut = find_blocks(found)
     assert blocks is None or len(cut) == blocks
     assert max(len(block.heavy) for block in cut) <= most
     plan = plan_quantizers(found, 4, 8, False, "int8")

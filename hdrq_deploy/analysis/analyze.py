@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import affine
 from ..bundle import Bundle
 from ..errors import MergeError, SpecError
+from ..manifest import weight_name
 from ..merge import Merger
 from ..runtime.bench import harmonic_mean
 from .landscape import Landscape, Scores, Weights, real_weights, top_eigenvalue, trace
@@ -204,11 +205,11 @@ class _Work:
         rows = []
         for name in self.codes:
             weights = [real[name] for real in self.real]
-            row: dict[str, Any] = {"layer": name.removesuffix("_codes"), "between": {}}
+            row: dict[str, Any] = {"layer": weight_name(name), "between": {}}
             for i, j in combinations(range(len(weights)), 2):
                 key = f"{self.names[i]} - {self.names[j]}"
                 row["between"][key] = _relative(weights[i], weights[j])
-            origin = None if self.base is None else self.base.get(name.removesuffix("_codes"))
+            origin = None if self.base is None else self.base.get(weight_name(name))
             if origin is not None:
                 source = torch.from_numpy(np.array(origin))
                 row["to_source"] = {
@@ -291,7 +292,7 @@ class _Work:
         )
         floats = merger.floats(self.even)
         return [
-            {"layer": name.removesuffix("_codes"), **merger.codes(name, self.even, floats)[1]}
+            {"layer": weight_name(name), **merger.codes(name, self.even, floats)[1]}
             for name in self.codes
         ]
 

@@ -4,6 +4,10 @@ Consecutive cuts that hold weights form a block; on a ResNet these are the stem,
 residual block and the head. Long-lived skips (encoder-decoders) leave few such cuts: blocks
 with more than ``MOST_HEAVY`` heavy nodes are then cut where the fewest tensors are alive,
 and those tensors become extra inputs and outputs.
+
+Activations are kept image by image between blocks, so a cut falls only where every live
+tensor has the images on axis 0 and nowhere else, the rows of one image together. Two images
+are swapped to see that (sequence-first attention, for one, has them on axis 1).
 """
 
 from __future__ import annotations
@@ -14,11 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .capture import Capture, attribute
 from .placement import HEAVY
 
 __all__ = ["MOST_HEAVY", "Block", "find_blocks", "rows_per_image", "scalar_value"]
 
 MOST_HEAVY = 8
+# Of the RMS; a product sums in another order when the rows move.
+_SWAP_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -47,19 +54,76 @@ def _is_list(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (list, tuple))
 
 
-def find_blocks(graph: fx.Graph, most_heavy: int = MOST_HEAVY) -> list[Block]:
-    """Cut ``graph`` into blocks, in order; every compute node is in exactly one.
+def find_blocks(found: Capture, most_heavy: int = MOST_HEAVY) -> list[Block]:
+    """Cut a captured graph into blocks, in order; every compute node is in exactly one.
 
     Args:
-        graph: A captured graph.
-        most_heavy: A block with more convolutions and products than this is split.
+        found: A captured model, on the CPU.
+        most_heavy: A block with more convolutions and products than this is split where it
+            can be.
     """
+    graph = found.graph
     nodes = [n for n in graph.nodes if n.op not in {"placeholder", "output", "get_attr"}]
+    by_image = _kept_by_image(found)
     alive = _alive_after(graph, nodes)
-    cuts = [i for i, live in enumerate(alive) if len(live) == 1 and not any(map(_is_list, live))]
-    bounds = _heavy_runs(nodes, cuts)
-    bounds = [part for bound in bounds for part in _split(nodes, alive, most_heavy, *bound)]
+    whole = [i for i, live in enumerate(alive) if live <= by_image]
+    bounds = _heavy_runs(nodes, [i for i in whole if len(alive[i]) == 1])
+    bounds = [part for b in bounds for part in _split(nodes, alive, set(whole), most_heavy, *b)]
     return [_block(nodes, first, last) for first, last in bounds]
+
+
+@torch.no_grad()
+def _kept_by_image(found: Capture) -> set[fx.Node]:
+    """Tensors whose axis 0 holds the images, the rows of one image together."""
+    example = found.example[:2].cpu()
+    noise = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
+    # The two must differ, and blank images would not.
+    pair = example + 0.1 * (example.std() + 1e-3) * noise
+    there: dict[fx.Node, Any] = {}
+    back: dict[fx.Node, Any] = {}
+    nodes = list(found.graph.nodes)
+    last_use = {arg: i for i, node in enumerate(nodes) for arg in node.all_input_nodes}
+    kept = set()
+    for i, node in enumerate(nodes):
+        if node.op == "output":
+            break
+        for values, x in ((there, pair), (back, pair.flip(0))):
+            values[node] = _compute(found.module, node, values, x)
+        if _leads_with_batch(node) and _follows_swap(there[node], back[node]):
+            kept.add(node)
+        for arg in node.all_input_nodes:
+            if last_use[arg] == i:
+                del there[arg], back[arg]
+    return kept
+
+
+def _compute(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], x: Tensor) -> Any:
+    if node.op == "placeholder":
+        return x
+    if node.op == "get_attr":
+        return attribute(module, str(node.target))
+    assert callable(node.target)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: values[arg])
+    return node.target(*args, **kwargs)
+
+
+def _leads_with_batch(node: fx.Node) -> bool:
+    """A tensor whose axis 0 is a multiple of the batch, and no other axis depends on it."""
+    if not is_tensor(node) or node.meta["val"].ndim == 0:
+        return False
+    first, *others = node.meta["val"].shape
+    if not isinstance(first, torch.SymInt) or not all(isinstance(n, int) for n in others):
+        return False
+    rows = scalar(first, 1)
+    return rows > 0 and all(scalar(first, n) == n * rows for n in (2, 3, 5))
+
+
+def _follows_swap(there: Tensor, back: Tensor) -> bool:
+    """Whether swapping two images swapped the two halves of the rows."""
+    rows = len(there) // 2
+    swapped = torch.cat([there[rows:], there[:rows]]).double()
+    away = (swapped - back.double()).norm()
+    return bool(away <= _SWAP_TOLERANCE * swapped.norm())
 
 
 def _alive_after(graph: fx.Graph, nodes: list[fx.Node]) -> list[set[fx.Node]]:
@@ -100,27 +164,31 @@ def _heavy_runs(nodes: list[fx.Node], cuts: list[int]) -> list[tuple[int, int]]:
 
 
 def _split(
-    nodes: list[fx.Node], alive: list[set[fx.Node]], most: int, first: int, last: int
+    nodes: list[fx.Node],
+    alive: list[set[fx.Node]],
+    whole: set[int],
+    most: int,
+    first: int,
+    last: int,
 ) -> list[tuple[int, int]]:
     heavy = [i for i in range(first, last) if nodes[i].target in HEAVY]
     if len(heavy) <= most:
         return [(first, last)]
     middle = heavy[len(heavy) // 2]
     quarter = len(heavy) // 4
-    inside = range(heavy[quarter], heavy[-quarter - 1])
+    inside = [i for i in range(heavy[quarter], heavy[-quarter - 1]) if i in whole]
+    if not inside:
+        inside = [i for i in range(heavy[0], heavy[-1]) if i in whole]
+    if not inside:
+        return [(first, last)]
     # The fewest live tensors; then late (behind activation and quantizer), near the middle.
     best = min(
         inside,
-        key=lambda i: (
-            any(map(_is_list, alive[i])),
-            len(alive[i]),
-            nodes[i + 1].target not in HEAVY,
-            abs(i - middle),
-        ),
+        key=lambda i: (len(alive[i]), nodes[i + 1].target not in HEAVY, abs(i - middle)),
     )
     return [
-        *_split(nodes, alive, most, first, best + 1),
-        *_split(nodes, alive, most, best + 1, last),
+        *_split(nodes, alive, whole, most, first, best + 1),
+        *_split(nodes, alive, whole, most, best + 1, last),
     ]
 
 

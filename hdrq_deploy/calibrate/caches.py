@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import ModelError
 from ..files import mapped_file
 
 __all__ = ["Caches", "Rows"]
@@ -40,7 +41,17 @@ class Rows:
         return self._tensor.shape
 
     def write(self, first: int, part: Tensor) -> None:
-        """Set the rows of the images from ``first`` on."""
+        """Set the rows of the images from ``first`` on, all rows of every image.
+
+        Raises:
+            ModelError: Part of an image's rows is missing; the rest would never be written.
+        """
+        if len(part) % self._rows or part.shape[1:] != self._tensor.shape[1:]:
+            raise ModelError(
+                f"found activations of shape {tuple(part.shape)} for rows of "
+                f"{tuple(self._tensor.shape[1:])}, {self._rows} an image; the model does not keep "
+                "the images on axis 0: please report it"
+            )
         start = first * self._rows
         self._tensor[start : start + len(part)] = part
         self._touch(part)

@@ -7,7 +7,7 @@ later steps (placement, blocks, ONNX) read this graph; none knows the model's cl
 from __future__ import annotations
 
 import copy
-import math
+import dataclasses
 import operator
 import traceback
 from collections.abc import Callable, Mapping
@@ -20,8 +20,19 @@ from torch import Tensor, fx, nn
 
 from ..errors import ModelError
 from ..fold import gain as fold_gain
+from .rewrites import module_path, rewrite
+from .tensors import attribute, free_name, set_attribute
 
-__all__ = ["Capture", "Fold", "attribute", "capture", "module_path", "set_attribute"]
+__all__ = [
+    "Capture",
+    "Fold",
+    "attribute",
+    "capture",
+    "module_path",
+    "run_model",
+    "set_attribute",
+    "single_output",
+]
 
 aten = torch.ops.aten
 
@@ -42,6 +53,8 @@ LINEAR = {aten.linear.default}
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default}
 _BATCH_NORMS = {aten._native_batch_norm_legit_no_training.default, aten.batch_norm.default}
 _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alias.default}
+# The wrapper's own attribute; a user's module may be called anything else, "model" included.
+_WRAPPED = "hdrq_wrapped"
 
 
 @dataclass(frozen=True)
@@ -111,14 +124,7 @@ def capture(model: nn.Module, example: Tensor) -> Capture:
         ModelError: The model does not take such a batch, or torch.export refuses it.
     """
     model = model.eval().requires_grad_(False)
-    try:
-        output = model(example)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise ModelError(
-            f"the model does not take an input of shape {tuple(example.shape)} "
-            f"({_first_line(error)}); check channels and size of --data, or pass --size"
-        ) from error
-    _single_output(output)
+    run_model(model, example)
     batch = ({0: torch.export.Dim.DYNAMIC},)
     try:
         with torch.no_grad():
@@ -128,39 +134,71 @@ def capture(model: nn.Module, example: Tensor) -> Capture:
         raise ModelError(f"torch.export cannot capture the model {_refusal(error)}") from error
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
-    found = Capture(module, example)
-    _strip_prefix(found)
+    found = _with_own_names(module, example)
+    _drop_buffer_writes(found.graph)
     _remove_dropout(found.graph)
+    _remove_input_copy(found.graph)
     _relax_views(found.graph)
-    _spell_out_global_pooling(found.graph)
-    _spell_out_attention(found)
+    _check_precision(found.graph)
+    rewrite(found.module)
     found.graph.eliminate_dead_code()
     found.module.recompile()
     return found
 
 
+def run_model(model: nn.Module, x: Tensor) -> Tensor:
+    """The user's module on ``x``, which it may write to: the first tensor of what it returns.
+
+    Args:
+        model: In evaluation mode.
+        x: Inputs (N, C, H, W); a copy is passed on.
+
+    Raises:
+        ModelError: The model does not take such inputs, or returns no tensor.
+    """
+    try:
+        with torch.no_grad():
+            output = model(x.clone())
+    except Exception as error:  # a user's forward may raise anything
+        raise ModelError(
+            f"the model does not take an input of shape {tuple(x.shape)} "
+            f"({type(error).__name__}: {_first_line(error)}); check channels and size of --data, "
+            "or pass --size"
+        ) from error
+    return single_output(output)
+
+
 class _OneOutput(nn.Module):
-    """The first tensor of whatever the model returns."""
+    """The first tensor of whatever the model returns; the caller's input is left as it is."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.add_module(_WRAPPED, model)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _single_output(self.model(x))
+        return single_output(self.get_submodule(_WRAPPED)(x.clone()))
 
 
-def _single_output(output: Any) -> Tensor:
+def single_output(output: Any) -> Tensor:
+    """The prediction: a tensor, or the first one in a tuple, mapping or dataclass.
+
+    Raises:
+        ModelError: There is none.
+    """
     if isinstance(output, Tensor):
         return output
-    values = output.values() if isinstance(output, Mapping) else output
+    values: Any = output
+    if isinstance(output, Mapping):
+        values = output.values()
+    elif dataclasses.is_dataclass(output):
+        values = [getattr(output, field.name) for field in dataclasses.fields(output)]
     if isinstance(values, (tuple, list)) or hasattr(values, "__iter__"):
         for value in values:
             if isinstance(value, Tensor):
                 return value
     raise ModelError(
-        f"the model returns {type(output).__name__}; needed a tensor, or a tuple or mapping "
-        "whose first tensor is the prediction"
+        f"the model returns {type(output).__name__}; needed a tensor, or a tuple, mapping or "
+        "dataclass whose first tensor is the prediction"
     )
 
 
@@ -201,22 +239,73 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
-def _strip_prefix(found: Capture) -> None:
-    """Give parameters and module paths the model's own names (without ``model.``)."""
-    inner = found.module.get_submodule("model") if hasattr(found.module, "model") else None
-    for node in found.graph.nodes:
-        if node.op == "get_attr" and str(node.target).startswith("model."):
-            value = attribute(found.module, str(node.target))
-            node.target = str(node.target)[len("model.") :]
-            set_attribute(found.module, node.target, value)
+def _with_own_names(exported: fx.GraphModule, example: Tensor) -> Capture:
+    """The exported graph with parameters and module paths named as in the user's model."""
+    prefix = f"{_WRAPPED}."
+    own, names = nn.Module(), {}
+    reads = [node for node in exported.graph.nodes if node.op == "get_attr"]
+    # The user's names first: what the exporter lifted must step aside for them.
+    for target in sorted({str(n.target) for n in reads}, key=lambda t: not t.startswith(prefix)):
+        value = _member(exported, target)
+        name = target.removeprefix(prefix)
+        if not target.startswith(prefix):
+            name = free_name(own, name)
+        names[target] = name
+        if isinstance(value, Tensor):
+            set_attribute(own, name, value)
+        else:
+            raise ModelError(
+                f"the model's graph holds a graph of its own at {name} ({type(value).__name__}), "
+                "as torch.autocast, torch.cond and torch.utils.checkpoint leave it; needed one "
+                "flat graph: call these parts directly in evaluation mode"
+            )
+    for node in exported.graph.nodes:
+        if node.op == "get_attr":
+            node.target = names[str(node.target)]
         stack = node.meta.get("nn_module_stack")
         if stack:
             path = list(stack.values())[-1][0]
             path = path.removeprefix("L['self'].").removeprefix("L__self___")
-            node.meta["hdrq_module"] = path.removeprefix("model").removeprefix(".")
-    if inner is not None:
-        del found.module._modules["model"]
-    found.module.recompile()
+            node.meta["hdrq_module"] = f"{path}.".removeprefix(prefix).removesuffix(".")
+    return Capture(fx.GraphModule(own, exported.graph), example)
+
+
+def _member(module: nn.Module, target: str) -> Any:
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _check_precision(graph: fx.Graph) -> None:
+    """Refuse what autocast or .half() inside forward() leave; engines compute from float32."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.dtype in {torch.float16, torch.bfloat16}:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"the model computes in {kind} in {module_path(node)}; needed float32: leave "
+                "torch.autocast and casts to half precision out of forward() in evaluation mode"
+            )
+
+
+def _drop_buffer_writes(graph: fx.Graph) -> None:
+    """Counters and running means that forward() writes are no part of an engine.
+
+    Whether the output depends on them is for :mod:`.fidelity` to find out.
+    """
+    for node in list(graph.nodes):
+        if node.target is aten.copy_.default and not node.users:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _remove_input_copy(graph: fx.Graph) -> None:
+    """The copy that protects the caller's input; the graph itself writes to nothing."""
+    for node in list(graph.nodes):
+        if node.target is aten.clone.default and node.args[0].op == "placeholder":
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _remove_dropout(graph: fx.Graph) -> None:
@@ -233,94 +322,11 @@ def _relax_views(graph: fx.Graph) -> None:
             node.target = aten.reshape.default
 
 
-def _spell_out_global_pooling(graph: fx.Graph) -> None:
-    """Average pooling to 1x1 is a mean; the ONNX exporter would write it as a Gather."""
-    for node in graph.nodes:
-        if node.target is aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:
-            node.target = aten.mean.dim
-            node.args = (node.args[0], [-2, -1], True)
-
-
-def _spell_out_attention(found: Capture) -> None:
-    """Write scaled dot product attention as product, softmax, product.
-
-    Source:
-        pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention
-    """
-    graph = found.graph
-    for node in list(graph.nodes):
-        if node.target is not aten.scaled_dot_product_attention.default:
-            continue
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        query, key, value = given["query"], given["key"], given["value"]
-        if given.get("enable_gqa"):
-            raise ModelError(
-                f"{module_path(node)}: grouped-query attention is not supported; "
-                "repeat keys and values in the model"
-            )
-        width = query.meta["val"].shape[-1]
-        scale = given.get("scale") or 1 / math.sqrt(width)
-        mask = given.get("attn_mask")
-        if given.get("is_causal"):
-            mask = _causal_mask(found, node, query, key)
-        with graph.inserting_before(node):
-            transposed = _call(graph, node, aten.transpose.int, key, -2, -1)
-            scores = _call(graph, node, aten.matmul.default, query, transposed)
-            scores = _call(graph, node, aten.mul.Tensor, scores, scale)
-            if mask is not None:
-                if mask.meta["val"].dtype == torch.bool:
-                    raise ModelError(
-                        f"{module_path(node)}: a boolean attention mask is not supported; "
-                        "use an additive float mask"
-                    )
-                scores = _call(graph, node, aten.add.Tensor, scores, mask)
-            shares = _call(graph, node, aten.softmax.int, scores, -1)
-            result = _call(graph, node, aten.matmul.default, shares, value)
-        result.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(result)
-        graph.erase_node(node)
-
-
-def _causal_mask(found: Capture, node: fx.Node, query: fx.Node, key: fx.Node) -> fx.Node:
-    rows, columns = query.meta["val"].shape[-2], key.meta["val"].shape[-2]
-    if not (isinstance(rows, int) and isinstance(columns, int)):
-        raise ModelError(f"{module_path(node)}: causal attention needs a fixed length")
-    name = f"causal_mask_{rows}_{columns}"
-    mask = torch.zeros(rows, columns).masked_fill(
-        torch.ones(rows, columns).tril().logical_not(), float("-inf")
-    )
-    set_attribute(found.module, name, mask)
-    with found.graph.inserting_before(node):
-        got = found.graph.get_attr(name)
-    got.meta["val"] = mask
-    return got
-
-
-def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
-    """A new node whose module path is that of ``like`` and whose shapes are propagated."""
-    node = graph.call_function(target, args)
-    node.meta["hdrq_module"] = like.meta.get("hdrq_module", "")
-    values = fx.node.map_arg(args, lambda arg: arg.meta["val"])
-    mode = next((v.fake_mode for v in values if isinstance(v, torch._subclasses.FakeTensor)), None)
-    if mode is not None:
-        with mode:
-            node.meta["val"] = target(
-                *(
-                    mode.from_tensor(v)
-                    if isinstance(v, Tensor) and not isinstance(v, torch._subclasses.FakeTensor)
-                    else v
-                    for v in values
-                )
-            )
-    return node
-
-
 def fold_constants(found: Capture) -> None:
     """Evaluate every node that depends on parameters alone (weight norm, bias tables)."""
     graph = found.graph
     constant: set[fx.Node] = set()
-    folded = 0
+    values: dict[fx.Node, Any] = {}
     for node in list(graph.nodes):
         if node.op == "get_attr" or (
             node.op == "call_function"
@@ -328,15 +334,17 @@ def fold_constants(found: Capture) -> None:
             and all(arg in constant for arg in node.all_input_nodes)
         ):
             constant.add(node)
+            values[node] = _evaluate(found.module, node, values)
+    folded = 0
     for node in list(graph.nodes):
         users = [user for user in node.users if user not in constant]
         if node not in constant or node.op == "get_attr" or not users:
             continue
-        value = _evaluate(found.module, node)
+        value = values[node]
         if not isinstance(value, Tensor):
             continue
         path = node.meta.get("hdrq_module", "")
-        name = f"{path}.folded_{folded}" if path else f"folded_{folded}"
+        name = free_name(found.module, f"{path}.folded_{folded}" if path else f"folded_{folded}")
         folded += 1
         set_attribute(found.module, name, value.detach().clone())
         with graph.inserting_before(node):
@@ -348,10 +356,10 @@ def fold_constants(found: Capture) -> None:
     found.module.recompile()
 
 
-def _evaluate(module: nn.Module, node: fx.Node) -> Any:
+def _evaluate(module: nn.Module, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     if node.op == "get_attr":
         return attribute(module, str(node.target))
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: _evaluate(module, arg))
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: values[arg])
     assert callable(node.target)
     return node.target(*args, **kwargs)
 
@@ -364,32 +372,51 @@ def fold_batch_norm(found: Capture) -> list[str]:
     """
     graph, kept = found.graph, []
     for norm in [node for node in graph.nodes if node.target in _BATCH_NORMS]:
-        source = norm.args[0]
-        assert isinstance(source, fx.Node)
-        if not _foldable(source):
+        if not _foldable(norm):
             kept.append(module_path(norm))
             continue
+        source = norm.args[0]
+        assert isinstance(source, fx.Node)
         _fold_one(found, norm, source)
     graph.eliminate_dead_code()
     found.module.recompile()
     return kept
 
 
-def _foldable(source: fx.Node) -> bool:
+def _foldable(norm: fx.Node) -> bool:
+    source = norm.args[0]
+    if not (isinstance(source, fx.Node) and _has_own_statistics(norm)):
+        return False
     if source.target not in CONVOLUTIONS | TRANSPOSED | LINEAR or len(source.users) != 1:
         return False
     weight = source.args[1]
-    if not (isinstance(weight, fx.Node) and weight.op == "get_attr"):
+    # A 3-D linear output has its channels last, BatchNorm reads axis 1.
+    plain = source.target not in LINEAR or source.meta["val"].ndim == 2
+    return plain and _read_once(weight)
+
+
+def _has_own_statistics(norm: fx.Node) -> bool:
+    """Mean and variance are buffers, not those of the batch or computed from the input."""
+    given = [arg for arg in norm.args[1:5] if arg is not None]
+    stored = all(isinstance(arg, fx.Node) and arg.op == "get_attr" for arg in given)
+    if norm.args[3] is None or norm.args[4] is None or not stored:
+        return False
+    if norm.target is aten.batch_norm.default:
+        return not norm.args[5]
+    return all(user.target is operator.getitem and user.args[1] == 0 for user in norm.users)
+
+
+def _read_once(got: Any) -> bool:
+    """A parameter that one node alone reads."""
+    if not (isinstance(got, fx.Node) and got.op == "get_attr"):
         return False
     readers = [
         user
-        for node in source.graph.nodes
-        if node.op == "get_attr" and node.target == weight.target
+        for node in got.graph.nodes
+        if node.op == "get_attr" and node.target == got.target
         for user in node.users
     ]
-    # A 3-D linear output has its channels last, BatchNorm reads axis 1.
-    plain = source.target not in LINEAR or source.meta["val"].ndim == 2
-    return len(readers) == 1 and plain
+    return len(readers) == 1
 
 
 def _fold_one(found: Capture, norm: fx.Node, source: fx.Node) -> None:
@@ -404,7 +431,7 @@ def _fold_one(found: Capture, norm: fx.Node, source: fx.Node) -> None:
         if norm.target is aten._native_batch_norm_legit_no_training.default
         else norm.args[7]
     )
-    assert isinstance(eps, float)
+    assert isinstance(eps, (int, float))
     spread = torch.sqrt(variance + eps)
     gain = (torch.ones_like(spread) if gamma is None else gamma) / spread
     weight_node = source.args[1]
@@ -424,7 +451,7 @@ def _fold_one(found: Capture, norm: fx.Node, source: fx.Node) -> None:
     bias_node = source.args[2] if len(source.args) > 2 else None
     old = attribute(module, str(bias_node.target)) if isinstance(bias_node, fx.Node) else None
     bias = (0 if beta is None else beta) + ((0 if old is None else old) - mean) * gain
-    bias_name = name.removesuffix("weight") + "bias" if name.endswith("weight") else name + "_bias"
+    bias_name = _bias_name(module, name, bias_node)
     if source.target not in TRANSPOSED:
         sign = torch.where(gain < 0, -1.0, 1.0).to(weight.dtype)
         one = torch.ones_like(mean)
@@ -435,7 +462,7 @@ def _fold_one(found: Capture, norm: fx.Node, source: fx.Node) -> None:
             beta=(0 * one if beta is None else beta).float(),
             mean=(mean * sign).float(),
             variance=variance.float(),
-            eps=eps,
+            eps=float(eps),
             raw_bias=None if old is None else old * sign,
             bias_name=bias_name,
         )
@@ -454,35 +481,13 @@ def _fold_one(found: Capture, norm: fx.Node, source: fx.Node) -> None:
     graph.erase_node(norm)
 
 
+def _bias_name(module: nn.Module, weight: str, bias: Any) -> str:
+    """The layer's own bias; a new tensor where it has none or shares it with another reader."""
+    if _read_once(bias):
+        return str(bias.target)
+    stem = weight.removesuffix("weight")
+    return free_name(module, f"{stem}bias" if stem != weight else f"{weight}_bias")
+
+
 def _output_axis(node: fx.Node) -> int:
     return 1 if node.target in TRANSPOSED else 0
-
-
-def module_path(node: fx.Node) -> str:
-    """Path of the module this node came from, or the node's own name."""
-    return str(node.meta.get("hdrq_module") or node.name)
-
-
-def attribute(module: nn.Module, target: str) -> Tensor:
-    """The parameter or buffer at a dotted path."""
-    value: Any = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    assert isinstance(value, Tensor)
-    return value
-
-
-def set_attribute(module: nn.Module, target: str, value: Tensor) -> None:
-    """Register ``value`` as a buffer at a dotted path, making the modules on the way."""
-    *path, name = target.split(".")
-    for part in path:
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        child = module._modules[part]
-        assert child is not None
-        module = child
-    if name in module._parameters:
-        del module._parameters[name]
-    if name in module.__dict__:
-        del module.__dict__[name]
-    module.register_buffer(name, value.detach())

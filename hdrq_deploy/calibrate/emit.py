@@ -11,6 +11,7 @@ import copy
 import logging
 import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,22 +28,28 @@ from ..errors import ModelError
 from ..fold import graph_tensors
 from ..manifest import FoldRecord, Layer
 from ..manifest import Tensor as Entry
+from ..spec import QuantSpec
+from ..surgery import distinct_names
 from .capture import (
     PRODUCTS,
     TRANSPOSED,
     Capture,
     Fold,
-    attribute,
     module_path,
-    set_attribute,
 )
+from .fakequant import WeightQuantizer
 from .placement import HEAVY, Plan, root
 from .reconstruct import Quantized
+from .tensors import attribute, free_name, set_attribute
 
 __all__ = ["OPSET", "Emitted", "emit_float", "emit_quantized", "onnx_graph"]
 
 # 21 knows INT4; TensorRT 10 and 11 and ONNX Runtime all read it.
 OPSET = 21
+# Names of the graph's input and output.
+PORTS = ("input", "output")
+# Moments of a BatchNorm that a merge matches: buffers ``running_mean`` and ``running_var``.
+_MOMENTS = {"mean": "bn_mean", "var": "bn_var"}
 _HEAVY_ONNX = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
@@ -148,43 +155,56 @@ def emit_quantized(found: Capture, plan: Plan, result: Quantized, fold: str = "w
         for reader in readers:
             reader.replace_input_with(source, coded)
         entries[site.name] = Entry(role="activation_scale", dtype="float32", shape=())
-    specs = {s.weight: s.spec for s in plan.layers if s.weight is not None}
-    for node in list(graph.nodes):
-        if node.op != "get_attr" or node.target not in specs or not node.users:
-            continue
-        name, spec = str(node.target), specs[node.target]
+    for weight, spec in {s.weight: s.spec for s in plan.layers if s.weight is not None}.items():
         assert spec is not None
-        quantizer = result.weights[name]
-        codes = quantizer.codes().cpu()
-        scale_value = quantizer.scale.detach().cpu()
-        if fold == "steps" and name in found.folds:
-            scale_value = _keep_fold(made, name, found.folds[name], scale_value)
-        set_attribute(module, f"{name}_codes", codes)
-        set_attribute(module, f"{name}_scale", scale_value)
-        with graph.inserting_before(node):
-            parts = (graph.get_attr(f"{name}_codes"), graph.get_attr(f"{name}_scale"))
-            axis = -1 if spec.axis is None else spec.axis
-            real = graph.call_function(torch.ops.hdrq.dequantize.default, (*parts, axis))
-        node.replace_all_uses_with(real)
-        graph.erase_node(node)
-        entries[f"{name}_codes"] = Entry(
-            role="codes",
-            dtype="int4" if spec.bits <= 4 else "int8",
-            shape=tuple(codes.shape),
-            bits=spec.bits,
-            lo=spec.lo,
-            hi=spec.hi,
-            axis=spec.axis,
-            scale=f"{name}_scale",
-        )
-        entries[f"{name}_scale"] = Entry(
-            role="scale", dtype="float32", shape=tuple(scale_value.shape)
-        )
+        readers = [n for n in graph.nodes if n.op == "get_attr" and n.target == weight and n.users]
+        if readers:
+            record = found.folds.get(weight) if fold == "steps" else None
+            _dequantized(made, readers, weight, spec, result.weights[weight], record)
     return _finish(made)
 
 
-def _keep_fold(made: Emitted, name: str, fold: Fold, raw_scale: Tensor) -> Tensor:
-    """Keep what a merge averages; returns the step that the graph reads."""
+def _dequantized(
+    made: Emitted,
+    readers: list[fx.Node],
+    weight: str,
+    spec: QuantSpec,
+    quantizer: WeightQuantizer,
+    record: Fold | None,
+) -> None:
+    """Let all ``readers`` of a weight read its codes through one dequantization."""
+    graph, entries = made.module.graph, made.entries
+    codes, scale = quantizer.codes().cpu(), quantizer.scale.detach().cpu()
+    codes_name = free_name(made.module, f"{weight}_codes", entries)
+    set_attribute(made.module, codes_name, codes)
+    scale_name = free_name(made.module, f"{weight}_scale", entries)
+    if record is not None:
+        scale = _keep_fold(made, weight, codes_name, scale_name, record, scale)
+    set_attribute(made.module, scale_name, scale)
+    with graph.inserting_before(readers[0]):
+        parts = (graph.get_attr(codes_name), graph.get_attr(scale_name))
+        axis = -1 if spec.axis is None else spec.axis
+        real = graph.call_function(torch.ops.hdrq.dequantize.default, (*parts, axis))
+    for node in readers:
+        node.replace_all_uses_with(real)
+        graph.erase_node(node)
+    entries[codes_name] = Entry(
+        role="codes",
+        dtype="int4" if spec.bits <= 4 else "int8",
+        shape=tuple(codes.shape),
+        bits=spec.bits,
+        lo=spec.lo,
+        hi=spec.hi,
+        axis=spec.axis,
+        scale=scale_name,
+    )
+    entries[scale_name] = Entry(role="scale", dtype="float32", shape=tuple(scale.shape))
+
+
+def _keep_fold(
+    made: Emitted, weight: str, codes: str, scale: str, fold: Fold, raw_scale: Tensor
+) -> Tensor:
+    """Keep what a merge averages; returns the scale that the graph reads."""
     parts = {
         "raw_scale": raw_scale,
         "gamma": fold.gamma,
@@ -195,18 +215,18 @@ def _keep_fold(made: Emitted, name: str, fold: Fold, raw_scale: Tensor) -> Tenso
     }
     arrays = {part: np.ascontiguousarray(value.numpy()) for part, value in parts.items()}
     roles = {"raw_scale": "raw_scale", "mean": "bn_mean", "variance": "bn_var"}
-    names = {part: f"{name}_{part if part.startswith('raw') else 'bn_' + part}" for part in parts}
+    names = {}
     for part, array in arrays.items():
+        wanted = f"{weight}_{part if part.startswith('raw') else 'bn_' + part}"
+        names[part] = free_name(made.module, wanted, made.entries)
         made.aside[names[part]] = array
         made.entries[names[part]] = Entry.model_validate(
             {"role": roles.get(part, "float"), "dtype": "float32", "shape": array.shape}
         )
-    made.folds[f"{name}_codes"] = FoldRecord(
-        scale=f"{name}_scale", bias=fold.bias_name, eps=fold.eps, **names
-    )
-    scale, bias = graph_tensors(eps=fold.eps, **arrays)
+    made.folds[codes] = FoldRecord(scale=scale, bias=fold.bias_name, eps=fold.eps, **names)
+    graph_scale, bias = graph_tensors(eps=fold.eps, **arrays)
     set_attribute(made.module, fold.bias_name, torch.from_numpy(bias))
-    return torch.from_numpy(scale)
+    return torch.from_numpy(graph_scale)
 
 
 def emit_float(found: Capture) -> Emitted:
@@ -219,7 +239,13 @@ def _finish(made: Emitted) -> Emitted:
     module, entries = made.module, made.entries
     graph = module.graph
     graph.eliminate_dead_code()
-    used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    reads = [node for node in graph.nodes if node.op == "get_attr"]
+    for node in reads:
+        if node.target in PORTS:  # a parameter of the user's that is called like a port
+            value = attribute(module, str(node.target))
+            node.target = free_name(module, str(node.target), entries)
+            set_attribute(module, node.target, value)
+    used = {str(node.target) for node in reads}
     clean = nn.Module()
     for name in sorted(used):
         value = attribute(module, name)
@@ -229,10 +255,9 @@ def _finish(made: Emitted) -> Emitted:
             if kind not in {"float32", "int64", "bool"}:
                 raise ModelError(f"found a parameter {name} of dtype {kind}; needed float32")
             role = "float" if kind == "float32" else "constant"
-            if name.endswith("running_mean"):
-                role = "bn_mean"
-            elif name.endswith("running_var"):
-                role = "bn_var"
+            stem, _, moment = name.rpartition("running_")
+            if moment in _MOMENTS and {stem + f"running_{m}" for m in _MOMENTS} <= used:
+                role = _MOMENTS[moment]
             entries[name] = Entry.model_validate(
                 {"role": role, "dtype": kind, "shape": tuple(value.shape)}
             )
@@ -274,7 +299,9 @@ def _write_graph(
     model.graph.name = "hdrq"
     model.producer_name, model.producer_version = "hdrq-deploy", ""
     _plain(model)
+    _without_invented_bias(model, read)
     layers = _name_layers(model, found, plan)
+    distinct_names(model)
     text = ir.to_proto(model)
     return text.SerializeToString(deterministic=True), layers
 
@@ -295,8 +322,8 @@ def _export(module: nn.Module, example: Tensor) -> Any:
                 optimize=False,  # its deduplication would drop tensors that a merge needs
                 opset_version=OPSET,
                 custom_translation_table=_translations(),
-                input_names=["input"],
-                output_names=["output"],
+                input_names=[PORTS[0]],
+                output_names=[PORTS[1]],
                 verbose=False,
             )
     except Exception as error:  # the exporter's errors share no base class
@@ -355,6 +382,20 @@ def _point_outside(model: ir.Model, entries: dict[str, Entry], spans: dict[str, 
             name=name,
         )
         value.dtype = kind
+
+
+def _without_invented_bias(model: ir.Model, entries: Mapping[str, Entry]) -> None:
+    """Drop the zeros that the exporter gives a 3-D convolution that has no bias.
+
+    Their shape is (C, 2) where a bias has (C,), and ONNX Runtime refuses them.
+    """
+    for node in model.graph:
+        bias = node.inputs[2] if node.op_type == "Conv" and len(node.inputs) > 2 else None
+        if bias is None or bias.const_value is None or bias.name in entries:
+            continue
+        if not bias.const_value.numpy().any():
+            node.resize_inputs(2)
+    RemoveUnusedNodesPass()(model)
 
 
 def _plain(model: ir.Model) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -25,12 +25,14 @@ from ..manifest import Activation, Manifest, Scheme, Tolerances
 from ..recipe import FOLDS, Options
 from ..spec import GRIDS, check_bits
 from .caches import Caches
-from .capture import Capture, capture, fold_batch_norm, fold_constants
+from .capture import Capture, capture, fold_batch_norm, fold_constants, run_model
 from .emit import Emitted, check_graph, emit_float, emit_quantized, onnx_graph
+from .fidelity import check_capture, restored_buffers
 from .placement import Plan, plan_quantizers
 from .progress import Partial
 from .reconstruct import quantizers_of, reconstruct, run_batch
-from .source import load_model, load_state, state_sha256
+from .rewrites import put_constants_right
+from .source import is_lazy, load_model, load_state, put_state, state_sha256
 
 __all__ = ["calibrate", "fake_quantized", "folded_weights", "torch_threads"]
 
@@ -89,18 +91,31 @@ def calibrate(
 
     Raises:
         HdrqError: The input does not fit; the message says what to do.
-        CheckFailed: The written graph disagrees with the fake-quantized model.
+        CheckFailed: The captured graph disagrees with the model, or the written graph with the
+            fake-quantized one.
     """
     options = options or Options.of(method)
     per_channel = per_channel or fold == "steps"
     _check(method, wbits, abits, grid, fold, options, base)
     where = torch_device(device)
     network = load_model(model)
+    wanted = own_wanted(network, wanted)
+
+    def read_images() -> ImageSet:
+        return (
+            data if isinstance(data, ImageSet) else read(data, wanted, images, seed, skip_corrupt)
+        )
+
+    # Lazy modules have no parameters before they have seen an image; others fail early.
+    dataset = read_images() if is_lazy(network) else None
+    if dataset is not None:
+        run_model(network, torch.from_numpy(dataset.x[:2]))
     own = {name: value.clone() for name, value in network.state_dict().items()}
     base_state = load_state(network, base, "source") if base else None
     state = load_state(network, weights, "adapted") if weights else own
-    wanted = own_wanted(network, wanted)
-    dataset = data if isinstance(data, ImageSet) else read(data, wanted, images, seed, skip_corrupt)
+    put_state(network, state)
+    if dataset is None:
+        dataset = read_images()
     learns = options.learner != "none"
     needed = max(2, options.batch if learns else 2)
     if len(dataset.x) < needed:
@@ -111,7 +126,8 @@ def calibrate(
         )
     torch.manual_seed(seed)
     inputs = torch.from_numpy(dataset.x)
-    graph_of = _captured(model, network, inputs[:2])
+    largest = max(run_batch(inputs), options.batch if learns else 1)
+    graph_of, same = _captured(model, network, state, inputs, largest, method == "float")
     found = graph_of.clone_with(state)
     plan: Plan | None = None
     blocks: list[dict[str, Any]] = []
@@ -170,7 +186,7 @@ def calibrate(
         input_shape=tuple(inputs.shape[1:]),
         preprocessing=dataset.preprocessing,
         classes=_class_names(dataset.classes, golden["output"]),
-        metrics={"blocks": blocks, "parity": parity},
+        metrics={"blocks": blocks, "capture": same, "parity": parity},
         tolerances=Tolerances(output_rms=most),
         versions=versions,
     )
@@ -183,13 +199,39 @@ def calibrate(
 _captures: dict[str, Capture] = {}
 
 
-def _captured(name: str, network: nn.Module, example: Tensor) -> Capture:
-    """The model's graph; domains of one model share it and bring their own weights."""
+def _captured(
+    name: str,
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    inputs: Tensor,
+    largest: int,
+    real: bool,
+) -> tuple[Capture, dict[str, Any]]:
+    """The model's graph, held against the model itself.
+
+    Domains of one model share a graph and bring their own weights; one that does not compute
+    what this network computes is captured anew.
+    """
+    example = inputs[:2]
     key = f"{name} {tuple(example.shape)} {network}"
-    if key not in _captures:
-        _captures.clear()
-        _captures[key] = capture(network, example)
-    return _captures[key]
+
+    def checked(graph: Capture) -> dict[str, Any]:
+        own = graph.clone_with(state)
+        prepared = _folded_constants if real else _prepared
+        return check_capture(network, prepared(graph.clone_with(state)), own, inputs, largest)
+
+    known = _captures.get(key)
+    if known is not None:
+        try:
+            return known, checked(known)
+        except CheckFailed:  # a network of the same name and layers, but another forward()
+            _captures.clear()
+    _captures.clear()
+    with restored_buffers(network):
+        graph = capture(network, example)
+    same = checked(graph)
+    _captures[key] = graph
+    return graph, same
 
 
 def fake_quantized(bundle: Bundle, example: Tensor) -> nn.Module:
@@ -235,6 +277,8 @@ def folded_weights(model: str, weights: str | Path, example: Any) -> dict[str, A
         ModelError: Model or checkpoint cannot be loaded, or do not fit each other.
     """
     network = load_model(model)
+    if is_lazy(network):
+        run_model(network, torch.as_tensor(example))
     load_state(network, weights, "source")
     found = _prepared(capture(network, torch.as_tensor(example)))
     state = found.module.state_dict()
@@ -258,6 +302,8 @@ def _folded_constants(found: Capture) -> Capture:
 
 
 def _prepared(found: Capture) -> Capture:
+    fold_constants(found)
+    put_constants_right(found.module)
     fold_constants(found)
     fold_batch_norm(found)
     return found

@@ -33,6 +33,7 @@ from .capture import (
     attribute,
     module_path,
 )
+from .tensors import free_name
 
 __all__ = ["ActivationSite", "LayerSite", "Plan", "plan_quantizers"]
 
@@ -54,7 +55,7 @@ _TRANSPARENT = {
     aten.contiguous.default,
     aten.t.default,
 }
-_CLAMPS = {aten.hardtanh.default, aten.clamp.default, aten.relu6.default}
+_CLAMPS = {aten.hardtanh.default, aten.clamp.default}
 _NONNEGATIVE = {
     aten.relu.default,
     aten.relu6.default,
@@ -66,9 +67,11 @@ _NONNEGATIVE = {
     aten.square.default,
     aten.exp.default,
 }
+_AVERAGES = {aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default}
 _KEEPS_SIGN = _TRANSPARENT | {
     aten.adaptive_avg_pool2d.default,
-    aten.avg_pool2d.default,
+    aten.max_pool3d.default,
+    aten.amax.default,
     aten.mean.dim,
     aten.expand.default,
     aten.slice.Tensor,
@@ -125,46 +128,71 @@ def plan_quantizers(found: Capture, wbits: int, abits: int, per_channel: bool, g
             "found no convolution or linear in the model's graph; there is nothing to quantize"
         )
     plan = Plan()
-    ends = {weighted[0], weighted[-1]}
+    # A weight that several layers share is as wide as the widest of them needs.
+    ends = {str(_weight_node(node).target) for node in (weighted[0], weighted[-1])}  # type: ignore[union-attr]
     for node in heavy:
-        plan.layers.append(_layer_site(found, node, 8 if node in ends else wbits, per_channel))
+        weight = _weight_node(node)
+        wide = weight is not None and str(weight.target) in ends
+        plan.layers.append(_layer_site(found, node, 8 if wide else wbits, per_channel))
     bits = _operand_bits(quantized, weighted[-1], abits)
     for node in heavy:
         if node.target in CONVOLUTIONS:
             end = _behind_activation(node)
             if end not in bits and not _reaches_output(end):
                 bits[end] = 8
-    names: dict[str, int] = {}
+    never_negative = nonnegative_nodes(found.graph)
+    taken: set[str] = set()
     for node in found.graph.nodes:
         if node in bits:
-            spec = QuantSpec.activation(bits[node], nonnegative(node), grid)
+            spec = QuantSpec.activation(bits[node], node in never_negative, grid)
             path = "input" if node.op == "placeholder" else module_path(node)
-            count = names[path] = names.get(path, 0) + 1
-            name = f"{path}.act_scale" + (f"_{count}" if count > 1 else "")
+            name = free_name(found.module, f"{path}.act_scale", taken)
+            taken.add(name)
             plan.activations.append(ActivationSite(node, name, path, spec))
     return plan
 
 
-def nonnegative(node: fx.Node) -> bool:
-    """The graph itself says that this tensor is never negative.
+def nonnegative_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Tensors of which the graph itself says that they are never negative.
 
     Data are not asked: three domains must agree on it to be merged.
     """
-    if node.op != "call_function":
-        return False
+    known: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "call_function" and _nonnegative(node, known):
+            known.add(node)
+    return known
+
+
+def _nonnegative(node: fx.Node, known: set[fx.Node]) -> bool:
+    """Whether ``node`` is never negative, where the nodes before it are ``known`` not to be."""
     if node.target in _NONNEGATIVE:
         return True
     if node.target in _CLAMPS:
-        low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min", -1.0)
-        return isinstance(low, (int, float)) and low >= 0
+        return _clamps_to_nonnegative(node)
     inputs = [arg for arg in node.args if isinstance(arg, fx.Node)]
+    if node.target in _AVERAGES:
+        divisor: Any = node.args[6] if len(node.args) > 6 else node.kwargs.get("divisor_override")
+        return inputs[0] in known and (divisor is None or divisor > 0)
     if node.target in _KEEPS_SIGN:
-        return nonnegative(inputs[0])
+        return inputs[0] in known
     if node.target in _JOINS:
-        return len(inputs) == 2 and all(nonnegative(arg) for arg in inputs)
+        alpha = node.kwargs.get("alpha", 1)  # of an addition: a + alpha b
+        turns = not isinstance(alpha, (int, float)) or alpha < 0
+        return len(inputs) == 2 and all(arg in known for arg in inputs) and not turns
     if node.target is aten.cat.default and isinstance(node.args[0], (list, tuple)):
-        return all(isinstance(arg, fx.Node) and nonnegative(arg) for arg in node.args[0])
+        return all(arg in known for arg in node.args[0])
     return False
+
+
+def _clamps_to_nonnegative(node: fx.Node) -> bool:
+    """Both ends are numbers >= 0 (with a lower end above the upper one, the upper one wins)."""
+    names = ("min_val", "max_val") if node.target is aten.hardtanh.default else ("min", "max")
+    low = node.args[1] if len(node.args) > 1 else node.kwargs.get(names[0])
+    high = node.args[2] if len(node.args) > 2 else node.kwargs.get(names[1])
+    if high is not None and not (isinstance(high, (int, float)) and high >= 0):
+        return False
+    return isinstance(low, (int, float)) and low >= 0
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
@@ -220,7 +248,8 @@ def _behind_activation(conv: fx.Node) -> fx.Node:
     """The convolution's output, or that of the ReLU-like function that alone reads it."""
     users = list(conv.users)
     fuses: Callable[[Any], bool] = lambda n: (  # noqa: E731 - read once, in place
-        n.target is aten.relu.default or (n.target in _CLAMPS and nonnegative(n))
+        n.target in {aten.relu.default, aten.relu6.default}
+        or (n.target in _CLAMPS and _clamps_to_nonnegative(n))
     )
     return users[0] if len(users) == 1 and fuses(users[0]) else conv
 

@@ -139,11 +139,10 @@ def reconstruct(
     """
     device = device or torch.device("cpu")
     caches = caches or Caches(1 << 62)
+    blocks = find_blocks(found, 1 if options.granularity == "layer" else MOST_HEAVY)
     found.module.to(device)
     result = quantizers_of(found, plan, device, fold)
     draws = Draws(seed, device)
-    most = 1 if options.granularity == "layer" else MOST_HEAVY
-    blocks = find_blocks(found.graph, most)
     start = next(n for n in found.graph.nodes if n.op == "placeholder" and is_tensor(n))
     batch = run_batch(images)
     first = caches.rows(len(images), images.shape[1:])
@@ -522,10 +521,11 @@ def _set_rate(optimizer: torch.optim.Optimizer, i: int, iters: int, warmup: floa
 def _error(output: Tensor, target: Tensor) -> Tensor:
     """Squared error summed over channels, mean over the rest.
 
-    Channels are axis 1 of (N, C) and (N, C, H, W), the last axis of tokens (N, L, C).
+    Channels are axis 1 of (N, C) and (N, C, H, W), the last axis of tokens (N, L, C); values
+    (N,) have none.
     """
     axis = -1 if output.ndim == 3 else min(1, output.ndim - 1)
-    positions = output.numel() // output.shape[axis]
+    positions = output.numel() // (output.shape[axis] if output.ndim > 1 else 1)
     return torch.nn.functional.mse_loss(output, target, reduction="sum") / positions
 
 

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import pickle
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 
-__all__ = ["load_checkpoint", "load_model", "load_state", "state_sha256"]
+__all__ = ["is_lazy", "load_checkpoint", "load_model", "load_state", "put_state", "state_sha256"]
+
+# What DataParallel, torch.compile and Lightning put before every key.
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")
 
 
 def load_model(name: str) -> nn.Module:
@@ -51,6 +55,11 @@ def load_model(name: str) -> nn.Module:
             f"cannot import --model {name} ({error}); run from the folder that holds the "
             "module, or install it"
         ) from error
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
+        raise ModelError(
+            f"--model {name}: importing {kind} failed ({_told(error)}); needed a module that can "
+            "be imported: put what runs in it behind if __name__ == '__main__'"
+        ) from error
     return _built(name, factory)
 
 
@@ -59,11 +68,41 @@ def _built(name: str, factory: Callable[[], Any]) -> nn.Module:
         model = factory()
     except ModelError:
         raise
-    except Exception as error:  # a user's factory may raise anything
-        raise ModelError(f"--model {name} failed: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # a user's factory may raise anything
+        raise ModelError(f"--model {name} failed: {_told(error)}") from error
+    model = _unwrapped(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            f"--model {name} gave a ScriptModule, whose graph cannot be captured; needed the torch "
+            "module that it was scripted or traced from"
+        )
     if not isinstance(model, nn.Module):
         raise ModelError(f"--model {name} gave a {type(model).__name__}; needed a torch module")
-    return model.eval()
+    # Engines compute from float32; half and double models are brought to it first.
+    return model.float().eval()
+
+
+def _unwrapped(model: Any) -> Any:
+    """What DataParallel, DistributedDataParallel or torch.compile was put around."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _told(error: BaseException) -> str:
+    """An exception in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def is_lazy(model: nn.Module) -> bool:
+    """Parameters are missing until the model has seen an input (nn.LazyConv2d and its like)."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return any(nn.parameter.is_lazy(tensor) for tensor in tensors)
 
 
 def _need(module: str) -> Any:
@@ -130,7 +169,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
             loaded = loaded[key]
     if not isinstance(loaded, Mapping):
         raise ModelError(f"{path}: found a {type(loaded).__name__}; needed a state_dict")
-    state = {k.removeprefix("module."): v for k, v in loaded.items() if isinstance(v, Tensor)}
+    state = {k: v for k, v in loaded.items() if isinstance(v, Tensor)}
+    if all(key.startswith("module.") for key in state):  # DataParallel's
+        state = {key.removeprefix("module."): value for key, value in state.items()}
     if not state:
         raise ModelError(f"{path}: found no tensors; needed a state_dict")
     return state
@@ -167,6 +208,7 @@ def load_state(model: nn.Module, path: str | Path, what: str) -> dict[str, Tenso
     if callable(rename := getattr(model, "map_checkpoint", None)):
         state = rename(state)
     counters = {key for key in own if key.endswith("num_batches_tracked")}
+    state = _fitted(state, own, counters)
     missing = [k for k in own if k not in state and k not in counters]
     unexpected = [k for k in state if k not in own]
     misshaped = [
@@ -194,8 +236,43 @@ def load_state(model: nn.Module, path: str | Path, what: str) -> dict[str, Tenso
                 f"{path}: found NaN or infinity in {key}; needed finite weights: export the "
                 "checkpoint again"
             )
-    model.load_state_dict(state, strict=False)
+    _load(model, state, str(path))
     return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def _fitted(
+    state: dict[str, Tensor], own: Mapping[str, Tensor], counters: set[str]
+) -> dict[str, Tensor]:
+    """``state`` with a wrapper's prefix taken off, or put on, where only that makes it fit."""
+    needed = set(own) - counters
+    tried = [state]
+    for prefix in _WRAPPERS:
+        if all(key.startswith(prefix) for key in state):
+            tried.append({key.removeprefix(prefix): value for key, value in state.items()})
+        tried.append({prefix + key: value for key, value in state.items()})
+    fits = (s for s in tried if needed <= s.keys() <= own.keys())
+    return next(fits, state)
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
+    """``load_state_dict`` of a state whose keys and shapes fit, whatever the model makes of it."""
+    whole = OrderedDict(state)
+    # Overrides read versions from here (torchvision's MNASNet); the keys are the model's own.
+    whole._metadata = getattr(model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
+    try:
+        model.load_state_dict(whole, strict=False)
+    except Exception as error:  # a model may override it and raise anything
+        raise ModelError(
+            f"{path}: the model's load_state_dict failed ({_told(error)}); needed a checkpoint "
+            "that this version of the model takes: save it again from the model"
+        ) from error
+
+
+@torch.no_grad()
+def put_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy the values of ``model.state_dict()`` back, as :func:`load_state` returns them."""
+    for name, value in model.state_dict().items():
+        value.copy_(state[name])
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:

@@ -236,7 +236,8 @@ class Merger:
         values = [parent.tensor(name) for parent in self.parents]
         role = self.parents[0].manifest.tensors[name].role
         if role == "bn_var":
-            means = [parent.tensor(_mean_of(name)) for parent in self.parents]
+            mean = _mean_of(name, self.parents[0].manifest)
+            means = [parent.tensor(mean) for parent in self.parents]
             return matched_variance(values, means, mix)
         if role == "constant":
             if any(not np.array_equal(value, values[0]) for value in values):
@@ -272,11 +273,14 @@ def matched_variance(
     return weighted_mean(spread, mix).astype(np.float32)
 
 
-def _mean_of(variance: str) -> str:
+def _mean_of(variance: str, manifest: Manifest) -> str:
     """The name of the mean that belongs to a BatchNorm's variance."""
-    for ending, other in (("running_var", "running_mean"), ("_bn_variance", "_bn_mean")):
-        if variance.endswith(ending):
-            return variance.removesuffix(ending) + other
+    for fold in manifest.folds.values():
+        if fold.variance == variance:
+            return fold.mean
+    mean = variance.removesuffix("running_var") + "running_mean"
+    if mean in manifest.tensors:
+        return mean
     raise MergeError(f"found a variance {variance} without a mean; make the bundle again")
 
 

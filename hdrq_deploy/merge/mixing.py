@@ -31,6 +31,7 @@ from .. import reference
 from ..bundle import GRAPH, Bundle
 from ..errors import DataError
 from ..frames import in_batches
+from ..surgery import serialized
 from .bundles import Merger
 from .reestimate import moved
 
@@ -211,7 +212,7 @@ class Network:
                 graph.inputs.append(value)
         # Steps that scaled codes only are read by nothing now.
         graph.inputs[:] = [value for value in graph.inputs if value.uses()]
-        self._session = reference.unfused_session(ir.to_proto(model).SerializeToString())
+        self._session = reference.unfused_session(serialized(model))
         self._image, *rest = (port.name for port in self._session.get_inputs())
         self._tensors = set(rest)
 

@@ -25,7 +25,7 @@ from ..errors import DataError, MergeError
 from ..fold import SMALLEST_GAIN, gain, graph_tensors
 from ..frames import in_batches
 from ..spec import QuantSpec
-from ..surgery import chain
+from ..surgery import chain, serialized
 
 __all__ = ["moved", "re_estimate"]
 
@@ -258,7 +258,7 @@ def _runner(
 ) -> Callable[[Array], list[Array]]:
     """One session of an edited graph."""
     weights = serialize(tensors, bundle.manifest.tensors)
-    session = reference.unfused_session(ir.to_proto(model).SerializeToString(), {WEIGHTS: weights})
+    session = reference.unfused_session(serialized(model), {WEIGHTS: weights})
     port = session.get_inputs()[0].name
 
     def run(x: Array) -> list[Array]:
