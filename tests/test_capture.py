@@ -218,6 +218,20 @@ class Dropout(InPlace):
         return self.fc(F.dropout(F.relu(self.conv(x)).mean((2, 3)), 0.5))
 
 
+class Reads(InPlace):
+    """A branch on the values of a tensor, which torch.export prints pages about."""
+
+    def forward(self, x):
+        x = F.relu(self.conv(x)).mean((2, 3))
+        return self.fc(x if x.mean() > 0.1 else -x)
+
+
+class Autocast(InPlace):
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.fc(F.relu(self.conv(x)).mean((2, 3))).float()
+
+
 class Counting(InPlace):
     """Writes a buffer that its output depends on."""
 
@@ -455,6 +469,8 @@ def test_a_wrapper_s_prefix_is_taken_off_or_put_on_where_only_that_fits(tmp_path
         ("Squeeze", 3, r"gives shape \(1, 4\) where the model gives \(4,\) at batch 1"),
         ("Dropout", 3, r"own output changes from call to call.*self.training"),
         ("Counting", 3, r"own output changes from call to call.*write no buffers"),
+        ("Reads", 2, r"depends on the values of a tensor: use torch.where"),
+        ("Autocast", 2, r"computes in bfloat16 in .*; needed float32"),
         ("scripted", 2, r"gave a ScriptModule.*needed the torch module"),
         ("Stubborn", 2, r"load_state_dict failed \(ValueError: version 2 checkpoints only\)"),
     ],

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
+import logging
 import operator
 import traceback
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +57,8 @@ LINEAR = {aten.linear.default}
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default}
 _BATCH_NORMS = {aten._native_batch_norm_legit_no_training.default, aten.batch_norm.default}
 _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alias.default}
+# Loggers with levels of their own.
+_LOUD = ("torch.onnx", "torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes")
 # The wrapper's own attribute; a user's module may be called anything else, "model" included.
 _WRAPPED = "hdrq_wrapped"
 
@@ -127,7 +133,7 @@ def capture(model: nn.Module, example: Tensor) -> Capture:
     run_model(model, example)
     batch = ({0: torch.export.Dim.DYNAMIC},)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet():
             program = torch.export.export(_OneOutput(model), (example,), dynamic_shapes=batch)
             program = program.run_decompositions(_decompositions())
     except Exception as error:  # torch.export has no common base for its refusals
@@ -166,6 +172,22 @@ def run_model(model: nn.Module, x: Tensor) -> Tensor:
             "or pass --size"
         ) from error
     return single_output(output)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what torch.export logs, warns of and prints; its exceptions say it too."""
+    loggers = [logging.getLogger(name) for name in ("torch", *_LOUD)]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class _OneOutput(nn.Module):

@@ -8,9 +8,7 @@ integers, so the graph needs no new constants when a merge changes the steps).
 from __future__ import annotations
 
 import copy
-import logging
 import tempfile
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +34,7 @@ from .capture import (
     Capture,
     Fold,
     module_path,
+    quiet,
 )
 from .fakequant import WeightQuantizer
 from .placement import HEAVY, Plan, root
@@ -307,12 +306,8 @@ def _write_graph(
 
 
 def _export(module: nn.Module, example: Tensor) -> Any:
-    loud = logging.getLogger("torch.onnx")
-    level = loud.level
-    loud.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with quiet(), torch.no_grad():
             program = torch.export.export(
                 module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
             )
@@ -331,8 +326,6 @@ def _export(module: nn.Module, example: Tensor) -> Any:
             f"the model cannot be written as ONNX: {_explain(error, module)}; "
             "replace this operator in the model"
         ) from error
-    finally:
-        loud.setLevel(level)
 
 
 def _fold_shapes(model: ir.Model, entries: dict[str, Entry]) -> None:
