@@ -13,7 +13,7 @@ import logging
 import operator
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +140,7 @@ def capture(model: nn.Module, example: Tensor) -> Capture:
         raise ModelError(f"torch.export cannot capture the model {_refusal(error)}") from error
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
-    found = _with_own_names(module, example)
+    found = _with_own_names(module, example, model.state_dict())
     _drop_buffer_writes(found.graph)
     _remove_dropout(found.graph)
     _remove_input_copy(found.graph)
@@ -261,7 +261,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
-def _with_own_names(exported: fx.GraphModule, example: Tensor) -> Capture:
+def _with_own_names(exported: fx.GraphModule, example: Tensor, state: Collection[str]) -> Capture:
     """The exported graph with parameters and module paths named as in the user's model."""
     prefix = f"{_WRAPPED}."
     own, names = nn.Module(), {}
@@ -271,7 +271,7 @@ def _with_own_names(exported: fx.GraphModule, example: Tensor) -> Capture:
         value = _member(exported, target)
         name = target.removeprefix(prefix)
         if not target.startswith(prefix):
-            name = free_name(own, name)
+            name = free_name(own, name, state)
         names[target] = name
         if isinstance(value, Tensor):
             set_attribute(own, name, value)
