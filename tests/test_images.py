@@ -514,3 +514,34 @@ def test_decoding_says_what_channels_it_found(tmp_path: Path) -> None:
     picture = decode(tmp_path / "a.png")
     assert (picture.channels, picture.size) == (1, (12, 10))
     np.testing.assert_array_equal(picture.pixels(1)[:, :, 0], GREY)
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    """A file after some bytes were altered, and perhaps its end was lost."""
+    changed = bytearray(data)
+    for _ in range(rng.integers(1, 6)):
+        place = rng.integers(0, min(len(changed), rng.choice([40, 200, 1 << 30])))
+        changed[place] = rng.choice([0, 127, 255, rng.integers(0, 256)])
+    return bytes(changed[: rng.integers(1, len(changed) + 1)] if rng.random() < 0.2 else changed)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ending", ["png", "jpg", "gif", "bmp", "tif", "webp", "ppm", "npz"])
+def test_altered_files_are_read_or_refused(ending: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    buffer = io.BytesIO()
+    if ending == "npz":
+        np.savez_compressed(buffer, x=planes(COLOUR)[None].astype(np.float32), y=[3])
+    else:
+        kind = Image.registered_extensions()[f".{ending}"]
+        Image.fromarray(COLOUR).save(buffer, kind, exif=exif(6))
+    file = tmp_path / f"a.{ending}"
+    refused = 0
+    for _ in range(60):
+        file.write_bytes(mutated(buffer.getvalue(), rng))
+        try:
+            read(file if ending == "npz" else tmp_path)
+        except DataError as error:
+            refused += 1
+            assert f"a.{ending}: " in str(error) and "\n" not in str(error)
+    assert refused > 0
