@@ -133,10 +133,11 @@ class Picture:
 @functools.cache
 def extensions() -> frozenset[str]:
     """Endings (in small letters, with their dots) of the files that are read as images here."""
+    known = {**features.modules, **features.codecs}  # of others check() warns
     found = {
         ending
         for feature, endings in _FORMATS.items()
-        if not feature or features.check(feature)
+        if not feature or (feature in known and features.check(feature))
         for ending in endings.split()
     }
     return frozenset(found)

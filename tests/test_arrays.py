@@ -15,6 +15,7 @@ from hdrq_deploy.cli import bench
 from hdrq_deploy.errors import DataError, EngineError
 from hdrq_deploy.exporters import export
 from hdrq_deploy.runtime import load_engine
+from hdrq_deploy.runtime.engine import check_input
 
 RNG = np.random.default_rng(0)
 X = RNG.random((6, 3, 4, 5), dtype=np.float32)
@@ -192,6 +193,10 @@ def test_channels_on_the_last_axis(make: Any, inputs: Any, tmp_path: Path) -> No
         for x in (inputs.astype(">f4"), inputs.astype(np.float64)):
             with pytest.raises(EngineError, match="found an input of shape"):
                 engine(x)
+        free = engine.inputs[0].model_copy(update={"shape": ("batch", 3, "height", "width")})
+        check_input(inputs, free, "engine")
+        with pytest.raises(EngineError, match=r"found an input of shape \(48, 3, 0, 16\)"):
+            check_input(inputs[:, :, :0], free, "engine")
         # Whatever the order of its bytes in memory, a batch is the same batch.
         expected = engine(inputs)
         for x in (np.asfortranarray(inputs), inputs[::-1][::-1], last.transpose(0, 3, 1, 2)):
