@@ -4,38 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
 
 from hdrq_deploy.errors import DataError
 from hdrq_deploy.files import mapped_file
 from hdrq_deploy.manifest import Preprocessing
 
-from .street import is_scenes, run_ahead, scene_images
+from .arrays import read_arrays
+from .decoding import (
+    BESIDE,
+    FOLDER,
+    Picture,
+    Undecodable,
+    checked,
+    cut,
+    decode,
+    folders_of,
+    images_of,
+)
+from .street import IGNORE, is_scenes, run_ahead, scene_images
 
-__all__ = ["ImageSet", "Wanted", "cut", "read"]
+__all__ = ["ImageSet", "Wanted", "cut", "numbered", "read", "relabel"]
 
 Array = npt.NDArray[Any]
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 # Bytes of inputs that stay in memory, and images that are decoded ahead.
 _IN_MEMORY = 1 << 30
 _AHEAD = 32
-_UNREADABLE = (
-    OSError,
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    SyntaxError,
-    ValueError,
-)
-_CHANNELS = {"1": 1, "L": 1, "I;16": 1, "RGB": 3, "P": 3, "RGBA": 4, "CMYK": 4, "LA": 2}
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class Wanted:
         size: (height, width) that images are resized to.
         mean: Per channel, in units of [0, 1].
         std: Per channel, in units of [0, 1].
-        channels: Channels the model reads; a folder with others is an error.
+        channels: Channels the model reads, 1 or 3: grey images are repeated for a model of
+            colour, colour becomes grey for a model of one channel. By default 3 if any image
+            is of colour, else 1.
         resize: (height, width) that images are resized to first; ``size`` is then cut out of the
             middle.
         ignore_case: Class folders in alphabetical order whatever their case, as Office-Home is
@@ -69,13 +73,23 @@ class Wanted:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Network inputs (N, C, H, W) float32, labels (N,) int64 or None, class names or None."""
+    """Network inputs (N, C, H, W) float32, labels (N,) int64 or None, class names or None.
+
+    Attributes:
+        x: Inputs.
+        y: Labels; (N, H, W) of every pixel from some .npz.
+        classes: Names of the class folders, those without images included.
+        preprocessing: How images became inputs; None from an .npz.
+        skipped: Files that could not be decoded and were left out.
+        empty: Those of the class folders that hold no images.
+    """
 
     x: npt.NDArray[np.float32]
     y: npt.NDArray[np.int64] | None
     classes: tuple[str, ...] | None
     preprocessing: Preprocessing | None
     skipped: tuple[str, ...] = ()
+    empty: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.x)
@@ -85,6 +99,13 @@ class ImageSet:
         assert self.y is not None
         for first in range(0, len(self.x), count):
             yield self.x[first : first + count], self.y[first : first + count]
+
+    def names_of(self, count: int | None) -> tuple[str, ...] | None:
+        """Names of a model's ``count`` classes, or None where the folders do not tell them.
+
+        With a folder too many nobody can say which one it is, one without images or another.
+        """
+        return self.classes if self.classes and len(self.classes) == count else None
 
     @property
     def sha256(self) -> str:
@@ -104,6 +125,11 @@ def read(
 ) -> ImageSet:
     """Read an image folder or an .npz with ``x`` (N, C, H, W) float32 and ``y`` (N,).
 
+    Images are read as :func:`~.decoding.picture_of` says. Folders and files whose names begin
+    with a dot are not looked at; files that are no images of a format that is read here are left
+    out, and the logger ``hdrq_deploy`` says how many of which kind. Every folder is a class, one
+    without images too.
+
     Args:
         path: Folder or .npz file.
         wanted: Size, normalisation and channels; ignored for .npz, whose ``x`` is final.
@@ -116,11 +142,12 @@ def read(
             wrong arrays, or values that are not finite.
     """
     path = Path(path)
+    wanted = wanted or Wanted()
     if path.is_dir():
-        return _read_folder(path, wanted or Wanted(), limit, seed, skip_corrupt)
-    if path.is_file() and path.suffix == ".npz":
-        return _read_npz(path, limit, seed)
-    found = "a file" if path.exists() else "nothing"
+        return _read_folder(path, wanted, limit, seed, skip_corrupt)
+    if path.is_file() and path.suffix.lower() == ".npz":
+        return _read_npz(path, wanted, limit, seed)
+    found = f"a file {path.suffix}".strip() if path.exists() else "nothing"
     raise DataError(
         f"{path}: found {found}; needed an image folder (one folder per class) or an .npz "
         "with x (N,C,H,W float32) and y (N,)"
@@ -137,30 +164,10 @@ def _chosen(count: int, limit: int | None, seed: int) -> npt.NDArray[np.intp]:
     return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
 
 
-def _read_npz(path: Path, limit: int | None, seed: int) -> ImageSet:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: cannot be read as .npz ({error}); write it again") from error
-    if "x" not in arrays:
-        raise DataError(f"{path}: found arrays {sorted(arrays)}; needed x and, for labels, y")
-    x, y = arrays["x"], arrays.get("y")
-    if x.ndim < 2 or x.dtype.kind != "f" or len(x) == 0:
-        raise DataError(
-            f"{path}: found x of shape {x.shape}, {x.dtype}; needed (N,C,H,W) float32 with N > 0"
-        )
-    if y is not None and (len(y) != len(x) or y.dtype.kind not in "iu"):
-        raise DataError(
-            f"{path}: found y of shape {y.shape}, {y.dtype} for {len(x)} images; "
-            "needed one integer label an image"
-        )
-    if not np.isfinite(x).all():
-        bad = int(np.argmin(np.isfinite(x.reshape(len(x), -1)).all(1)))
-        raise DataError(f"{path}: found NaN or infinity in image {bad}; needed finite values")
+def _read_npz(path: Path, wanted: Wanted, limit: int | None, seed: int) -> ImageSet:
+    x, y = read_arrays(path, wanted.channels)
     rows = _chosen(len(x), limit, seed)
-    labels = None if y is None else y[rows].astype(np.int64)
-    return ImageSet(np.ascontiguousarray(x[rows], np.float32), labels, None, None)
+    return ImageSet(np.ascontiguousarray(x[rows]), None if y is None else y[rows], None, None)
 
 
 def _read_folder(
@@ -168,95 +175,88 @@ def _read_folder(
 ) -> ImageSet:
     if is_scenes(folder):  # images alone; labels are for whoever measures
         images = [(file, -1) for file in scene_images(folder)]
-        return _read_files(folder, images, (), wanted, limit, seed, skip_corrupt)
-    names = [d.name for d in folder.iterdir() if d.is_dir() and _images(d)]
-    classes = tuple(sorted(names, key=str.lower if wanted.ignore_case else None))
-    files = [(f, i) for i, name in enumerate(classes) for f in _images(folder / name)]
-    if not files:
-        files = [(f, -1) for f in _images(folder)]
-    if not files:
-        raise DataError(
-            f"{folder}: found no images ({', '.join(sorted(EXTENSIONS))}); needed one folder "
-            "of images per class, or images"
-        )
-    return _read_files(folder, files, classes, wanted, limit, seed, skip_corrupt)
+        return _read_files(folder, images, (), (), wanted, limit, seed, skip_corrupt)
+    others: Counter[str] = Counter()
+    beside = images_of(folder, others)
+    others.pop(FOLDER, None)  # those are looked into
+    inside = {d.name: images_of(d, others) for d in folders_of(folder)}
+    classes: tuple[str, ...] = ()
+    files = [(f, -1) for f in beside]
+    if any(inside.values()):
+        classes = tuple(sorted(inside, key=str.lower if wanted.ignore_case else None))
+        files = [(f, i) for i, name in enumerate(classes) for f in inside[name]]
+        others[BESIDE] = len(beside)
+    checked(files, others, folder)
+    empty = tuple(name for name in classes if not inside[name])
+    return _read_files(folder, files, classes, empty, wanted, limit, seed, skip_corrupt)
 
 
 def _read_files(
     folder: Path,
     files: list[tuple[Path, int]],
     classes: tuple[str, ...],
+    empty: tuple[str, ...],
     wanted: Wanted,
     limit: int | None,
     seed: int,
     skip_corrupt: bool,
 ) -> ImageSet:
-    """Images and class numbers (-1: none); inputs beyond ``_IN_MEMORY`` lie in a mapped file."""
+    """Images and class numbers (-1: none)."""
     files = [files[i] for i in _chosen(len(files), limit, seed)]
+    try:
+        found = _decoded_all(folder, files, wanted, skip_corrupt)
+    except _Coloured:
+        found = _decoded_all(folder, files, replace(wanted, channels=3), skip_corrupt)
+    return replace(found, classes=classes or None, y=found.y if classes else None, empty=empty)
+
+
+class _Coloured(Exception):
+    """An image of colour behind grey ones, where nobody said what the model reads."""
+
+
+def _decoded_all(
+    folder: Path, files: list[tuple[Path, int]], wanted: Wanted, skip_corrupt: bool
+) -> ImageSet:
+    """Inputs and class numbers; inputs beyond ``_IN_MEMORY`` lie in a mapped file."""
     rows: _Rows | None = None
     labels, skipped = [], []
     todo = ((file, wanted) for file, _ in files)
     found = run_ahead(_decoded, todo, min(os.cpu_count() or 1, 16), _AHEAD)
-    for (file, label), pixels in zip(files, found, strict=True):
-        if isinstance(pixels, Exception):
+    for (file, label), picture in zip(files, found, strict=True):
+        if isinstance(picture, Undecodable):
             if not skip_corrupt:
-                raise DataError(
-                    f"{file}: cannot be decoded ({pixels}); mend or remove it, or pass "
-                    "--skip-corrupt"
-                ) from pixels
+                raise DataError(f"{picture}, or pass --skip-corrupt") from picture
             skipped.append(str(file))
             continue
         if rows is None:
-            rows = _Rows(len(files), pixels.shape, wanted, folder)
-        rows.add(pixels, file)
+            rows = _Rows(len(files), picture, wanted, folder)
+        rows.add(picture, file)
         labels.append(label)
     if rows is None:
         raise DataError(f"{folder}: found no image that can be decoded among {len(files)}")
-    y = np.array(labels, np.int64) if classes else None
-    return ImageSet(rows.filled, y, classes or None, rows.preprocessing, tuple(skipped))
+    y = np.array(labels, np.int64)
+    return ImageSet(rows.filled, y, None, rows.preprocessing, tuple(skipped))
 
 
-def _decoded(file: Path, wanted: Wanted) -> Array | Exception:
-    """Pixels (C, H, W) uint8, or why there are none."""
+def _decoded(file: Path, wanted: Wanted) -> Picture | Undecodable:
+    """An image at the wanted size, or why there is none."""
     try:
-        return _pixels(_decode(file, wanted.channels), file, wanted)
-    except _UNREADABLE as error:
+        picture = decode(file, wanted.channels)
+    except Undecodable as error:
         return error
-
-
-def _pixels(image: Image.Image, file: Path, wanted: Wanted) -> Array:
     if wanted.resize is not None:
-        image = cut(image, wanted.resize, wanted.size or wanted.resize, file)
-    elif wanted.size is not None and image.size != wanted.size[::-1]:
-        image = image.resize(wanted.size[::-1], Image.Resampling.BILINEAR)
-    array = np.asarray(image)
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-
-
-def cut(
-    image: Image.Image, resize: tuple[int, int], size: tuple[int, int], where: object
-) -> Image.Image:
-    """``image`` brought to ``resize``, and ``size`` (height, width) cut out of its middle.
-
-    Raises:
-        DataError: ``size`` is larger than ``resize``.
-    """
-    top, left = (resize[0] - size[0]) // 2, (resize[1] - size[1]) // 2
-    if top < 0 or left < 0:
-        raise DataError(
-            f"{where}: found a crop of {size[0]}x{size[1]} from images of {resize[0]}x{resize[1]}; "
-            "needed a crop no larger than the image"
-        )
-    if image.size != resize[::-1]:
-        image = image.resize(resize[::-1], Image.Resampling.BILINEAR)
-    return image.crop((left, top, left + size[1], top + size[0]))
+        return Picture(cut(picture.image, wanted.resize, wanted.size or wanted.resize, file))
+    return picture if wanted.size is None else picture.resized(wanted.size)
 
 
 class _Rows:
     """Network inputs (N, C, H, W), filled one by one."""
 
-    def __init__(self, count: int, shape: tuple[int, ...], wanted: Wanted, folder: Path) -> None:
-        channels, height, width = shape
+    def __init__(self, count: int, first: Picture, wanted: Wanted, folder: Path) -> None:
+        self._any = wanted.channels is None
+        channels = wanted.channels or first.channels
+        height, width = first.size
+        shape = (channels, height, width)
         self.preprocessing = _preprocessing((height, width), channels, wanted, folder)
         p = self.preprocessing
         self._mean, self._std = (np.array(v, np.float32)[:, None, None] for v in (p.mean, p.std))
@@ -267,47 +267,22 @@ class _Rows:
             self._x = np.frombuffer(mapped_file(size, "images"), np.float32).reshape(count, *shape)
         self._count = 0
 
-    def add(self, pixels: Array, file: Path) -> None:
+    def add(self, picture: Picture, file: Path) -> None:
         channels, height, width = self._x.shape[1:]
-        if pixels.shape[1:] != (height, width):
+        if picture.size != (height, width):
             raise DataError(
-                f"{file}: found {pixels.shape[1]}x{pixels.shape[2]} after images of "
+                f"{file}: found {picture.size[0]}x{picture.size[1]} after images of "
                 f"{height}x{width}; pass --size HEIGHT WIDTH to resize them all"
             )
-        if len(pixels) != channels:
-            raise DataError(
-                f"{file}: found {len(pixels)} channels after images of {channels}; needed one "
-                "kind: convert the images"
-            )
+        if self._any and picture.channels > channels:
+            raise _Coloured
+        pixels = picture.pixels(channels).transpose(2, 0, 1)
         self._x[self._count] = (pixels.astype(np.float32) / 255 - self._mean) / self._std
         self._count += 1
 
     @property
     def filled(self) -> Array:
         return self._x[: self._count]
-
-
-def _images(folder: Path) -> list[Path]:
-    return sorted(
-        f for f in folder.iterdir() if f.suffix.lower() in EXTENSIONS and not f.name.startswith(".")
-    )
-
-
-def _decode(file: Path, channels: int | None) -> Image.Image:
-    with Image.open(file) as opened:
-        opened.load()
-        found = _CHANNELS.get(opened.mode, len(opened.getbands()))
-        if channels is not None and found != channels:
-            raise DataError(
-                f"{file}: found {found} channels (mode {opened.mode}), the model reads "
-                f"{channels}: convert the image"
-            )
-        if found not in {1, 3}:
-            raise DataError(
-                f"{file}: found {found} channels (mode {opened.mode}); needed 1 or 3: "
-                "convert the image to grey or RGB"
-            )
-        return opened.convert("L" if found == 1 else "RGB")
 
 
 def _preprocessing(
@@ -338,16 +313,69 @@ def relabel(images: ImageSet, classes: Sequence[str] | None, origin: Any) -> Ima
     """Number the labels of a folder as ``classes`` does.
 
     Raises:
-        DataError: The folder holds a class that the model does not know.
+        DataError: The folder holds images of a class that the model does not know.
     """
     if classes is None or images.classes is None or images.y is None:
         return images
     index = {name: i for i, name in enumerate(classes)}
-    unknown = [name for name in images.classes if name not in index]
+    unknown = [n for n in images.classes if n not in index and n not in images.empty]
     if unknown:
         raise DataError(
             f"{origin}: found class folder {unknown[0]!r}; the model's classes are "
             f"{', '.join(classes[:12])}{', ...' if len(classes) > 12 else ''}"
         )
-    table = np.array([index[name] for name in images.classes], np.int64)
-    return ImageSet(images.x, table[images.y], tuple(classes), images.preprocessing, images.skipped)
+    table = np.array([index.get(name, -1) for name in images.classes], np.int64)
+    empty = tuple(name for name in images.empty if name in index)
+    return replace(images, y=table[images.y], classes=tuple(classes), empty=empty)
+
+
+def numbered(
+    images: ImageSet, names: Sequence[str] | None, count: int | None, origin: Any
+) -> ImageSet:
+    """Images whose labels are numbered as the model numbers its classes.
+
+    Class folders are matched by name where the model's names are known, else by their number.
+
+    Args:
+        images: From :func:`read`.
+        names: The model's classes, or None.
+        count: How many classes the model has, or None where that is not known either.
+        origin: Names the data in errors.
+
+    Raises:
+        DataError: Folders that cannot be matched, or labels below 0 or beyond the classes.
+    """
+    if images.y is None:
+        return images
+    if images.classes is not None:
+        matched = names or images.names_of(count)
+        if matched is None:
+            raise DataError(_unmatched(images, count, origin))
+        images = relabel(images, matched, origin)
+    assert images.y is not None
+    known = images.y[images.y != IGNORE] if images.y.ndim == 3 else images.y
+    most = len(names) if names else count
+    low, high = int(known.min(initial=0)), int(known.max(initial=0))
+    if low < 0 or (most is not None and high >= most):
+        raise DataError(
+            f"{origin}: found labels {low} to {high}; the model has "
+            f"{'classes from 0 on' if most is None else f'{most} classes'}"
+            + (f" (and {IGNORE} for pixels to leave out)" if images.y.ndim == 3 else "")
+        )
+    return images
+
+
+def _unmatched(images: ImageSet, count: int | None, origin: Any) -> str:
+    assert images.classes is not None
+    found = f"{len(images.classes)} class folders"
+    if images.empty:
+        found += f" ({len(images.empty)} without images, such as {images.empty[0]!r})"
+    if count is None:
+        return (
+            f"{origin}: found {found} for a model that names no classes and does not say how many "
+            "it has; needed names: calibrate on one folder per class, or pass an .npz with y"
+        )
+    return (
+        f"{origin}: found {found} for {count} scores, and the manifest does not name the classes; "
+        "needed one folder for every class, which may be empty, and no others"
+    )

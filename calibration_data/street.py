@@ -7,7 +7,7 @@ carry 255. Images are read when they are needed, a few at a time.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,9 +16,22 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from hdrq_deploy.errors import DataError
+
+from .decoding import (
+    TURNS,
+    Picture,
+    checked,
+    folders_of,
+    images_of,
+    loaded,
+    opened,
+    orientation,
+    picture_of,
+    upright,
+)
 
 __all__ = [
     "CITYSCAPES",
@@ -34,6 +47,8 @@ __all__ = [
 Array = npt.NDArray[Any]
 Result = TypeVar("Result")
 IGNORE = 255
+# Pillow's modes of one number a pixel.
+_NUMBERS = {"L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N"}
 
 # github.com/mcordts/cityscapesScripts, helpers/labels.py: train id, label id, name, colour.
 _CLASSES = (
@@ -128,6 +143,7 @@ class Scenes:
         classes: Names, or None where a folder does not tell.
         size: (height, width) that images and labels are brought to; None keeps theirs.
         mean, std: Of the network's input, per channel.
+        channels: Of the network's input, 3 or 1.
     """
 
     layout: str
@@ -137,12 +153,13 @@ class Scenes:
     size: tuple[int, int] | None = None
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    channels: int = 3
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def batches(self, count: int, workers: int = 4) -> Iterator[tuple[Array, Array]]:
-        """Inputs (n, 3, H, W) float32 and labels (n, H, W) int64, ``count`` at most at a time.
+        """Inputs (n, C, H, W) float32 and labels (n, H, W) int64, ``count`` at most at a time.
 
         Reading runs ahead by one batch; a batch holds images of one size.
 
@@ -162,37 +179,25 @@ class Scenes:
             yield _stacked(batch)
 
     def read(self, image_file: Path, label_file: Path) -> tuple[Array, Array]:
-        """One input (3, H, W) float32 and its labels (H, W) int64.
+        """One input (C, H, W) float32 and its labels (H, W) int64.
 
         Raises:
             DataError: As :meth:`batches`.
         """
-        frame = _open(image_file).convert("RGB")
-        label = _open(label_file)
-        if label.mode not in {"L", "P", "I", "I;16"}:
-            raise DataError(
-                f"{label_file}: found a picture of mode {label.mode}; needed one number a pixel "
-                "(grey or palette)"
-            )
-        if frame.size != label.size:
-            raise DataError(
-                f"{label_file}: found labels of {label.height}x{label.width} for an image of "
-                f"{frame.height}x{frame.width}; needed one label a pixel"
-            )
-        if self.size is not None and frame.size != self.size[::-1]:
-            frame = frame.resize(self.size[::-1], Image.Resampling.BILINEAR)
+        frame, label = _pair(image_file, label_file, self.channels)
+        if self.size is not None and frame.size != self.size:
+            frame = frame.resized(self.size)
             label = label.resize(self.size[::-1], Image.Resampling.NEAREST)
-        x = np.asarray(frame, np.float32) / 255
+        x = frame.pixels(self.channels).astype(np.float32) / 255
         x = (x - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(x.transpose(2, 0, 1)), self._mapped(
             np.asarray(label), label_file
         )
 
     def _mapped(self, label: Array, file: Path) -> Array:
-        found = int(label.max(initial=0))
-        mapped = self.table[np.minimum(label, 255)].astype(np.int64)
-        if found > 255 or mapped.min(initial=0) < 0:
-            wrong = found if found > 255 else int(label[mapped < 0][0])
+        mapped: Array = self.table[np.clip(label, 0, 255)].astype(np.int64)
+        if label.min(initial=0) < 0 or label.max(initial=0) > 255 or mapped.min(initial=0) < 0:
+            wrong = int(label[(label < 0) | (label > 255) | (mapped < 0)].max())
             raise DataError(
                 f"{file}: found label {wrong}; {self.layout} has {_known(self.table)} and 255 for "
                 "pixels to leave out"
@@ -210,13 +215,55 @@ def _stacked(batch: list[tuple[Array, Array]]) -> tuple[Array, Array]:
     return np.stack(images), np.stack(labels)
 
 
-def _open(file: Path) -> Image.Image:
-    try:
-        with Image.open(file) as opened:
-            opened.load()
-            return opened.copy()
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise DataError(f"{file}: cannot be decoded ({error}); mend or remove it") from error
+def _pair(image_file: Path, label_file: Path, channels: int) -> tuple[Picture, Image.Image]:
+    """An image and its labels, both upright: what EXIF turns is turned with its partner.
+
+    Labels are numbers, so that nothing is made of their mode: a palette keeps its indices.
+
+    Raises:
+        DataError: A file that cannot be read, labels that are not one number a pixel, or of
+            which it cannot be told which way they lie.
+    """
+    with opened(image_file) as image, opened(label_file) as label:
+        turned, own = orientation(image), orientation(label)
+        frame = picture_of(image, image_file, channels)
+        labels = upright(label, label_file)
+        if labels.mode not in _NUMBERS:
+            raise DataError(
+                f"{label_file}: found a picture of mode {labels.mode}; needed one number a pixel "
+                "(grey or palette)"
+            )
+        if labels.mode not in {"L", "P"}:
+            labels = labels.convert("I")
+        if turned != own:
+            labels = _turned_with(frame, turned, labels, own, label_file)
+    if frame.size != (labels.height, labels.width):
+        raise DataError(
+            f"{label_file}: found labels of {labels.height}x{labels.width} for an image of "
+            f"{frame.size[0]}x{frame.size[1]}; needed one label a pixel"
+        )
+    return frame, labels.copy()
+
+
+def _turned_with(
+    frame: Picture, turned: int, labels: Image.Image, own: int, file: Path
+) -> Image.Image:
+    """Labels without an orientation of their own, of an image that EXIF turns.
+
+    Only a quarter turn of an image that is no square tells by the sizes whether they were drawn
+    on the image as it is stored or as it is shown.
+
+    Raises:
+        DataError: The sizes do not tell.
+    """
+    height, width = frame.size
+    if own == 1 and turned in range(5, 9) and height != width:
+        stored = (labels.height, labels.width) == (width, height)
+        return labels.transpose(TURNS[turned]) if stored else labels
+    raise DataError(
+        f"{file}: found EXIF orientation {own} beside an image of orientation {turned}; needed "
+        "labels that lie as their image does: save both upright, without the EXIF tag"
+    )
 
 
 def is_scenes(root: Path) -> bool:
@@ -267,7 +314,7 @@ def scene_images(root: Path) -> list[Path]:
 def _split(folder: Path, split: str) -> Path:
     if (folder / split).is_dir():
         return folder / split
-    there = sorted(f.name for f in folder.iterdir() if f.is_dir()) if folder.is_dir() else []
+    there = [f.name for f in folders_of(folder)] if folder.is_dir() else []
     raise DataError(
         f"{folder / split}: not there; needed a split ({', '.join(there) or 'none was found'})"
     )
@@ -281,7 +328,7 @@ def _cityscapes(folder: Path, split: str) -> Scenes:
         "labelIds": ("cityscapes", _LABEL_IDS),
     }
     for kind, (layout, table) in kinds.items():
-        if next(labels.glob(f"*/*_gtFine_{kind}.png"), None) is None:
+        if not any(next(d.glob(f"*_gtFine_{kind}.png"), None) for d in folders_of(labels)):
             continue
 
         def label_of(image: Path, kind: str = kind) -> Path:
@@ -298,8 +345,8 @@ def _cityscapes(folder: Path, split: str) -> Scenes:
 def _plain(folder: Path) -> Scenes:
     labels = folder / "labels"
     pairs = _paired(folder / "images", lambda f: labels / f"{f.stem}.png")
-    first = _open(pairs[0][1])
-    palette = first.getpalette() if first.mode == "P" else None
+    with opened(pairs[0][1]) as first:
+        palette = loaded(first, pairs[0][1]).getpalette() if first.mode == "P" else None
     # GTA5's label maps carry the palette of Cityscapes' label ids: 7 is road.
     if palette is not None and tuple(palette[21:24]) == PALETTE[0]:
         return Scenes("gta5", pairs, _LABEL_IDS, CITYSCAPES)
@@ -320,8 +367,5 @@ def _paired(images: Path, label_of: Callable[[Path], Path]) -> tuple[tuple[Path,
 def _images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: not there; needed a folder of images")
-    suffixes = {".png", ".jpg", ".jpeg"}
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in suffixes)
-    if not files:
-        raise DataError(f"{folder}: found no images (.png, .jpg)")
-    return files
+    others: Counter[str] = Counter()
+    return list(checked(images_of(folder, others, deep=True), others, folder))

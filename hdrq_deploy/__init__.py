@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from .bundle import Bundle
@@ -11,6 +12,11 @@ from .errors import HdrqError
 if TYPE_CHECKING:
     from .calibrate import calibrate
     from .merge import merge
+
+# Since 1.29 ONNX Runtime starts a thread that reports to its makers. Nobody who runs an engine has
+# asked for it, and a process that was forked off waits for that thread for ever when it ends. It
+# must be declined before ONNX Runtime is imported; a value that the user has set stays.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = ["Bundle", "HdrqError", "calibrate", "merge"]
 

@@ -267,6 +267,11 @@ class Bundle:
         """The graph, its external data not loaded."""
         return onnx.load(str(self.path / GRAPH), load_external_data=False)
 
+    def output_shape(self) -> tuple[int | str, ...]:
+        """Shape of the network's output; a str dimension is free."""
+        (output, *_) = self.graph().graph.output
+        return tuple(d.dim_param or d.dim_value for d in output.type.tensor_type.shape.dim)
+
     def validate(self) -> None:
         """Check hashes, dtypes, shapes, scales and the graph's pointers into the weights.
 

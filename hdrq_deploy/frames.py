@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from .manifest import EngineManifest, Preprocessing
 
-__all__ = ["decisions", "feed", "in_batches", "pixels"]
+__all__ = ["class_count", "decides", "decisions", "feed", "in_batches", "pixels"]
 
 Array = npt.NDArray[Any]
 
@@ -37,6 +37,23 @@ def in_batches(x: Array, size: int) -> Iterator[Array]:
     """Rows of ``x``, ``size`` at a time."""
     for first in range(0, len(x), size):
         yield x[first : first + size]
+
+
+def decides(output: Array) -> bool:
+    """Whether an output tells classes apart: labels, or scores of two classes or more on axis 1.
+
+    Labels are (N,) or (N, h, w) integers, scores (N, classes) or (N, classes, h, w) floats.
+    """
+    if output.dtype.kind in "iu":
+        return output.ndim in {1, 3}
+    return class_count(output.shape) is not None
+
+
+def class_count(shape: Sequence[int | str]) -> int | None:
+    """How many classes scores of this shape tell apart; None where it is no shape of scores."""
+    if len(shape) not in {2, 4} or not isinstance(shape[1], int) or shape[1] < 2:
+        return None
+    return shape[1]
 
 
 def decisions(output: Array) -> Array:

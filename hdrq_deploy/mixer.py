@@ -32,7 +32,8 @@ from .exporters.options import BuildOptions
 from .manifest import Port
 from .merge import Merger, choose_weights
 from .runtime.engine import check_input, load_engine
-from .runtime.images import Prediction, network_input, predictions
+from .runtime.forks import Owner
+from .runtime.images import Frame, Prediction, frames_of, network_input, predictions, sizes_of
 from .runtime.ort import session_options
 from .runtime.tensorrt import LIBRARIES, TensorRtEngine
 from .surgery import serialized
@@ -119,8 +120,9 @@ class DomainMixer:
     """One engine for several domains, at weights that change while it runs.
 
     A context manager. ``__call__``, ``run``, ``set`` and ``adapt`` may be called from any
-    thread. Memory holds at most ``cached`` engines (two at least: the running one and the one
-    that is being built), and those that slow calls are still in.
+    thread of the process that made it; in one that is forked off they raise EngineError. Memory
+    holds at most ``cached`` engines (two at least: the running one and the one that is being
+    built), and those that slow calls are still in.
 
     Args:
         bundles: Two or more bundles of one model, each of one domain.
@@ -182,6 +184,7 @@ class DomainMixer:
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="mixer")
         self._chooser = ThreadPoolExecutor(1, thread_name_prefix="mixer-adapt")
         self._closed = False
+        self._owner = Owner(self, "mixer", "make another mixer there")
         first = self._weights(mix) if mix else (1 / len(self.domains),) * len(self.domains)
         try:
             self._running = self._build(first)
@@ -209,9 +212,9 @@ class DomainMixer:
         Raises:
             EngineError: Closed, or an input that does not fit.
         """
+        self._check_open()
         with self._lock:
-            if self._closed:
-                raise EngineError("the mixer is closed; make another one")
+            self._check_open()
             running = self._running  # a swap from here on changes nothing for this call
             running.users += 1
         try:
@@ -222,18 +225,23 @@ class DomainMixer:
                 running.users -= 1
                 self._left.notify_all()
 
-    def predict(self, frames: Sequence[Array]) -> tuple[list[Prediction], dict[str, float]]:
-        """Answers for frames (H, W, C) uint8 of any size, and the mix that gave them.
+    def predict(self, frames: Sequence[Frame]) -> tuple[list[Prediction], dict[str, float]]:
+        """Answers for frames (see :meth:`Engine.predict`), and the mix that gave them.
 
         Raises:
             EngineError: Closed, not frames, or bundles without preprocessing.
+            DataError: An image file that cannot be read.
         """
+        self._check_open()
         manifest, options = self._merger.parents[0].manifest, self._options
-        x = network_input(frames, manifest.preprocessing, "mixer", options.fold_preprocess)
+        taken = frames_of(frames, manifest.preprocessing, "mixer")
+        x = network_input(taken, manifest.preprocessing, "mixer", options.fold_preprocess)
         output = self.run(x)
-        sizes = [frame.shape[:2] for frame in frames]
         probabilities, p = options.postprocess == "softmax", manifest.preprocessing
-        return predictions(output.values, sizes, manifest.classes, probabilities, p), output.mix
+        found = predictions(
+            output.values, sizes_of(taken), manifest.classes, probabilities, p, "mixer"
+        )
+        return found, output.mix
 
     def set(self, mix: Mapping[str, float]) -> Future[dict[str, float]]:
         """Run another mix as soon as its engine is there; frames keep flowing meanwhile.
@@ -250,12 +258,12 @@ class DomainMixer:
             MergeError: An unknown domain, or weights that do not fit.
             EngineError: Closed.
         """
+        self._check_open()
         weights = self._weights(mix)
         asked = _Asked(weights)
         asked.future.set_running_or_notify_cancel()  # others may wait for the same turn
         with self._lock:
-            if self._closed:
-                raise EngineError("the mixer is closed; make another one")
+            self._check_open()
             overtaken, self._waiting = self._waiting, asked
             if overtaken is not None:
                 # The same turn of the builder serves both.
@@ -284,6 +292,7 @@ class DomainMixer:
             DataError: Frames that do not fit the model.
             EngineError: Closed.
         """
+        self._check_open()
         present = self._running.mix
         found = choose_weights(
             self._merger, {"stream": frames}, criterion, progress=progress, also=[present]
@@ -295,12 +304,14 @@ class DomainMixer:
             self.set(self._named(found.weights)).result()
         return Adapted(self._named(found.weights), changed, best, now)
 
-    def adapt_async(self, frames: Sequence[Array]) -> Future[Adapted]:
-        """:meth:`adapt` of frames (H, W, C) uint8, beside the calls that go on.
+    def adapt_async(self, frames: Sequence[Frame]) -> Future[Adapted]:
+        """:meth:`adapt` of frames (see :meth:`Engine.predict`), beside the calls that go on.
 
         Raises:
             EngineError: Closed, not frames, or bundles without preprocessing.
+            DataError: An image file that cannot be read.
         """
+        self._check_open()
         manifest = self._merger.parents[0].manifest
         # Choosing runs the network itself, whatever the engine takes.
         x = network_input(frames, manifest.preprocessing, "mixer")
@@ -310,7 +321,12 @@ class DomainMixer:
             raise EngineError("the mixer is closed; make another one") from error
 
     def close(self) -> None:
-        """Stop building and free all engines; later calls raise EngineError."""
+        """Stop building and free all engines; later calls raise EngineError.
+
+        In a process that was forked off nothing is done.
+        """
+        if not self._owner.here:
+            return
         self._chooser.shutdown(wait=True, cancel_futures=True)  # may still call set()
         with self._lock:
             self._closed = True
@@ -332,6 +348,11 @@ class DomainMixer:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _check_open(self) -> None:
+        self._owner.check()
+        if self._closed:
+            raise EngineError("the mixer is closed; make another one")
 
     def _weights(self, mix: Mapping[str, float]) -> Mix:
         unknown = [name for name in mix if name not in self.domains]

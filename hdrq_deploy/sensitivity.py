@@ -18,7 +18,7 @@ from . import reference
 from .affine import dequantize
 from .bundle import GRAPH, Bundle
 from .errors import DataError
-from .frames import decisions, in_batches
+from .frames import decides, decisions, in_batches
 from .manifest import weight_name
 from .surgery import constant, quantize_only, serialized
 
@@ -246,7 +246,13 @@ def _accuracy(output: Array, data: Mapping[str, tuple[Array, Array | None]]) -> 
     shares, first = [], 0
     for images, labels in data.values():
         rows = slice(first, first := first + len(images))
-        if labels is None:
+        if labels is None or not decides(output):
             return None
-        shares.append(float((decisions(output[rows]) == labels).mean()))
+        found = decisions(output[rows])
+        if found.shape != labels.shape:
+            raise DataError(
+                f"found labels of shape {labels.shape} for decisions of shape {found.shape}; "
+                "needed one label for each"
+            )
+        shares.append(float((found == labels).mean()))
     return float(np.mean(shares))

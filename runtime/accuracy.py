@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..bundle import GOLDEN, read_golden
 from ..calibration_data.readers import ImageSet
 from ..calibration_data.street import IGNORE, Scenes
 from ..errors import DataError
-from ..frames import decisions, feed
-from .engine import Engine
+from ..frames import class_count, decides, decisions, feed
+from ..manifest import EngineManifest
+from .engine import Engine, dtype_of
 from .images import enlarge, softmax
 from .results import Accuracy, harmonic_mean
 
-__all__ = ["Labelled", "accuracy", "confusion", "window_of", "windows"]
+__all__ = ["Labelled", "accuracy", "classes_of", "confusion", "window_of", "windows"]
 
 Array = npt.NDArray[Any]
 Labelled = ImageSet | Scenes
@@ -87,6 +90,22 @@ def accuracy(
         decision_flips={d: c.flips / c.decided for d, c in counts.items()} if reference else None,
         reference=str(reference.path) if reference else None,
     )
+
+
+def classes_of(path: Path, manifest: EngineManifest) -> int | None:
+    """How many classes an engine tells apart; None where nothing in its folder says it.
+
+    An engine that gives labels does not say it of its output; its golden outputs are the scores
+    that the labels were made of.
+    """
+    if manifest.classes:
+        return len(manifest.classes)
+    (port, *_) = manifest.outputs
+    count = class_count(port.shape) if dtype_of(port).kind == "f" else None
+    if count is not None or GOLDEN not in manifest.files:
+        return count
+    output = read_golden(path / GOLDEN).get("output")
+    return None if output is None else class_count(output.shape)
 
 
 def confusion(labels: Array, found: Array, classes: int) -> Array:
@@ -202,11 +221,11 @@ def _run(engine: Engine, rows: Array, pixels: bool) -> Array:
 def _decide(output: Array, labels: Array, engine: Engine, name: str) -> Array:
     """Classes in the form of the labels."""
     pixels = labels.ndim == 3
-    if output.ndim - (output.dtype.kind == "f") != (3 if pixels else 1):
+    if not decides(output) or output.ndim - (output.dtype.kind == "f") != (3 if pixels else 1):
         raise DataError(
             f"{engine.path}: found outputs of shape {output.shape} for labels of shape "
-            f"{labels.shape} in {name}; needed one row of class scores (or one label) an image, or "
-            "for labels (N, H, W) a map of them"
+            f"{labels.shape} in {name}; needed one row of two class scores or more (or one label) "
+            "an image, or for labels (N, H, W) a map of them"
         )
     if not pixels or output.shape[-2:] == labels.shape[1:]:
         return decisions(output)
@@ -222,8 +241,9 @@ def _decide(output: Array, labels: Array, engine: Engine, name: str) -> Array:
 def _classes(output: Array, images: Labelled, engine: Engine) -> int:
     if output.dtype.kind == "f":
         return int(output.shape[1])
-    if engine.manifest.classes:
-        return len(engine.manifest.classes)
+    known_count = classes_of(engine.path, engine.manifest)
+    if known_count is not None:
+        return known_count
     if isinstance(images, Scenes):
         return len(images.classes) if images.classes else IGNORE
     assert images.y is not None

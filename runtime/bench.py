@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..calibration_data.readers import Wanted, read, relabel
+from ..calibration_data.readers import Wanted, numbered, read
 from ..calibration_data.street import find_scenes, is_scenes
 from ..errors import DataError
 from ..frames import feed
 from ..manifest import EngineManifest
-from .accuracy import Labelled, accuracy, window_of
+from .accuracy import Labelled, accuracy, classes_of, window_of
 from .engine import Engine, load_engine, open_engine, read_manifest
 from .environment import Watch, environment
 from .pictures import Pictures
@@ -118,10 +118,13 @@ def benchmark_all(
                 "same inputs to compare decisions"
             )
         # Engines that are fed alike share the images in memory.
-        alike = (subject.manifest.preprocessing, subject.manifest.classes)
+        count = classes_of(subject.path, subject.manifest) if data else None
+        alike = (subject.manifest.preprocessing, subject.manifest.classes, count)
         if alike not in sets:
             sets[alike] = {
-                name: labelled(subject.manifest, name, where, skip_corrupt, split, image_size)
+                name: labelled(
+                    subject.manifest, name, where, skip_corrupt, split, image_size, count
+                )
                 for name, where in (data or {}).items()
             }
         subject.prepare(sets[alike])
@@ -329,6 +332,7 @@ def labelled(
     skip_corrupt: bool = False,
     split: str = "val",
     image_size: tuple[int, int] | None = None,
+    count: int | None = None,
 ) -> Labelled:
     """Labelled images of domain ``name``, as the engine of ``manifest`` reads them.
 
@@ -337,25 +341,22 @@ def labelled(
         skip_corrupt: Leave out images of a folder that cannot be decoded.
         split: Of street scenes.
         image_size: (height, width) that street scenes are brought to.
+        count: Classes that the engine tells apart (:func:`~.accuracy.classes_of`), by which
+            class folders are matched where the manifest does not name the classes.
 
     Raises:
-        DataError: Data cannot be read or have no labels.
+        DataError: Data cannot be read or have no labels, or class folders that can be matched
+            neither by name nor by number.
     """
     p = manifest.preprocessing
     if is_scenes(Path(where)):
         if skip_corrupt:
             raise DataError(f"{where}: --skip-corrupt is for image folders; mend the scenes")
         scenes = replace(find_scenes(where, split), size=image_size)
-        return replace(scenes, mean=p.mean, std=p.std) if p else scenes
+        return replace(scenes, mean=p.mean, std=p.std, channels=p.channels) if p else scenes
     wanted = Wanted.like(p) if p else Wanted()
-    images = relabel(read(where, wanted, skip_corrupt=skip_corrupt), manifest.classes, where)
-    scores = manifest.outputs[0].shape[1:]
-    unnamed = manifest.classes is None and images.classes is not None and len(scores) == 1
-    if unnamed and images.classes and scores[0] not in {len(images.classes), "classes"}:
-        raise DataError(
-            f"{where}: found {len(images.classes)} class folders for {scores[0]} scores, and the "
-            "manifest does not name the classes; needed a folder for every class"
-        )
+    images = read(where, wanted, skip_corrupt=skip_corrupt)
+    images = numbered(images, manifest.classes, count, where)
     if images.y is None:
         raise DataError(
             f"{where}: found images of {name} without labels; accuracy needs one folder per "

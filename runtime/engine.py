@@ -16,13 +16,16 @@ from typing import Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from pydantic import ValidationError
 
+from ..calibration_data.decoding import Picture
 from ..errors import EngineError
 from ..files import sha256_file
 from ..frames import in_batches
 from ..manifest import EngineManifest, Port
-from .images import Prediction, network_input, predictions
+from .forks import Owner
+from .images import Frame, Prediction, frames_of, network_input, predictions, sizes_of
 
 __all__ = [
     "Engine",
@@ -72,8 +75,13 @@ class StillRunning(EngineError):
 class Pending:
     """Outputs that are being computed; see :meth:`Engine.run_async`."""
 
-    def __init__(self, collect: Callable[[float | None], dict[str, Array]], named: bool) -> None:
-        self._collect, self._named = collect, named
+    def __init__(
+        self,
+        collect: Callable[[float | None], dict[str, Array]],
+        named: bool,
+        owner: Owner,
+    ) -> None:
+        self._collect, self._named, self._owner = collect, named, owner
         self._lock = threading.Lock()
         self._results: dict[str, Array] | None = None
         self._failed: EngineError | None = None
@@ -85,8 +93,10 @@ class Pending:
             timeout: Seconds; None waits as long as it takes.
 
         Raises:
-            EngineError: The engine failed, or the time ran out (waiting again is allowed).
+            EngineError: The engine failed, the time ran out (waiting again is allowed), or
+                this is a process forked from the one that began the call.
         """
+        self._owner.check()
         with self._lock:
             if self._failed is not None:
                 raise self._failed
@@ -105,7 +115,9 @@ class Engine(ABC):
     """An engine that is loaded; a context manager.
 
     ``__call__``, ``run_async``, ``predict`` and ``close`` may be called from any thread. Calls
-    on ONNX Runtime run side by side; those of one TensorRT engine run one after the other.
+    on ONNX Runtime run side by side; those of one TensorRT engine run one after the other. An
+    engine belongs to the process that loaded it: in one that is forked off (a worker of
+    ``multiprocessing`` or of a DataLoader) calls raise EngineError and ``close`` does nothing.
 
     Attributes:
         path: Engine folder.
@@ -120,6 +132,13 @@ class Engine(ABC):
         self._closed = False
         self._worker: ThreadPoolExecutor | None = None
         self._guard = threading.Lock()
+        self._owner = Owner(self, path, "load the engine there too")
+
+    def __reduce__(self) -> Any:
+        raise EngineError(
+            f"{self.path}: a loaded engine cannot be copied or sent to another process; load it "
+            "there"
+        )
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -164,15 +183,24 @@ class Engine(ABC):
             EngineError: As a call does.
         """
         feeds = self._checked(x)
-        return lambda: self._execute(feeds)
+
+        def call() -> dict[str, Array]:
+            self._open()
+            return self._execute(feeds)
+
+        return call
 
     def run_async(self, x: Any) -> Pending:
         """Begin a call and return at once; ``wait`` of the result ends it.
 
+        Arrays in host memory are copied before it returns, so that a camera's buffer can be
+        filled again. Arrays on the GPU are not: they must stay as they are until ``wait``.
+
         Raises:
             EngineError: As a call does; on a GPU also where too many calls are in flight.
         """
-        feeds = self._checked(x)
+        given = self._checked(x)
+        feeds = {n: a.copy() if isinstance(a, np.ndarray) else a for n, a in given.items()}
         with self._guard:
             self._open()
             self._worker = self._worker or ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -184,25 +212,29 @@ class Engine(ABC):
             except FutureTimeout as error:
                 raise StillRunning(f"{self.path}: no result within {timeout} s") from error
 
-        return Pending(collect, isinstance(x, Mapping))
+        return Pending(collect, isinstance(x, Mapping), self._owner)
 
-    def predict(self, image: Array | Sequence[Array]) -> Prediction | list[Prediction]:
+    def predict(self, image: Frame | Sequence[Frame]) -> Prediction | list[Prediction]:
         """From frames to labels, scores or masks.
 
         Args:
-            image: One frame (H, W, 3) uint8 RGB, or (H, W) for a grey model, of any size; or a
-                list of frames.
+            image: One frame (H, W, 3) uint8 RGB, or (H, W) for a grey model, of any size; the
+                path of an image file or an image of Pillow, which are read as calibration
+                images are (upright, in the model's colours); or a list of these.
 
         Returns:
-            One :class:`Prediction`, or a list.
+            One :class:`Prediction`, or a list. A mask is of the upright image's size.
 
         Raises:
-            EngineError: Not frames, or an engine whose manifest has no preprocessing.
+            EngineError: Not frames, an engine whose manifest has no preprocessing, or outputs
+                that are no scores, labels or masks.
+            DataError: An image file that cannot be read.
         """
-        single = isinstance(image, np.ndarray)
-        frames: list[Array] = [image] if isinstance(image, np.ndarray) else list(image)
-        output = self.all_rows(self.prepare(frames))
-        found = self.answers(output, [frame.shape[:2] for frame in frames])
+        self._open()
+        single = isinstance(image, (np.ndarray, str, os.PathLike, Image.Image))
+        given: Any = [image] if single else image
+        frames = frames_of(given, self.manifest.preprocessing, self.path)
+        found = self.answers(self.all_rows(self.prepare(frames)), sizes_of(frames))
         return found[0] if single else found
 
     def all_rows(self, x: Array) -> Array:
@@ -216,7 +248,7 @@ class Engine(ABC):
             parts.append(self(full)[: len(some)])
         return np.concatenate(parts)
 
-    def prepare(self, frames: Sequence[Array]) -> Array:
+    def prepare(self, frames: Sequence[Frame | Picture]) -> Array:
         """Frames as this engine takes them; see :func:`network_input`."""
         raw = self.inputs[0].dtype == "uint8"
         return network_input(frames, self.manifest.preprocessing, self.path, raw)
@@ -225,7 +257,8 @@ class Engine(ABC):
         """What an output says of frames of these sizes; see :func:`predictions`."""
         manifest = self.manifest
         probabilities = manifest.postprocess == "softmax"
-        return predictions(output, sizes, manifest.classes, probabilities, manifest.preprocessing)
+        p = manifest.preprocessing
+        return predictions(output, sizes, manifest.classes, probabilities, p, self.path)
 
     def warm_up(self, times: int = 3, batch: int | None = None) -> None:
         """Run on zeros, so that buffers, kernels and CUDA graphs of this batch are there."""
@@ -244,7 +277,12 @@ class Engine(ABC):
         return results, Phases(None, (time.perf_counter_ns() - start) / 1e6, None)
 
     def close(self) -> None:
-        """Free everything; later calls raise EngineError. Calls that run are waited for."""
+        """Free everything; later calls raise EngineError. Calls that run are waited for.
+
+        In a process that was forked off nothing is done.
+        """
+        if not self._owner.here:
+            return
         with self._guard:
             if self._closed:
                 return
@@ -274,6 +312,7 @@ class Engine(ABC):
         """Free what the backend holds."""
 
     def _open(self) -> None:
+        self._owner.check()
         if self._closed:
             raise EngineError(f"{self.path}: the engine is closed; load it again")
 
@@ -349,13 +388,24 @@ def check_input(x: Any, port: Port, where: object) -> None:
     )
     # PyTorch's and CuPy's dtypes end in NumPy's name.
     same = x.dtype == dtype if not gpu else str(x.dtype).rsplit(".", 1)[-1] == dtype.name
-    if not same or not fits or shape[0] == 0:
+    if not same or not fits or 0 in shape:
         raise EngineError(
             f"{where}: found an input of shape {shape}, {x.dtype}; needed "
-            f"{port.shape}, {dtype} (batch 1 or more)"
+            f"{port.shape}, {dtype} (batch 1 or more){_hint(shape, port)}"
         )
     if not gpu and dtype.kind == "f" and not np.isfinite(x).all():
         raise EngineError(f"{where}: found NaN or infinity in the input")
+
+
+def _hint(shape: tuple[int, ...], port: Port) -> str:
+    """What makes an input fit whose channels are on the wrong axis."""
+    orders = {"NCHW": (0, 3, 1, 2), "NHWC": (0, 2, 3, 1)}
+    order = orders.get(port.layout)
+    if order is None or len(shape) != 4 or len(port.shape) != 4:
+        return ""
+    turned = [shape[i] for i in order]
+    fits = all(isinstance(w, str) or w == g for w, g in zip(port.shape, turned, strict=True))
+    return f": pass x.transpose{order}" if fits and 0 not in shape else ""
 
 
 def read_manifest(path: str | os.PathLike[str]) -> EngineManifest:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +11,28 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..calibration_data.readers import cut
+from ..calibration_data.decoding import Picture, cut, decode, picture_of
 from ..calibration_data.street import IGNORE
 from ..errors import EngineError
+from ..frames import decides
 from ..manifest import Preprocessing
 
-__all__ = ["Prediction", "enlarge", "network_input", "predictions", "softmax"]
+__all__ = [
+    "Frame",
+    "Prediction",
+    "enlarge",
+    "frames_of",
+    "network_input",
+    "predictions",
+    "sizes_of",
+    "softmax",
+]
 
 Array = npt.NDArray[Any]
+# What an application may give for one frame, and what is known of it once it was read.
+Frame = Array | Image.Image | str | os.PathLike[str]
+Taken = Array | Picture
+_FRAMES = "arrays (H, W, 3) uint8, paths or images of Pillow"
 
 
 @dataclass(frozen=True)
@@ -37,55 +52,104 @@ class Prediction:
     mask: Array | None = None
 
 
+def frames_of(given: Iterable[Any], p: Preprocessing | None, where: object) -> list[Taken]:
+    """Frames as they were given, and what was read of files and of Pillow's images.
+
+    Args:
+        given: Arrays (see :func:`network_input`), paths of image files, images of Pillow.
+        p: The manifest's preprocessing.
+        where: Names the engine in errors.
+
+    Raises:
+        EngineError: None, something else, or the manifest has no preprocessing.
+        DataError: A file that cannot be read, or a mode whose values have no range.
+    """
+    channels = _needed(p, where).channels
+    if not isinstance(given, Iterable):
+        raise EngineError(f"{where}: found frames of type {type(given).__name__}; needed {_FRAMES}")
+    frames: list[Taken] = []
+    for frame in given:
+        if isinstance(frame, (str, os.PathLike)):
+            frame = decode(frame, channels)
+        elif isinstance(frame, Image.Image):
+            frame = picture_of(frame, f"{where}: a frame", channels)
+        elif not isinstance(frame, (np.ndarray, Picture)):
+            raise EngineError(
+                f"{where}: found a frame of type {type(frame).__name__}; needed {_FRAMES}"
+            )
+        frames.append(frame)
+    if not frames:
+        raise EngineError(f"{where}: found no frames; needed one or more")
+    return frames
+
+
+def sizes_of(frames: Sequence[Taken]) -> list[tuple[int, ...]]:
+    """(height, width) of every frame."""
+    return [f.size if isinstance(f, Picture) else f.shape[:2] for f in frames]
+
+
 def network_input(
-    frames: Sequence[Array], p: Preprocessing | None, where: object, raw: bool = False
+    frames: Iterable[Frame | Picture], p: Preprocessing | None, where: object, raw: bool = False
 ) -> Array:
     """Frames as the engine takes them: resized, and normalised unless the engine does it.
 
     Args:
-        frames: (H, W, 3) uint8 RGB each, or (H, W) for a grey model; sizes may differ.
+        frames: (H, W, 3) uint8 RGB each, or (H, W) for a grey model; sizes may differ. Paths and
+            images of Pillow are read first (:func:`frames_of`).
         p: The manifest's preprocessing.
         where: Names the engine in errors.
         raw: The engine takes uint8 frames (N, H, W, C) and normalises them itself.
 
     Raises:
         EngineError: Not such frames, or the manifest has no preprocessing.
+        DataError: As :func:`frames_of`.
     """
-    if p is None:
-        raise EngineError(
-            f"{where}: the manifest has no preprocessing (calibrated from .npz); call the engine "
-            "with network inputs, or calibrate from an image folder"
-        )
-    if not frames:
-        raise EngineError(f"{where}: found no frames; needed one or more")
-    rows = []
-    for frame in frames:
-        grey = p.channels == 1
-        if frame.dtype != np.uint8 or frame.ndim != (2 if grey else 3):
-            raise EngineError(
-                f"{where}: found a frame of shape {frame.shape}, {frame.dtype}; needed "
-                f"{'(H, W)' if grey else '(H, W, 3)'} uint8"
-            )
-        if not grey and frame.shape[2] != p.channels:
-            raise EngineError(
-                f"{where}: found a frame of {frame.shape[2]} channels; needed {p.channels} "
-                f"({p.colour})"
-            )
-        if p.resize is not None:
-            image = cut(Image.fromarray(frame), p.resize, (p.height, p.width), where)
-            frame = np.asarray(image)
-        elif frame.shape[:2] != (p.height, p.width):
-            resized = Image.fromarray(frame).resize((p.width, p.height), Image.Resampling.BILINEAR)
-            frame = np.asarray(resized)
-        rows.append(frame.reshape(p.height, p.width, p.channels))
-    batch = np.stack(rows)
-    if raw:
-        return batch
+    p = _needed(p, where)
+    batch = np.stack([_fitted(frame, p, where) for frame in frames_of(frames, p, where)])
+    if raw:  # more than 8 bits do not go in
+        return batch if batch.dtype == np.uint8 else np.rint(batch).astype(np.uint8)
     # x / 255, minus mean, over std, as one multiplication and one addition.
     std = np.array(p.std, np.float32)
     gain, offset = (1 / (255 * std)).astype(np.float32), -np.array(p.mean, np.float32) / std
     x = batch.astype(np.float32) * gain + offset
     return np.ascontiguousarray(x.transpose(0, 3, 1, 2), dtype=np.float32)
+
+
+def _needed(p: Preprocessing | None, where: object) -> Preprocessing:
+    if p is None:
+        raise EngineError(
+            f"{where}: the manifest has no preprocessing (calibrated from .npz); call the engine "
+            "with network inputs, or calibrate from an image folder"
+        )
+    return p
+
+
+def _fitted(frame: Taken, p: Preprocessing, where: object) -> Array:
+    """One frame (height, width, channels) at the network's size."""
+    size = (p.height, p.width)
+    if isinstance(frame, np.ndarray):
+        _check_frame(frame, p, where)
+        if p.resize is None and frame.shape[:2] == size:
+            return frame.reshape(*size, p.channels)
+        frame = Picture(Image.fromarray(frame))
+    if 0 in frame.size:
+        raise EngineError(f"{where}: found a frame of {frame.size[0]}x{frame.size[1]} pixels")
+    if p.resize is not None:
+        frame = Picture(cut(frame.image, p.resize, size, where))
+    return frame.resized(size).pixels(p.channels)
+
+
+def _check_frame(frame: Array, p: Preprocessing, where: object) -> None:
+    grey = p.channels == 1
+    if frame.dtype != np.uint8 or frame.ndim != (2 if grey else 3) or 0 in frame.shape:
+        raise EngineError(
+            f"{where}: found a frame of shape {frame.shape}, {frame.dtype}; needed "
+            f"{'(H, W)' if grey else '(H, W, 3)'} uint8 of one pixel or more"
+        )
+    if not grey and frame.shape[2] != p.channels:
+        raise EngineError(
+            f"{where}: found a frame of {frame.shape[2]} channels; needed {p.channels} ({p.colour})"
+        )
 
 
 def softmax(scores: Array) -> Array:
@@ -101,6 +165,7 @@ def predictions(
     classes: Sequence[str] | None = None,
     probabilities: bool = False,
     p: Preprocessing | None = None,
+    where: object = "predict",
 ) -> list[Prediction]:
     """One answer a frame.
 
@@ -110,7 +175,16 @@ def predictions(
         classes: Their names.
         probabilities: Scores are that already.
         p: Where the input was cut out of the frame, a mask says IGNORE (255) outside of that.
+        where: Names the engine in errors.
+
+    Raises:
+        EngineError: An output of another form: one number an image or pixel is no decision.
     """
+    if not decides(output):
+        raise EngineError(
+            f"{where}: found an output of shape {output.shape}, {output.dtype}; needed labels or "
+            "scores of two classes or more: call the engine itself for other numbers"
+        )
     labels = output.dtype.kind in "iu"
     if output.ndim > 2:
         return [

@@ -156,7 +156,8 @@ class TensorRtEngine(Engine):
             except BaseException:
                 self._free.append(slot)
                 raise
-        return Pending(lambda timeout: self._collect(slot, timeout), isinstance(x, Mapping))
+        named = isinstance(x, Mapping)
+        return Pending(lambda timeout: self._collect(slot, timeout), named, self._owner)
 
     def timed(self, x: Any) -> tuple[dict[str, Array], Phases]:
         """A call, and where its time went, by events on its stream."""
@@ -177,6 +178,7 @@ class TensorRtEngine(Engine):
             EngineError: The engine was not built with ``--refit``, or a weight is missing or
                 does not fit; it must not be used then.
         """
+        self._open()  # a lock may be held for ever in a process that was forked off
         with self._turn:
             self._open()
             if not self.refittable:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError
+from ..frames import decides
 from .engine import Engine, Feeds, Pending
 from .results import Latency, Scenario, Speedup
 
@@ -172,7 +173,7 @@ def phases(engine: Engine, frames: list[Array] | None, x: Array, times: int) -> 
         results, inner = engine.timed(given)
         called = time.perf_counter_ns()
         output = next(iter(results.values()))
-        answered = _answers(output)
+        answered = decides(output)
         if answered:
             engine.answers(output, sizes)
         end = time.perf_counter_ns()
@@ -194,11 +195,6 @@ def phases(engine: Engine, frames: list[Array] | None, x: Array, times: int) -> 
         name: latency(samples, len(x), 0, what.get(name, f"copy ({kind})"))
         for name, samples in found.items()
     }
-
-
-def _answers(output: Array) -> bool:
-    """Whether an output has the form of a classifier's or a segmentation engine's."""
-    return output.ndim in ({1, 3} if output.dtype.kind in "iu" else {2, 4})
 
 
 class _Idle(Engine):

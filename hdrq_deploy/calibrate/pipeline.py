@@ -185,7 +185,7 @@ def calibrate(
         seed=seed,
         input_shape=tuple(inputs.shape[1:]),
         preprocessing=dataset.preprocessing,
-        classes=_class_names(dataset.classes, golden["output"]),
+        classes=_class_names(dataset, golden["output"]),
         metrics={"blocks": blocks, "capture": same, "parity": parity},
         tolerances=Tolerances(output_rms=most),
         versions=versions,
@@ -360,9 +360,9 @@ def own_wanted(network: nn.Module, wanted: Wanted | None) -> Wanted:
     )
 
 
-def _class_names(folders: tuple[str, ...] | None, output: Any) -> tuple[str, ...] | None:
+def _class_names(images: ImageSet, output: Any) -> tuple[str, ...] | None:
     """Names of the scores; folders of some classes only do not say which are which."""
-    return folders if folders and output.ndim == 2 and output.shape[1] == len(folders) else None
+    return images.names_of(output.shape[1]) if output.ndim == 2 else None
 
 
 def _activations(plan: Plan | None) -> tuple[Activation, ...]:

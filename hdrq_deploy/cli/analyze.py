@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
-from ..calibration_data.readers import Wanted, read, relabel
+from ..calibration_data.readers import Wanted, numbered, read
 from ..errors import DataError, ModelError
 from ..files import new_directory, write_bytes
+from ..frames import class_count
 from .common import named, parser, progress_bar, run
 
 
@@ -75,7 +76,8 @@ def _labelled(path: str, like: Bundle, limit: int, seed: int) -> tuple[Any, Any]
         raise DataError(f"found --images {limit}; needed 2 or more")
     manifest = like.manifest
     wanted = Wanted.like(manifest.preprocessing) if manifest.preprocessing else Wanted()
-    images = relabel(read(path, wanted, limit, seed), manifest.classes, path)
+    images = read(path, wanted, limit, seed)
+    images = numbered(images, manifest.classes, class_count(like.output_shape()), path)
     if images.y is None:
         raise DataError(
             f"{path}: found images without labels; a loss needs one folder per class, or y in "

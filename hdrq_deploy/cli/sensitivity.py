@@ -8,7 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..bundle import Bundle
-from ..calibration_data.readers import Wanted, read, relabel
+from ..calibration_data.readers import Wanted, numbered, read
 from ..errors import DataError, ModelError
 from ..files import new_directory, write_bytes
+from ..frames import class_count
 from ..runtime.report import need_matplotlib
 from ..sensitivity import Scheme, Sensitivity, sensitivity, suggest
 from .common import named, parser, progress_bar, run
@@ -64,9 +65,13 @@ def _sensitivity(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     manifest = bundle.manifest
     wanted = Wanted.like(manifest.preprocessing) if manifest.preprocessing else Wanted()
+    shape = bundle.output_shape()
     data = {}
     for name, path in named(args.data).items():
-        images = relabel(read(path, wanted, args.images, args.seed), manifest.classes, path)
+        images = read(path, wanted, args.images, args.seed)
+        if images.classes is not None and (len(shape) != 2 or class_count(shape) is None):
+            images = replace(images, y=None)  # class folders are no labels of maps or numbers
+        images = numbered(images, manifest.classes, class_count(shape), path)
         data[name] = (images.x, images.y)
     real = _real(bundle, args.weights, next(iter(data.values()))[0]) if args.weights else None
     with progress_bar("sensitivity") as progress:

@@ -15,7 +15,7 @@ from ..exporters import export
 from ..files import write_bytes
 from ..merge import Merger, choose_weights, re_estimate
 from ..recipe import Options
-from ..runtime.accuracy import Labelled, accuracy
+from ..runtime.accuracy import Labelled, accuracy, classes_of
 from ..runtime.bench import labelled
 from ..runtime.engine import Engine, open_engine, read_manifest
 from .fresh import is_merged, make_bundle, stamp
@@ -161,7 +161,10 @@ def engine_of(bundle: Bundle, device: str, threads: int) -> Iterator[Engine]:
 def labelled_set(engine: Engine, task: Task, domain: Domain) -> Labelled:
     """The labelled images of a domain, as the engine reads them."""
     name, size = domain.name, domain.image_size
-    return labelled(engine.manifest, name, domain.test, split=task.split, image_size=size)
+    count = classes_of(engine.path, engine.manifest)
+    return labelled(
+        engine.manifest, name, domain.test, split=task.split, image_size=size, count=count
+    )
 
 
 def _engine_device(device: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration_data import digits, streetscape
+from ..calibration_data.decoding import folders_of
 from ..calibration_data.readers import Wanted
 from ..errors import DataError, ModelError
 from ..recipe import METHODS
@@ -230,7 +231,7 @@ def _key(name: str) -> str:
 
 
 def _folder(data: Path, name: str) -> Path:
-    there = sorted(f for f in data.iterdir() if f.is_dir()) if data.is_dir() else []
+    there = folders_of(data) if data.is_dir() else []
     for folder in there:
         if _key(folder.name) == _key(name):
             return folder
