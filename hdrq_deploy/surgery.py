@@ -8,7 +8,14 @@ from typing import Any
 import numpy.typing as npt
 import onnx_ir as ir
 
-__all__ = ["chain", "constant", "free_operand", "quantize_only", "quantizer_of"]
+__all__ = [
+    "chain",
+    "constant",
+    "free_operand",
+    "quantize_only",
+    "quantizer_of",
+    "weight_dequantizer",
+]
 
 _READERS = ("Conv", "Gemm", "MatMul")  # a transposed convolution computes in float
 _LAYERS = (*_READERS, "ConvTranspose")
@@ -39,6 +46,17 @@ def quantizer_of(value: ir.Value | None) -> tuple[list[ir.Node], ir.Node] | None
     while node is not None and node.op_type != "QuantizeLinear":
         node = _producer(node)
     return (path, node) if node is not None else None
+
+
+def weight_dequantizer(value: ir.Value | None) -> tuple[ir.Node | None, bool]:
+    """The DequantizeLinear behind an operand, and whether a Transpose lies between."""
+    node = value.producer() if value is not None else None
+    transposed = node is not None and node.op_type == "Transpose"
+    if node is not None and transposed:
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if node is None or node.op_type != "DequantizeLinear":
+        return None, False
+    return node, transposed
 
 
 def free_operand(model: ir.Model, node: ir.Node, place: int) -> bool:

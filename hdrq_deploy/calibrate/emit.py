@@ -22,6 +22,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, fx, nn
 
+from ..biases import bias_sites, fitted, shifts
 from ..bundle import WEIGHTS, Span, layout
 from ..errors import ModelError
 from ..fold import graph_tensors
@@ -39,7 +40,7 @@ from .capture import (
 from .placement import HEAVY, Plan, root
 from .reconstruct import Quantized
 
-__all__ = ["OPSET", "Emitted", "emit_float", "emit_quantized", "onnx_graph"]
+__all__ = ["OPSET", "Emitted", "emit_float", "emit_quantized", "fit_biases", "onnx_graph"]
 
 # 21 knows INT4; TensorRT 10 and 11 and ONNX Runtime all read it.
 OPSET = 21
@@ -255,6 +256,14 @@ def onnx_graph(
         _written.clear()
         _written[key] = _write_graph(made, example, found, plan)
     return _written[key]
+
+
+def fit_biases(made: Emitted, graph: bytes) -> None:
+    """Give ``made`` biases that integer kernels hold (see ``hdrq_deploy.biases``). In place."""
+    sites = bias_sites(ir.from_proto(onnx.load_model_from_string(graph)))
+    changed = fitted(made.tensors, sites, shifts(made.entries), made.folds)
+    for name, value in changed.items():
+        set_attribute(made.module, name, torch.from_numpy(value))
 
 
 _written: dict[str, tuple[bytes, list[Layer]]] = {}
