@@ -139,7 +139,7 @@ def lower_ort(model: ir.Model, exact: bool = True) -> ir.Model:
             _as_gemm(model, node)
     for node in list(model.graph):
         if node.op_type in {"Gemm", "MatMul"}:
-            _settle_clamp(model, node)
+            _settle_clamps(model, node)
         if node.op_type == "Gemm":
             _integer_bias(model, node)
         elif node.op_type == "Conv" and not _writes_codes(node):
@@ -190,13 +190,15 @@ def _absorb_clamp(clamp: ir.Node, q: Quantizer, zero: int, lo: int, hi: int) -> 
     bounds = [*clamp.inputs[1:3], None, None][:2]
     if any(b is not None and b.const_value is None for b in bounds):
         return lo, hi
-    if len(list(clamp.outputs[0].uses())) != 1 or clamp.outputs[0].is_graph_output():
-        return lo, hi
+    source = clamp.inputs[0]
+    ends = (source, clamp.outputs[0])
+    if any(v is None or v.is_graph_output() or len(list(v.uses())) != 1 for v in ends):
+        return lo, hi  # somebody else reads real values
     low, high = (
         None if b is None else float(np.rint(array(b).reshape(()) / np.float32(q.scale))) + zero
         for b in bounds
     )
-    q.quantize.replace_input_with(0, clamp.inputs[0])
+    q.quantize.replace_input_with(0, source)
     if low is not None:
         lo = int(min(max(lo, low), hi))
     if high is not None:
@@ -389,43 +391,44 @@ def _as_gemm(model: ir.Model, node: ir.Node) -> None:
     model.graph.remove(node)
 
 
-def _settle_clamp(model: ir.Model, node: ir.Node) -> None:
-    """Turn ReLU or Clip behind a layer into Max and Min where it gives real values on.
+def _settle_clamps(model: ir.Model, node: ir.Node) -> None:
+    """Turn ReLU and Clip behind a layer into Max and Min where they give real values on.
 
     ONNX Runtime takes the layer and its clamp for one, looks in vain for codes behind them, and
     then computes both in float (FusedGemm). It does not look behind Max.
     """
-    clamp = _lone_clamp(node)
-    if clamp is None:
-        return
+    readers = [use.node for use in node.outputs[0].uses()]
+    for clamp in dict.fromkeys(readers):
+        alone = len(readers) == 1 and (_last(clamp) or _clamps_codes(clamp))
+        if clamp.op_type in {"Relu", "Clip"} and not alone:
+            _as_max(model, clamp)
+
+
+def _last(clamp: ir.Node) -> bool:
+    return clamp.outputs[0].is_graph_output() and not list(clamp.outputs[0].uses())
+
+
+def _clamps_codes(clamp: ir.Node) -> bool:
+    """ReLU before uint8 codes from 0 on, which end there by themselves."""
+    readers = [use.node for use in clamp.outputs[0].uses()]
+    if clamp.op_type != "Relu" or len(readers) != 1:
+        return False
+    reader = readers[0]
+    return reader.op_type == "QuantizeLinear" and not array(reader.inputs[2])
+
+
+def _as_max(model: ir.Model, clamp: ir.Node) -> None:
     bounds: list[ir.Value | None] = [*clamp.inputs[1:3], None, None][:2]
     if clamp.op_type == "Relu":
         bounds[0] = constant(model, f"{clamp.name}/zero", np.array(0, np.float32))
-    value, name = clamp.inputs[0], clamp.outputs[0].name
+    value = clamp.inputs[0]
     for op, bound in zip(("Max", "Min"), bounds, strict=True):
         if bound is not None:
-            label = f"{clamp.name}/{op.lower()}"
-            value = insert(model, clamp, ir.node(op, [value, bound], name=label))
-            value.name, value.dtype, value.shape = label, ir.DataType.FLOAT, clamp.outputs[0].shape
-    assert value is not None
-    ir.convenience.replace_all_uses_with(clamp.outputs[0], value)
-    model.graph.remove(clamp)
-    value.name = name
-
-
-def _lone_clamp(node: ir.Node) -> ir.Node | None:
-    """The ReLU or Clip that alone reads a layer's output, if codes are not what reads it."""
-    uses = list(node.outputs[0].uses())
-    if len(uses) != 1 or uses[0].node.op_type not in {"Relu", "Clip"}:
-        return None
-    clamp = uses[0].node
-    readers = [use.node for use in clamp.outputs[0].uses()]
-    if not readers or clamp.outputs[0].is_graph_output():
-        return None
-    first = readers[0]
-    coded = len(readers) == 1 and first.op_type == "QuantizeLinear" and len(first.inputs) > 2
-    # A clamp of codes at 0 is what uint8 does by itself, if 0 is its first code.
-    return None if coded and clamp.op_type == "Relu" and not array(first.inputs[2]) else clamp
+            name = f"{clamp.name}/{op.lower()}"
+            value = insert(model, clamp, ir.node(op, [value, bound], name=name))
+            value.name, value.dtype, value.shape = name, ir.DataType.FLOAT, clamp.outputs[0].shape
+    if value is not None and value is not clamp.inputs[0]:
+        _replace(model, clamp, value)
 
 
 def _replace(model: ir.Model, node: ir.Node, new: ir.Value) -> None:

@@ -39,6 +39,9 @@ Floats = npt.NDArray[np.float64]
 LARGEST = 1 << 30
 # Scales this close to what is needed are left as they are.
 _SLACK = 1 + 1e-3
+# Beyond the smallest scale with which its bias fits a channel does not show its weights yet:
+# rounding them adds 2^-30 of the bias for every product, at this factor 2^-24.
+_HARMLESS = 64
 # No product of two scales is smaller: float32 holds it and its inverse.
 _SMALLEST_UNIT = 1e-30
 # Relative error of a sum in float32, with room for sums that cancel.
@@ -103,7 +106,7 @@ def fitted(
         shift: See :func:`shifts`.
         folds: BatchNorms that scales carry: their codes stay, the gain is raised.
         split: Where channels of one scale need different ones, give every channel its own.
-            Otherwise that scale rises no further than every channel allows without loss.
+            Otherwise that scale rises no further than harms no channel, and may stay too small.
         whole: Round biases, too.
 
     Returns:
@@ -222,7 +225,7 @@ def _raised(
         [smallest_scale(tensors[site.bias], tensors[site.operand], shift) for site in sites], axis=0
     )
     if scale.ndim == 0 and not (split and (needed > scale * _SLACK).any()):
-        needed = needed.min()
+        needed = np.minimum(needed.max(), _HARMLESS * needed.min())
     if not (needed > scale * _SLACK).any():
         return {}
     if fold is not None:
