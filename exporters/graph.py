@@ -106,17 +106,6 @@ def in_blocks(dequantize: ir.Node) -> bool:
     return block is not None and block.as_int() > 0
 
 
-def weight_dequantizer(value: ir.Value | None) -> tuple[ir.Node | None, bool]:
-    """The DequantizeLinear behind an operand, and whether a Transpose lies between."""
-    node = value.producer() if value is not None else None
-    transposed = node is not None and node.op_type == "Transpose"
-    if node is not None and transposed:
-        node = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if node is None or node.op_type != "DequantizeLinear":
-        return None, False
-    return node, transposed
-
-
 def insert(model: ir.Model, before: ir.Node, node: ir.Node) -> ir.Value:
     """Put ``node`` before another and return its output."""
     model.graph.insert_before(before, node)

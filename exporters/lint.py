@@ -18,8 +18,8 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ..errors import ExportError
+from ..surgery import weight_dequantizer
 from .compute import SMALLEST_STEP
-from .graph import weight_dequantizer
 
 __all__ = ["lint", "problems", "read"]
 

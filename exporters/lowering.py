@@ -7,7 +7,9 @@ portable     codes narrower than int8 are clipped as real values before they are
 TensorRT     rounded (TensorRT knows no integer Clip); 4-bit weights as int8
 ort          activations as uint8 (x86 has no fast signed kernel), 4-bit weights
              as INT4 widened by nodes that are folded at load, int32 bias for Gemm,
-             ConvInteger for a convolution that writes the network's output
+             ConvInteger for a convolution that writes the network's output, Max for
+             ReLU behind a linear layer whose output stays real
+all          scales with which a bias would leave int32 (bundles of earlier versions)
 ===========  =====================================================================
 
 Measured reasons: docs of the patterns that ONNX Runtime and TensorRT run in INT8.
@@ -15,12 +17,15 @@ Measured reasons: docs of the patterns that ONNX Runtime and TensorRT run in INT
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ..biases import LARGEST, bias_sites, fitted
 from ..errors import ExportError
-from ..surgery import constant
+from ..surgery import constant, weight_dequantizer
 from .graph import (
     Quantizer,
     array,
@@ -71,6 +76,7 @@ def lower_portable(model: ir.Model, pack_int4: bool = False) -> ir.Model:
         clipped.name = f"{name}/clipped"
         q.quantize.replace_input_with(0, clipped)
         q.dequantize.replace_input_with(0, q.quantize.outputs[0])
+    _fit_biases(model, {})
     for node in list(model.graph):
         if node.op_type in {"Conv", "Gemm", "MatMul"}:
             _requantize_operands(model, node)
@@ -113,13 +119,15 @@ def lower_ort(model: ir.Model, exact: bool = True) -> ir.Model:
         exact: Keep that Clip where 8-bit codes of a tensor that is never negative end at
             127. Otherwise they go on to 255 at the same step: less saturates.
     """
+    shift = {name: _spare_bits(codes) for name, codes in _codes(model).items()}
+    _fit_biases(model, shift)
     for q in list(quantizers(model)):
         if not q.unsigned:
             _to_unsigned(model, q, exact)
     for dequantize in weight_dequantizers(model):
         if in_blocks(dequantize):  # MatMulNBits takes it as it is
             continue
-        _widen_weight(model, dequantize)
+        _widen_weight(model, dequantize, shift)
         _zero_point(model, dequantize)
     for node in list(model.graph):
         if node.op_type in {"Conv", "Gemm", "MatMul"}:
@@ -127,6 +135,11 @@ def lower_ort(model: ir.Model, exact: bool = True) -> ir.Model:
     # A clamp that was absorbed must not count as a reader of its convolution.
     drop_unused(model)
     for node in list(model.graph):
+        if node.op_type == "MatMul":
+            _as_gemm(model, node)
+    for node in list(model.graph):
+        if node.op_type in {"Gemm", "MatMul"}:
+            _settle_clamps(model, node)
         if node.op_type == "Gemm":
             _integer_bias(model, node)
         elif node.op_type == "Conv" and not _writes_codes(node):
@@ -144,8 +157,8 @@ def _to_unsigned(model: ir.Model, q: Quantizer, exact: bool) -> None:
     if (lo, hi) == (0, 127) and not exact:
         hi = 255
     producer = source.producer()
-    if not signed and producer is not None and producer.op_type == "Clip":
-        hi = _absorb_clamp(model, producer, q, hi)
+    if producer is not None and producer.op_type == "Clip":
+        lo, hi = _absorb_clamp(producer, q, zero, lo, hi)
     point = constant(model, f"{name}/zero", np.array(zero, np.uint8))
     q.quantize.replace_input_with(2, point)
     q.quantize.outputs[0].dtype = ir.DataType.UINT8
@@ -168,25 +181,72 @@ def _to_unsigned(model: ir.Model, q: Quantizer, exact: bool) -> None:
     q.dequantize.replace_input_with(0, codes)
 
 
-def _absorb_clamp(model: ir.Model, clamp: ir.Node, q: Quantizer, hi: int) -> int:
-    """Turn ReLU6 before a quantizer into ReLU and a lower highest code.
+def _absorb_clamp(clamp: ir.Node, q: Quantizer, zero: int, lo: int, hi: int) -> tuple[int, int]:
+    """Turn a clamp of real values before a quantizer into one of its codes; returns their range.
 
-    ONNX Runtime fuses Conv, Relu and Q, but a Clip only where it ends beyond code 255.
-    round(min(x, 6) / s) = min(round(x / s), round(6 / s)).
+    ONNX Runtime fuses Conv and Q, but with a Clip between them only where it ends beyond the
+    codes. round(clamp(x, a, b) / s) = clamp(round(x / s), round(a / s), round(b / s)).
     """
-    if len(clamp.inputs) < 3 or clamp.inputs[2] is None or len(list(clamp.outputs[0].uses())) != 1:
-        return hi
-    low, high = (float(array(value)) for value in clamp.inputs[1:3])
-    if low != 0:
-        return hi
-    relu = ir.node("Relu", [clamp.inputs[0]], name=f"{clamp.name}/relu")
-    out = insert(model, clamp, relu)
-    out.name, out.dtype, out.shape = f"{clamp.name}/relu_out", ir.DataType.FLOAT, None
-    q.quantize.replace_input_with(0, out)
-    return min(hi, int(np.rint(np.float32(high) / np.float32(q.scale))))
+    bounds = [*clamp.inputs[1:3], None, None][:2]
+    if any(b is not None and b.const_value is None for b in bounds):
+        return lo, hi
+    source = clamp.inputs[0]
+    ends = (source, clamp.outputs[0])
+    if any(v is None or v.is_graph_output() or len(list(v.uses())) != 1 for v in ends):
+        return lo, hi  # somebody else reads real values
+    low, high = (
+        None if b is None else float(np.rint(array(b).reshape(()) / np.float32(q.scale))) + zero
+        for b in bounds
+    )
+    q.quantize.replace_input_with(0, source)
+    if low is not None:
+        lo = int(min(max(lo, low), hi))
+    if high is not None:
+        hi = int(max(min(hi, high), lo))
+    return lo, hi
 
 
-def _widen_weight(model: ir.Model, dequantize: ir.Node) -> None:
+def _codes(model: ir.Model) -> dict[str, npt.NDArray[np.int64]]:
+    """The codes of every weight, by name."""
+    found = (d.inputs[0] for d in weight_dequantizers(model) if not in_blocks(d))
+    return {str(value.name): array(value).astype(np.int64) for value in found if value is not None}
+
+
+def _fit_biases(model: ir.Model, shift: Mapping[str, int]) -> None:
+    """Raise the scales with which a bias would leave int32. In place.
+
+    A bundle's biases fit as they are, unless it is of an earlier version, or one scale serves
+    channels that need different ones: here every channel may have its own.
+
+    Args:
+        model: As ``graph.load`` gives it.
+        shift: By how many bits the codes of each weight will be widened; 0 by default.
+    """
+    sites = bias_sites(model)
+    values = model.graph.initializers
+    names = {n for s in sites for n in (s.codes, s.scale, s.bias, s.operand)}
+    tensors = {name: array(values[name]) for name in names}
+    shift = {site.codes: shift.get(site.codes, 0) for site in sites}
+    for site in sites:
+        if not np.isfinite(tensors[site.bias]).all():
+            raise ExportError(
+                f"found a bias {site.bias} that is not finite; integer kernels add a bias as a "
+                "whole number: check the checkpoint, and calibrate again"
+            )
+    changed = fitted(tensors, sites, shift, split=True, whole=False)
+    for name, tensor in changed.items():
+        value = values[name]
+        assert value.dtype is not None
+        value.const_value = ir.tensor(tensor, dtype=value.dtype, name=name)
+        value.shape = ir.Shape(tensor.shape)
+    for site in sites:
+        scale = values[site.scale]
+        if site.scale in changed and changed[site.scale].ndim:
+            for use in scale.uses():
+                use.node.attributes["axis"] = ir.AttrInt64("axis", site.axis)
+
+
+def _widen_weight(model: ir.Model, dequantize: ir.Node, shifts: Mapping[str, int]) -> None:
     """Codes of b < 8 bits times 2^(8-b), the step divided by as much: the same real values.
 
     ONNX Runtime rounds every bias to s_x * s_w, which is coarse for few bits; this makes it
@@ -195,7 +255,7 @@ def _widen_weight(model: ir.Model, dequantize: ir.Node) -> None:
     codes = dequantize.inputs[0]
     assert codes is not None
     values = array(codes).astype(np.int64)
-    shift = _spare_bits(values)
+    shift = shifts[str(codes.name)]
     if shift:
         scale = array(dequantize.inputs[1]) / np.float32(1 << shift)
         finer = constant(model, f"{codes.name}/step", scale.astype(np.float32))
@@ -219,7 +279,9 @@ def _widen_weight(model: ir.Model, dequantize: ir.Node) -> None:
 
 
 def _spare_bits(codes: npt.NDArray[np.int64]) -> int:
-    """How far all codes can be shifted left within int8."""
+    """How far all codes can be shifted left within int8; 0 where all of them are 0."""
+    if not codes.any():
+        return 0
     shift = 0
     while shift < 7 and codes.min() << shift + 1 >= -128 and codes.max() << shift + 1 <= 127:
         shift += 1
@@ -275,14 +337,20 @@ def _dequantizer(value: ir.Value | None) -> ir.Node | None:
 
 def _integer_bias(model: ir.Model, node: ir.Node) -> None:
     """Give Gemm an int32 bias (step s_x * s_w): without it ONNX Runtime keeps it in float."""
-    operand, weight = _dequantizer(node.inputs[0]), _dequantizer(node.inputs[1])
+    operand, weight = _dequantizer(node.inputs[0]), weight_dequantizer(node.inputs[1])[0]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if operand is None or weight is None or bias is None or bias.const_value is None:
         return
     real = array(bias).astype(np.float64)
     scales = [array(dq.inputs[1]).astype(np.float64) for dq in (operand, weight)]
     step = np.broadcast_to(scales[0] * scales[1], real.shape).astype(np.float32)
-    codes = np.clip(np.rint(real / step), -(2.0**31), 2.0**31 - 1).astype(np.int32)
+    codes = np.rint(real / step)
+    if np.abs(codes).max(initial=0) > 2 * LARGEST - 1:
+        raise ExportError(
+            f"{node.name}: found a bias of {np.abs(real).max():g} in steps of {step.min():g}; "
+            "needed one that fits int32: calibrate again"
+        )
+    codes = codes.astype(np.int32)
     uniform = scales[1].ndim == 0
     inputs = [
         constant(model, f"{bias.name}_codes", codes),
@@ -297,6 +365,79 @@ def _integer_bias(model: ir.Model, node: ir.Node) -> None:
     out = insert(model, node, dequantize)
     out.name, out.dtype, out.shape = f"{node.name}/bias_real", ir.DataType.FLOAT, bias.shape
     node.replace_input_with(2, out)
+
+
+def _as_gemm(model: ir.Model, node: ir.Node) -> None:
+    """Turn MatMul and Add of a constant (N,) into Gemm, as ONNX Runtime does, but in time.
+
+    Its own Gemm keeps the bias in float, and the layer with it.
+    """
+    out = node.outputs[0]
+    uses = list(out.uses())
+    if out.is_graph_output() or len(uses) != 1 or uses[0].node.op_type != "Add":
+        return
+    add = uses[0].node
+    bias = add.inputs[1 - uses[0].idx]
+    weight = node.inputs[1]
+    if bias is None or bias.const_value is None or weight is None or len(out.shape or ()) != 2:
+        return
+    if _dequantizer(node.inputs[0]) is None or weight_dequantizer(weight)[0] is None:
+        return
+    if weight.shape is None or tuple(array(bias).shape) != (weight.shape[1],):
+        return
+    gemm = ir.node("Gemm", [node.inputs[0], weight, bias], name=node.name)
+    made = insert(model, add, gemm)
+    _replace(model, add, made)
+    model.graph.remove(node)
+
+
+def _settle_clamps(model: ir.Model, node: ir.Node) -> None:
+    """Turn ReLU and Clip behind a layer into Max and Min where they give real values on.
+
+    ONNX Runtime takes the layer and its clamp for one, looks in vain for codes behind them, and
+    then computes both in float (FusedGemm). It does not look behind Max.
+    """
+    readers = [use.node for use in node.outputs[0].uses()]
+    for clamp in dict.fromkeys(readers):
+        alone = len(readers) == 1 and (_last(clamp) or _clamps_codes(clamp))
+        if clamp.op_type in {"Relu", "Clip"} and not alone:
+            _as_max(model, clamp)
+
+
+def _last(clamp: ir.Node) -> bool:
+    return clamp.outputs[0].is_graph_output() and not list(clamp.outputs[0].uses())
+
+
+def _clamps_codes(clamp: ir.Node) -> bool:
+    """ReLU before uint8 codes from 0 on, which end there by themselves."""
+    readers = [use.node for use in clamp.outputs[0].uses()]
+    if clamp.op_type != "Relu" or len(readers) != 1:
+        return False
+    reader = readers[0]
+    return reader.op_type == "QuantizeLinear" and not array(reader.inputs[2])
+
+
+def _as_max(model: ir.Model, clamp: ir.Node) -> None:
+    bounds: list[ir.Value | None] = [*clamp.inputs[1:3], None, None][:2]
+    if clamp.op_type == "Relu":
+        bounds[0] = constant(model, f"{clamp.name}/zero", np.array(0, np.float32))
+    value = clamp.inputs[0]
+    for op, bound in zip(("Max", "Min"), bounds, strict=True):
+        if bound is not None:
+            name = f"{clamp.name}/{op.lower()}"
+            value = insert(model, clamp, ir.node(op, [value, bound], name=name))
+            value.name, value.dtype, value.shape = name, ir.DataType.FLOAT, clamp.outputs[0].shape
+    if value is not None and value is not clamp.inputs[0]:
+        _replace(model, clamp, value)
+
+
+def _replace(model: ir.Model, node: ir.Node, new: ir.Value) -> None:
+    """Let all readers of a node read ``new``, which takes its name; remove the node."""
+    old, name = node.outputs[0], node.outputs[0].name
+    new.shape, new.dtype = old.shape, ir.DataType.FLOAT
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    model.graph.remove(node)
+    new.name = name
 
 
 def _writes_codes(node: ir.Node) -> bool:
@@ -330,9 +471,4 @@ def _integer_convolution(model: ir.Model, node: ir.Node) -> None:
     for part, label in zip(steps, ("int", "real", "scaled", "biased"), strict=False):
         part.outputs[0].name = f"{name}/{label}"
         insert(model, node, part)
-    old, new = node.outputs[0], steps[-1].outputs[0]
-    new.shape, new.dtype = old.shape, ir.DataType.FLOAT
-    old_name = old.name
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    model.graph.remove(node)
-    new.name = old_name
+    _replace(model, node, steps[-1].outputs[0])

@@ -30,6 +30,8 @@ _ORT_INT8 = {
 }
 _ORT_INT4 = {"MatMulNBits"}
 _ORT_HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "FusedConv", "FusedMatMul", "FusedGemm"}
+# A fusion of a layer and its activation has this before the name.
+_PREFIX = r"(fused )?"
 # Suffixes that ONNX Runtime's transformers add to the name of a node they replace.
 _SUFFIX = r"(_(token|nchwc|quant|fused|nhwc|scale|matmul)\w*|/\w+|_\d+)?"
 
@@ -70,7 +72,7 @@ def from_ort(path: Path, layers: Sequence[Layer]) -> PrecisionReport:
 
 
 def _find_ort(layer: Layer, nodes: Iterable[onnx.NodeProto]) -> onnx.NodeProto | None:
-    named = re.compile(re.escape(layer.node) + _SUFFIX)
+    named = re.compile(_PREFIX + re.escape(layer.node) + _SUFFIX)
     weights = {layer.weight, f"{layer.weight}_int8"} - {None, "None_int8"}
     for node in nodes:
         if weights & set(node.input):

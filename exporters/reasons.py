@@ -25,7 +25,8 @@ def explain(report: PrecisionReport, model: ir.Model) -> PrecisionReport:
     for layer in report.layers:
         update: dict[str, object] = {"weight_bytes": sizes.get(weights[layer.node] or "", 0)}
         if layer.node in lost:
-            update["reason"] = _reason(report.engine, nodes.get(layer.node), layer.requested)
+            node = nodes.get(layer.node)
+            update["reason"] = _reason(report.engine, node, layer.requested, layer.evidence)
         rows.append(layer.model_copy(update=update))
     return report.model_copy(update={"layers": tuple(rows)})
 
@@ -41,7 +42,7 @@ def _weight(node: ir.Node | None) -> str | None:
     return value.name if value is not None else None
 
 
-def _reason(engine: str, node: ir.Node | None, requested: str) -> str:
+def _reason(engine: str, node: ir.Node | None, requested: str, evidence: str) -> str:
     if node is None:
         return "the lowered graph has no node of this name"
     if node.op_type == "ConvTranspose":
@@ -66,6 +67,15 @@ def _reason(engine: str, node: ir.Node | None, requested: str) -> str:
                 f"its output goes to {', '.join(readers) or 'the network output'}; ONNX Runtime "
                 "runs a convolution in INT8 only where it writes codes"
             )
+    if engine == "ort" and evidence.startswith("Fused"):
+        kernel = evidence.split()[0]
+        return (
+            f"ONNX Runtime fused it with what reads its output ({kernel}), and {kernel} computes "
+            "in float"
+        )
     if engine == "ort":
-        return "ONNX Runtime did not fuse the codes around it; is this CPU's build another one?"
+        return (
+            f"ONNX Runtime has no INT8 kernel for this {node.op_type}, or its session was made "
+            "without those kernels; the graph has its codes in place"
+        )
     return "the builder chose a float kernel for this layer's shape on the target GPU"

@@ -16,8 +16,8 @@ import onnx_ir as ir
 from ..affine import along, dequantize
 from ..errors import ExportError
 from ..manifest import Layer
-from ..surgery import constant, free_operand, quantize_only
-from .graph import array, drop_unused, insert, weight_dequantizer
+from ..surgery import constant, free_operand, quantize_only, weight_dequantizer
+from .graph import array, drop_unused, insert
 
 __all__ = ["BLOCKS", "keep_float", "weights_only"]
 

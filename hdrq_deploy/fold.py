@@ -39,6 +39,7 @@ def graph_tensors(
     variance: Array,
     eps: float,
     raw_bias: Array | None = None,
+    smallest: Array | None = None,
 ) -> tuple[Array, Array]:
     """The scale and bias that the graph reads.
 
@@ -50,6 +51,7 @@ def graph_tensors(
         variance: Running variance, (C,).
         eps: Added to the variance.
         raw_bias: The layer's own bias, (C,).
+        smallest: Where the scale would be smaller than this, (C,), the gain is raised.
 
     Returns:
         Scale and bias, (C,) float32.
@@ -59,6 +61,8 @@ def graph_tensors(
     (array([0.5], dtype=float32), array([-6.], dtype=float32))
     """
     factor = gain(gamma, variance, eps)
+    if smallest is not None:
+        factor = np.maximum(factor, smallest / raw_scale.astype(np.float64))
     shift = (0.0 if raw_bias is None else raw_bias.astype(np.float64)) - mean.astype(np.float64)
     scale = raw_scale.astype(np.float64) * factor
     bias = beta.astype(np.float64) + shift * factor

@@ -16,6 +16,7 @@ __all__ = [
     "quantize_only",
     "quantizer_of",
     "serialized",
+    "weight_dequantizer",
 ]
 
 _READERS = ("Conv", "Gemm", "MatMul")  # a transposed convolution computes in float
@@ -47,6 +48,17 @@ def quantizer_of(value: ir.Value | None) -> tuple[list[ir.Node], ir.Node] | None
     while node is not None and node.op_type != "QuantizeLinear":
         node = _producer(node)
     return (path, node) if node is not None else None
+
+
+def weight_dequantizer(value: ir.Value | None) -> tuple[ir.Node | None, bool]:
+    """The DequantizeLinear behind an operand, and whether a Transpose lies between."""
+    node = value.producer() if value is not None else None
+    transposed = node is not None and node.op_type == "Transpose"
+    if node is not None and transposed:
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if node is None or node.op_type != "DequantizeLinear":
+        return None, False
+    return node, transposed
 
 
 def free_operand(model: ir.Model, node: ir.Node, place: int) -> bool:

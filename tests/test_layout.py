@@ -25,7 +25,7 @@ LAYERS = [  # low to high; the members of one layer are siblings and do not impo
     {"errors", "callable"},
     {"spec", "files", "fold", "recipe"},
     {"affine", "manifest", "reference", "surgery"},
-    {"bundle", "frames"},
+    {"biases", "bundle", "frames"},
     {"calibration_data", "verification"},
     {"merge", "calibrate", "exporters", "runtime"},
     {"adapt", "analysis", "sensitivity", "mixer"},

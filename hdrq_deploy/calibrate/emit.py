@@ -21,6 +21,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, fx, nn
 
+from ..biases import bias_sites, fitted, shifts
 from ..bundle import WEIGHTS, Span, layout
 from ..errors import ModelError
 from ..fold import graph_tensors
@@ -41,7 +42,7 @@ from .placement import HEAVY, Plan, root
 from .reconstruct import Quantized
 from .tensors import attribute, free_name, set_attribute
 
-__all__ = ["OPSET", "Emitted", "emit_float", "emit_quantized", "onnx_graph"]
+__all__ = ["OPSET", "Emitted", "emit_float", "emit_quantized", "fit_biases", "onnx_graph"]
 
 # 21 knows INT4; TensorRT 10 and 11 and ONNX Runtime all read it.
 OPSET = 21
@@ -279,6 +280,14 @@ def onnx_graph(
         _written.clear()
         _written[key] = _write_graph(made, example, found, plan)
     return _written[key]
+
+
+def fit_biases(made: Emitted, graph: bytes) -> None:
+    """Give ``made`` biases that integer kernels hold (see ``hdrq_deploy.biases``). In place."""
+    sites = bias_sites(ir.from_proto(onnx.load_model_from_string(graph)))
+    changed = fitted(made.tensors, sites, shifts(made.entries), made.folds)
+    for name, value in changed.items():
+        set_attribute(made.module, name, torch.from_numpy(value))
 
 
 _written: dict[str, tuple[bytes, list[Layer]]] = {}

@@ -26,7 +26,7 @@ from ..recipe import FOLDS, Options
 from ..spec import GRIDS, check_bits
 from .caches import Caches
 from .capture import Capture, capture, fold_batch_norm, fold_constants, run_model
-from .emit import Emitted, check_graph, emit_float, emit_quantized, onnx_graph
+from .emit import Emitted, check_graph, emit_float, emit_quantized, fit_biases, onnx_graph
 from .fidelity import check_capture, restored_buffers
 from .placement import Plan, plan_quantizers
 from .progress import Partial
@@ -166,6 +166,7 @@ def calibrate(
         blocks = result.blocks
         made = emit_quantized(found, plan, result, fold)
     graph, layers = onnx_graph(made, inputs[:2], found, plan)
+    fit_biases(made, graph)
     parity, most, golden = _parity(made, graph, found, inputs)
     manifest = Manifest(
         model=model,

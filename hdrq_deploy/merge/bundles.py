@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
 from ..affine import along, dequantize
-from ..bundle import Bundle
+from ..biases import bias_sites, fitted, shifts
+from ..bundle import GRAPH, Bundle
 from ..errors import MergeError
 from ..fold import graph_tensors
 from ..manifest import Manifest, ParentRecord, Tolerances
@@ -114,6 +116,7 @@ class Merger:
         self.rounding, self.candidates, self.seed = rounding, candidates, seed
         entries = self.parents[0].manifest.tensors
         self.code_names = sorted(n for n, entry in entries.items() if entry.role == "codes")
+        self._sites = bias_sites(ir.load(self.parents[0].path / GRAPH))
 
     def check_weights(self, weights: Sequence[float] | None) -> list[float]:
         """See :func:`check_mix`."""
@@ -176,7 +179,7 @@ class Merger:
                 fold.eps,
                 None if fold.raw_bias is None else merged[fold.raw_bias],
             )
-        return merged
+        return merged | fitted(merged, self._sites, shifts(manifest.tensors), manifest.folds)
 
     def codes(
         self, name: str, mix: Sequence[float], floats: Mapping[str, Array]

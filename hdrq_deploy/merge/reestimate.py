@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from .. import reference
 from ..affine import search_scale
+from ..biases import bias_sites, fitted, shifts
 from ..bundle import GRAPH, WEIGHTS, Bundle, serialize
 from ..errors import DataError, MergeError
 from ..fold import SMALLEST_GAIN, gain, graph_tensors
@@ -82,27 +83,37 @@ def moved(
     x = np.concatenate(list(images.values()))
     if len(x) < 2:
         raise DataError(f"found {len(x)} image; needed 2 or more to estimate a variance")
-    moments = _moments(bundle, tensors, x)
+    # What integer kernels need of scales and biases would bend the moments.
+    moments = _moments(bundle, {**tensors, **_folded(bundle, tensors)}, x)
     if not moments:
         raise MergeError(
             f"{bundle.path}: found no BatchNorm kept apart; re-estimation needs bundles that "
             "were calibrated with --fold steps (or --method float)"
         )
     result = {**tensors, **moments}
-    for fold in bundle.manifest.folds.values():
-        result[fold.scale], result[fold.bias] = graph_tensors(
-            result[fold.raw_scale],
-            result[fold.gamma],
-            result[fold.beta],
-            result[fold.mean],
-            result[fold.variance],
-            fold.eps,
-            None if fold.raw_bias is None else result[fold.raw_bias],
-        )
+    result |= _folded(bundle, result)
     before = _activation_steps(bundle, tensors, x, seed)
     for name, step in _activation_steps(bundle, result, x, seed).items():
         result[name] = (tensors[name] * (step / before[name])).astype(np.float32)
-    return result
+    sites = bias_sites(ir.load(bundle.path / GRAPH))
+    manifest = bundle.manifest
+    return result | fitted(result, sites, shifts(manifest.tensors), manifest.folds)
+
+
+def _folded(bundle: Bundle, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """Scales and biases as their BatchNorms give them."""
+    found: dict[str, Array] = {}
+    for fold in bundle.manifest.folds.values():
+        found[fold.scale], found[fold.bias] = graph_tensors(
+            tensors[fold.raw_scale],
+            tensors[fold.gamma],
+            tensors[fold.beta],
+            tensors[fold.mean],
+            tensors[fold.variance],
+            fold.eps,
+            None if fold.raw_bias is None else tensors[fold.raw_bias],
+        )
+    return found
 
 
 def _moments(bundle: Bundle, tensors: Mapping[str, Array], x: Array) -> dict[str, Array]:
