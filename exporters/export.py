@@ -11,17 +11,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import safetensors.numpy
 from pydantic import ValidationError
 
-from .. import reference
-from ..bundle import GOLDEN, GRAPH, Bundle
+from .. import golden
+from ..bundle import GOLDEN, Bundle
 from ..errors import CheckFailed, ExportError
 from ..files import new_directory, sha256_bytes, sha256_file, write_bytes
 from ..manifest import EngineManifest, FileRecord, Layer, Port, PrecisionReport
+from ..verification import check
 from . import graph, precision, trt
 from .compute import to_fp16
 from .lint import lint
@@ -103,7 +103,8 @@ def export(
             report = report.model_copy(update={"source": f"{report.source}; {kind}"})
         report = explain(report, model)
         precision.check(report, allow_float)
-        _golden(bundle, folder)
+        said = _check_golden(bundle, folder, report, options, ran=not only_graph)
+        facts = {**facts, "checked": said}
         write_bytes(folder / PRECISION, (report.model_dump_json(indent=1) + "\n").encode())
         manifest = _manifest(bundle, model, report, options, ingredients, facts, folder)
         write_bytes(folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
@@ -143,15 +144,38 @@ def lowered(
     return model, layers
 
 
-def _golden(bundle: Bundle, folder: Path) -> None:
-    """Inputs, and what the bundle's graph makes of them: a device checks itself with these."""
-    golden = bundle.golden()
-    if not golden:
-        return
-    session = reference.unfused_session(bundle.path / GRAPH, threads=1)
-    output = session.run(None, {session.get_inputs()[0].name: golden["input"]})[0]
-    tensors = {"input": golden["input"], "output": np.ascontiguousarray(output)}
-    (folder / GOLDEN).write_bytes(safetensors.numpy.save(tensors))
+def _check_golden(
+    bundle: Bundle, folder: Path, report: PrecisionReport, options: GraphOptions, ran: bool
+) -> dict[str, Any]:
+    """Hold lowered graph and engine against the bundle, on its golden inputs; keep those.
+
+    Returns:
+        What was compared, and how far it was apart, for the manifest.
+
+    Raises:
+        CheckFailed: They compute something else.
+    """
+    x, origin = golden.inputs(bundle)
+    exported = golden.Exported(
+        folder / MODEL,
+        {row.node: row.requested for row in report.layers},
+        options.batch,
+        options.fold_preprocess,
+        report.engine != "ort" or options.exact,
+        options.postprocess,
+    )
+    both = golden.Comparison(bundle, exported, x)
+    stages = [both.to_lowered()]
+    if ran and report.engine == "ort":
+        stages.append(both.to_engine(golden.ort_engine(folder / MODEL)))
+    check(stages, bundle.manifest.tolerances)
+    if bundle.golden():
+        (folder / GOLDEN).write_bytes(safetensors.numpy.save(both.recorded()))
+    return {
+        "inputs": origin,
+        "images": stages[0].images,
+        "stages": [stage.brief for stage in stages],
+    }
 
 
 def _ingredients(
