@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from .bundle import GRAPH, Bundle
+from .bundle import GRAPH, WEIGHTS, Bundle, serialize
 from .errors import CheckFailed
 from .frames import in_batches, pixels
 from .manifest import EngineManifest, PrecisionReport, Preprocessing
@@ -38,9 +38,9 @@ __all__ = [
     "Comparison",
     "EngineTap",
     "Exported",
+    "MixCheck",
     "bundle_tap",
     "check_merge",
-    "check_mix",
     "engine_fidelity",
     "file_tap",
     "from_pixels",
@@ -106,9 +106,13 @@ def bundle_tap(
     }
     nodes = [layer.node for layer in layers]
     changed = {kind for kind in asked.values() if kind != "int8"}
-    if not changed and tensors is None:
+    if not changed:
         model = bundle.graph()
-        data = outside(model, bundle.path)
+        data = (
+            outside(model, bundle.path)
+            if tensors is None
+            else {WEIGHTS: serialize(tensors, bundle.manifest.tensors)}  # of the same layout
+        )
         return GraphTap(model, data, "bundle", nodes, postprocess=postprocess)
     graph = ir.load(bundle.path / GRAPH)
     if tensors is None:
@@ -254,7 +258,7 @@ class Comparison:
 
     def to_output(self, engine: Shows) -> Stage:
         """Bundle to engine, of which only the output is seen."""
-        how = Stepwise.of(self.bundle, replace(EXACT, widened=not self.exported.exact))
+        how = Stepwise.of_bundle(self.bundle, replace(EXACT, widened=not self.exported.exact))
         return difference(self.reference, engine, self._both, how)
 
     def _both(self) -> Iterator[tuple[Array, Array]]:
@@ -262,15 +266,20 @@ class Comparison:
 
     def to_lowered(self) -> Stage:
         """Bundle to lowered graph."""
-        how = Stepwise.of(
-            self.bundle, lowered_fidelity(self.lowered, self.exported.exact), probe=True
-        )
+        fidelity = lowered_fidelity(self.lowered, self.exported.exact)
+        free = self.exported.batch is None
+        how = replace(Stepwise.of_bundle(self.bundle, fidelity), probe=True, one_row=free)
         return difference(self.reference, self.lowered, self._both, how)
 
     def to_engine(self, engine: Shows) -> Stage:
         """Lowered graph to engine."""
-        how = Stepwise.of(self.bundle, engine_fidelity(self.lowered))
+        how = Stepwise.of_bundle(self.bundle, engine_fidelity(self.lowered))
         return difference(self.lowered, engine, lambda: zip(self._fed, self._fed, strict=True), how)
+
+    def run_reference(self) -> None:
+        """Run the bundle's graph, before there is anything to compare it with."""
+        for rows in self._rows:
+            self.reference.run(rows)
 
     def recorded(self) -> dict[str, Array]:
         """Inputs, and the scores that an engine's own check starts from."""
@@ -320,23 +329,24 @@ def check_merge(bundle: Bundle) -> None:
         )
 
 
-def check_mix(
-    bundle: Bundle,
-    tensors: Mapping[str, Array],
-    exported: Exported,
-    engine: Callable[[Array], Array],
-) -> None:
-    """An engine of a mix that is on no disk against the bundle's graph, on one image.
+class MixCheck:
+    """One image through the graph of a mix that is on no disk, and through its engine.
 
     Args:
         bundle: Gives graph, layers and the image.
         tensors: Of the mix.
-        exported: How it was lowered.
-        engine: Its session.
-
-    Raises:
-        CheckFailed: The engine does not compute what the graph of the mix does.
+        exported: How it is lowered.
     """
-    x, _ = inputs(bundle)
-    mix = Comparison(bundle, exported, x[:1], tensors)
-    check([mix.to_output(CallTap("engine", engine))], bundle.manifest.tolerances)
+
+    def __init__(self, bundle: Bundle, tensors: Mapping[str, Array], exported: Exported) -> None:
+        self._tolerances = bundle.manifest.tolerances
+        self._mix = Comparison(bundle, exported, inputs(bundle)[0][:1], tensors)
+        self._mix.run_reference()
+
+    def __call__(self, engine: Callable[[Array], Array]) -> None:
+        """Compare the engine.
+
+        Raises:
+            CheckFailed: It does not compute what the graph of the mix does.
+        """
+        check([self._mix.to_output(CallTap("engine", engine))], self._tolerances)

@@ -11,18 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from . import golden
 from .bundle import GOLDEN, Bundle, read_golden
 from .errors import DataError, HdrqError, ModelError
 from .frames import feed, in_batches
-from .manifest import Activation, EngineManifest, PrecisionReport, Tolerances
+from .manifest import EngineManifest, PrecisionReport, Tolerances
 from .runtime import load_engine
 from .runtime.engine import read_manifest
-from .taps import GraphTap, Shows
-from .verification import EXACT, Stage, Stepwise, difference, measure_spread, rows_at_once
+from .taps import Shows
+from .verification import Stage, Stepwise, difference, measure_spread, rows_at_once
 
 __all__ = ["compare_engine", "compare_stages"]
 
@@ -66,7 +65,7 @@ def compare_stages(
                 first,
                 golden.bundle_tap(bundle),
                 lambda: zip(rows, rows, strict=True),
-                Stepwise.of(bundle),
+                Stepwise.of_bundle(bundle),
             )
         )
     if exported is not None:

@@ -203,7 +203,7 @@ class GraphTap:
             output=output,
             scores=scores,
             codes={
-                scale: values[value].astype(np.int16) - self._points[scale]
+                scale: _centred(values[value], self._points[scale])
                 for scale, value in self._codes.items()
             },
             layers={node: values[value] for node, value in self._layers.items()},
@@ -347,6 +347,13 @@ class _Constants:
         count = int(np.prod(tensor.dims, dtype=np.int64))
         found = np.frombuffer(self._data[place["location"]], kind, count, start)
         return found.reshape(tuple(tensor.dims))
+
+
+def _centred(codes: Array, point: int) -> Array:
+    wide = codes.astype(np.int16)
+    if point:
+        wide -= np.int16(point)
+    return wide
 
 
 def decide(scores: Array, postprocess: str) -> tuple[Array, Array]:

@@ -20,10 +20,11 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
 from .bundle import Bundle
 from .errors import CheckFailed
-from .manifest import LayerPrecision, Tolerances
+from .manifest import Activation, Layer, LayerPrecision, Tolerances
 from .taps import GraphTap, Ran, Shows
 
 __all__ = [
@@ -95,26 +96,38 @@ class Stepwise:
         ranges: Lowest and highest code by the name of an activation's step.
         fidelity: See :class:`Fidelity`.
         probe: Compare the layers on random codes too, which leave no channel unused.
+        one_row: The batch is free, and one row of random codes is enough.
     """
 
     modules: Mapping[str, str]
     ranges: Mapping[str, tuple[int, int]]
     fidelity: Fidelity = EXACT
     probe: bool = False
+    one_row: bool = False
 
     @classmethod
-    def of(cls, bundle: Bundle, fidelity: Fidelity = EXACT, probe: bool = False) -> Stepwise:
+    def of(
+        cls,
+        graph: onnx.ModelProto,
+        activations: Sequence[Activation],
+        layers: Sequence[Layer],
+        fidelity: Fidelity = EXACT,
+    ) -> Stepwise:
         """What a bundle's graph and manifest say."""
-        manifest = bundle.manifest
-        known = {layer.node: layer.module for layer in manifest.layers}
-        known |= {a.scale: a.module for a in manifest.activations}
+        known = {layer.node: layer.module for layer in layers}
+        known |= {a.scale: a.module for a in activations}
         names = (
             node.input[1] if node.op_type == "QuantizeLinear" else node.name
-            for node in bundle.graph().graph.node
+            for node in graph.graph.node
         )
         modules = {name: known[name] for name in names if name in known}
-        ranges = {a.scale: (a.lo, a.hi) for a in manifest.activations}
-        return cls(modules, ranges, fidelity, probe)
+        return cls(modules, {a.scale: (a.lo, a.hi) for a in activations}, fidelity)
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle, fidelity: Fidelity = EXACT) -> Stepwise:
+        """See :meth:`of`."""
+        manifest = bundle.manifest
+        return cls.of(bundle.graph(), manifest.activations, manifest.layers, fidelity)
 
     @classmethod
     def like(cls, tap: GraphTap, layers: Sequence[LayerPrecision], fidelity: Fidelity) -> Stepwise:
@@ -291,23 +304,26 @@ class _Whole:
         for name, output in zip(self._names, (expected, got), strict=True):
             if not np.isfinite(output).all():
                 return f"found NaN or infinity in the output of the {name}"
-        self.images += len(expected)
         reference = mine.scores.astype(np.float64)
         before, after = _labels(expected), _labels(got)
+        lost = None
         if before is not None and after is not None:
             behind = reference.ndim == before.ndim + 1
+            if behind and not 0 <= after.min() <= after.max() < reference.shape[1]:
+                return (
+                    f"found labels {after.min()} to {after.max()} from the {self._names[1]}; the "
+                    f"{self._names[0]} has {reference.shape[1]} classes"
+                )
             lost = _lost(reference, before, after) if behind else (before != after) * 1.0
-            if lost is None:
-                return f"found labels from the {self._names[1]} beyond {reference.shape[1]} classes"
             tied = _TIED * float(np.abs(reference).max()) if behind else 0.0
             self.decisions += before.size
             self.flips += int((lost > tied).sum())
-        if expected.dtype.kind in "iub":  # labels have no distance: what counts is what they lose
-            assert before is not None and after is not None
-            away = lost
-            size = reference if behind else np.ones(before.shape)
+        if lost is not None and expected.dtype.kind in "iub":
+            # Labels have no distance: what counts is the score that they lose.
+            away, size = lost, reference if behind else np.ones_like(lost)
         else:
             away, size = got.astype(np.float64) - expected, expected.astype(np.float64)
+        self.images += len(expected)
         # Means, so that scores and labels of other sizes fit together.
         self.signal += float((size**2).mean()) * len(expected)
         self.noise += float((away**2).mean()) * len(expected)
@@ -341,10 +357,8 @@ def _labels(output: Array) -> Array | None:
     return None
 
 
-def _lost(scores: Array, before: Array, after: Array) -> Array | None:
+def _lost(scores: Array, before: Array, after: Array) -> Array:
     """The score of the right class less that of the class chosen; 0 where they are the same."""
-    if after.min() < 0 or after.max() >= scores.shape[1]:
-        return None
     best, chosen = (
         np.take_along_axis(scores, np.expand_dims(labels.astype(np.int64), 1), 1).squeeze(1)
         for labels in (before, after)
@@ -388,8 +402,7 @@ class _Steps:
             return None  # nothing of it is to be seen but its output
         if (problem := self._unlike(mine.codes, theirs.codes)) is not None:
             return problem
-        same = all(np.array_equal(code, free.codes[name]) for name, code in given.codes.items())
-        local = free if same else again.replay(feed, given.codes, tuple(given.codes))
+        local = self._replay(again, feed, given, free)
         if given.layers and (problem := self._unlike(*self._both_layers(given, local))) is not None:
             return problem
         self._compare(given, local)
@@ -398,6 +411,15 @@ class _Steps:
             self._probed = True
             return self._probe(mine.codes, x, y)
         return None
+
+    def _replay(self, again: GraphTap, feed: Array, given: Ran, free: Ran) -> Ran:
+        """What a stage computes from the other's codes, and codes that differ before rounding."""
+        other = {n for n, code in given.codes.items() if not np.array_equal(code, free.codes[n])}
+        if not other:
+            return free
+        local = again.replay(feed, given.codes, other)
+        off = {n for n, code in given.codes.items() if not np.array_equal(code, local.codes[n])}
+        return local if off <= other else again.replay(feed, given.codes, off)
 
     def _unlike(self, mine: Mapping[str, Array], theirs: Mapping[str, Array]) -> str | None:
         """The first tensor that only one stage has, or of which they have other shapes."""
@@ -434,12 +456,13 @@ class _Steps:
         computed = local.codes[name]
         if self._how.fidelity.widened:
             computed = computed.clip(*self._how.ranges[name])
-        away = computed.astype(np.int32) - given
-        sums.count += away.size
-        sums.signal += float((given.astype(np.float64) ** 2).sum())
-        at = np.nonzero(away)
-        if not len(at[0]):
+        flat = given.reshape(-1).astype(np.float32)
+        sums.count += given.size
+        sums.signal += float(flat @ flat)
+        if np.array_equal(computed, given):
             return
+        away = computed.astype(np.int32) - given
+        at = np.nonzero(away)
         by = np.abs(away[at])
         ties = by == 1
         if name in local.before:
@@ -468,6 +491,9 @@ class _Steps:
     def _reals(self, sums: _Sums, name: str, given: Array, local: Array) -> None:
         """Count values that are further apart than float arithmetic explains."""
         fidelity = self._how.fidelity
+        sums.count += given.size
+        if np.array_equal(given, local):
+            return
         finite = np.isfinite(given) & np.isfinite(local)
         away = np.where(finite, np.abs(local.astype(np.float64) - given), 0)
         axis = given.ndim - 1 if given.ndim == 3 else 1
@@ -482,7 +508,6 @@ class _Steps:
             if bias is not None:
                 limit = limit + bias
         differs = (away > limit) | (np.isfinite(given) != np.isfinite(local))
-        sums.count += away.size
         sums.wrong += int(differs.sum())
         with np.errstate(divide="ignore", invalid="ignore"):
             sums.largest = max(sums.largest, float(np.nan_to_num(away / scale).max(initial=0)))
@@ -497,6 +522,9 @@ class _Steps:
     def _probe(self, codes: Mapping[str, Array], x: Array, y: Array) -> str | None:
         """Both stages on random codes, so that every weight meets an input."""
         rng = np.random.default_rng(0)
+        if self._how.one_row and all(code.shape[0] == len(x) for code in codes.values()):
+            codes = {name: code[:1] for name, code in codes.items()}
+            x, y = x[:1], y[:1]
         random = {
             name: rng.integers(lo, hi, code.shape, np.int16, endpoint=True)
             for name, code in codes.items()

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import fx
 
 from ..bundle import Bundle
 from ..errors import ModelError
-from ..manifest import Layer
-from ..taps import Ran, Shows
+from ..taps import Shows
 from .pipeline import fake_quantized
-from .placement import HEAVY
+from .tap import TorchTap
 
-__all__ = ["TorchTap", "torch_stage"]
+__all__ = ["torch_stage"]
 
 Array = npt.NDArray[Any]
 
@@ -38,49 +35,3 @@ def torch_stage(bundle: Bundle, example: Array) -> Shows:
     manifest = bundle.manifest
     steps = {a.scale: float(bundle.tensor(a.scale)) for a in manifest.activations}
     return TorchTap(module, steps, manifest.layers)
-
-
-class TorchTap:
-    """See :class:`hdrq_deploy.taps.Ran`.
-
-    Args:
-        module: As ``emit`` makes it.
-        steps: Of the activations, by name.
-        layers: In the order of the graph. Of those that ONNX writes as a product and an
-            addition the bias cannot be told apart, and they are not shown.
-    """
-
-    name = "PyTorch"
-
-    def __init__(
-        self, module: fx.GraphModule, steps: Mapping[str, float], layers: Sequence[Layer]
-    ) -> None:
-        self._module, self._steps = module, steps
-        heavy = [node for node in module.graph.nodes if node.target in HEAVY]
-        self._layers = {
-            node: layer.node
-            for node, layer in zip(heavy, layers, strict=True)
-            if layer.op != "MatMul" or len(node.args) < 3
-        }
-
-    def run(self, x: Array) -> Ran:
-        """A batch (N, C, H, W) float32."""
-        codes: dict[str, Array] = {}
-        layers: dict[str, Array] = {}
-        names, steps = self._layers, self._steps
-
-        class Recorder(fx.Interpreter):
-            def run_node(self, n: fx.Node) -> Any:
-                result = super().run_node(n)
-                if n.target is torch.ops.hdrq.quantize_dequantize.default:
-                    step = n.args[1]
-                    assert isinstance(step, fx.Node)
-                    name = str(step.target)
-                    codes[name] = np.rint(result.numpy() / steps[name]).astype(np.int16)
-                elif n in names:
-                    layers[names[n]] = result.numpy().copy()  # what follows may change it
-                return result
-
-        with torch.no_grad():
-            output = Recorder(self._module).run(torch.from_numpy(x)).numpy()
-        return Ran(output, output, codes, layers)
