@@ -47,6 +47,7 @@ __all__ = [
     "inputs",
     "lowered_fidelity",
     "ort_engine",
+    "recorded_tap",
     "whole_batches",
 ]
 
@@ -182,6 +183,14 @@ class CallTap:
         return Ran(*decide(self._call(x), self._postprocess))
 
 
+def recorded_tap(
+    name: str, batches: Sequence[Array], outputs: Sequence[Array], postprocess: str = "none"
+) -> CallTap:
+    """A stage whose outputs of just these batches are known."""
+    known = {id(rows): output for rows, output in zip(batches, outputs, strict=True)}
+    return CallTap(name, lambda rows: known[id(rows)], postprocess)
+
+
 def engine_fidelity(lowered: GraphTap) -> Fidelity:
     """How exactly integer kernels must compute what their graph says."""
     # The kernels of 4-bit weights in blocks round their activations to 8 bits, in blocks.
@@ -232,6 +241,11 @@ class Comparison:
         exported: Made of it.
         x: Network inputs (N, C, H, W) float32.
         tensors: Taken in place of the bundle's own (a merge that is on no disk).
+        at_once: Rows of a batch, where the batch is free.
+
+    Attributes:
+        fed: The batches as lowered graph and engine take them.
+        input: The network's inputs; of an engine that takes frames, those of 8 bits a value.
     """
 
     def __init__(
@@ -240,13 +254,14 @@ class Comparison:
         exported: Exported,
         x: Array,
         tensors: Mapping[str, Array] | None = None,
+        at_once: int | None = None,
     ) -> None:
         self.bundle, self.exported, self._count = bundle, exported, len(x)
         p = bundle.manifest.preprocessing
         x = from_pixels(x, p) if exported.frames else x
-        size = exported.batch or rows_at_once(bundle.manifest.input_shape)
+        size = exported.batch or at_once or rows_at_once(bundle.manifest.input_shape)
         self._rows = list(in_batches(whole_batches(x, exported.batch), size))
-        self._fed = [pixels(rows, p) for rows in self._rows] if exported.frames else self._rows
+        self.fed = [pixels(rows, p) for rows in self._rows] if exported.frames else self._rows
         self.input = np.concatenate(self._rows)[: self._count]
         self.reference = bundle_tap(bundle, exported.requested, exported.postprocess, tensors)
 
@@ -262,7 +277,7 @@ class Comparison:
         return difference(self.reference, engine, self._both, how)
 
     def _both(self) -> Iterator[tuple[Array, Array]]:
-        return zip(self._rows, self._fed, strict=True)
+        return zip(self._rows, self.fed, strict=True)
 
     def to_lowered(self) -> Stage:
         """Bundle to lowered graph."""
@@ -274,7 +289,7 @@ class Comparison:
     def to_engine(self, engine: Shows) -> Stage:
         """Lowered graph to engine."""
         how = Stepwise.of_bundle(self.bundle, engine_fidelity(self.lowered))
-        return difference(self.lowered, engine, lambda: zip(self._fed, self._fed, strict=True), how)
+        return difference(self.lowered, engine, lambda: zip(self.fed, self.fed, strict=True), how)
 
     def run_reference(self) -> None:
         """Run the bundle's graph, before there is anything to compare it with."""
@@ -285,7 +300,7 @@ class Comparison:
         """Inputs, and the scores that an engine's own check starts from."""
         # Codes that go on beyond the bundle's give another output on purpose.
         stage, rows = (
-            (self.reference, self._rows) if self.exported.exact else (self.lowered, self._fed)
+            (self.reference, self._rows) if self.exported.exact else (self.lowered, self.fed)
         )
         scores = np.concatenate([stage.run(some).scores for some in rows])[: self._count]
         if self.exported.postprocess == "softmax":  # of the logarithm it is the same again

@@ -94,8 +94,8 @@ def compare_engine(path: str | Path) -> tuple[list[Stage], Tolerances]:
     x, output = (golden.whole_batches(record[name], facts.batch) for name in ("input", "output"))
     size = facts.batch or len(x)
     fed = [feed(rows, manifest) for rows in in_batches(x, size)]
-    outputs = {id(rows): some for rows, some in zip(fed, in_batches(output, size), strict=True)}
-    recorded = golden.CallTap("record", lambda rows: outputs[id(rows)], manifest.postprocess)
+    outputs = list(in_batches(output, size))
+    recorded = golden.recorded_tap("record", fed, outputs, manifest.postprocess)
 
     def batches() -> Any:
         return zip(fed, fed, strict=True)
