@@ -19,7 +19,7 @@ from .errors import CheckFailed
 from .frames import in_batches, pixels
 from .manifest import EngineManifest, PrecisionReport, Preprocessing
 from .reference import open_session, session_options
-from .surgery import free_operand, quantize_only
+from .surgery import distinct_names, free_operand, quantize_only
 from .taps import GraphTap, Ran, Shows, decide, outside
 from .verification import (
     EXACT,
@@ -131,6 +131,7 @@ def bundle_tap(
         quantize_only(graph, {node for node, kind in asked.items() if kind == "int8"})
     if changed:
         RemoveUnusedNodesPass()(graph)
+    distinct_names(graph)
     return GraphTap(ir.to_proto(graph), {}, "bundle", nodes, postprocess=postprocess)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..bundle import GOLDEN_IMAGES, WEIGHTS, Bundle, serialize
 from ..calibration_data.readers import ImageSet, Wanted, read
-from ..errors import DataError, ModelError, SpecError
+from ..errors import CheckFailed, DataError, ModelError, SpecError
 from ..frames import in_batches
 from ..manifest import Activation, Layer, Manifest, Scheme, Tolerances
 from ..recipe import FOLDS, Options
