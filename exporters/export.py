@@ -17,16 +17,18 @@ import onnx_ir as ir
 import safetensors.numpy
 from pydantic import ValidationError
 
-from .. import reference
-from ..bundle import GOLDEN, GRAPH, Bundle
+from .. import golden
+from ..bundle import GOLDEN, Bundle
 from ..errors import CheckFailed, ExportError
 from ..files import new_directory, sha256_bytes, sha256_file, write_bytes
 from ..manifest import EngineManifest, FileRecord, Layer, Port, PrecisionReport
+from ..verification import check
 from . import graph, precision, trt
+from .apart import run_apart
 from .compute import to_fp16
 from .lint import lint
 from .lowering import lower_ort, lower_portable
-from .options import BuildOptions, GraphOptions
+from .options import BuildOptions, GraphOptions, profile
 from .ports import shape_ports
 from .reasons import explain
 from .weights_only import keep_float, weights_only
@@ -103,10 +105,16 @@ def export(
             report = report.model_copy(update={"source": f"{report.source}; {kind}"})
         report = explain(report, model)
         precision.check(report, allow_float)
-        _golden(bundle, folder)
         write_bytes(folder / PRECISION, (report.model_dump_json(indent=1) + "\n").encode())
-        manifest = _manifest(bundle, model, report, options, ingredients, facts, folder)
-        write_bytes(folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+
+        def describe(facts: Mapping[str, Any]) -> None:
+            manifest = _manifest(bundle, model, report, options, ingredients, facts, folder)
+            write_bytes(folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+
+        describe(facts)  # an engine that is run for the check is one like any other
+        takes = _batches(model, build) if engine in trt.MODULES and not only_graph else None
+        checked = _check_golden(bundle, folder, report, options, takes, not only_graph, say)
+        describe({**facts, "checked": checked})
     return target
 
 
@@ -143,15 +151,70 @@ def lowered(
     return model, layers
 
 
-def _golden(bundle: Bundle, folder: Path) -> None:
-    """Inputs, and what the bundle's graph makes of them: a device checks itself with these."""
-    golden = bundle.golden()
-    if not golden:
-        return
-    session = reference.unfused_session(bundle.path / GRAPH, threads=1)
-    output = session.run(None, {session.get_inputs()[0].name: golden["input"]})[0]
-    tensors = {"input": golden["input"], "output": np.ascontiguousarray(output)}
-    (folder / GOLDEN).write_bytes(safetensors.numpy.save(tensors))
+def _check_golden(
+    bundle: Bundle,
+    folder: Path,
+    report: PrecisionReport,
+    options: GraphOptions,
+    takes: tuple[int, int] | None,
+    built: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Hold lowered graph and engine against the bundle, on its golden inputs; keep those.
+
+    Args:
+        bundle: What was exported.
+        folder: The engine's.
+        report: What is asked of the layers.
+        options: Of the graph.
+        takes: Smallest and largest batch of an engine that does not take all.
+        built: There is an engine, and not its graph alone.
+        say: Told why an engine cannot be run here.
+
+    Returns:
+        What was compared, and how far it was apart, for the manifest.
+
+    Raises:
+        CheckFailed: They compute something else.
+    """
+    x, origin = golden.inputs(bundle)
+    exported = golden.Exported(
+        folder / MODEL,
+        {row.node: row.requested for row in report.layers},
+        options.batch,
+        options.fold_preprocess,
+        report.engine != "ort" or options.exact,
+        options.postprocess,
+    )
+    at_once = None
+    if takes is not None:
+        at_once = min(max(len(x), takes[0]), takes[1])
+        x = np.resize(x, (at_once, *x.shape[1:]))
+    both = golden.Comparison(bundle, exported, x, at_once=at_once)
+    stages = [both.to_lowered()]
+    why = "the graph is portable" if built else "the engine is not built"
+    if built and report.engine == "ort":
+        stages.append(both.to_engine(golden.ort_engine(folder / MODEL)))
+    elif built and report.engine in trt.MODULES:
+        outputs, why = run_apart(folder, both.fed)
+        if outputs is not None:
+            stages.append(both.to_engine(golden.recorded_tap("engine", both.fed, outputs)))
+        else:
+            say(f"{report.engine}: checked up to its lowered graph, for {why}")
+    check(stages, bundle.manifest.tolerances)
+    if bundle.golden():
+        (folder / GOLDEN).write_bytes(safetensors.numpy.save(both.recorded()))
+    found: dict[str, Any] = {"inputs": origin, "images": stages[0].images}
+    if len(stages) == 1:
+        found["engine_not_run"] = why
+    return {**found, "stages": [stage.brief for stage in stages]}
+
+
+def _batches(model: ir.Model, build: BuildOptions) -> tuple[int, int] | None:
+    """Smallest and largest batch of an engine; None where it is fixed."""
+    (port,) = map(port_of, model.graph.inputs)
+    shapes = profile(port.name, port.shape, build)
+    return None if shapes is None else (shapes.smallest[0], shapes.largest[0])
 
 
 def _ingredients(

@@ -147,6 +147,7 @@ class Bundle:
         tensors: Mapping[str, Array],
         graph: bytes,
         golden: Mapping[str, Array] | None = None,
+        check: Callable[[Bundle], None] = lambda made: None,
     ) -> Bundle:
         """Write a whole bundle or nothing.
 
@@ -156,6 +157,7 @@ class Bundle:
             tensors: Unpacked codes, scales and floats, one for each manifest tensor.
             graph: ``model.onnx`` whose external data fits the layout of ``tensors``.
             golden: ``input`` (N, ...) and, where it is known, ``output``.
+            check: See :meth:`write_like`.
         """
         target = Path(path).absolute()
         contents = {WEIGHTS: serialize(tensors, manifest.tensors), GRAPH: graph}
@@ -173,7 +175,9 @@ class Bundle:
             for name, data in contents.items():
                 write_bytes(folder / name, data)
             write_bytes(folder / MANIFEST, manifest.to_json())
-            cls(folder, manifest).validate()
+            made = cls(folder, manifest)
+            made.validate()
+            check(made)
         return cls(target, manifest)
 
     @classmethod
@@ -183,6 +187,7 @@ class Bundle:
         like: Bundle,
         fill: Callable[[Callable[[str, Array], None]], Manifest],
         golden: Mapping[str, Array] | None = None,
+        check: Callable[[Bundle], None] = lambda made: None,
     ) -> Bundle:
         """Write a bundle with the layout and graph of another, tensor by tensor.
 
@@ -192,6 +197,8 @@ class Bundle:
             fill: Calls its argument with every tensor's name and value, unpacked, from any
                 thread; returns the manifest, whose ``files`` are filled in here.
             golden: See :meth:`write`.
+            check: Called with the bundle before it takes its place; nothing is written where
+                it raises.
         """
         target = Path(path).absolute()
         entries = like.manifest.tensors
@@ -223,6 +230,7 @@ class Bundle:
             made = cls(folder, manifest)
             made._check_graph(spans)
             made._check_scales()
+            check(made)
         return cls(target, manifest)
 
     @property

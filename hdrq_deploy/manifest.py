@@ -175,11 +175,17 @@ class Tolerances(_Frozen):
 
     Attributes:
         decision_flips: Share of the decisions that may differ (0 to 1), over 100 images or more.
-        output_rms: RMS of the outputs' difference over RMS of the outputs.
+        output_rms: RMS of the outputs' difference over RMS of the outputs. More than 0.05
+            counts only where ``measured`` says how it was found.
+        spread: What flipping one in a hundred codes of the first quantizer did to the output,
+            in the same measure, where it was calibrated; None where that was not measured.
+        measured: How ``output_rms`` was found, where a kernel cannot do better.
     """
 
     decision_flips: float = 0.02
     output_rms: float = 0.05
+    spread: float | None = None
+    measured: str = ""
 
 
 class Manifest(_Frozen):

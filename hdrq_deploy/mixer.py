@@ -29,12 +29,13 @@ from .errors import EngineError, HdrqError, MergeError
 from .exporters import GraphOptions, export
 from .exporters.export import lowered, port_of
 from .exporters.options import BuildOptions
+from .golden import Exported, MixCheck
 from .manifest import Port
 from .merge import Merger, choose_weights
+from .reference import session_options, session_threads
 from .runtime.engine import check_input, load_engine
 from .runtime.forks import Owner
 from .runtime.images import Frame, Prediction, frames_of, network_input, predictions, sizes_of
-from .runtime.ort import session_options
 from .runtime.tensorrt import LIBRARIES, TensorRtEngine
 from .surgery import serialized
 
@@ -141,6 +142,8 @@ class DomainMixer:
     Raises:
         MergeError: Bundles that do not fit each other, or a domain that two of them have.
         EngineError: The engine is not known here.
+        CheckFailed: The engine of a mix does not compute on a golden input what its graph does.
+            ``set`` hands that error to its caller, and the running engine goes on.
 
     >>> with DomainMixer(["night.hdrq", "rain.hdrq"]) as mixer:  # doctest: +SKIP
     ...     mixer.set({"night": 0.7, "rain": 0.3})
@@ -415,16 +418,42 @@ class _OrtBuilder:
 
     def __init__(self, merger: Merger, options: GraphOptions, threads: int) -> None:
         self._merger, self._options, self._threads = merger, options, threads
+        self._requested: dict[str, str] = {}
+        if options.weights_only or options.keep_float:
+            _, layers = lowered(merger.parents[0], "ort", options)
+            self._requested = {layer.node: layer.requested for layer in layers}
 
     def make(self, mix: Mix, spare: _Runs | None) -> _Runs:
-        """A session is made as fast as one could be changed."""
+        """A session is made as fast as one could be changed; beside it runs what it must give."""
         if spare is not None:
             spare.close()
+        first, options = self._merger.parents[0], self._options
         tensors = self._merger.tensors(mix)
-        model, _ = lowered(self._merger.parents[0], "ort", self._options, tensors)
-        (value,) = model.graph.inputs
-        data = serialized(model)
-        return _Session(data, port_of(value, self._options.fold_preprocess), self._threads)
+        with ThreadPoolExecutor(1, thread_name_prefix="mixer-check") as beside:
+            expected = beside.submit(self._check_of, tensors)
+            model, _ = lowered(first, "ort", options, tensors)
+            (value,) = model.graph.inputs
+            data = serialized(model)
+            made = _Session(data, port_of(value, options.fold_preprocess), self._threads)
+            try:
+                expected.result()(made)
+            except BaseException:
+                made.close()
+                raise
+        return made
+
+    def _check_of(self, tensors: Mapping[str, Array]) -> MixCheck:
+        options, bundle = self._options, self._merger.parents[0]
+        exported = Exported(
+            Path(),
+            self._requested,
+            options.batch,
+            options.fold_preprocess,
+            options.exact,
+            options.postprocess,
+        )
+        with session_threads(self._threads):
+            return MixCheck(bundle, tensors, exported)
 
     def close(self) -> None:
         """Nothing is left."""

@@ -11,6 +11,7 @@ import onnxruntime
 
 from ..errors import EngineError
 from ..manifest import EngineManifest
+from ..reference import saturates, session_options
 from .engine import Engine, Feeds
 
 __all__ = ["OrtEngine", "saturates", "session_options"]
@@ -81,27 +82,3 @@ class OrtEngine(Engine):
 
     def _release(self) -> None:
         self._session = None
-
-
-def session_options(threads: int) -> onnxruntime.SessionOptions:
-    """ONNX Runtime's options for an engine on the CPU."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    if saturates(Path("/proc/cpuinfo")):
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    return options
-
-
-def saturates(cpuinfo: Path) -> bool:
-    """Whether a product of u8 and s8 can saturate: x86 with AVX2 but without VNNI.
-
-    ONNX Runtime's remedy takes twice the time, so it is not for CPUs that need none.
-    """
-    try:
-        text = cpuinfo.read_text()
-    except OSError:
-        return False
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    return " avx2" in flags and "vnni" not in flags

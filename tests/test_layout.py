@@ -25,10 +25,11 @@ LAYERS = [  # low to high; the members of one layer are siblings and do not impo
     {"errors", "callable"},
     {"spec", "files", "fold", "recipe"},
     {"affine", "manifest", "reference", "surgery"},
-    {"biases", "bundle", "frames"},
+    {"biases", "bundle", "frames", "taps"},
     {"calibration_data", "verification"},
+    {"golden"},
     {"merge", "calibrate", "exporters", "runtime"},
-    {"adapt", "analysis", "sensitivity", "mixer"},
+    {"adapt", "analysis", "sensitivity", "mixer", "stages"},
     {"protocol"},
     {"cli"},
 ]

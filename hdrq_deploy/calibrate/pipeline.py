@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -17,13 +17,15 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from .. import reference
-from ..bundle import GOLDEN_IMAGES, Bundle
+from ..bundle import GOLDEN_IMAGES, WEIGHTS, Bundle, serialize
 from ..calibration_data.readers import ImageSet, Wanted, read
 from ..errors import CheckFailed, DataError, ModelError, SpecError
-from ..manifest import Activation, Manifest, Scheme, Tolerances
+from ..frames import in_batches
+from ..manifest import Activation, Layer, Manifest, Scheme, Tolerances
 from ..recipe import FOLDS, Options
 from ..spec import GRIDS, check_bits
+from ..taps import GraphTap
+from ..verification import Stepwise, check, difference, rows_at_once
 from .caches import Caches
 from .capture import Capture, capture, fold_batch_norm, fold_constants, run_model
 from .emit import Emitted, check_graph, emit_float, emit_quantized, fit_biases, onnx_graph
@@ -33,6 +35,7 @@ from .progress import Partial
 from .reconstruct import quantizers_of, reconstruct, run_batch
 from .rewrites import put_constants_right
 from .source import is_lazy, load_model, load_state, put_state, state_sha256
+from .tap import TorchTap
 
 __all__ = ["calibrate", "fake_quantized", "folded_weights", "torch_threads"]
 
@@ -167,7 +170,8 @@ def calibrate(
         made = emit_quantized(found, plan, result, fold)
     graph, layers = onnx_graph(made, inputs[:2], found, plan)
     fit_biases(made, graph)
-    parity, most, golden = _parity(made, graph, found, inputs)
+    activations = _activations(plan)
+    parity, tolerances, golden = _parity(made, graph, layers, activations, inputs)
     manifest = Manifest(
         model=model,
         method=method,
@@ -178,7 +182,7 @@ def calibrate(
             else {**dict.fromkeys(scheme), "per_channel": per_channel, "fold": "none"}
         ),
         layers=tuple(layers),
-        activations=_activations(plan),
+        activations=activations,
         tensors=made.entries,
         folds=made.folds,
         **hashes,
@@ -188,7 +192,7 @@ def calibrate(
         preprocessing=dataset.preprocessing,
         classes=_class_names(dataset, golden["output"]),
         metrics={"blocks": blocks, "capture": same, "parity": parity},
-        tolerances=Tolerances(output_rms=most),
+        tolerances=tolerances,
         versions=versions,
     )
     bundle = Bundle.write(target, manifest, made.tensors, graph, golden)
@@ -380,45 +384,52 @@ def _activations(plan: Plan | None) -> tuple[Activation, ...]:
 
 
 def _parity(
-    made: Emitted, graph: bytes, found: Capture, inputs: Tensor
-) -> tuple[dict[str, Any], float, dict[str, Any]]:
-    """Compare the torch model with the graph in ONNX Runtime, unfused.
+    made: Emitted,
+    graph: bytes,
+    layers: Sequence[Layer],
+    activations: Sequence[Activation],
+    inputs: Tensor,
+) -> tuple[dict[str, Any], Tolerances, dict[str, Any]]:
+    """Compare the torch model with the graph in ONNX Runtime, unfused, layer by layer.
 
     Returns:
-        The comparison, the bound it kept to, and a few inputs with the graph's outputs.
+        The comparison, tolerances for the stages to come, and a few inputs with the graph's
+        outputs.
 
     Raises:
-        CheckFailed: Further apart than 5% of the output, and than quantization itself moved
-            it: where that is much, a code at a tie that falls to the other side spreads.
+        CheckFailed: A layer computes something else from the same codes, or the output is
+            further apart than ties that spread explain.
     """
-    from ..bundle import WEIGHTS, serialize
-
-    rows = inputs[: min(_PARITY_IMAGES, max(GOLDEN_IMAGES, 2 * run_batch(inputs)))]
-    with torch.no_grad():
-        expected = made.module.cpu()(rows).numpy()
-        real = found.module.cpu()(rows).numpy()
+    rows = inputs[: min(_PARITY_IMAGES, max(GOLDEN_IMAGES, 2 * run_batch(inputs)))].numpy()
+    weights = serialize(made.tensors, made.entries)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        (folder / WEIGHTS).write_bytes(serialize(made.tensors, made.entries))
+        (folder / WEIGHTS).write_bytes(weights)
         try:
             check_graph(graph, folder)
-            session = reference.unfused_session(folder / "model.onnx")
         except (onnx.checker.ValidationError, RuntimeError) as error:
             raise ModelError(
                 f"the exported graph does not load ({str(error).splitlines()[0]}); "
                 "please report the model"
             ) from error
-        got = session.run(None, {session.get_inputs()[0].name: rows.numpy()})[0]
-    result = reference.compare(expected, got)
-    moved = reference.compare(real, expected)["relative_rms"]
-    most = max(0.05, min(float(moved), 0.5))
-    if not result["relative_rms"] < most:
-        raise CheckFailed(
-            f"the written graph differs from the fake-quantized model by "
-            f"{result['relative_rms']:.3f} of its output (relative RMS); needed under {most:.3f}: "
-            "please report the model"
-        )
-    result = {"images": len(rows), **result, "onnxruntime": onnxruntime.__version__}
-    few = slice(GOLDEN_IMAGES)
-    golden = {"input": rows[few].contiguous().numpy(), "output": np.ascontiguousarray(got[few])}
-    return result, most, golden
+    model = onnx.load_model_from_string(graph)
+    how = Stepwise.of(model, activations, layers)
+    written = GraphTap(model, {WEIGHTS: weights}, "written graph", [row.node for row in layers])
+    steps = {a.scale: float(made.tensors[a.scale]) for a in activations}
+    learned = TorchTap(made.module.cpu(), steps, layers)
+    batches = list(in_batches(rows, rows_at_once(rows.shape[1:])))
+    stage = difference(learned, written, lambda: zip(batches, batches, strict=True), how)
+    check([stage], Tolerances())
+    result = {
+        "images": len(rows),
+        "max_abs": stage.max_abs,
+        "relative_rms": stage.output_rms,
+        "relative_rms_from_same_codes": stage.layer_rms,
+        "decision_flips": stage.decision_flips,
+        "ties": stage.ties,
+        "onnxruntime": onnxruntime.__version__,
+    }
+    few = np.ascontiguousarray(rows[:GOLDEN_IMAGES])
+    golden = {"input": few, "output": np.ascontiguousarray(written.run(few).output)}
+    spread = stage.spread.output_rms if stage.spread else None
+    return result, Tolerances(spread=spread), golden

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +15,16 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from ..bundle import GOLDEN, GRAPH, Bundle, read_golden
+from ..bundle import Bundle
 from ..calibration_data.readers import Wanted, read
-from ..errors import DataError, HdrqError, ModelError
+from ..errors import DataError
 from ..files import write_bytes
-from ..frames import feed, in_batches
-from ..manifest import EngineManifest, Preprocessing, Tolerances
-from ..runtime import load_engine
-from ..runtime.engine import read_manifest
-from ..runtime.ort import session_options
-from ..verification import (
-    Stage,
-    Tapped,
-    check,
-    difference,
-    graph_order,
-    tapped,
-)
+from ..manifest import Preprocessing
+from ..stages import compare_engine, compare_stages
+from ..verification import Stage, check
 from .common import named, parser, run
 
 __all__ = ["stages", "verify_engine"]
-
-_BATCH = 32
 
 Array = npt.NDArray[Any]
 
@@ -59,6 +46,9 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument(
         "--max-flips", type=float, help="share of decisions that may differ (manifest: 0.02)"
     )
+    p.add_argument(
+        "--max-rms", type=float, help="relative RMS that outputs may be apart (manifest: 0.05)"
+    )
     p.add_argument("--json", help="write all that was found, tensor by tensor")
     return p
 
@@ -71,25 +61,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     if args.engine is None and _is_engine(Path(args.bundle)):
-        found, tolerances = _golden_engine(Path(args.bundle), args.data)
+        if args.data:
+            raise DataError(
+                f"{args.bundle} is an engine; --data needs its bundle too: BUNDLE ENGINE --data …"
+            )
+        found, tolerances = compare_engine(args.bundle)
     else:
         bundle = Bundle.open(args.bundle)
         tolerances = bundle.manifest.tolerances
         torch = True if args.torch else False if args.no_torch else None
         x = _images(bundle.manifest.preprocessing, args.data, args.images) if args.data else None
         found = stages(bundle, args.engine, x, torch)
-    if args.max_flips is not None:
-        tolerances = tolerances.model_copy(update={"decision_flips": args.max_flips})
     show(found)
     if args.json:
         record = {
             "schema_version": 1,
             "kind": "hdrq-verify",
-            "tolerances": tolerances.model_dump(),
+            "tolerances": {
+                **tolerances.model_dump(),
+                **({} if args.max_flips is None else {"decision_flips": args.max_flips}),
+                **({} if args.max_rms is None else {"output_rms": args.max_rms}),
+            },
             "stages": [asdict(stage) for stage in found],
         }
         write_bytes(Path(args.json).absolute(), (json.dumps(record, indent=1) + "\n").encode())
-    check(found, tolerances)
+    check(found, tolerances, args.max_flips, args.max_rms)
     return 0
 
 
@@ -108,65 +104,8 @@ def verify_engine(bundle: str, engine: Path) -> None:
 def stages(
     bundle: Bundle, engine: str | Path | None, x: Array | None, torch: bool | None
 ) -> list[Stage]:
-    """Every two neighbouring stages that are at hand, compared.
-
-    Args:
-        bundle: Calibrated or merged.
-        engine: Engine folder made of it, or None.
-        x: Network inputs (N, C, H, W) float32; None takes the golden ones.
-        torch: With PyTorch, without, or (None) where it is installed and knows the model.
-
-    Raises:
-        DataError: No images and no golden inputs.
-        ModelError: ``torch`` is True and the model cannot be rebuilt.
-        EngineError: The engine cannot be loaded, or was made of another bundle.
-    """
-    golden = bundle.golden()
-    if x is None:
-        if not golden:
-            raise DataError(
-                f"{bundle.path}: holds no golden inputs (an older bundle); pass --data NAME=PATH"
-            )
-        x = golden["input"]
-    order = graph_order(bundle)
-    activations = {a.scale: a for a in bundle.manifest.activations}
-    mine = tapped(bundle.path / GRAPH, "bundle")
-    chain: list[tuple[Tapped, EngineManifest | None]] = [(mine, None)]
-    if torch is not False:
-        first = _torch(bundle, x[:2], must=torch is True)
-        chain = [(first, None), *chain] if first else chain
-    if engine is not None:
-        chain += _engine_stages(Path(engine), bundle)
-    size = _fixed_batch([m for _, m in chain if m is not None])
-    rows_of = _whole(x, size)
-    found = []
-    for (a, before), (b, after) in pairwise(chain):
-        if before is None and after is not None:
-            a = _decided(a, after)
-
-        def pairs(
-            before: EngineManifest | None = before, after: EngineManifest | None = after
-        ) -> Iterator[tuple[Array, Array]]:
-            for rows in in_batches(rows_of, size or _BATCH):
-                yield tuple(  # type: ignore[misc]
-                    feed(rows, m) if m is not None else rows for m in (before, after)
-                )
-
-        found.append(difference(a, b, pairs, activations, order))
-    return found
-
-
-def _fixed_batch(manifests: Sequence[EngineManifest]) -> int | None:
-    """The batch that an engine was exported for, where it is not free."""
-    fixed = [m.inputs[0].shape[0] for m in manifests]
-    return next((size for size in fixed if isinstance(size, int)), None)
-
-
-def _whole(x: Array, size: int | None) -> Array:
-    """``x``, its first rows repeated until whole batches are full."""
-    if size is None or len(x) % size == 0:
-        return x
-    return np.resize(x, (-(-len(x) // size) * size, *x.shape[1:]))
+    """:func:`hdrq_deploy.stages.compare_stages`, which says on stderr what it leaves out."""
+    return compare_stages(bundle, engine, x, torch, lambda text: print(text, file=sys.stderr))
 
 
 def _is_engine(path: Path) -> bool:
@@ -177,82 +116,6 @@ def _is_engine(path: Path) -> bool:
 def _images(preprocessing: Preprocessing | None, data: Sequence[str], limit: int) -> Array:
     wanted = Wanted.like(preprocessing) if preprocessing else Wanted()
     return np.concatenate([read(path, wanted, limit).x for path in named(data).values()])
-
-
-def _torch(bundle: Bundle, example: Array, must: bool) -> Tapped | None:
-    try:
-        from ..calibrate.parity import torch_stage
-
-        return torch_stage(bundle, example)
-    except ImportError as error:
-        if must:
-            raise ModelError(
-                f"--torch needs {error.name}: pip install 'hdrq-deploy[calibrate]'"
-            ) from error
-    except HdrqError as error:
-        if must:
-            raise
-        print(f"PyTorch left out: {error}", file=sys.stderr)
-    return None
-
-
-def _engine_stages(path: Path, bundle: Bundle) -> list[tuple[Tapped, EngineManifest | None]]:
-    """The lowered graph as written, and the engine that runs it."""
-    manifest = read_manifest(path)
-    if manifest.bundle_sha256 != bundle.manifest_sha256:
-        raise DataError(
-            f"{path}: made of another bundle than {bundle.path}; export this bundle, or name the "
-            "one it was made of"
-        )
-    lowered = tapped(path / "model.onnx", "lowered graph")
-    result: list[tuple[Tapped, EngineManifest | None]] = [(lowered, manifest)]
-    if manifest.engine == "ort":
-        result.append((tapped(path / "model.onnx", "engine", session_options(0)), manifest))
-    elif manifest.engine != "onnx":
-        result.append((_loaded(path), manifest))
-    return result
-
-
-def _loaded(path: Path) -> Tapped:
-    engine = load_engine(path)
-    return Tapped("engine", lambda x: (engine(x), {}))
-
-
-def _decided(stage: Tapped, manifest: EngineManifest) -> Tapped:
-    """What an engine's appended softmax or argmax would make of a stage's scores."""
-
-    def run(x: Array) -> tuple[Array, dict[str, Array]]:
-        scores, codes = stage.run(x)
-        if manifest.postprocess == "argmax":
-            return scores.argmax(1), codes
-        if manifest.postprocess == "softmax":
-            shifted = np.exp(scores - scores.max(1, keepdims=True))
-            scores = shifted / shifted.sum(1, keepdims=True)
-        return scores, codes
-
-    return Tapped(stage.name, run)
-
-
-def _golden_engine(path: Path, data: Sequence[str]) -> tuple[list[Stage], Tolerances]:
-    """An engine on this machine against what its bundle computed where it was exported."""
-    if data:
-        raise DataError(f"{path} is an engine; --data needs its bundle too: BUNDLE ENGINE --data …")
-    manifest = read_manifest(path)
-    if GOLDEN not in manifest.files:
-        raise DataError(f"{path}: holds no golden inputs; verify it beside its bundle, with --data")
-    golden = read_golden(path / GOLDEN)
-    fixed = _fixed_batch([manifest])
-    x, output = (_whole(golden[name], fixed) for name in ("input", "output"))
-    size = fixed or len(x)
-    outputs = in_batches(output, size)
-    recorded = _decided(Tapped("record", lambda _: (next(outputs), {})), manifest)
-    with load_engine(path) as engine:
-        here = Tapped("engine", lambda rows: (engine(rows), {}))
-
-        def pairs() -> Iterator[tuple[Array, Array]]:
-            yield from ((rows, feed(rows, manifest)) for rows in in_batches(x, size))
-
-        return [difference(recorded, here, pairs, {}, [])], manifest.tolerances
 
 
 def show(found: Sequence[Stage]) -> None:

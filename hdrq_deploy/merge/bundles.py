@@ -22,6 +22,7 @@ from ..biases import bias_sites, fitted, shifts
 from ..bundle import GRAPH, Bundle
 from ..errors import MergeError
 from ..fold import graph_tensors
+from ..golden import check_merge
 from ..manifest import Manifest, ParentRecord, Tolerances
 from .rounding import ROUNDINGS, merge_codes
 
@@ -58,6 +59,7 @@ def merge(
     Raises:
         MergeError: Fewer than two bundles, weights that do not fit, or bundles that differ
             in something a merge needs equal; the first difference is named.
+        CheckFailed: The merged graph gives no finite output for a golden input.
 
     Source:
         Shin et al., ICML 2025, section 4.3 (rounding); Li et al., ECCV 2024 (BatchNorm).
@@ -151,7 +153,8 @@ class Merger:
             in_parallel(one, self.code_names, threads)
             return self.manifest(mix, dict(sorted(layers.items())), options or {})
 
-        return Bundle.write_like(output, self.parents[0], put_all, golden_inputs(self.parents))
+        golden = golden_inputs(self.parents)
+        return Bundle.write_like(output, self.parents[0], put_all, golden, check_merge)
 
     def tensors(self, mix: Sequence[float]) -> dict[str, Array]:
         """All tensors of a merge, in memory."""
@@ -367,7 +370,7 @@ def _manifest(
                 "parents": [p.manifest.options for p in parents],
             },
             "metrics": {"layers": dict(layers)},
-            "tolerances": max((p.manifest.tolerances for p in parents), key=_loose),
+            "tolerances": _tolerances(parents),
             "parents": tuple(
                 ParentRecord(
                     manifest_sha256=parent.manifest_sha256,
@@ -380,8 +383,10 @@ def _manifest(
     )
 
 
-def _loose(tolerances: Tolerances) -> float:
-    return tolerances.output_rms
+def _tolerances(parents: Sequence[Bundle]) -> Tolerances:
+    """The loosest of the parents; how far ties spread in the merge nobody has measured."""
+    loosest = max((p.manifest.tolerances for p in parents), key=lambda t: t.output_rms)
+    return loosest.model_copy(update={"spread": None})
 
 
 def _union(records: Any) -> dict[str, str]:

@@ -25,6 +25,7 @@ from ..bundle import GRAPH, WEIGHTS, Bundle, serialize
 from ..errors import DataError, MergeError
 from ..fold import SMALLEST_GAIN, gain, graph_tensors
 from ..frames import in_batches
+from ..golden import check_merge
 from ..spec import QuantSpec
 from ..surgery import chain, serialized
 
@@ -53,6 +54,7 @@ def re_estimate(
     Raises:
         MergeError: The bundle keeps no BatchNorm apart.
         DataError: Fewer than two images, or images that the graph does not take.
+        CheckFailed: The new graph gives no finite output for a golden input.
     """
     manifest = bundle.manifest
     tensors = moved(bundle, bundle.tensors(), images, seed)
@@ -63,7 +65,7 @@ def re_estimate(
     updated = manifest.model_copy(update={"options": options})
     graph = (bundle.path / GRAPH).read_bytes()
     golden = {name: value for name, value in bundle.golden().items() if name == "input"}
-    return Bundle.write(output, updated, tensors, graph, golden)
+    return Bundle.write(output, updated, tensors, graph, golden, check_merge)
 
 
 def moved(

@@ -1,0 +1,169 @@
+"""The stages of one model in their order, each compared with the one before.
+
+PyTorch, the bundle's graph, the lowered graph as written, the engine that runs it: see
+:mod:`.verification` for how two of them are compared. The command ``hdrq-verify`` prints what
+is found here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from . import golden
+from .bundle import GOLDEN, Bundle, read_golden
+from .errors import DataError, HdrqError, ModelError
+from .frames import feed, in_batches
+from .manifest import EngineManifest, PrecisionReport, Tolerances
+from .runtime import load_engine
+from .runtime.engine import read_manifest
+from .taps import Shows
+from .verification import Stage, Stepwise, difference, measure_spread, rows_at_once
+
+__all__ = ["compare_engine", "compare_stages"]
+
+Array = npt.NDArray[Any]
+_MODEL, _PRECISION = "model.onnx", "precision.json"
+
+
+def compare_stages(
+    bundle: Bundle,
+    engine: str | Path | None = None,
+    x: Array | None = None,
+    torch: bool | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Stage]:
+    """Every two neighbouring stages that are at hand, compared.
+
+    Args:
+        bundle: Calibrated or merged.
+        engine: Engine folder made of it, or None.
+        x: Network inputs (N, C, H, W) float32; None takes the golden ones.
+        torch: With PyTorch, without, or (None) where it is installed and knows the model.
+        say: Told why PyTorch is left out.
+
+    Raises:
+        DataError: No images and no golden inputs, or images of another shape.
+        ModelError: ``torch`` is True and the model cannot be rebuilt.
+        EngineError: The engine cannot be loaded, or was made of another bundle.
+        CheckFailed: A stage does not load or run.
+    """
+    x = _inputs(bundle, x)
+    found = []
+    first = _torch(bundle, x[:2], torch is True, say) if torch is not False else None
+    exported = _exported(Path(engine), bundle) if engine is not None else None
+    if exported is not None and exported[1].frames:
+        x = golden.from_pixels(x, bundle.manifest.preprocessing)
+    if first is not None:
+        size = rows_at_once(bundle.manifest.input_shape)
+        rows = list(in_batches(x, size))
+        found.append(
+            difference(
+                first,
+                golden.bundle_tap(bundle),
+                lambda: zip(rows, rows, strict=True),
+                Stepwise.of_bundle(bundle),
+            )
+        )
+    if exported is not None:
+        manifest, facts = exported
+        both = golden.Comparison(bundle, facts, x)
+        found.append(both.to_lowered())
+        if manifest.engine != "onnx":
+            found.append(both.to_engine(_engine(Path(str(engine)), manifest)))
+    return found
+
+
+def compare_engine(path: str | Path) -> tuple[list[Stage], Tolerances]:
+    """An engine on this machine against its own graph and what its bundle computed at export.
+
+    Raises:
+        DataError: The engine carries no golden inputs.
+        EngineError: It cannot be loaded.
+        CheckFailed: A stage does not load or run.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    if GOLDEN not in manifest.files:
+        raise DataError(f"{path}: holds no golden inputs; verify it beside its bundle, with --data")
+    facts = _facts(path, manifest)
+    record = read_golden(path / GOLDEN)
+    x, output = (golden.whole_batches(record[name], facts.batch) for name in ("input", "output"))
+    size = facts.batch or len(x)
+    fed = [feed(rows, manifest) for rows in in_batches(x, size)]
+    outputs = list(in_batches(output, size))
+    recorded = golden.recorded_tap("record", fed, outputs, manifest.postprocess)
+
+    def batches() -> Any:
+        return zip(fed, fed, strict=True)
+
+    report = PrecisionReport.model_validate_json((path / _PRECISION).read_bytes())
+    lowered = golden.file_tap(path / _MODEL, "lowered graph", [row.node for row in report.layers])
+    how = Stepwise.like(lowered, report.layers, golden.engine_fidelity(lowered))
+    engine = _engine(path, manifest)
+    found = [difference(recorded, engine, batches, how)]
+    measure_spread(found[0], lowered, lambda: iter(fed), how)
+    if manifest.engine != "onnx":
+        found.append(difference(lowered, engine, batches, how))
+    return found, manifest.tolerances
+
+
+def _inputs(bundle: Bundle, x: Array | None) -> Array:
+    if x is None:
+        recorded = bundle.golden()
+        if not recorded:
+            raise DataError(
+                f"{bundle.path}: holds no golden inputs (an older bundle); pass --data NAME=PATH"
+            )
+        return recorded["input"]
+    needed = bundle.manifest.input_shape
+    if x.shape[1:] != needed or not len(x):
+        raise DataError(
+            f"found images of shape {x.shape}; needed (N, {', '.join(map(str, needed))}) with N of "
+            "1 or more, as the bundle was calibrated with"
+        )
+    return x
+
+
+def _exported(path: Path, bundle: Bundle) -> tuple[EngineManifest, golden.Exported]:
+    manifest = read_manifest(path)
+    if manifest.bundle_sha256 != bundle.manifest_sha256:
+        raise DataError(
+            f"{path}: made of another bundle than {bundle.path}; export this bundle, or name the "
+            "one it was made of"
+        )
+    return manifest, _facts(path, manifest)
+
+
+def _facts(path: Path, manifest: EngineManifest) -> golden.Exported:
+    report = PrecisionReport.model_validate_json((path / _PRECISION).read_bytes())
+    return golden.Exported.of(path / _MODEL, manifest, report)
+
+
+def _engine(path: Path, manifest: EngineManifest) -> Shows:
+    engine = load_engine(path)
+    if manifest.engine == "ort":
+        return golden.EngineTap(
+            golden.file_tap(path / _MODEL, "engine", (), fused=True), lambda x: engine(x)
+        )
+    return golden.CallTap("engine", lambda x: engine(x))
+
+
+def _torch(bundle: Bundle, example: Array, must: bool, say: Callable[[str], None]) -> Shows | None:
+    try:
+        from .calibrate.parity import torch_stage
+
+        return torch_stage(bundle, example)
+    except ImportError as error:
+        if must:
+            raise ModelError(
+                f"--torch needs {error.name}: pip install 'hdrq-deploy[calibrate]'"
+            ) from error
+    except HdrqError as error:
+        if must:
+            raise
+        say(f"PyTorch left out: {error}")
+    return None
