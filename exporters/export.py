@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from .. import reference
 from ..bundle import GOLDEN, GRAPH, Bundle
 from ..errors import CheckFailed, ExportError
-from ..files import new_directory, sha256_bytes, sha256_file, write_bytes
+from ..files import check_output, new_directory, sha256_bytes, sha256_file, write_bytes
+from ..kinds import ENGINE
 from ..manifest import EngineManifest, FileRecord, Layer, Port, PrecisionReport
 from . import graph, precision, trt
 from .compute import to_fp16
@@ -84,12 +85,12 @@ def export(
     build = build or BuildOptions(batches=batches)
     build.check()
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    target = Path(output).absolute()
+    target = check_output(output, ENGINE, [bundle.path])
     ingredients = _ingredients(bundle, engine, options, build, allow_float, only_graph)
     if not force and _is_fresh(target, ingredients, say):
         return target
     model, layers = lowered(bundle, engine, options)
-    with new_directory(target) as folder:
+    with new_directory(target, ENGINE) as folder:
         graph.save(model, folder / MODEL)
         _check_onnx(folder / MODEL)
         if only_graph:

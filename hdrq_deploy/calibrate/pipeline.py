@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,15 +20,17 @@ from .. import reference
 from ..bundle import GOLDEN_IMAGES, Bundle
 from ..calibration_data.readers import ImageSet, Wanted, read
 from ..errors import CheckFailed, DataError, ModelError, SpecError
+from ..files import check_name, check_output, scratch_folder
+from ..kinds import BUNDLE, PARTIAL
 from ..manifest import Activation, Manifest, Scheme, Tolerances
 from ..recipe import FOLDS, Options
-from ..spec import GRIDS, check_bits
+from ..spec import GRIDS, check_bits, check_seed
 from .caches import Caches
 from .capture import Capture, capture, fold_batch_norm, fold_constants, run_model
 from .emit import Emitted, check_graph, emit_float, emit_quantized, onnx_graph
 from .fidelity import check_capture, restored_buffers
 from .placement import Plan, plan_quantizers
-from .progress import Partial
+from .progress import Partial, partial_of
 from .reconstruct import quantizers_of, reconstruct, run_batch
 from .rewrites import put_constants_right
 from .source import is_lazy, load_model, load_state, put_state, state_sha256
@@ -94,6 +95,11 @@ def calibrate(
         CheckFailed: The captured graph disagrees with the model, or the written graph with the
             fake-quantized one.
     """
+    given = None if isinstance(data, ImageSet) else data
+    target = check_output(output, BUNDLE, [given, weights, base])
+    check_output(partial_of(target), PARTIAL, [given, weights, base])
+    check_name(domain)
+    check_seed(seed)
     options = options or Options.of(method)
     per_channel = per_channel or fold == "steps"
     _check(method, wbits, abits, grid, fold, options, base)
@@ -147,7 +153,6 @@ def calibrate(
         **asdict(options),
     }
     scheme = {"grid": grid, "wbits": wbits, "abits": abits, "per_channel": per_channel}
-    target = Path(output).absolute()
     partial = None
     if method == "float":
         fold_constants(found)
@@ -396,8 +401,7 @@ def _parity(
     with torch.no_grad():
         expected = made.module.cpu()(rows).numpy()
         real = found.module.cpu()(rows).numpy()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+    with scratch_folder() as folder:
         (folder / WEIGHTS).write_bytes(serialize(made.tensors, made.entries))
         try:
             check_graph(graph, folder)

@@ -11,29 +11,33 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from rich.console import Console
-from rich.table import Table
+from .start import importing, run
 
-from ..bundle import GOLDEN, GRAPH, Bundle, read_golden
-from ..calibration_data.readers import Wanted, read
-from ..errors import DataError, HdrqError, ModelError
-from ..files import write_bytes
-from ..frames import feed, in_batches
-from ..manifest import EngineManifest, Preprocessing, Tolerances
-from ..runtime import load_engine
-from ..runtime.engine import read_manifest
-from ..runtime.ort import session_options
-from ..verification import (
-    Stage,
-    Tapped,
-    check,
-    difference,
-    graph_order,
-    tapped,
-)
-from .common import named, parser, run
+with importing("hdrq-verify"):
+    import numpy as np
+    import numpy.typing as npt
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..bundle import GOLDEN, GRAPH, Bundle, read_golden
+    from ..calibration_data.readers import Wanted, read
+    from ..errors import DataError, HdrqError, ModelError
+    from ..files import check_output, check_scratch, write_bytes
+    from ..frames import feed, in_batches
+    from ..kinds import VERIFY_JSON
+    from ..manifest import EngineManifest, Preprocessing, Tolerances
+    from ..runtime import load_engine
+    from ..runtime.engine import read_manifest
+    from ..runtime.ort import session_options
+    from ..verification import (
+        Stage,
+        Tapped,
+        check,
+        difference,
+        graph_order,
+        tapped,
+    )
+    from .common import named, parser, paths_of
 
 __all__ = ["stages", "verify_engine"]
 
@@ -65,11 +69,14 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``hdrq-verify``."""
-    args = arguments().parse_args(argv)
-    return run("hdrq-verify", lambda: _verify(args))
+    return run("hdrq-verify", lambda: _verify(arguments().parse_args(argv)))
 
 
 def _verify(args: argparse.Namespace) -> int:
+    if args.json is not None:
+        inputs = [args.bundle, args.engine, *paths_of(args.data)]
+        check_output(args.json, VERIFY_JSON, inputs, "--json")
+    check_scratch()
     if args.engine is None and _is_engine(Path(args.bundle)):
         found, tolerances = _golden_engine(Path(args.bundle), args.data)
     else:
@@ -88,7 +95,8 @@ def _verify(args: argparse.Namespace) -> int:
             "tolerances": tolerances.model_dump(),
             "stages": [asdict(stage) for stage in found],
         }
-        write_bytes(Path(args.json).absolute(), (json.dumps(record, indent=1) + "\n").encode())
+        text = json.dumps(record, indent=1) + "\n"
+        write_bytes(Path(args.json).absolute(), text.encode(), VERIFY_JSON)
     check(found, tolerances)
     return 0
 
