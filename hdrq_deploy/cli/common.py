@@ -19,7 +19,7 @@ from ..errors import HdrqError
 from ..files import check_name
 from ..protocol.jobs import reach
 from ..spec import check_seed
-from .start import Parser, run
+from .start import Parser, run, shortened
 
 __all__ = ["named", "parser", "paths_of", "progress_bar", "run", "seed_number"]
 
@@ -101,7 +101,11 @@ def image_flags(p: argparse.ArgumentParser) -> None:
     """How images are read; :func:`wanted_of` makes it of the arguments."""
     p.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="resize images")
     p.add_argument(
-        "--resize", type=int, nargs=2, metavar=("H", "W"), help="first; --size is cut out of that"
+        "--resize",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="first; --size is cut out of that",
     )
     p.add_argument("--mean", type=float, nargs="+", help="per channel, of pixels in [0, 1]")
     p.add_argument("--std", type=float, nargs="+", help="per channel, of pixels in [0, 1]")
@@ -151,9 +155,8 @@ def seed_number(text: str) -> int:
     try:
         return check_seed(int(text))
     except (ValueError, HdrqError):
-        shown = text if len(text) <= 40 else f"{text[:37]}..."
         raise argparse.ArgumentTypeError(
-            f"found {shown!r}; needed a whole number of 0 to 2**63 - 1"
+            f"found {shortened(text)!r}; needed a whole number of 0 to 2**63 - 1"
         ) from None
 
 

@@ -49,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _emit(argv: Sequence[str] | None) -> int:
     p = arguments()
     args = p.parse_args(argv)
-    given = {flag: getattr(args, flag) for flag in sum(_FLAGS.values(), ()) if getattr(args, flag)}
+    flags = {flag: getattr(args, flag) for flag in dict.fromkeys(sum(_FLAGS.values(), ()))}
+    given = {
+        flag: value for flag, value in flags.items() if value is not None and value is not False
+    }
     foreign = [flag for flag in given if flag not in _FLAGS[args.target]]
     if foreign:
         p.error(f"--{foreign[0].replace('_', '-')} is not for {args.target}")

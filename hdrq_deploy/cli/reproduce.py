@@ -31,7 +31,7 @@ with importing("hdrq reproduce"):
     from ..protocol.jobs import open_pool, run_jobs
     from ..protocol.pictures import SCENES, draw, picture_name
     from ..protocol.table import cells, header, markdown, rows
-    from ..protocol.tasks import Task, made, office_home, segmentation, write_made
+    from ..protocol.tasks import Task, is_written, made, office_home, segmentation, write_made
     from ..runtime.environment import environment
     from .bench import print_table
     from .common import parser, progress_lines, seed_number, threads_of, where_flags
@@ -156,6 +156,8 @@ def _check_outputs(args: argparse.Namespace, grid: Grid) -> None:
         outputs += [(Path(name), PICTURE) for name in names]
     places = [(str(path), kind) for path, kind in outputs]
     check_container(args.out, places, [args.data, args.checkpoints], "--out")
+    if args.made:
+        is_written(args.protocol, args.out)
 
 
 def _limited(task: Task, images: int | None) -> Task:

@@ -58,9 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sensitivity(args: argparse.Namespace) -> int:
-    if args.output:
+    inputs = [args.bundle, *paths_of(args.data), args.weights]
+    if args.output is not None:
         need_matplotlib()
-        check_output(args.output, SENSITIVITY, [args.bundle, *paths_of(args.data), args.weights])
+        check_output(args.output, SENSITIVITY, inputs)
     check_scratch()
     if args.images < 1 or (args.keep_float is not None and args.keep_float < 0):
         raise DataError(
@@ -85,7 +86,7 @@ def _sensitivity(args: argparse.Namespace) -> int:
     if args.keep_float is not None or args.max_drop is not None or args.min_sqnr is not None:
         scheme = suggest(bundle, data, found, real, args.keep_float, args.max_drop, args.min_sqnr)
         _show_scheme(scheme, found)
-    if args.output:
+    if args.output is not None:
         target = Path(args.output).absolute()
         record = {
             "schema_version": 1,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -20,14 +21,23 @@ from typing import Any, NoReturn
 from ..errors import HdrqError
 from ..files import environment_error
 
-__all__ = ["Parser", "importing", "run"]
+__all__ = ["Parser", "importing", "run", "shortened"]
 
 _INTERRUPTED, _TERMINATED = 130, 143
 _LONGEST = 300
+_MOST = (1 << 31) - 1
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the flags; the usage is what --help is for."""
+    """Says in one line what is wrong with the flags; the usage is what --help is for.
+
+    Whole numbers are of a size that every library takes; other numbers are finite.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", int, _whole_number)
+        self.register("type", float, _real_number)
 
     def error(self, message: str) -> NoReturn:
         """Print the line and leave with exit code 2."""
@@ -38,6 +48,35 @@ class Parser(argparse.ArgumentParser):
 
 class _Stopped(KeyboardInterrupt):
     """SIGTERM, which unwinds like Ctrl-C so that temporary files go."""
+
+
+def _whole_number(text: str) -> int:
+    """A whole number from the command line, of a size that every library takes."""
+    try:
+        found = int(text)
+    except ValueError:
+        found = _MOST + 1
+    if abs(found) > _MOST:
+        raise argparse.ArgumentTypeError(
+            f"found {shortened(text)!r}; needed a whole number, {_MOST} at most"
+        )
+    return found
+
+
+def _real_number(text: str) -> float:
+    """A number from the command line; infinity and NaN are none."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise argparse.ArgumentTypeError(f"found {shortened(text)!r}; needed a number")
+    return found
+
+
+def shortened(text: str) -> str:
+    """A word of the command line, for an error."""
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 @contextmanager
@@ -232,6 +271,8 @@ def _line(error: BaseException) -> str | None:
             if line is not None:
                 return line
         seen = seen.__cause__
+    if isinstance(error, MemoryError):
+        return f"ran out of memory ({error or 'no more is said'}); needed fewer images at a time"
     text = str(error)
     if isinstance(error, Exception) and (_other_names() or "surrogates not allowed" in text):
         return (
@@ -245,6 +286,7 @@ def _line(error: BaseException) -> str | None:
 
 def _other_names() -> bool:
     """Names that native libraries cannot take: bytes that the locale has no characters for."""
-    if sys.getfilesystemencoding().lower() in {"utf-8", "utf8"}:
-        return False
-    return not "".join([*sys.argv, str(Path.cwd())]).isascii()
+    names = "".join([*sys.argv, str(Path.cwd())])
+    if sys.getfilesystemencoding().lower() not in {"utf-8", "utf8"}:
+        return not names.isascii()
+    return any("\ud800" <= character <= "\udfff" for character in names)

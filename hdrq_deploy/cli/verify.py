@@ -73,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    inputs = [args.bundle, args.engine, *paths_of(args.data)]
     if args.json is not None:
-        inputs = [args.bundle, args.engine, *paths_of(args.data)]
         check_output(args.json, VERIFY_JSON, inputs, "--json")
     check_scratch()
     if args.engine is None and _is_engine(Path(args.bundle)):

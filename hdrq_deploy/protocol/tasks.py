@@ -21,6 +21,7 @@ __all__ = [
     "SEGMENTATION",
     "Domain",
     "Task",
+    "is_written",
     "made",
     "made_data",
     "office_home",
@@ -184,6 +185,18 @@ def made_data(name: str) -> tuple[str, FolderKind]:
     return ("data/digits", DIGITS) if name == "office-home" else ("data/streets", STREETS)
 
 
+def is_written(name: str, out: Path) -> bool:
+    """Whether the data of a protocol lie in the folder of a run already.
+
+    Raises:
+        HdrqError: Something else is there.
+    """
+    folder, kind = made_data(name)
+    if (out / folder / _EARLIER).is_file():
+        return True
+    return (check_output(out / folder, kind, flag="--out") / kind.marker).is_file()
+
+
 def write_made(name: str, out: Path) -> None:
     """Write what :func:`made` describes, where it is not there yet.
 
@@ -192,10 +205,7 @@ def write_made(name: str, out: Path) -> None:
     """
     folder, kind = made_data(name)
     data = out / folder
-    if (data / _EARLIER).is_file():
-        return
-    check_output(data, kind, flag="--out")
-    if (data / kind.marker).is_file():
+    if is_written(name, out):
         return
     benchmark: Any = digits if kind is DIGITS else streetscape
     with new_directory(data, kind, sync=False) as new:
