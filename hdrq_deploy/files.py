@@ -430,8 +430,12 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if environment_error(error) is None:
+        line = environment_error(error)
+        if line is None:
             raise
+        name = error.filename
+        if isinstance(name, str) and not name.startswith(str(path.parent)):
+            raise HdrqError(line) from error  # of another place, such as TMPDIR
         raise HdrqError(
             f"cannot write {path} ({error.strerror}); nothing was changed: free space or choose "
             "another -o"

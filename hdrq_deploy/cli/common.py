@@ -151,10 +151,14 @@ def threads_of(given: int | None, workers: int, ray: str | None, gpus: float = 0
 
 
 def seed_number(text: str) -> int:
-    """A seed from the command line."""
+    """A seed from the command line.
+
+    Raises:
+        SpecError: NumPy and PyTorch do not both take it.
+    """
     try:
         return check_seed(int(text))
-    except (ValueError, HdrqError):
+    except ValueError:
         raise argparse.ArgumentTypeError(
             f"found {shortened(text)!r}; needed a whole number of 0 to 2**63 - 1"
         ) from None
