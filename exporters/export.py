@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from .. import golden
 from ..bundle import GOLDEN, Bundle
 from ..errors import CheckFailed, ExportError
-from ..files import new_directory, sha256_bytes, sha256_file, write_bytes
+from ..files import check_output, new_directory, sha256_bytes, sha256_file, write_bytes
+from ..kinds import ENGINE
 from ..manifest import EngineManifest, FileRecord, Layer, Port, PrecisionReport
 from ..verification import check
 from . import graph, precision, trt
@@ -86,12 +87,12 @@ def export(
     build = build or BuildOptions(batches=batches)
     build.check()
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    target = Path(output).absolute()
+    target = check_output(output, ENGINE, [bundle.path])
     ingredients = _ingredients(bundle, engine, options, build, allow_float, only_graph)
     if not force and _is_fresh(target, ingredients, say):
         return target
     model, layers = lowered(bundle, engine, options)
-    with new_directory(target) as folder:
+    with new_directory(target, ENGINE) as folder:
         graph.save(model, folder / MODEL)
         _check_onnx(folder / MODEL)
         if only_graph:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import onnx
 import onnxruntime
 
 from ..errors import CheckFailed
+from ..files import scratch_folder
 from ..manifest import Layer, LayerPrecision, PrecisionReport
 
 __all__ = ["check", "from_ort", "from_trt_log", "requested_only"]
@@ -48,8 +48,8 @@ def requested_only(engine: str, layers: Sequence[Layer]) -> PrecisionReport:
 
 def from_ort(path: Path, layers: Sequence[Layer]) -> PrecisionReport:
     """Read the optimized graph of ONNX Runtime's CPU provider."""
-    with tempfile.TemporaryDirectory() as scratch:
-        dump = Path(scratch) / "optimized.onnx"
+    with scratch_folder() as scratch:
+        dump = scratch / "optimized.onnx"
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(dump)
         options.log_severity_level = 3

@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import ExportError
+from ..files import check_output, scratch_folder
+from ..kinds import TIMING_CACHE
 from .lint import lint
 from .options import BuildOptions, profile
 
@@ -127,9 +128,11 @@ def build(
     options.check()
     lint(onnx)
     profiles = {name: profile(name, shape, options) for name, shape in ports.items()}
-    with tempfile.TemporaryDirectory() as scratch:
-        answer = Path(scratch) / "answer.json"
-        job = Path(scratch) / "job.json"
+    if options.timing_cache is not None:
+        check_output(options.timing_cache, TIMING_CACHE, flag="--timing-cache")
+    with scratch_folder() as scratch:
+        answer = scratch / "answer.json"
+        job = scratch / "job.json"
         fields = {
             **options.model_dump(exclude={"shapes", "batches"}),
             "module": MODULES[engine],

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import resource
 import sys
 import time
@@ -100,7 +101,7 @@ def _build(trt: Any, job: dict[str, Any], answer: dict[str, Any]) -> None:
     blob = bytes(plan)
     Path(job["plan"]).write_bytes(blob)
     if cache is not None:
-        Path(job["timing_cache"]).write_bytes(bytes(config.get_timing_cache().serialize()))
+        _replace(Path(job["timing_cache"]), bytes(config.get_timing_cache().serialize()))
     if not answer["dump"]:
         _say(stage="inspecting")
         answer["inspector"] = _inspect(trt, logger, blob)
@@ -187,6 +188,17 @@ def _profile(builder: Any, config: Any, network: Any, profiles: dict[str, Any]) 
         if name in profiles:
             profile.set_shape(name, *(tuple(shape) for shape in profiles[name]))
     config.add_optimization_profile(profile)
+
+
+def _replace(file: Path, data: bytes) -> None:
+    """Whole or not at all: another build may read the cache at this moment."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _timing_cache(config: Any, path: str | None) -> Any:

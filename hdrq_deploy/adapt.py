@@ -33,7 +33,9 @@ from .calibrate.source import load_model, load_state, state_sha256
 from .calibration_data.readers import ImageSet, Wanted, read
 from .calibration_data.street import IGNORE
 from .errors import DataError, ModelError, SpecError
-from .files import check_parent, replaced, write_bytes
+from .files import check_output, remove_file, replaced, write_bytes
+from .kinds import ADAPTED, ADAPTING
+from .spec import check_seed
 
 __all__ = ["Recipe", "adapt", "centroid_labels", "confident_labels", "information"]
 
@@ -114,7 +116,11 @@ def adapt(
     target = Path(output).absolute()
     if target.suffix != ".safetensors":
         raise SpecError(f"found -o {output}; needed a .safetensors file")
-    check_parent(target)
+    given = None if isinstance(data, ImageSet) else data
+    partial = target.with_name(target.name + ".partial")
+    check_output(target, ADAPTED, [weights, given])
+    check_output(partial, ADAPTING, [weights, given])
+    check_seed(seed)
     network = load_model(model)
     source = state_sha256(load_state(network, weights, "source"))
     wanted = own_wanted(network, wanted)
@@ -131,14 +137,13 @@ def adapt(
     where = torch_device(device)
     run = _Run(network.to(where), torch.from_numpy(found.x), recipe, seed, where)
     origin = {"model": model, "source_sha256": source, "data_sha256": found.sha256}
-    partial = target.with_name(target.name + ".partial")
     run.train(partial, origin, resume, progress)
     # Clones: tied weights may not share their memory in the file.
     state = {name: value.cpu().clone() for name, value in network.state_dict().items()}
     # One entry: safetensors writes several in any order.
     notes = json.dumps({"method": run.method, "seed": seed, **run.notes})
-    write_bytes(target, save(state, {"adapted": notes}))
-    partial.unlink(missing_ok=True)
+    write_bytes(target, save(state, {"adapted": notes}), ADAPTED)
+    remove_file(partial, ADAPTING)
     return target
 
 
@@ -193,8 +198,9 @@ class _Run:
             begin = kept["epoch"]
         total = recipe.epochs * steps
         for epoch in range(begin, recipe.epochs):
-            generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
-            torch.manual_seed(1000 * self.seed + epoch)  # dropout and the like
+            own = (1000 * self.seed + epoch) % (1 << 63)
+            generator = torch.Generator().manual_seed(own)
+            torch.manual_seed(own)  # dropout and the like
             labels = self._labels(epoch)
             model.train()
             if self.head is not None:
@@ -215,7 +221,7 @@ class _Run:
                 raise ModelError(
                     f"found NaN in the weights after epoch {epoch + 1}; pass a smaller --lr"
                 )
-            with replaced(partial) as file:
+            with replaced(partial, ADAPTING) as file:
                 record = {"run": run, "epoch": epoch + 1, "model": model.state_dict()}
                 torch.save({**record, "optimizer": optimizer.state_dict()}, file)
         model.eval()

@@ -26,7 +26,8 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from . import affine
 from .errors import BundleError
-from .files import new_directory, sha256_bytes, sha256_file, write_bytes
+from .files import check_output, new_directory, sha256_bytes, sha256_file, write_bytes
+from .kinds import BUNDLE
 from .manifest import FileRecord, Manifest, Tensor
 
 __all__ = [
@@ -171,7 +172,7 @@ class Bundle:
                 }
             }
         )
-        with new_directory(target) as folder:
+        with new_directory(target, BUNDLE) as folder:
             for name, data in contents.items():
                 write_bytes(folder / name, data)
             write_bytes(folder / MANIFEST, manifest.to_json())
@@ -200,11 +201,11 @@ class Bundle:
             check: Called with the bundle before it takes its place; nothing is written where
                 it raises.
         """
-        target = Path(path).absolute()
+        target = check_output(path, BUNDLE, [like.path])
         entries = like.manifest.tensors
         spans = read_header(like.path / WEIGHTS)
         header = min((span.offset for span in spans.values()), default=0)
-        with new_directory(target) as folder:
+        with new_directory(target, BUNDLE) as folder:
             with (folder / WEIGHTS).open("w+b") as file:
                 with (like.path / WEIGHTS).open("rb") as origin:
                     file.write(origin.read(header))

@@ -1,30 +1,78 @@
-"""Whole files and folders, or nothing: temporary sibling, fsync, rename."""
+"""Whole files and folders, or nothing; and never in the place of what is not ours.
+
+What is written goes to a temporary sibling, is synced, and takes its place by a rename. What is
+there already is replaced only where it is wholly ours and of the kind that is written
+(:class:`FolderKind`, :class:`FileKind`): :func:`check_output` says so before any work begins, and
+the same check is made again when the old content has been moved aside.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import json
 import mmap
 import os
+import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .errors import DataError, HdrqError
 
 __all__ = [
+    "FileKind",
+    "FolderKind",
+    "check_container",
+    "check_name",
+    "check_output",
+    "check_outputs",
     "check_parent",
+    "check_scratch",
+    "environment_error",
+    "explained",
     "make_directory",
     "mapped_file",
     "new_directory",
+    "read_json",
+    "remove_file",
+    "remove_folder",
     "replaced",
+    "scratch_folder",
     "sha256_bytes",
     "sha256_file",
     "write_bytes",
+    "write_record",
 ]
+
+# Our own additions to an output's name: ``.NAME.old.XXXXXXXX``, ``.NAME.inputs.json``.
+_ADDED = 24
+_LONGEST_PATH = 4096 - 256
+_LONGEST_RECORD = 64 << 20
+_DOMAIN = re.compile(r"\w[\w.+ -]{0,63}")
+# What only the user can mend; any other OSError is a mistake of ours.
+_ENVIRONMENT = {
+    errno.EACCES: "needed permission",
+    errno.EPERM: "needed permission",
+    errno.EROFS: "needed a place that can be written to",
+    errno.ENOSPC: "needed room: free some, or choose another place",
+    errno.EDQUOT: "needed room: free some, or choose another place",
+    errno.EFBIG: "needed room: choose another file system",
+    errno.ENAMETOOLONG: "needed a shorter name",
+    errno.EBUSY: "needed a place that nothing is mounted at: choose a folder inside it",
+    errno.ELOOP: "needed links that lead somewhere",
+    errno.EIO: "needed a device that works",
+    errno.ESTALE: "needed a network file system that answers",
+    errno.EMFILE: "needed more open files: raise `ulimit -n`",
+    errno.ENFILE: "needed more open files on this machine",
+    errno.ENOMEM: "needed more memory",
+}
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -41,6 +89,290 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class FolderKind:
+    """A folder that one command writes whole.
+
+    Attributes:
+        kind: Value of ``kind`` in its record.
+        marker: The record: a JSON file that names the kind and, as ``files``, all other files.
+        before: Files of a record without ``files``, as earlier versions wrote it.
+        keys: Keys that tell a record without ``kind``, as earlier versions wrote it.
+        more: Pattern of files that come and go, and are not in the record.
+    """
+
+    kind: str
+    marker: str = "manifest.json"
+    before: tuple[str, ...] = ()
+    keys: frozenset[str] = frozenset()
+    more: str = r"(?!)"
+
+    def stranger(self, folder: Path) -> str:
+        """Why a folder is not wholly ours and of this kind; "" for ours and for an empty one."""
+        try:
+            entries = _entries(folder)
+            first = next(entries, None)
+            if first is None:
+                return ""
+            record = read_json(folder / self.marker)
+            if not isinstance(record, dict):
+                return f"other content ({first[0]}, and no {self.marker} of ours)"
+            kind = record.get("kind")
+            if kind != self.kind and not (kind is None and self.keys and self.keys <= set(record)):
+                what = repr(kind)[:60] if kind is not None else "none that we know"
+                return f"other content ({self.marker} is of kind {what})"
+            return self._unnamed([first], record) or self._unnamed(entries, record)
+        except OSError as error:
+            return f"a folder that cannot be read ({error.strerror})"
+
+    def _unnamed(self, entries: Iterable[tuple[str, str]], record: Mapping[str, Any]) -> str:
+        files = record.get("files")
+        named = set(files) if isinstance(files, (dict, list)) else set(self.before)
+        named = {name for name in named if isinstance(name, str)} | {self.marker}
+        folders = {name[:i] for name in named for i, c in enumerate(name) if c == "/"}
+        for name, what in entries:
+            if what == "file" and (name in named or re.fullmatch(self.more, name)):
+                continue
+            if what == "folder" and name in folders:
+                continue
+            return f"other content ({what} {name}, which {self.marker} does not name)"
+        return ""
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """A file that one command writes.
+
+    Attributes:
+        kind: What it is, for the error.
+        is_ours: Whether the file at a path bears our mark of this kind.
+    """
+
+    kind: str
+    is_ours: Callable[[Path], bool]
+
+    def stranger(self, path: Path) -> str:
+        """Why a file is not ours and of this kind; "" for ours."""
+        try:
+            return "" if self.is_ours(path) else "another file"
+        except OSError as error:
+            return f"a file that cannot be read ({error.strerror})"
+
+
+Kind = FolderKind | FileKind
+
+
+def _entries(folder: Path, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Relative name and type of all that is in a folder; links are not followed."""
+    with os.scandir(folder / prefix) as found:
+        for entry in sorted(found, key=lambda e: e.name):
+            name = f"{prefix}{entry.name}"
+            if entry.is_symlink():
+                yield name, "link"
+            elif entry.is_dir(follow_symlinks=False):
+                yield name, "folder"
+                yield from _entries(folder, f"{name}/")
+            else:
+                yield name, "file" if entry.is_file(follow_symlinks=False) else "special file"
+
+
+def read_json(path: Path) -> Any:
+    """What a plain JSON file of sensible size holds; None for anything else."""
+    try:
+        about = path.lstat()
+        if not stat.S_ISREG(about.st_mode) or about.st_size > _LONGEST_RECORD:
+            return None
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def check_name(name: str, what: str = "--domain") -> str:
+    """A domain's name, which may become part of a file name.
+
+    Args:
+        name: What was given.
+        what: The flag, for the error.
+
+    Raises:
+        HdrqError: Not 1 to 64 of the characters that every file system takes.
+    """
+    short = len(os.fsencode(name)) <= 128 if name.isprintable() else False
+    if short and _DOMAIN.fullmatch(name) and not name.endswith((" ", ".")):
+        return name
+    shown = name if len(name) <= 64 else f"{name[:61]}..."
+    raise HdrqError(
+        f"found {what} {shown!r}; needed 1 to 64 letters, digits and . _ + - or spaces, of which "
+        "the first is a letter, digit or _ and the last no space or dot: give it another name"
+    )
+
+
+def check_output(
+    path: str | os.PathLike[str],
+    kind: Kind,
+    inputs: Iterable[str | os.PathLike[str] | None] = (),
+    flag: str = "-o",
+) -> Path:
+    """Whether an output may be written, before any work; nothing is created.
+
+    Args:
+        path: Where to.
+        kind: What is to be written there.
+        inputs: What is read; None is left out. The output must be apart from all of it.
+        flag: The option, for the error.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        HdrqError: The place is taken by something that is not ours and of this kind, is a link,
+            equal to an input, inside or around it, too long, or cannot be written to.
+    """
+    target = _place(path, flag)
+    _check_apart(target, inputs, flag)
+    _check_free(target, kind, flag)
+    return target
+
+
+def check_outputs(
+    outputs: Sequence[tuple[str | os.PathLike[str], Kind, str]],
+    inputs: Iterable[str | os.PathLike[str] | None] = (),
+) -> None:
+    """:func:`check_output` of several (path, kind, flag), which must be apart from each other."""
+    inputs = list(inputs)
+    for i, (path, kind, flag) in enumerate(outputs):
+        check_output(path, kind, inputs, flag)
+        for other, _, name in outputs[:i]:
+            if _overlap(os.path.realpath(path), os.path.realpath(other)):
+                raise HdrqError(
+                    f"found {flag} {path} and {name} {other} in one place; needed two: choose "
+                    f"another {flag}"
+                )
+
+
+def check_container(
+    path: str | os.PathLike[str],
+    outputs: Sequence[tuple[str, Kind]],
+    inputs: Iterable[str | os.PathLike[str] | None] = (),
+    flag: str = "-o",
+) -> Path:
+    """Whether several outputs may be written into a folder that may hold other things too.
+
+    Args:
+        path: The folder.
+        outputs: Name inside it and kind of every output.
+        inputs: What is read.
+        flag: The option, for the error.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        HdrqError: See :func:`check_output`.
+    """
+    inputs = list(inputs)
+    folder = _place(path, flag)
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        found = "a link" if folder.is_symlink() else "a file"
+        raise HdrqError(f"found {found} at {folder}; needed a folder: choose another {flag}")
+    for name, kind in outputs:
+        target = folder / name
+        for between in list(target.parents)[: name.count("/")]:
+            if between.is_symlink() or (between.exists() and not between.is_dir()):
+                found = "a link" if between.is_symlink() else "a file"
+                raise HdrqError(
+                    f"found {found} at {between}; needed a folder: choose another {flag}"
+                )
+        check_output(target, kind, inputs, flag)
+    return folder
+
+
+def _place(path: str | os.PathLike[str], flag: str) -> Path:
+    """The absolute path, where a file system could hold it."""
+    text = os.fspath(path)
+    target = Path(text).absolute()
+    if not text or target.name in {"", ".."}:
+        raise HdrqError(f"found {flag} {text!r}; needed the name of a file or folder to write")
+    whole, name = len(os.fsencode(target)), len(os.fsencode(target.name))
+    longest = max(len(os.fsencode(part)) for part in target.parts)
+    if whole > _LONGEST_PATH or longest > 255 or name > _longest_name(target) - _ADDED:
+        raise HdrqError(
+            f"found {flag} with a name of {longest} bytes in a path of {whole}; needed at most "
+            f"{_longest_name(target) - _ADDED} and {_LONGEST_PATH}: choose a shorter one"
+        )
+    return target
+
+
+def _longest_name(path: Path) -> int:
+    """Bytes of a name in the file system that ``path`` will lie in."""
+    for folder in path.parents:
+        with contextlib.suppress(OSError, ValueError):
+            return os.pathconf(folder, "PC_NAME_MAX")
+    return 255
+
+
+def _check_apart(target: Path, inputs: Iterable[str | os.PathLike[str] | None], flag: str) -> None:
+    mine = os.path.realpath(target)
+    for given in inputs:
+        if given is None:
+            continue
+        where = _overlap(mine, os.path.realpath(given))
+        if where:
+            raise HdrqError(
+                f"found {flag} {target} {where} the input {os.fspath(given)}; needed a place apart "
+                f"from all inputs: choose another {flag}"
+            )
+
+
+def _overlap(a: str, b: str) -> str:
+    """How path ``a`` lies to path ``b``, both without links; "" for apart."""
+    if a == b:
+        return "equal to"
+    # Another name of the same file; where one is not there, the paths alone decide.
+    with contextlib.suppress(OSError):
+        if Path(a).samefile(b):
+            return "equal to"
+    if Path(b) in Path(a).parents:
+        return "inside"
+    return "around" if Path(a) in Path(b).parents else ""
+
+
+def _check_free(target: Path, kind: Kind, flag: str = "-o") -> None:
+    """Nothing there, or ours and of this kind, in a folder that can be written to."""
+    _check_ancestor(target.parent, flag)
+    try:
+        about = target.lstat()
+    except FileNotFoundError:
+        return
+    folder = isinstance(kind, FolderKind)
+    found = ""
+    if stat.S_ISLNK(about.st_mode):
+        found = "a link"
+    elif folder and not stat.S_ISDIR(about.st_mode):
+        found = "a file"
+    elif not folder and not stat.S_ISREG(about.st_mode):
+        found = "a folder" if stat.S_ISDIR(about.st_mode) else "a special file"
+    elif folder and _overlap(os.path.realpath(target), str(Path.cwd())) in {"equal to", "around"}:
+        found = "the folder that this command runs in"
+    found = found or kind.stranger(target)
+    if found:
+        what = f"an empty folder or an earlier {kind.kind}" if folder else f"an earlier {kind.kind}"
+        raise HdrqError(
+            f"found {found} at {target}; needed nothing, {what} there: choose another {flag}, or "
+            "move it away"
+        )
+
+
+def _check_ancestor(folder: Path, flag: str) -> None:
+    """The nearest folder that is there is one, and can be written to."""
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise HdrqError(f"found no folder at {folder}; needed one: choose another {flag}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise HdrqError(f"found no write permission in {folder}; choose another {flag}")
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -49,21 +381,32 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a reader sees the old file or the new one."""
-    with replaced(path) as file:
+def write_bytes(path: Path, data: bytes, kind: FileKind | None = None) -> None:
+    """Write ``data`` to ``path`` so that a reader sees the old file or the new one.
+
+    Raises:
+        HdrqError: See :func:`replaced`.
+    """
+    with replaced(path, kind) as file:
         file.write(data)
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[BinaryIO]:
+def replaced(path: Path, kind: FileKind | None = None) -> Iterator[BinaryIO]:
     """Yield a temporary sibling file that takes the place of ``path`` when the block succeeds.
 
+    Args:
+        path: The file.
+        kind: What it is; a file of another kind is left alone. None is for places of our own,
+            inside a new folder.
+
     Raises:
-        HdrqError: No permission, or a full disk.
+        HdrqError: Another file is there, no permission, or a full disk.
     """
+    if kind is not None:
+        _check_free(path, kind)
     check_parent(path)
-    with _explained(path):
+    with explained(path):
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         temporary = Path(name)
         try:
@@ -72,6 +415,8 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.chmod(0o666 & ~_umask())
+            if kind is not None:
+                _check_free(path, kind)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -80,17 +425,33 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Turn what only the user can mend (full disk, no permission) into one line."""
     try:
         yield
     except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}:
+        line = environment_error(error)
+        if line is None:
             raise
+        name = error.filename
+        if isinstance(name, str) and not name.startswith(str(path.parent)):
+            raise HdrqError(line) from error  # of another place, such as TMPDIR
         raise HdrqError(
             f"cannot write {path} ({error.strerror}); nothing was changed: free space or choose "
             "another -o"
         ) from error
+
+
+def environment_error(error: OSError) -> str | None:
+    """One line about a fault of disk, permission or limits; None for a mistake of ours."""
+    needed = _ENVIRONMENT.get(error.errno or 0)
+    if needed is None:
+        return None
+    name = error.filename
+    where = f" at {os.fsdecode(name)}" if isinstance(name, (str, bytes, os.PathLike)) else ""
+    if len(where) > 200:
+        where = f"{where[:197]}..."
+    return f"found {(error.strerror or str(error)).lower()}{where}; {needed}"
 
 
 def make_directory(path: Path) -> None:
@@ -100,61 +461,107 @@ def make_directory(path: Path) -> None:
         HdrqError: No permission, a file in the way, or a full disk.
     """
     check_parent(path)
-    with _explained(path):
+    with explained(path):
         path.mkdir(exist_ok=True)
 
 
 @contextmanager
-def new_directory(path: Path, marker: str = "manifest.json") -> Iterator[Path]:
+def new_directory(path: Path, kind: FolderKind, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary sibling of ``path`` that takes its place when the block succeeds.
 
-    An older result at ``path`` (a directory that holds ``marker``, or an empty one) is
-    replaced; anything else there is left alone.
+    An older result at ``path`` (wholly ours and of this kind, or an empty folder) is replaced;
+    anything else there is left alone.
+
+    Args:
+        path: The folder.
+        kind: What it is.
+        sync: Wait until every file is on the disk.
 
     Raises:
-        HdrqError: ``path`` is a file or a directory with other content, or its parent
+        HdrqError: ``path`` is a file, a link or a folder with other content, or its parent
             cannot be written to.
     """
+    _check_free(path, kind)
     check_parent(path)
-    if path.exists() and not _replaceable(path, marker):
-        raise HdrqError(
-            f"found other content at {path}; needed a new, empty or earlier output directory "
-            f"(with {marker}): choose another -o"
-        )
-    with _explained(path):
+    with explained(path):
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
             yield temporary
-            _finish(temporary, path)
+            _finish(temporary, sync)
+            _swap(temporary, path, kind)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         _sync(path.parent)
 
 
-def _finish(temporary: Path, path: Path) -> None:
-    """Everything on the disk, then in its place."""
+def write_record(folder: Path, kind: FolderKind, record: Mapping[str, Any]) -> None:
+    """The record of a new folder: its kind, what is given, and all files that are there."""
+    names = [name for name, what in _entries(folder) if what == "file"]
+    text = json.dumps({"kind": kind.kind, **record, "files": names}, indent=1)
+    write_bytes(folder / kind.marker, f"{text}\n".encode())
+
+
+def _finish(temporary: Path, sync: bool) -> None:
+    """Modes as the user's umask has them, and everything on the disk."""
     for file in sorted(temporary.rglob("*")):
         if file.is_file():
             file.chmod(0o666 & ~_umask())
-        _sync(file)
+        if sync:
+            _sync(file)
     temporary.chmod(0o777 & ~_umask())
     _sync(temporary)
-    _swap(temporary, path)
 
 
-def _swap(new: Path, path: Path) -> None:
+def _swap(new: Path, path: Path, kind: FolderKind) -> None:
+    """Put ``new`` in the place of ``path``; where that fails, the old folder is there again."""
+    _check_free(path, kind)
     if not path.exists():
         new.rename(path)
         return
     old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-    path.replace(old)
-    new.rename(path)
-    shutil.rmtree(old)
+    ours = False
+    try:
+        path.replace(old)
+        found = kind.stranger(old)  # what came in the meantime is not deleted
+        if found:
+            raise HdrqError(f"found {found} at {path}; nothing was changed: choose another -o")
+        ours = True
+        new.rename(path)
+    except BaseException:
+        if not path.exists():
+            old.rename(path)
+        elif ours:  # stopped when the new folder was in its place
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _replaceable(path: Path, marker: str) -> bool:
-    return path.is_dir() and ((path / marker).is_file() or not any(path.iterdir()))
+def remove_folder(path: Path, kind: FolderKind) -> None:
+    """Remove a folder of ours; nothing where there is none.
+
+    Raises:
+        HdrqError: It is a link, a file, or holds other content.
+    """
+    if os.path.lexists(path):
+        _check_free(path, kind)
+        with explained(path):
+            shutil.rmtree(path)
+
+
+def remove_file(path: Path, kind: FileKind) -> None:
+    """Remove a file of ours; nothing where there is none.
+
+    Raises:
+        HdrqError: It is a link, a folder, or another file.
+    """
+    if os.path.lexists(path):
+        _check_free(path, kind)
+        with explained(path):
+            path.unlink()
 
 
 def check_parent(path: Path) -> None:
@@ -172,6 +579,40 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def check_scratch() -> None:
+    """Whether the place for temporary files can be written to, before any work.
+
+    Raises:
+        HdrqError: ``TMPDIR`` names no folder, or one that is full or cannot be written to.
+    """
+    given = os.environ.get("TMPDIR")
+    if given and not Path(given).is_dir():
+        raise HdrqError(f"found no folder at TMPDIR={given}; make it, or set TMPDIR to another one")
+    try:
+        # Python would fall back to /tmp; who sets TMPDIR has a reason.
+        with tempfile.TemporaryFile(dir=given or None) as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+    except OSError as error:
+        where = f"TMPDIR={given}" if given else "the folder for temporary files"
+        raise HdrqError(
+            f"found {where} that cannot be written to ({error.strerror}); free some space there, "
+            "or set TMPDIR to another folder"
+        ) from error
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for temporary files, which goes when the block ends.
+
+    Raises:
+        HdrqError: See :func:`check_scratch`.
+    """
+    check_scratch()
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR") or None) as folder:
+        yield Path(folder)
 
 
 def mapped_file(

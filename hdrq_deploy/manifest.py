@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import BundleError
 from .spec import QuantSpec
@@ -45,6 +45,15 @@ class FileRecord(_Frozen):
 
     bytes: int
     sha256: str
+
+
+def _in_folder(name: str) -> str:
+    if not name or name.startswith(".") or set(name) & set("/\\\0") or len(name) > 255:
+        raise ValueError("a file's name without folders is needed")
+    return name
+
+
+Files = dict[Annotated[str, AfterValidator(_in_folder)], FileRecord]
 
 
 class Tensor(_Frozen):
@@ -213,7 +222,7 @@ class Manifest(_Frozen):
     tolerances: Tolerances = Tolerances()
     parents: tuple[ParentRecord, ...] = ()
     versions: dict[str, str] = Field(default_factory=dict)
-    files: dict[str, FileRecord] = Field(default_factory=dict)
+    files: Files = Field(default_factory=dict)
 
     @property
     def graph_tensors(self) -> set[str]:
@@ -314,4 +323,4 @@ class EngineManifest(_Frozen):
     build: dict[str, Any] = Field(default_factory=dict)
     tolerances: Tolerances = Tolerances()
     versions: dict[str, str] = Field(default_factory=dict)
-    files: dict[str, FileRecord] = Field(default_factory=dict)
+    files: Files = Field(default_factory=dict)

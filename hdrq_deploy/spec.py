@@ -21,6 +21,14 @@ def check_bits(bits: int, what: str) -> int:
     return bits
 
 
+def check_seed(seed: int) -> int:
+    """Return ``seed`` or say which seeds NumPy and PyTorch both take."""
+    if not 0 <= seed < 1 << 63:
+        shown = str(seed) if abs(seed) < 10**30 else "a longer number"
+        raise SpecError(f"found seed {shown}; needed a whole number of 0 to 2**63 - 1")
+    return seed
+
+
 @dataclass(frozen=True, slots=True)
 class QuantSpec:
     """The codes of one tensor.

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import ExportError
-from ..files import new_directory
+from ..files import check_output, new_directory, write_record
+from ..kinds import EMITTED
 from ..manifest import EngineManifest, Port
 from .engine import read_manifest
 
@@ -27,7 +28,6 @@ _TRITON_TYPES = {
     "int64": "TYPE_INT64",
 }
 Files = dict[str, str]
-MARKER = "hdrq-emit.json"
 
 
 def emit(target: str, engine: str | Path, output: str | Path, **options: Any) -> Path:
@@ -46,19 +46,19 @@ def emit(target: str, engine: str | Path, output: str | Path, **options: Any) ->
     if target not in TARGETS:
         raise ExportError(f"found target {target!r}; choose one of {', '.join(TARGETS)}")
     folder = Path(engine).absolute()
+    goal = check_output(output, EMITTED[target], [folder])
     manifest = read_manifest(folder)
     texts, copies = TARGETS[target](folder, manifest, **options)
-    # A marker of its own: an engine folder given as the output is not an older result.
-    with new_directory(Path(output).absolute(), MARKER) as made:
+    with new_directory(goal, EMITTED[target]) as made:
         record = {"target": target, "engine": str(folder), "bundle": manifest.bundle_sha256}
-        (made / MARKER).write_text(json.dumps(record, indent=1) + "\n")
         for name, text in texts.items():
             (made / name).parent.mkdir(parents=True, exist_ok=True)
-            (made / name).write_text(text)
+            (made / name).write_text(text, encoding="utf-8")
         for name, source in copies.items():
             (made / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, made / name)
-    return Path(output).absolute()
+        write_record(made, EMITTED[target], record)
+    return goal
 
 
 def triton_files(
@@ -292,7 +292,7 @@ def generate_launch_description():
 
 
 def _identifier(text: str) -> str:
-    return re.sub(r"\W+", "_", text).strip("_") or "model"
+    return re.sub(r"\W+", "_", text).strip("_")[:64] or "model"
 
 
 TARGETS: dict[str, Callable[..., tuple[Files, dict[str, Path]]]] = {

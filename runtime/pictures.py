@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import colorsys
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ..calibration_data.street import CITYSCAPES, IGNORE, PALETTE
+from ..files import write_bytes
 from ..frames import pixels
+from ..kinds import PICTURE, PICTURE_MARK
 from ..manifest import EngineManifest
 
-__all__ = ["Pictures", "in_colours", "palette"]
+__all__ = ["PICTURES", "Pictures", "in_colours", "palette", "picture_names", "write_picture"]
 
 Array = npt.NDArray[Any]
 _GAP = 4
+# Drawn of every domain.
+PICTURES = 20
 
 
 def palette(classes: int) -> Array:
@@ -50,6 +56,24 @@ def in_colours(
     return frame, table[labels], table[np.where(labels == IGNORE, IGNORE, found)]
 
 
+def picture_names(domain: str, limit: int = PICTURES) -> list[str]:
+    """Names of the pictures of a domain, in the folder that they are drawn to."""
+    return [f"{domain}/{number:04}.png" for number in range(limit)]
+
+
+def write_picture(file: Path, picture: Image.Image) -> None:
+    """Write a PNG that bears our mark, in the place of an earlier one or where none is.
+
+    Raises:
+        HdrqError: Another file is there, or the disk is full.
+    """
+    marks = PngInfo()
+    marks.add_text(*PICTURE_MARK)
+    text = io.BytesIO()
+    picture.save(text, "PNG", pnginfo=marks)
+    write_bytes(file, text.getvalue(), PICTURE)
+
+
 class Pictures:
     """Writes ``DOMAIN/NUMBER.png`` for the first images of every domain.
 
@@ -59,7 +83,7 @@ class Pictures:
         limit: Pictures a domain.
     """
 
-    def __init__(self, folder: Path, manifest: EngineManifest, limit: int = 20) -> None:
+    def __init__(self, folder: Path, manifest: EngineManifest, limit: int = PICTURES) -> None:
         self._folder, self._manifest, self._limit = folder, manifest, limit
 
     def __call__(self, domain: str, number: int, x: Array, labels: Array, found: Array) -> None:
@@ -69,6 +93,5 @@ class Pictures:
         frame, wanted, drawn = in_colours(x, labels, found, self._manifest)
         gap = np.full((frame.shape[0], _GAP, 3), 255, np.uint8)
         parts = [frame, gap, wanted, gap, drawn]
-        file = self._folder / domain / f"{number:04}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.concatenate(parts, 1)).save(file)
+        file = self._folder.absolute() / domain / f"{number:04}.png"
+        write_picture(file, Image.fromarray(np.concatenate(parts, 1)))

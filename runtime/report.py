@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..errors import EngineError
+from ..kinds import generator
 from .results import BenchResult
 
 __all__ = ["csv_text", "did_it_pay", "need_matplotlib", "page", "table"]
@@ -207,8 +208,9 @@ def page(
     header: Sequence[str] | None = None,
     cells: Sequence[Sequence[str]] | None = None,
     note: str = "",
+    command: str = "hdrq-bench",
 ) -> str:
-    """The report as one HTML text."""
+    """The report of a command as one HTML text."""
     if header is None or cells is None:
         header, cells = table(rows)
     first = rows[0][1]
@@ -262,7 +264,8 @@ def page(
     ]
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width,initial-scale=1">'
+        + generator(command)
+        + '<meta name=viewport content="width=device-width,initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style><body>"
         + "\n".join(part for part in body if part)
         + "</body></html>\n"

@@ -11,6 +11,7 @@ import pytest
 from hdrq_deploy import Bundle
 from hdrq_deploy.errors import BundleError, HdrqError
 from hdrq_deploy.files import new_directory
+from hdrq_deploy.kinds import BUNDLE
 
 
 def test_a_bundle_holds_four_files_and_its_graph_points_into_the_weights(make: Any) -> None:
@@ -66,19 +67,19 @@ def test_manifests_of_another_schema_and_wrong_steps_are_refused(make: Any, tmp_
 
 def test_an_output_folder_is_whole_or_absent(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with pytest.raises(ValueError, match="stop"), new_directory(target) as folder:
+    with pytest.raises(ValueError, match="stop"), new_directory(target, BUNDLE) as folder:
         (folder / "manifest.json").write_text("{}")
         raise ValueError("stop")
     assert list(tmp_path.iterdir()) == []
-    with new_directory(target) as folder:
-        (folder / "manifest.json").write_text("1")
-    with new_directory(target) as folder:
-        (folder / "manifest.json").write_text("2")
-    assert (target / "manifest.json").read_text() == "2"
+    with new_directory(target, BUNDLE) as folder:
+        (folder / "manifest.json").write_text('{"kind": "hdrq-bundle", "n": 1}')
+    with new_directory(target, BUNDLE) as folder:
+        (folder / "manifest.json").write_text('{"kind": "hdrq-bundle", "n": 2}')
+    assert json.loads((target / "manifest.json").read_text())["n"] == 2
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("x")
-    with pytest.raises(HdrqError, match="other content"), new_directory(mine):
+    with pytest.raises(HdrqError, match="other content"), new_directory(mine, BUNDLE):
         raise AssertionError("not reached")
     assert (mine / "thesis.tex").read_text() == "x"

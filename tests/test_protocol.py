@@ -166,13 +166,18 @@ def test_a_run_goes_on_where_it_was(
         name = f"cells/{cell}.hdrq/weights.safetensors"
         assert swapped[name] != after[name]
     assert swapped["rows/paper-hdrq-w4a4-s0-day.json"] == after["rows/paper-hdrq-w4a4-s0-day.json"]
+    kept_row = json.loads(row_path(tmp_path / "again", "paper-hdrq-w4a4-s0-day").read_text())
     for images in (16, 32):
         run(replace(small, task=replace(small.task, images=images)), tmp_path / "again")
         manifest = Bundle.open(bundle_path(tmp_path / "again", "paper-hdrq-w4a4-s0-day")).manifest
         assert manifest.options["images"] == images
-    # A row of other test data, or none that can be read, is measured again.
+    # A row of other test data is measured again; what is no row is not ours to replace.
     row = row_path(tmp_path / "again", "paper-hdrq-w4a4-s0-day")
     row.write_text("{")
+    with pytest.raises(HdrqError, match="another file at .*s0-day.json"):
+        run(replace(small, task=replace(small.task, images=32)), tmp_path / "again")
+    assert row.read_text() == "{"
+    row.write_text(json.dumps({**kept_row, "tests": {}}))
     run(replace(small, task=replace(small.task, images=32)), tmp_path / "again")
     assert json.loads(row.read_text())["images"] == {"day": 48}
     run(small, tmp_path / "again")
@@ -490,7 +495,7 @@ def alive(process: int) -> bool:
         (["--gpus", "1"], "--gpus (0 or more) of Ray's tasks"),
         (["--draw", "w9a9"], "wbits"),
         (["--draw", "w3a3", "--bits", "w4a4"], "found --draw w3a3; needed one of --bits w4a4"),
-        (["--seeds", "-1", "--bits", "w4a4"], "found seeds -1"),
+        (["--seeds", "-1", "--bits", "w4a4"], "found seed -1"),
         (["--images", "0", "--bits", "w4a4"], "found 0 calibration images"),
         (["--targets", "dusk", "dusk", "--bits", "w4a4"], "found a domain twice"),
     ],

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..kinds import generator
+
 __all__ = ["page"]
 
 _STYLE = """
@@ -81,6 +83,7 @@ def page(result: Mapping[str, Any]) -> str:
     text = "\n".join(body)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8">'
+        f"{generator('hdrq analyze')}"
         f'<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style><body>{text}</body></html>\n"
     )

@@ -8,7 +8,6 @@ integers, so the graph needs no new constants when a merge changes the steps).
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, fx, nn
 from ..biases import bias_sites, fitted, shifts
 from ..bundle import WEIGHTS, Span, layout
 from ..errors import ModelError
+from ..files import scratch_folder
 from ..fold import graph_tensors
 from ..manifest import FoldRecord, Layer
 from ..manifest import Tensor as Entry
@@ -300,8 +300,8 @@ def _write_graph(
     model = program.model
     _fold_shapes(model, made.entries)
     tensors = made.tensors
-    with tempfile.TemporaryDirectory() as scratch:
-        spans = layout(tensors, made.entries, Path(scratch))
+    with scratch_folder() as scratch:
+        spans = layout(tensors, made.entries, scratch)
     read = {name: entry for name, entry in made.entries.items() if name not in made.aside}
     _point_outside(model, read, spans)
     model.graph.name = "hdrq"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,10 +19,12 @@ from torch import Tensor, nn
 from ..bundle import GOLDEN_IMAGES, WEIGHTS, Bundle, serialize
 from ..calibration_data.readers import ImageSet, Wanted, read
 from ..errors import CheckFailed, DataError, ModelError, SpecError
+from ..files import check_name, check_output, scratch_folder
 from ..frames import in_batches
+from ..kinds import BUNDLE, PARTIAL
 from ..manifest import Activation, Layer, Manifest, Scheme, Tolerances
 from ..recipe import FOLDS, Options
-from ..spec import GRIDS, check_bits
+from ..spec import GRIDS, check_bits, check_seed
 from ..taps import GraphTap
 from ..verification import Stepwise, check, difference, rows_at_once
 from .caches import Caches
@@ -31,7 +32,7 @@ from .capture import Capture, capture, fold_batch_norm, fold_constants, run_mode
 from .emit import Emitted, check_graph, emit_float, emit_quantized, fit_biases, onnx_graph
 from .fidelity import check_capture, restored_buffers
 from .placement import Plan, plan_quantizers
-from .progress import Partial
+from .progress import Partial, partial_of
 from .reconstruct import quantizers_of, reconstruct, run_batch
 from .rewrites import put_constants_right
 from .source import is_lazy, load_model, load_state, put_state, state_sha256
@@ -97,6 +98,11 @@ def calibrate(
         CheckFailed: The captured graph disagrees with the model, or the written graph with the
             fake-quantized one.
     """
+    given = None if isinstance(data, ImageSet) else data
+    target = check_output(output, BUNDLE, [given, weights, base])
+    check_output(partial_of(target), PARTIAL, [given, weights, base])
+    check_name(domain)
+    check_seed(seed)
     options = options or Options.of(method)
     per_channel = per_channel or fold == "steps"
     _check(method, wbits, abits, grid, fold, options, base)
@@ -150,7 +156,6 @@ def calibrate(
         **asdict(options),
     }
     scheme = {"grid": grid, "wbits": wbits, "abits": abits, "per_channel": per_channel}
-    target = Path(output).absolute()
     partial = None
     if method == "float":
         fold_constants(found)
@@ -402,8 +407,7 @@ def _parity(
     """
     rows = inputs[: min(_PARITY_IMAGES, max(GOLDEN_IMAGES, 2 * run_batch(inputs)))].numpy()
     weights = serialize(made.tensors, made.entries)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+    with scratch_folder() as folder:
         (folder / WEIGHTS).write_bytes(weights)
         try:
             check_graph(graph, folder)

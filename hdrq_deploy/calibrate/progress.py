@@ -7,8 +7,8 @@ Files are written whole or not at all, and the folder goes when the bundle is th
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import BundleError, HdrqError, SpecError
-from ..files import make_directory, write_bytes
+from ..files import check_output, make_directory, remove_folder, write_bytes
+from ..kinds import PARTIAL
 
-__all__ = ["Partial", "Stored"]
+__all__ = ["Partial", "Stored", "partial_of"]
 
-_RUN = "run.json"
+_RUN = PARTIAL.marker
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Stored:
 
     tensors: dict[str, Tensor]
     record: dict[str, Any]
+
+
+def partial_of(output: Path) -> Path:
+    """Where the finished blocks of a bundle to be are kept."""
+    return output.with_name(f"{output.name}.partial")
 
 
 class Partial:
@@ -51,17 +57,14 @@ class Partial:
         Raises:
             SpecError: The blocks that are there belong to another run; the first difference
                 is named.
-            HdrqError: The folder cannot be made.
+            HdrqError: The folder is not ours, or cannot be made.
         """
-        folder = output.with_name(output.name + ".partial")
-        text = json.dumps(run, indent=1, sort_keys=True)
-        if folder.exists() and not (folder / _RUN).is_file() and any(folder.iterdir()):
-            raise HdrqError(
-                f"found other content at {folder}; needed this place for unfinished work: "
-                "choose another -o"
-            )
+        folder = partial_of(output)
+        check_output(folder, PARTIAL)
+        text = json.dumps({**run, "kind": PARTIAL.kind}, indent=1, sort_keys=True)
         if resume and (folder / _RUN).is_file():
             before = json.loads((folder / _RUN).read_text())
+            before.pop("kind", None)
             for key in sorted({*before, *run}):
                 if before.get(key) != run.get(key):
                     raise SpecError(
@@ -70,7 +73,7 @@ class Partial:
                         "them, or leave out --resume to start anew"
                     )
             return cls(folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder, PARTIAL)
         make_directory(folder)
         write_bytes(folder / _RUN, text.encode())
         return cls(folder)
@@ -100,8 +103,9 @@ class Partial:
         write_bytes(self._path(index), save(whole, {"record": json.dumps(record)}))
 
     def close(self) -> None:
-        """Remove the folder; the bundle is there."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder; the bundle is there. What others put into it stays, and it too."""
+        with contextlib.suppress(HdrqError):
+            remove_folder(self.folder, PARTIAL)
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:04d}.safetensors"

@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ..errors import ModelError
-from .common import image_flags, parser, progress_bar, run, wanted_of
+from .start import importing, run
+
+with importing("hdrq adapt"):
+    from ..errors import ModelError
+    from ..files import check_output, check_scratch
+    from ..kinds import ADAPTED, ADAPTING
+    from .common import image_flags, parser, progress_bar, seed_number, wanted_of
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -36,7 +41,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True)
     p.add_argument("--pull", type=float, default=0.0, help="towards the source weights (L2-SP)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=seed_number, default=0)
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     p.add_argument("--resume", action="store_true", help="go on behind a stopped run's last epoch")
     p.add_argument("-o", "--output", required=True, help="adapted checkpoint (.safetensors)")
@@ -45,14 +50,18 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``hdrq adapt``."""
-    args = arguments().parse_args(argv)
     stopped = "no checkpoint was written; --resume goes on behind the last finished epoch"
-    return run("hdrq adapt", lambda: _adapt(args), stopped)
+    return run("hdrq adapt", lambda: _adapt(arguments().parse_args(argv)), stopped)
 
 
 def _adapt(args: argparse.Namespace) -> int:
+    inputs = [args.weights, args.data]
+    check_output(args.output, ADAPTED, inputs)
+    check_output(f"{args.output}.partial", ADAPTING, inputs)
+    check_scratch()
     try:
-        from ..adapt import Recipe, adapt
+        with importing("hdrq adapt"):
+            from ..adapt import Recipe, adapt
     except ImportError as error:
         raise ModelError(
             f"adaptation needs {error.name}: pip install 'hdrq-deploy[calibrate]'"

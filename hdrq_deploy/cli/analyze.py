@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
+from .start import importing, run
 
-from ..bundle import Bundle
-from ..calibration_data.readers import Wanted, numbered, read
-from ..errors import DataError, ModelError
-from ..files import new_directory, write_bytes
-from ..frames import class_count
-from .common import named, parser, progress_bar, run
+with importing("hdrq analyze"):
+    import numpy as np
+
+    from ..bundle import Bundle
+    from ..calibration_data.readers import Wanted, numbered, read
+    from ..errors import DataError, ModelError
+    from ..files import check_output, check_scratch, new_directory, write_bytes, write_record
+    from ..frames import class_count
+    from ..kinds import ANALYSIS
+    from .common import named, parser, paths_of, progress_bar, seed_number
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -33,26 +35,28 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=int, default=32, help="rounding seeds")
     p.add_argument("--candidates", type=int, default=100, help="draws of advanced rounding")
     p.add_argument("--products", type=int, default=20, help="products with the Hessian")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=seed_number, default=0)
     p.add_argument("-o", "--output", required=True, help="folder of report.html and report.json")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``hdrq analyze``."""
-    args = arguments().parse_args(argv)
-    return run("hdrq analyze", lambda: _analyze(args))
+    return run("hdrq analyze", lambda: _analyze(arguments().parse_args(argv)))
 
 
 def _analyze(args: argparse.Namespace) -> int:
+    target = check_output(args.output, ANALYSIS, [*args.bundles, *paths_of(args.data), args.base])
+    check_scratch()
     for module, extra in (("torch", "calibrate"), ("matplotlib", "report")):
         if importlib.util.find_spec(module) is None:
             raise ModelError(
                 f"the analysis needs {module}, which is not installed: "
                 f"pip install 'hdrq-deploy[{extra}]'"
             )
-    from ..analysis import Settings, analyze
-    from ..analysis.report import page
+    with importing("hdrq analyze"):
+        from ..analysis import Settings, analyze
+        from ..analysis.report import page
 
     names = ("points", "grid", "seeds", "candidates", "products", "seed")
     settings = Settings(**{name: getattr(args, name) for name in names})
@@ -63,10 +67,9 @@ def _analyze(args: argparse.Namespace) -> int:
     base = _source(args.base, bundles[0], next(iter(data.values()))[0]) if args.base else None
     with progress_bar("analyze") as progress:
         result = analyze(bundles, data, base, settings, progress)
-    target = Path(args.output).absolute()
-    with new_directory(target, "report.json") as folder:
-        write_bytes(folder / "report.json", (json.dumps(result, indent=1) + "\n").encode())
+    with new_directory(target, ANALYSIS) as folder:
         write_bytes(folder / "report.html", page(result).encode())
+        write_record(folder, ANALYSIS, result)
     print(target / "report.html")
     return 0
 

@@ -8,17 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from rich.console import Console
-from rich.table import Table
+from .start import importing, run
 
-from ..errors import CheckFailed, HdrqError
-from ..files import write_bytes
-from ..runtime.bench import benchmark_all
-from ..runtime.power import Energy
-from ..runtime.report import csv_text, did_it_pay, need_matplotlib, page, phase_table, table
-from ..runtime.results import BenchResult, Scenario
-from ..runtime.timing import Plan
-from .common import named, parser, run
+with importing("hdrq-bench"):
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..errors import CheckFailed, HdrqError
+    from ..files import check_container, check_outputs, check_scratch, write_bytes
+    from ..kinds import BENCH_CSV, BENCH_HTML, BENCH_JSON, PICTURE
+    from ..runtime.bench import benchmark_all
+    from ..runtime.pictures import picture_names
+    from ..runtime.power import Energy
+    from ..runtime.report import csv_text, did_it_pay, need_matplotlib, page, phase_table, table
+    from ..runtime.results import BenchResult, Scenario
+    from ..runtime.timing import Plan
+    from .common import named, parser
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -86,8 +91,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``hdrq-bench``."""
-    args = arguments().parse_args(argv)
-    return run("hdrq-bench", lambda: _bench(args))
+    return run("hdrq-bench", lambda: _bench(arguments().parse_args(argv)))
 
 
 def schema() -> str:
@@ -103,6 +107,9 @@ def _bench(args: argparse.Namespace) -> int:
         raise HdrqError("found no engine; needed one or more folders from hdrq-export")
     if args.html:
         need_matplotlib()
+    data = named(args.data)
+    _check_outputs(args, data)
+    check_scratch()
     plan = Plan(
         args.scenario,
         args.warmup,
@@ -114,7 +121,7 @@ def _bench(args: argparse.Namespace) -> int:
     )
     results = benchmark_all(
         args.engines,
-        named(args.data),
+        data,
         plan,
         threads=args.threads,
         skip_corrupt=args.skip_corrupt,
@@ -136,6 +143,16 @@ def _bench(args: argparse.Namespace) -> int:
         )
     _write(args, rows)
     return 0
+
+
+def _check_outputs(args: argparse.Namespace, data: dict[str, str]) -> None:
+    inputs = [*args.engines, args.reference, *data.values()]
+    kinds = (("--json", BENCH_JSON), ("--csv", BENCH_CSV), ("--html", BENCH_HTML))
+    given = [(getattr(args, flag[2:]), kind, flag) for flag, kind in kinds]
+    check_outputs([(path, kind, flag) for path, kind, flag in given if path is not None], inputs)
+    if args.draw is not None:
+        files = [(name, PICTURE) for domain in data for name in picture_names(domain)]
+        check_container(args.draw, files, inputs, "--draw")
 
 
 def _names(paths: Sequence[str]) -> list[str]:
@@ -164,11 +181,12 @@ def _write(args: argparse.Namespace, rows: list[tuple[str, BenchResult]]) -> Non
     if args.json:
         results = [json.loads(result.model_dump_json()) for _, result in rows]
         text = json.dumps(results[0] if len(results) == 1 else results, indent=1) + "\n"
-        write_bytes(args.json, text.encode())
+        write_bytes(args.json.absolute(), text.encode(), BENCH_JSON)
     if args.csv:
-        write_bytes(args.csv, csv_text(rows).encode())
+        write_bytes(args.csv.absolute(), csv_text(rows).encode(), BENCH_CSV)
     if args.html:
-        write_bytes(args.html, page("hdrq-bench", rows).encode())
+        text = page("hdrq-bench", rows)
+        write_bytes(args.html.absolute(), text.encode(), BENCH_HTML)
 
 
 def _energy(found: Energy | str) -> str:

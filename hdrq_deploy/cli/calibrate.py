@@ -7,22 +7,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError, SpecError
-from ..files import make_directory
-from ..protocol.fresh import forget, make_bundle
-from ..protocol.jobs import Job, open_pool, run_jobs
-from ..recipe import FOLDS, GRANULARITIES, LEARNERS, METHODS, NOISES, Recipe
-from ..spec import GRIDS
-from .common import (
-    image_flags,
-    parser,
-    progress_bar,
-    progress_lines,
-    run,
-    threads_of,
-    wanted_of,
-    where_flags,
-)
+from .start import importing, run
+
+with importing("hdrq-calibrate"):
+    from ..errors import ModelError, SpecError
+    from ..files import (
+        Kind,
+        check_container,
+        check_name,
+        check_output,
+        check_scratch,
+        make_directory,
+    )
+    from ..kinds import BUNDLE, CELL_INPUTS, PARTIAL
+    from ..protocol.fresh import forget, inputs_of, make_bundle
+    from ..protocol.jobs import Job, open_pool, run_jobs
+    from ..recipe import FOLDS, GRANULARITIES, LEARNERS, METHODS, NOISES, Recipe
+    from ..spec import GRIDS
+    from .common import (
+        image_flags,
+        parser,
+        progress_bar,
+        progress_lines,
+        seed_number,
+        threads_of,
+        wanted_of,
+        where_flags,
+    )
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -60,7 +71,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--images", type=int, help="calibration images at most (1024)")
     image_flags(p)
     p.add_argument("--skip-corrupt", action="store_true", help="leave out broken images")
-    p.add_argument("--seed", type=int, help="of every draw (0)")
+    p.add_argument("--seed", type=seed_number, help="of every draw (0)")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     p.add_argument(
         "--resume", action="store_true", help="go on behind the last block of a stopped run"
@@ -103,19 +114,22 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``hdrq-calibrate``."""
-    args = arguments().parse_args(argv)
     stopped = "no bundle was written; --resume goes on behind the last finished block"
-    return run("hdrq-calibrate", lambda: _calibrate(args), stopped)
+    return run("hdrq-calibrate", lambda: _calibrate(arguments().parse_args(argv)), stopped)
 
 
 def _calibrate(args: argparse.Namespace) -> int:
+    each = _of_each(args)
+    _check_outputs(args)
+    check_scratch()
     recipe = Recipe.read(args.recipe) if args.recipe else Recipe()
     recipe = recipe.override({k: v for k, v in vars(args).items() if k in Recipe.model_fields})
     options = recipe.options()
     if args.cache_gb < 0:
         raise SpecError(f"found --cache-gb {args.cache_gb}; needed 0 or more")
     try:
-        from ..calibrate import calibrate
+        with importing("hdrq-calibrate"):
+            from ..calibrate import calibrate
     except ImportError as error:
         raise ModelError(
             f"calibration needs {error.name}, which is not installed: "
@@ -133,13 +147,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         "cache_gb": args.cache_gb,
         **{n: getattr(recipe, n) for n in names if getattr(recipe, n) is not None},
     }
-    each = _of_each(args)
     if len(each) == 1:
-        if args.ray or args.workers != 1 or args.threads or args.gpus:
-            raise SpecError(
-                "found --workers, --threads, --ray or --gpus with one domain; they are of several: "
-                "name them all after --domain (OMP_NUM_THREADS is torch's own setting)"
-            )
         with progress_bar(f"calibrate {args.domain[0]}") as progress:
             bundle = calibrate(**{**common, **each[0], "output": args.output}, progress=progress)
         print(bundle.path)
@@ -169,6 +177,21 @@ def _calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Whether every bundle, and what is unfinished of it, may be written where it goes."""
+    inputs = [*args.data, *(args.weights or []), args.base, args.recipe]
+    if len(args.domain) == 1:
+        check_output(args.output, BUNDLE, inputs)
+        check_output(f"{Path(args.output)}.partial", PARTIAL, inputs)
+        return
+    outputs: list[tuple[str, Kind]] = []
+    for domain in args.domain:
+        name = f"{domain}.hdrq"
+        outputs += [(name, BUNDLE), (f"{name}.partial", PARTIAL)]
+        outputs.append((inputs_of(Path(name)).name, CELL_INPUTS))
+    check_container(args.output, outputs, inputs)
+
+
 def _absolute(arguments: dict[str, Any]) -> dict[str, Any]:
     """Paths that hold in another process' folder too."""
     paths = {key: arguments[key] for key in ("data", "weights", "base") if arguments[key]}
@@ -178,6 +201,8 @@ def _absolute(arguments: dict[str, Any]) -> dict[str, Any]:
 def _of_each(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Domain, data and checkpoint of every calibration."""
     count = len(args.domain)
+    for name in args.domain:
+        check_name(name)
     for flag, values in (("--data", args.data), ("--weights", args.weights)):
         if values is not None and len(values) != count:
             raise SpecError(
@@ -185,6 +210,11 @@ def _of_each(args: argparse.Namespace) -> list[dict[str, Any]]:
             )
     if len(set(args.domain)) < count:
         raise SpecError(f"found a name twice in --domain {' '.join(args.domain)}")
+    if count == 1 and (args.ray or args.workers != 1 or args.threads or args.gpus):
+        raise SpecError(
+            "found --workers, --threads, --ray or --gpus with one domain; they are of several: "
+            "name them all after --domain (OMP_NUM_THREADS is torch's own setting)"
+        )
     weights = args.weights or [None] * count
     return [
         {"domain": domain, "data": data, "weights": own}

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,16 +16,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..calibration_data.readers import Wanted
 from ..errors import HdrqError
+from ..files import check_name
 from ..protocol.jobs import reach
+from ..spec import check_seed
+from .start import Parser, run, shortened
 
-__all__ = ["parser", "progress_bar", "run"]
+__all__ = ["named", "parser", "paths_of", "progress_bar", "run", "seed_number"]
 
 Report = Callable[[int, int, str], None]
 
 
 def parser(command: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
     """An argument parser with the defaults in its help."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog=command,
         description=text,
         epilog=epilog,
@@ -39,38 +40,6 @@ def parser(command: str, text: str, epilog: str = "") -> argparse.ArgumentParser
         version=f"%(prog)s {importlib.metadata.version('hdrq-deploy')}",
     )
     return made
-
-
-class _Stopped(KeyboardInterrupt):
-    """SIGTERM, which unwinds like Ctrl-C so that temporary files go."""
-
-
-def run(command: str, body: Callable[[], int], stopped: str = "nothing was written") -> int:
-    """Run a command; a user's mistake becomes one line and its exit code.
-
-    Args:
-        command: Its name, in front of the line.
-        body: Does the work and returns the exit code.
-        stopped: What is left where Ctrl-C or SIGTERM ended it.
-    """
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminate) if main else None
-    try:
-        return body()
-    except HdrqError as error:
-        line = " ".join(str(error).split())
-        print(f"{command}: {line}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt as error:
-        print(f"{command}: interrupted; {stopped}", file=sys.stderr)
-        return 143 if isinstance(error, _Stopped) else 130
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(*_: object) -> None:
-    raise _Stopped
 
 
 @contextmanager
@@ -132,7 +101,11 @@ def image_flags(p: argparse.ArgumentParser) -> None:
     """How images are read; :func:`wanted_of` makes it of the arguments."""
     p.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="resize images")
     p.add_argument(
-        "--resize", type=int, nargs=2, metavar=("H", "W"), help="first; --size is cut out of that"
+        "--resize",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="first; --size is cut out of that",
     )
     p.add_argument("--mean", type=float, nargs="+", help="per channel, of pixels in [0, 1]")
     p.add_argument("--std", type=float, nargs="+", help="per channel, of pixels in [0, 1]")
@@ -177,6 +150,20 @@ def threads_of(given: int | None, workers: int, ray: str | None, gpus: float = 0
     return given or (1 if ray else max(1, (os.cpu_count() or 1) // workers))
 
 
+def seed_number(text: str) -> int:
+    """A seed from the command line.
+
+    Raises:
+        SpecError: NumPy and PyTorch do not both take it.
+    """
+    try:
+        return check_seed(int(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"found {shortened(text)!r}; needed a whole number of 0 to 2**63 - 1"
+        ) from None
+
+
 def named(values: Sequence[str]) -> dict[str, str]:
     """``night=DIR`` arguments as a mapping; a bare path is named after its folder."""
     result: dict[str, str] = {}
@@ -184,9 +171,17 @@ def named(values: Sequence[str]) -> dict[str, str]:
         name, sign, path = value.partition("=")
         if not sign:
             name, path = value.rstrip("/").rsplit("/", 1)[-1].removesuffix(".npz"), value
+            # The bytes of a name under another locale are a name all the same.
+            name = os.fsencode(name).decode("utf-8", "replace")
         if not name or not path:
             raise HdrqError(f"found --data {value!r}; needed NAME=DIR_OR_NPZ")
+        check_name(name, "the name" if sign else f"--data {value} without NAME=; the folder's name")
         if name in result:
             raise HdrqError(f"found --data for {name} twice; give each domain one name")
         result[name] = path
     return result
+
+
+def paths_of(values: Sequence[str]) -> list[str]:
+    """The paths of ``NAME=DIR`` arguments."""
+    return list(named(values).values())

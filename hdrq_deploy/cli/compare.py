@@ -9,13 +9,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from .start import importing, run
 
-from ..errors import CheckFailed
-from ..files import write_bytes
-from ..runtime.compare import Change, compare, read_result
-from .common import parser, run
+with importing("hdrq compare"):
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..errors import CheckFailed
+    from ..files import check_output, write_bytes
+    from ..kinds import COMPARE_JSON
+    from ..runtime.compare import Change, compare, read_result
+    from .common import parser
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -40,11 +44,12 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``hdrq compare``."""
-    args = arguments().parse_args(argv)
-    return run("hdrq compare", lambda: _compare(args))
+    return run("hdrq compare", lambda: _compare(arguments().parse_args(argv)))
 
 
 def _compare(args: argparse.Namespace) -> int:
+    if args.json is not None:
+        check_output(args.json, COMPARE_JSON, [args.base, args.new], "--json")
     base, new = read_result(args.base), read_result(args.new)
     changes = compare(base, new, args.tolerance, args.confidence)
     show(changes, args.confidence)
@@ -58,7 +63,8 @@ def _compare(args: argparse.Namespace) -> int:
             "confidence": args.confidence,
             "changes": [asdict(change) for change in changes],
         }
-        write_bytes(Path(args.json).absolute(), (json.dumps(record, indent=1) + "\n").encode())
+        text = json.dumps(record, indent=1) + "\n"
+        write_bytes(Path(args.json).absolute(), text.encode(), COMPARE_JSON)
     worse = [change for change in changes if change.regression]
     if worse:
         first = worse[0]

@@ -10,22 +10,34 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from ..bundle import Bundle
-from ..calibration_data.readers import read
-from ..errors import CheckFailed, HdrqError, ModelError
-from ..files import write_bytes
-from ..runtime import benchmark
-from ..runtime.bench import Accuracy, BenchResult, Latency, harmonic_mean, interleaved
-from ..runtime.report import need_matplotlib, page, table
-from . import calibrate as calibrate_command
-from . import export as export_command
-from . import merge as merge_command
-from .bench import print_table
-from .common import parser, run
+from .start import importing, run
+
+with importing("hdrq demo"):
+    from ..bundle import Bundle
+    from ..calibration_data.readers import read
+    from ..errors import CheckFailed, ModelError
+    from ..files import (
+        Kind,
+        check_container,
+        check_scratch,
+        make_directory,
+        new_directory,
+        write_bytes,
+        write_record,
+    )
+    from ..kinds import BUNDLE, DEMO_COMMANDS, DEMO_HTML, DEMO_JSON, DIGITS, ENGINE, PARTIAL
+    from ..runtime import benchmark
+    from ..runtime.bench import Accuracy, BenchResult, Latency, harmonic_mean, interleaved
+    from ..runtime.report import need_matplotlib, page, table
+    from . import calibrate as calibrate_command
+    from . import export as export_command
+    from . import merge as merge_command
+    from .bench import print_table
+    from .common import parser, seed_number
 
 MODEL = "hdrq_deploy.calibration_data.models:resnet14"
 SCHEMES = ((8, 8), (4, 8), (3, 3))
@@ -41,14 +53,17 @@ def arguments() -> argparse.ArgumentParser:
     p = parser("hdrq demo", "Calibrate, merge, export and measure three domains of digits.")
     p.add_argument("--out", type=Path, default=Path("hdrq-demo"), help="everything stays here")
     p.add_argument("--quick", action="store_true", help="two bit-widths, fewer iterations")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=seed_number, default=0)
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``hdrq demo``."""
-    args = arguments().parse_args(argv)
-    return run("hdrq demo", lambda: _Demo(args.out, args.quick, args.seed).run())
+    return run("hdrq demo", lambda: _demo(arguments().parse_args(argv)))
+
+
+def _demo(args: argparse.Namespace) -> int:
+    return _Demo(args.out, args.quick, args.seed).run()
 
 
 class _Demo:
@@ -59,10 +74,9 @@ class _Demo:
             if importlib.util.find_spec(module) is None:
                 raise ModelError(f"the demo needs {module}: pip install 'hdrq-deploy[demo]'")
         need_matplotlib()
-        if out.exists() and not out.is_dir():
-            raise HdrqError(f"found a file at {out}; choose another --out")
-        from ..calibration_data import digits
-        from ..calibration_data.make_checkpoints import CHECKPOINTS
+        with importing("hdrq demo"):
+            from ..calibration_data import digits
+            from ..calibration_data.make_checkpoints import CHECKPOINTS
 
         self.out, self.seed = out, seed
         self.schemes = QUICK if quick else SCHEMES
@@ -71,12 +85,29 @@ class _Demo:
         self.domains, self.digits, self.checkpoints = digits.TARGETS, digits, CHECKPOINTS
         self.commands: list[str] = []
         self.started = time.monotonic()
+        check_container(out, list(self._outputs()), flag="--out")
+        check_scratch()
+
+    def _outputs(self) -> Iterator[tuple[str, Kind]]:
+        """Name and kind of all that is written."""
+        yield from (("data", DIGITS), ("results.json", DEMO_JSON), ("report.html", DEMO_HTML))
+        yield "commands.sh", DEMO_COMMANDS
+        quantized = [f"{m}-w{w}a{a}" for w, a in self.schemes for m in ("rtn", "hdrq")]
+        for name in ("float", *quantized):
+            for member in (*self.domains, "merged"):
+                yield f"bundles/{name}-{member}.hdrq", BUNDLE
+                yield f"bundles/{name}-{member}.hdrq.partial", PARTIAL
+                yield f"engines/{name}-{member}", ENGINE
+                yield f"engines/{name}-{member}-rtx", ENGINE
 
     def run(self) -> int:
         """Walk the path and print the table."""
         out = self.out
         self._say(f"writing images of {', '.join(self.domains)} to {out / 'data'}")
-        self.digits.write(out / "data", self.domains, ("calibration", "test"), self.seed)
+        make_directory(out)
+        with new_directory(out / "data", DIGITS, sync=False) as data:
+            self.digits.write(data, self.domains, ("calibration", "test"), self.seed)
+            write_record(data, DIGITS, {"seed": self.seed})
         engines = self._export_all(self._calibrate_all())
         precision = self._build_rtx()
         rows = self._measure(engines)
@@ -229,18 +260,22 @@ class _Demo:
     ) -> None:
         out = self.out
         note = f"{precision}. {parity}."
-        report = page("hdrq demo: digits, three domains, one engine", rows, header, cells, note)
+        title, command = "hdrq demo: digits, three domains, one engine", "hdrq demo"
+        report = page(title, rows, header, cells, note, command)
         record = {
+            "kind": DEMO_JSON.kind,
             "rows": {name: json.loads(result.model_dump_json()) for name, result in rows},
             "trt_rtx": precision,
             "parity": parity,
             "iters": self.iters,
             "seconds": round(time.monotonic() - self.started, 1),
         }
-        write_bytes(out / "results.json", (json.dumps(record, indent=1) + "\n").encode())
-        write_bytes(out / "report.html", report.encode())
+        text = json.dumps(record, indent=1) + "\n"
+        write_bytes(out / "results.json", text.encode(), DEMO_JSON)
+        write_bytes(out / "report.html", report.encode(), DEMO_HTML)
         script = "#!/bin/sh\n# The commands of this demonstration.\nset -e\n"
-        write_bytes(out / "commands.sh", (script + "\n".join(self.commands) + "\n").encode())
+        script += "\n".join(self.commands) + "\n"
+        write_bytes(out / "commands.sh", script.encode(), DEMO_COMMANDS)
         print(f"\n{precision}\n{parity}")
         print(f"\n{record['seconds']:.0f} s. Report: {out / 'report.html'}")
         print(f"Bundles, engines, results.json and the commands that made them: {out}")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ..runtime.emit import TARGETS, emit
-from .common import parser, run
+from .start import importing, run
+
+with importing("hdrq emit"):
+    from ..runtime.emit import TARGETS, emit
+    from .common import parser
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -40,17 +43,20 @@ _FLAGS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``hdrq emit``."""
+    return run("hdrq emit", lambda: _emit(argv))
+
+
+def _emit(argv: Sequence[str] | None) -> int:
     p = arguments()
     args = p.parse_args(argv)
-    given = {flag: getattr(args, flag) for flag in sum(_FLAGS.values(), ()) if getattr(args, flag)}
+    flags = {flag: getattr(args, flag) for flag in dict.fromkeys(sum(_FLAGS.values(), ()))}
+    given = {
+        flag: value for flag, value in flags.items() if value is not None and value is not False
+    }
     foreign = [flag for flag in given if flag not in _FLAGS[args.target]]
     if foreign:
         p.error(f"--{foreign[0].replace('_', '-')} is not for {args.target}")
-
-    def body() -> int:
-        made = emit(args.target, args.engine, args.output, **given)
-        for file in sorted(f for f in made.rglob("*") if f.is_file()):
-            print(file)
-        return 0
-
-    return run("hdrq emit", body)
+    made = emit(args.target, args.engine, args.output, **given)
+    for file in sorted(f for f in made.rglob("*") if f.is_file()):
+        print(file)
+    return 0

@@ -6,15 +6,20 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.table import Table
+from .start import importing, run
 
-from ..exporters import ENGINES, BuildOptions, GraphOptions, export, parse_shapes
-from ..exporters.export import MODEL, PLAN, PRECISION, ports
-from ..exporters.options import trtexec
-from ..manifest import PrecisionReport
-from .common import parser, progress_bar, run
-from .verify import verify_engine
+with importing("hdrq-export"):
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..exporters import ENGINES, BuildOptions, GraphOptions, export, parse_shapes
+    from ..exporters.export import MODEL, PLAN, PRECISION, ports
+    from ..exporters.options import trtexec
+    from ..files import check_outputs, check_scratch
+    from ..kinds import ENGINE, TIMING_CACHE
+    from ..manifest import PrecisionReport
+    from .common import parser, progress_bar
+    from .verify import verify_engine
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -129,11 +134,14 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``hdrq-export``."""
-    args = arguments().parse_args(argv)
-    return run("hdrq-export", lambda: _export(args))
+    return run("hdrq-export", lambda: _export(arguments().parse_args(argv)))
 
 
 def _export(args: argparse.Namespace) -> int:
+    cache = args.timing_cache
+    caches = [] if cache is None else [(cache, TIMING_CACHE, "--timing-cache")]
+    check_outputs([(args.output, ENGINE, "-o"), *caches], [args.bundle])
+    check_scratch()
     graph = GraphOptions(
         compute=args.compute,
         weights_only=() if args.weights_only is None else tuple(args.weights_only or ["*"]),

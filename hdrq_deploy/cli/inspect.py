@@ -6,11 +6,14 @@ import argparse
 import json
 from collections.abc import Sequence
 
-import numpy as np
+from .start import importing, run
 
-from ..bundle import Bundle
-from .bench import print_table
-from .common import parser, run
+with importing("hdrq inspect"):
+    import numpy as np
+
+    from ..bundle import Bundle
+    from .bench import print_table
+    from .common import parser
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -23,8 +26,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``hdrq inspect``."""
-    args = arguments().parse_args(argv)
-    return run("hdrq inspect", lambda: _inspect(args))
+    return run("hdrq inspect", lambda: _inspect(arguments().parse_args(argv)))
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import importlib.metadata
 import sys
 from collections.abc import Sequence
+
+from .start import Parser, importing, run
+
+with importing("hdrq"):
+    import argparse
+    import importlib.metadata
 
 COMMANDS = {
     "adapt": "a source model learns a domain from unlabelled images",
@@ -28,8 +32,18 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``hdrq``; each command is imported only when it is called."""
     given = list(sys.argv[1:] if argv is None else argv)
+    if given and given[0] in COMMANDS:
+        with importing(f"hdrq {given[0]}"):
+            module = importlib.import_module(f".{given[0]}", __package__)
+        code: int = module.main(given[1:])
+        return code
+    return run("hdrq", lambda: _help(given))
+
+
+def _help(given: Sequence[str]) -> int:
+    """Say what there is; anything else is refused."""
     listing = "\n".join(f"  {name:<13}{text}" for name, text in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hdrq",
         description="Merge-friendly quantization, from PyTorch to edge engines.",
         epilog=f"commands:\n{listing}\n\n'hdrq COMMAND --help' shows a command's flags.",
@@ -38,7 +52,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     version = importlib.metadata.version("hdrq-deploy")
     parser.add_argument("--version", action="version", version=f"hdrq {version}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
-    args = parser.parse_args(given[:1])
-    module = importlib.import_module(f".{args.command}", __package__)
-    code: int = module.main(given[1:])
-    return code
+    parser.parse_args(given[:1])
+    return 0

@@ -8,21 +8,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Bundle
-from ..calibration_data.readers import Wanted, read
-from ..errors import MergeError
-from ..files import check_parent
-from ..merge import (
-    CHECKPOINT_METHODS,
-    CRITERIA,
-    ROUNDINGS,
-    Merger,
-    choose_weights,
-    merge,
-    merge_checkpoints,
-    re_estimate,
-)
-from .common import named, parser, progress_bar, run
+from .start import importing, run
+
+with importing("hdrq-merge"):
+    from ..bundle import Bundle
+    from ..calibration_data.readers import Wanted, read
+    from ..errors import MergeError
+    from ..files import check_output, check_parent, check_scratch
+    from ..kinds import BUNDLE, MERGED
+    from ..merge import (
+        CHECKPOINT_METHODS,
+        CRITERIA,
+        ROUNDINGS,
+        Merger,
+        choose_weights,
+        merge,
+        merge_checkpoints,
+        re_estimate,
+    )
+    from .common import named, parser, paths_of, progress_bar, seed_number
 
 _EPILOG = """\
 two .safetensors checkpoints instead of bundles are merged in float:
@@ -41,7 +45,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     p.add_argument("--rounding", default="advanced", choices=ROUNDINGS)
     p.add_argument("--candidates", type=int, default=100, help="draws of advanced rounding")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=seed_number, default=0)
     p.add_argument(
         "--data", nargs="+", default=[], metavar="NAME=PATH", help="images for --weights auto"
     )
@@ -74,12 +78,15 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``hdrq-merge``."""
-    args = arguments().parse_args(argv)
-    return run("hdrq-merge", lambda: _merge(args))
+    return run("hdrq-merge", lambda: _merge(arguments().parse_args(argv)))
 
 
 def _merge(args: argparse.Namespace) -> int:
-    if all(path.endswith(".safetensors") for path in args.bundles):
+    floats = all(path.endswith(".safetensors") for path in args.bundles)
+    others = [*paths_of(args.data), *paths_of(args.re_estimate), args.base]
+    check_output(args.output, MERGED if floats else BUNDLE, [*args.bundles, *others])
+    check_scratch()
+    if floats:
         return _merge_checkpoints(args)
     auto = args.weights == ["auto"]
     weights = None if auto else _numbers(args.weights)

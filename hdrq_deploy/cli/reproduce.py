@@ -11,17 +11,30 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from ..errors import HdrqError, ModelError
-from ..files import make_directory, write_bytes
-from ..protocol.cells import jobs
-from ..protocol.grid import BITS, SETTINGS, Grid, parse_bits
-from ..protocol.jobs import open_pool, run_jobs
-from ..protocol.pictures import draw
-from ..protocol.table import cells, header, markdown, rows
-from ..protocol.tasks import Task, made, office_home, segmentation
-from ..runtime.environment import environment
-from .bench import print_table
-from .common import parser, progress_lines, run, threads_of, where_flags
+from .start import importing, run
+
+with importing("hdrq reproduce"):
+    from ..errors import HdrqError, ModelError
+    from ..files import Kind, check_container, check_scratch, make_directory, write_bytes
+    from ..kinds import (
+        BUNDLE,
+        CELL_INPUTS,
+        CELL_ROW,
+        PARTIAL,
+        PICTURE,
+        REPRODUCE_JSON,
+        REPRODUCE_TABLE,
+    )
+    from ..protocol.cells import jobs
+    from ..protocol.fresh import inputs_of
+    from ..protocol.grid import BITS, SETTINGS, Grid, bundle_path, parse_bits, row_path
+    from ..protocol.jobs import open_pool, run_jobs
+    from ..protocol.pictures import SCENES, draw, picture_name
+    from ..protocol.table import cells, header, markdown, rows
+    from ..protocol.tasks import Task, is_written, made, office_home, segmentation, write_made
+    from ..runtime.environment import environment
+    from .bench import print_table
+    from .common import parser, progress_lines, seed_number, threads_of, where_flags
 
 PROTOCOLS = ("office-home", "segmentation")
 _EPILOG = """\
@@ -45,7 +58,7 @@ def arguments() -> argparse.ArgumentParser:
     grid.add_argument("--methods", nargs="+", default=["brecq", "qdrop", "hdrq"])
     grid.add_argument("--bits", nargs="+", default=list(BITS), metavar="wXaY")
     grid.add_argument("--settings", nargs="+", choices=SETTINGS, default=["paper"])
-    grid.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of calibration")
+    grid.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1], help="of calibration")
     grid.add_argument("--rounding-seeds", type=int, default=4, help="draws of every merge")
     grid.add_argument("--pairs", action="store_true", help="merge every pair of domains too")
     knobs = p.add_argument_group("learning", "defaults are the protocol's own")
@@ -67,9 +80,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``hdrq reproduce``."""
-    args = arguments().parse_args(argv)
     kept = "finished cells are kept; the same command goes on"
-    return run("hdrq reproduce", lambda: _reproduce(args), kept)
+    return run("hdrq reproduce", lambda: _reproduce(arguments().parse_args(argv)), kept)
 
 
 def _reproduce(args: argparse.Namespace) -> int:
@@ -84,8 +96,6 @@ def _reproduce(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("torch") is None:
         raise ModelError("calibration needs torch: pip install 'hdrq-deploy[calibrate]'")
     out = args.out.absolute()
-    for folder in (out, out / "cells", out / "rows"):
-        make_directory(folder)
     task = _task(args, out).calibrated_with(iters=args.iters, batch=args.batch)
     grid = Grid(
         _limited(task, args.images),
@@ -96,6 +106,12 @@ def _reproduce(args: argparse.Namespace) -> int:
         args.rounding_seeds,
         args.pairs,
     )
+    _check_outputs(args, grid)
+    check_scratch()
+    for folder in (out, out / "cells", out / "rows"):
+        make_directory(folder)
+    if args.made:
+        write_made(args.protocol, out)
     if not args.table:
         with (
             progress_lines(args.protocol) as report,
@@ -106,6 +122,7 @@ def _reproduce(args: argparse.Namespace) -> int:
     records = rows(grid, out)
     record = {
         "schema_version": 1,
+        "kind": REPRODUCE_JSON.kind,
         "protocol": args.protocol,
         "task": task.name,
         "model": task.model,
@@ -113,14 +130,34 @@ def _reproduce(args: argparse.Namespace) -> int:
         "environment": {**environment(), "torch": version("torch")},
         "rows": records,
     }
-    write_bytes(out / "results.json", (json.dumps(record, indent=1) + "\n").encode())
-    write_bytes(out / "table.md", markdown(grid, records).encode())
+    text = json.dumps(record, indent=1) + "\n"
+    write_bytes(out / "results.json", text.encode(), REPRODUCE_JSON)
+    write_bytes(out / "table.md", markdown(grid, records).encode(), REPRODUCE_TABLE)
     print_table(header(grid), [cells(grid, row) for row in records])
     if args.draw:
         files = draw(grid, out, args.draw.lower())
         print(f"{len(files)} pictures in {files[0].parent}")
     print(f"{out / 'table.md'}, {out / 'results.json'}; every cell is a bundle in {out / 'cells'}")
     return 0
+
+
+def _check_outputs(args: argparse.Namespace, grid: Grid) -> None:
+    """Whether all places in the folder of the run are free or ours."""
+    outputs: list[tuple[Path, Kind]] = [
+        (Path("results.json"), REPRODUCE_JSON),
+        (Path("table.md"), REPRODUCE_TABLE),
+    ]
+    for cell in [] if args.table else grid.cells():
+        bundle = bundle_path(Path(), cell)
+        outputs += [(bundle, BUNDLE), (bundle.with_name(f"{bundle.name}.partial"), PARTIAL)]
+        outputs += [(inputs_of(bundle), CELL_INPUTS), (row_path(Path(), cell), CELL_ROW)]
+    if args.draw:
+        names = [picture_name(d, n) for d in grid.domains for n in range(SCENES)]
+        outputs += [(Path(name), PICTURE) for name in names]
+    places = [(str(path), kind) for path, kind in outputs]
+    check_container(args.out, places, [args.data, args.checkpoints], "--out")
+    if args.made:
+        is_written(args.protocol, args.out)
 
 
 def _limited(task: Task, images: int | None) -> Task:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -12,17 +11,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from .start import importing, run
 
-from ..bundle import Bundle
-from ..calibration_data.readers import Wanted, numbered, read
-from ..errors import DataError, ModelError
-from ..files import new_directory, write_bytes
-from ..frames import class_count
-from ..runtime.report import need_matplotlib
-from ..sensitivity import Scheme, Sensitivity, sensitivity, suggest
-from .common import named, parser, progress_bar, run
+with importing("hdrq sensitivity"):
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..bundle import Bundle
+    from ..calibration_data.readers import Wanted, numbered, read
+    from ..errors import DataError, ModelError
+    from ..files import check_output, check_scratch, new_directory, write_bytes, write_record
+    from ..frames import class_count
+    from ..kinds import SENSITIVITY
+    from ..runtime.report import need_matplotlib
+    from ..sensitivity import Scheme, Sensitivity, sensitivity, suggest
+    from .common import named, parser, paths_of, progress_bar, seed_number
 
 _SHOWN = 20
 
@@ -38,7 +41,7 @@ def arguments() -> argparse.ArgumentParser:
         "a layer are set free, its weights stay the bundle's",
     )
     p.add_argument("--images", type=int, default=128, help="images per domain at most")
-    p.add_argument("--seed", type=int, default=0, help="which images")
+    p.add_argument("--seed", type=seed_number, default=0, help="which images")
     bound = p.add_mutually_exclusive_group()
     bound.add_argument("--keep-float", type=int, metavar="N", help="try the N worst in float")
     bound.add_argument(
@@ -51,13 +54,15 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``hdrq sensitivity``."""
-    args = arguments().parse_args(argv)
-    return run("hdrq sensitivity", lambda: _sensitivity(args))
+    return run("hdrq sensitivity", lambda: _sensitivity(arguments().parse_args(argv)))
 
 
 def _sensitivity(args: argparse.Namespace) -> int:
-    if args.output:
+    inputs = [args.bundle, *paths_of(args.data), args.weights]
+    if args.output is not None:
         need_matplotlib()
+        check_output(args.output, SENSITIVITY, inputs)
+    check_scratch()
     if args.images < 1 or (args.keep_float is not None and args.keep_float < 0):
         raise DataError(
             f"found --images {args.images}, --keep-float {args.keep_float}; needed 1, 0 or more"
@@ -81,19 +86,18 @@ def _sensitivity(args: argparse.Namespace) -> int:
     if args.keep_float is not None or args.max_drop is not None or args.min_sqnr is not None:
         scheme = suggest(bundle, data, found, real, args.keep_float, args.max_drop, args.min_sqnr)
         _show_scheme(scheme, found)
-    if args.output:
+    if args.output is not None:
         target = Path(args.output).absolute()
         record = {
             "schema_version": 1,
-            "kind": "hdrq-sensitivity",
             "bundle": str(bundle.path),
             "bundle_sha256": bundle.manifest_sha256,
             **_finite(asdict(found)),
             "scheme": _finite(asdict(scheme)) if scheme else None,
         }
-        with new_directory(target, "sensitivity.json") as folder:
-            write_bytes(folder / "sensitivity.json", (json.dumps(record, indent=1) + "\n").encode())
+        with new_directory(target, SENSITIVITY) as folder:
             write_bytes(folder / "sensitivity.svg", plot(found).encode())
+            write_record(folder, SENSITIVITY, record)
         print(target / "sensitivity.svg")
     return 0
 

@@ -10,19 +10,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from rich.console import Console
-from rich.table import Table
+from .start import importing, run
 
-from ..bundle import Bundle
-from ..calibration_data.readers import Wanted, read
-from ..errors import DataError
-from ..files import write_bytes
-from ..manifest import Preprocessing
-from ..stages import compare_engine, compare_stages
-from ..verification import Stage, check
-from .common import named, parser, run
+with importing("hdrq-verify"):
+    import numpy as np
+    import numpy.typing as npt
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..bundle import Bundle
+    from ..calibration_data.readers import Wanted, read
+    from ..errors import DataError
+    from ..files import check_output, check_scratch, write_bytes
+    from ..kinds import VERIFY_JSON
+    from ..manifest import Preprocessing
+    from ..stages import compare_engine, compare_stages
+    from ..verification import Stage, check
+    from .common import named, parser, paths_of
 
 __all__ = ["stages", "verify_engine"]
 
@@ -55,11 +59,14 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``hdrq-verify``."""
-    args = arguments().parse_args(argv)
-    return run("hdrq-verify", lambda: _verify(args))
+    return run("hdrq-verify", lambda: _verify(arguments().parse_args(argv)))
 
 
 def _verify(args: argparse.Namespace) -> int:
+    inputs = [args.bundle, args.engine, *paths_of(args.data)]
+    if args.json is not None:
+        check_output(args.json, VERIFY_JSON, inputs, "--json")
+    check_scratch()
     if args.engine is None and _is_engine(Path(args.bundle)):
         if args.data:
             raise DataError(
@@ -84,7 +91,8 @@ def _verify(args: argparse.Namespace) -> int:
             },
             "stages": [asdict(stage) for stage in found],
         }
-        write_bytes(Path(args.json).absolute(), (json.dumps(record, indent=1) + "\n").encode())
+        text = json.dumps(record, indent=1) + "\n"
+        write_bytes(Path(args.json).absolute(), text.encode(), VERIFY_JSON)
     check(found, tolerances, args.max_flips, args.max_rms)
     return 0
 

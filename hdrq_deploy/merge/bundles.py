@@ -21,9 +21,12 @@ from ..affine import along, dequantize
 from ..biases import bias_sites, fitted, shifts
 from ..bundle import GRAPH, Bundle
 from ..errors import MergeError
+from ..files import check_output
 from ..fold import graph_tensors
 from ..golden import check_merge
+from ..kinds import BUNDLE
 from ..manifest import Manifest, ParentRecord, Tolerances
+from ..spec import check_seed
 from .rounding import ROUNDINGS, merge_codes
 
 __all__ = ["Merger", "check_mix", "matched_variance", "merge", "weighted_mean"]
@@ -112,6 +115,7 @@ class Merger:
             raise MergeError(f"found candidates={candidates}; needed 1 or more")
         if seed < 0:
             raise MergeError(f"found seed={seed}; needed 0 or more")
+        check_seed(seed)
         self.parents = [b if isinstance(b, Bundle) else Bundle.open(b) for b in bundles]
         for other in self.parents[1:]:
             _check_compatible(self.parents[0], other)
@@ -133,6 +137,7 @@ class Merger:
         options: Mapping[str, Any] | None = None,
     ) -> Bundle:
         """The merge as a bundle; see :func:`merge`."""
+        check_output(output, BUNDLE, [parent.path for parent in self.parents])
         layers: dict[str, Any] = {}
         done = 0
 

@@ -26,7 +26,8 @@ import numpy.typing as npt
 
 from ..bundle import Span, read_header
 from ..errors import MergeError
-from ..files import replaced
+from ..files import check_output, replaced
+from ..kinds import MERGED, with_metadata
 from .bundles import check_mix, matched_variance, weighted_mean
 
 __all__ = ["CHECKPOINT_METHODS", "merge_checkpoints"]
@@ -77,14 +78,16 @@ def merge_checkpoints(
             "a finite scaling"
         )
     sources = [*files, *([Path(base)] if base is not None and method != "mean" else [])]
+    target = check_output(output, MERGED, sources)
     headers = [read_header(path) for path in sources]
     for path, header in zip(sources[1:], headers[1:], strict=True):
         _check_same(sources[0], headers[0], path, header)
-    target = Path(output).absolute()
-    with replaced(target) as file:
-        start = min((span.offset for span in headers[0].values()), default=0)
+    start = min((span.offset for span in headers[0].values()), default=0)
+    notes = {"method": method, "weights": mix}
+    with replaced(target, MERGED) as file:
         with files[0].open("rb") as origin:
-            file.write(origin.read(start))
+            beginning = with_metadata(origin.read(start), "merged", notes)
+        file.write(beginning)
         for done, name in enumerate(sorted(headers[0])):
             values = [
                 _read(path, header[name]) for path, header in zip(sources, headers, strict=True)
@@ -96,7 +99,7 @@ def merge_checkpoints(
                     _read(path, header[mean]) for path, header in zip(files, headers, strict=False)
                 ]
             merged = _merge_one(values, means, mix, method, scaling, density)
-            file.seek(headers[0][name].offset)
+            file.seek(headers[0][name].offset - start + len(beginning))
             file.write(merged.astype(values[0].dtype).tobytes())
             if progress:
                 progress(done + 1, len(headers[0]))

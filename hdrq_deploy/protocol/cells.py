@@ -12,7 +12,8 @@ from typing import Any
 from ..bundle import Bundle
 from ..calibration_data.readers import Wanted, read
 from ..exporters import export
-from ..files import write_bytes
+from ..files import scratch_folder, write_bytes
+from ..kinds import CELL_ROW
 from ..merge import Merger, choose_weights, re_estimate
 from ..recipe import Options
 from ..runtime.accuracy import Labelled, accuracy, classes_of
@@ -137,6 +138,7 @@ def _measure(
     with engine_of(bundle, _engine_device(device), threads) as engine:
         found = accuracy(engine, {d.name: labelled_set(engine, task, d) for d in tests})
     row = {
+        "kind": "hdrq-row",
         "cell": cell,
         **origin,
         "metric": found.metric,
@@ -146,14 +148,14 @@ def _measure(
         "per_class": found.per_class,
         **extra,
     }
-    write_bytes(target, (json.dumps(row, indent=1) + "\n").encode())
+    write_bytes(target, (json.dumps(row, indent=1) + "\n").encode(), CELL_ROW)
 
 
 @contextmanager
 def engine_of(bundle: Bundle, device: str, threads: int) -> Iterator[Engine]:
     """The bundle's ONNX Runtime engine, for a while."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = export(bundle, Path(scratch) / "engine", "ort")
+    with scratch_folder() as scratch:
+        folder = export(bundle, scratch / "engine", "ort")
         with open_engine(folder, read_manifest(folder), device, threads) as engine:
             yield engine
 

@@ -7,7 +7,6 @@ checkpoints and images. Where it is equal and the bundle whole, the bundle is ke
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any
 
 from ..bundle import Bundle
 from ..errors import HdrqError, SpecError
-from ..files import write_bytes
+from ..files import remove_file, remove_folder, write_bytes
+from ..kinds import CELL_INPUTS, PARTIAL
 
-__all__ = ["forget", "is_merged", "make_bundle", "stamp"]
+__all__ = ["forget", "inputs_of", "is_merged", "make_bundle", "stamp"]
 
 
 def make_bundle(**arguments: Any) -> None:
@@ -28,16 +28,16 @@ def make_bundle(**arguments: Any) -> None:
     """
     from ..calibrate import calibrate
 
-    record, inputs = _record(arguments["output"]), _inputs(arguments)
+    record, inputs = inputs_of(arguments["output"]), _inputs(arguments)
     if record.is_file() and record.read_bytes() == inputs and _is_whole(arguments["output"]):
         return
-    record.unlink(missing_ok=True)
+    remove_file(record, CELL_INPUTS)
     given = {**arguments, "resume": True}
     try:
         calibrate(**given)
     except SpecError:  # unfinished blocks of another run
         calibrate(**{**given, "resume": False})
-    write_bytes(record, inputs)
+    write_bytes(record, inputs, CELL_INPUTS)
 
 
 def _is_whole(path: Path) -> bool:
@@ -50,8 +50,8 @@ def _is_whole(path: Path) -> bool:
 
 def forget(output: Path) -> None:
     """Let the bundle at ``output`` be made from its first block on."""
-    _record(output).unlink(missing_ok=True)
-    shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)
+    remove_file(inputs_of(output), CELL_INPUTS)
+    remove_folder(output.with_name(f"{output.name}.partial"), PARTIAL)
 
 
 def is_merged(path: Path, parents: Sequence[Bundle]) -> bool:
@@ -75,7 +75,8 @@ def stamp(path: str | Path | None) -> list[Any] | None:
     return [str(path.absolute()), len(found), sum(f.st_size for f in found), newest]
 
 
-def _record(output: Path) -> Path:
+def inputs_of(output: Path) -> Path:
+    """The file beside a bundle that says what it was made from."""
     return output.with_name(f".{output.name}.inputs.json")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import SpecError
 from ..recipe import METHODS
-from ..spec import check_bits
+from ..spec import check_bits, check_seed
 from .tasks import Task
 
 __all__ = ["BITS", "SETTINGS", "Grid", "Merge", "Run", "parse_bits"]
@@ -110,8 +110,8 @@ class Grid:
             raise SpecError(f"found {self.rounding_seeds} rounding seeds; needed 1 or more")
         if len(set(self.domains)) < len(self.domains):
             raise SpecError(f"found a domain twice: {' '.join(self.domains)}")
-        if any(seed < 0 for seed in self.seeds):
-            raise SpecError(f"found seeds {' '.join(map(str, self.seeds))}; needed 0 or more")
+        for seed in self.seeds:
+            check_seed(seed)
         if self.task.images < 1:
             raise SpecError(f"found {self.task.images} calibration images; needed 1 or more")
         if len(self.task.domains) < 2:
@@ -138,6 +138,13 @@ class Grid:
             for way in self.ways(run):
                 rounds = way != "nearest" and run.method != "float"
                 yield Merge(run, members, way, self.rounding_seeds if rounds else 1)
+
+    def cells(self) -> Iterator[str]:
+        """Names of all cells, single and merged."""
+        for run in self.runs():
+            yield from (run.single(domain) for domain in self.domains)
+            for merge in self.merges(run):
+                yield from (merge.cell(draw) for draw in range(merge.draws))
 
     def ways(self, run: Run) -> Sequence[str]:
         """How the bundles of a run are merged."""

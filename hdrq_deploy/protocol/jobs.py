@@ -97,7 +97,8 @@ class _Processes(Pool):
 
     def submit(self, job: Job) -> Job:
         try:
-            future = self._pool.submit(_work, job, self._threads)
+            with _no_interrupt():  # a new process inherits this
+                future = self._pool.submit(_work, job, self._threads)
         except BrokenProcessPool as error:
             self._begin_again(error)
             return self.submit(job)
@@ -134,6 +135,19 @@ class _Processes(Pool):
             for process in list((self._pool._processes or {}).values()):
                 process.terminate()
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block; a process that begins in it never gets any.
+
+    A terminal sends it to workers too, which would answer with a traceback as long as they import.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_worker() -> None:

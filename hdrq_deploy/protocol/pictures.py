@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,19 +13,25 @@ from PIL import Image, ImageDraw
 from ..bundle import Bundle
 from ..calibration_data.street import Scenes
 from ..errors import DataError
-from ..files import write_bytes
 from ..runtime.accuracy import accuracy
-from ..runtime.pictures import in_colours
+from ..runtime.pictures import in_colours, write_picture
 from .cells import engine_of, labelled_set
 from .grid import Grid, Merge, bundle_path
 
-__all__ = ["draw"]
+__all__ = ["SCENES", "draw", "picture_name"]
 
 Array = npt.NDArray[Any]
 _GAP, _TITLE = 4, 14
+# Drawn of every domain.
+SCENES = 2
 
 
-def draw(grid: Grid, out: Path, bits: str, scenes: int = 2) -> list[Path]:
+def picture_name(domain: str, number: int) -> str:
+    """Where a picture goes, in the folder of a run."""
+    return f"pictures/{domain}-{number}.png"
+
+
+def draw(grid: Grid, out: Path, bits: str, scenes: int = SCENES) -> list[Path]:
     """``OUT/pictures/DOMAIN-NUMBER.png``: image, labels, float merged, merged at ``bits``.
 
     Args:
@@ -45,11 +50,8 @@ def draw(grid: Grid, out: Path, bits: str, scenes: int = 2) -> list[Path]:
         _run(grid, bundle, title, scenes, shown)
     files = []
     for (domain, number), parts in shown.items():
-        file = out / "pictures" / f"{domain}-{number}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
-        _beside(parts).save(buffer, "PNG")
-        write_bytes(file, buffer.getvalue())
+        file = out / picture_name(domain, number)
+        write_picture(file, _beside(parts))
         files.append(file)
     return files
 

@@ -12,6 +12,8 @@ from ..calibration_data import digits, streetscape
 from ..calibration_data.decoding import folders_of
 from ..calibration_data.readers import Wanted
 from ..errors import DataError, ModelError
+from ..files import FolderKind, check_output, new_directory, write_record
+from ..kinds import DIGITS, STREETS
 from ..recipe import METHODS
 
 __all__ = [
@@ -19,9 +21,12 @@ __all__ = [
     "SEGMENTATION",
     "Domain",
     "Task",
+    "is_written",
     "made",
+    "made_data",
     "office_home",
     "segmentation",
+    "write_made",
 ]
 
 OFFICE_HOME = ("Art", "Clipart", "Product", "Real World")
@@ -29,6 +34,8 @@ SEGMENTATION = ("cityscapes", "idd", "bdd100k")
 _IMAGENET = Wanted(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 # (height, width) that scenes are measured at: each data set's own shape, as tall as the window.
 _SIZES = {"cityscapes": (1024, 2048), "idd": (1152, 2048), "bdd100k": (1152, 2048)}
+# Said, before there was a record of all files, that the data are whole; they are kept.
+_EARLIER = "written"
 _ENDINGS = (".safetensors", ".pt", ".pth")
 
 
@@ -156,14 +163,16 @@ def segmentation(
 
 
 def made(name: str, out: Path, targets: Sequence[str] = ()) -> Task:
-    """The same protocols on the small data that the project makes, written to ``out/data``.
+    """The same protocols on the small data that the project makes, in ``out/data``.
+
+    :func:`write_made` writes them.
 
     Raises:
         DataError: No such target domain.
         ModelError: scikit-learn, whose digits they are, is not installed.
     """
-    data = out / "data"
-    task = _digits(data / "digits") if name == "office-home" else _streets(data / "streets")
+    folder, _ = made_data(name)
+    task = _digits(out / folder) if name == "office-home" else _streets(out / folder)
     domains = {domain.name: domain for domain in task.domains}
     unknown = [target for target in targets if target not in domains]
     if unknown:
@@ -171,12 +180,44 @@ def made(name: str, out: Path, targets: Sequence[str] = ()) -> Task:
     return replace(task, domains=tuple(domains[name] for name in targets or domains))
 
 
+def made_data(name: str) -> tuple[str, FolderKind]:
+    """Where the data of a protocol lie in the folder of a run, and what they are."""
+    return ("data/digits", DIGITS) if name == "office-home" else ("data/streets", STREETS)
+
+
+def is_written(name: str, out: Path) -> bool:
+    """Whether the data of a protocol lie in the folder of a run already.
+
+    Raises:
+        HdrqError: Something else is there.
+    """
+    folder, kind = made_data(name)
+    if (out / folder / _EARLIER).is_file():
+        return True
+    return (check_output(out / folder, kind, flag="--out") / kind.marker).is_file()
+
+
+def write_made(name: str, out: Path) -> None:
+    """Write what :func:`made` describes, where it is not there yet.
+
+    Raises:
+        HdrqError: Something else is there.
+    """
+    folder, kind = made_data(name)
+    data = out / folder
+    if is_written(name, out):
+        return
+    benchmark: Any = digits if kind is DIGITS else streetscape
+    with new_directory(data, kind, sync=False) as new:
+        benchmark.write(new, benchmark.TARGETS, ("calibration", "test"))
+        write_record(new, kind, {"splits": ["calibration", "test"]})
+
+
 def _digits(data: Path) -> Task:
     from ..calibration_data.make_checkpoints import CHECKPOINTS
 
     if importlib.util.find_spec("sklearn") is None:
         raise ModelError("the digits need scikit-learn: pip install 'hdrq-deploy[demo]'")
-    _write(data, digits, digits.TARGETS)
     return Task(
         "digits",
         "hdrq_deploy.calibration_data.models:resnet14",
@@ -194,7 +235,6 @@ def _digits(data: Path) -> Task:
 def _streets(data: Path) -> Task:
     from ..calibration_data.make_street_checkpoints import CHECKPOINTS
 
-    _write(data, streetscape, streetscape.TARGETS)
     return Task(
         "streetscape",
         "hdrq_deploy.calibration_data.models:streetnet",
@@ -216,13 +256,6 @@ def _made_domain(data: Path, checkpoints: Path, name: str) -> Domain:
     folder = data / name
     weights = checkpoints / f"{name}.safetensors"
     return Domain(name, str(weights), str(folder / "calibration"), str(folder / "test"))
-
-
-def _write(data: Path, benchmark: Any, names: Sequence[str]) -> None:
-    done = data / "written"
-    if not done.exists():
-        benchmark.write(data, tuple(names), ("calibration", "test"))
-        done.touch()
 
 
 def _key(name: str) -> str:

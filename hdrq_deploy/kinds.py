@@ -1,0 +1,212 @@
+"""Every folder and file that a command writes, and how it is told from the user's own.
+
+A folder holds a JSON record that names its kind and its files. A JSON file has a ``kind``; other
+files bear a mark where their format has room for one: a safetensors file in its metadata, a page
+as its generator, a picture as its software, a table in its header line.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from .files import FileKind, FolderKind, read_json
+
+__all__ = [
+    "ADAPTED",
+    "ADAPTING",
+    "ANALYSIS",
+    "BENCH_CSV",
+    "BENCH_HTML",
+    "BENCH_JSON",
+    "BUNDLE",
+    "CELL_INPUTS",
+    "CELL_ROW",
+    "COMPARE_JSON",
+    "DEMO_COMMANDS",
+    "DEMO_HTML",
+    "DEMO_JSON",
+    "DIGITS",
+    "EMITTED",
+    "ENGINE",
+    "MERGED",
+    "PARTIAL",
+    "PICTURE",
+    "PICTURE_MARK",
+    "REPRODUCE_JSON",
+    "REPRODUCE_TABLE",
+    "SENSITIVITY",
+    "STREETS",
+    "TIMING_CACHE",
+    "VERIFY_JSON",
+    "generator",
+    "with_metadata",
+]
+
+_HEAD = 4096
+_LONGEST_HEADER = 100_000_000
+PICTURE_MARK = ("Software", "hdrq-deploy")
+
+BUNDLE = FolderKind("hdrq-bundle")
+ENGINE = FolderKind("hdrq-engine")
+ANALYSIS = FolderKind("hdrq-analysis", "report.json", before=("report.html",))
+SENSITIVITY = FolderKind("hdrq-sensitivity", "sensitivity.json", before=("sensitivity.svg",))
+EMITTED = {
+    target: FolderKind(f"hdrq-emit-{target}", "hdrq-emit.json")
+    for target in ("triton", "deepstream", "ros2")
+}
+# Its blocks come one by one; what a killed process left of one lies beside it.
+PARTIAL = FolderKind(
+    "hdrq-partial",
+    "run.json",
+    keys=frozenset({"model", "method", "fold", "seed", "versions", "wbits", "source_sha256"}),
+    more=r"block-\d{4}\.safetensors|\.(run\.json|block-\d{4}\.safetensors)\.\w{8}",
+)
+DIGITS = FolderKind("hdrq-digits", "hdrq-data.json")
+STREETS = FolderKind("hdrq-streets", "hdrq-data.json")
+
+
+def _json_kind(kind: str, name: str, keys: set[str] | None = None) -> FileKind:
+    """A JSON object of this kind, or several in a list; ``keys`` tell one without a kind."""
+
+    def is_ours(path: Path) -> bool:
+        found = read_json(path)
+        parts = found if isinstance(found, list) else [found]
+        return bool(parts) and all(is_part(part) for part in parts)
+
+    def is_part(part: Any) -> bool:
+        if not isinstance(part, dict):
+            return False
+        if "kind" in part:
+            return bool(part["kind"] == kind)
+        return keys is not None and keys <= set(part)
+
+    return FileKind(name, is_ours)
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_HEAD)
+
+
+def _html_kind(command: str) -> FileKind:
+    mark = generator(command).encode()
+    return FileKind(f"report of {command}", lambda path: mark in _head(path))
+
+
+def _text_kind(pattern: str, name: str) -> FileKind:
+    """A text that begins with a line, or lines, of ours."""
+    begins = re.compile(pattern.encode(), re.DOTALL)
+    return FileKind(name, lambda path: begins.match(_head(path)) is not None)
+
+
+def generator(command: str) -> str:
+    """The mark of an HTML page."""
+    return f'<meta name=generator content="{command}">'
+
+
+def _checkpoint_kind(key: str, name: str) -> FileKind:
+    """A safetensors file whose metadata hold our notes under ``key``."""
+
+    def is_ours(path: Path) -> bool:
+        try:
+            notes = json.loads(_metadata(path).get(key, "null"))
+        except (ValueError, TypeError):
+            return False
+        return isinstance(notes, dict) and "method" in notes
+
+    return FileKind(name, is_ours)
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """Metadata of a safetensors file; nothing where it is none."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
+            return {}
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError):
+            return {}
+    found = header.get("__metadata__") if isinstance(header, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def with_metadata(start: bytes, key: str, notes: dict[str, Any]) -> bytes:
+    """Length and header of a safetensors file, with our notes in its metadata.
+
+    Args:
+        start: The first bytes of a file, up to its data.
+        key: ``merged`` or ``adapted``; notes of the other kind are taken out.
+        notes: Plain data for JSON; ``method`` is one of the keys.
+    """
+    header = json.loads(start[8:])
+    old = header.pop("__metadata__", None) or {}
+    kept = {name: text for name, text in old.items() if name not in {"merged", "adapted"}}
+    metadata = dict(sorted({**kept, key: json.dumps(notes)}.items()))
+    text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
+    return struct.pack("<Q", len(text)) + text
+
+
+def _is_adapting(path: Path) -> bool:
+    """An adaptation that has not ended: torch's archive of our four entries; never unpickled."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (n for n in archive.namelist() if n.endswith("data.pkl"))
+            with archive.open(name) as file:
+                text = file.read(1 << 16)
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError):
+        return False
+    return all(key in text for key in (b"run", b"epoch", b"source_sha256", b"data_sha256"))
+
+
+def _is_picture(path: Path) -> bool:
+    key, value = PICTURE_MARK
+    head = _head(path)
+    return head.startswith(b"\x89PNG") and f"tEXt{key}\0{value}".encode() in head
+
+
+def _is_timing_cache(path: Path) -> bool:
+    """TensorRT's archives begin with four letters of which three are trt; an empty file is new."""
+    head = _head(path)
+    return not head or head[1:4] == b"trt"
+
+
+ADAPTED = _checkpoint_kind("adapted", "checkpoint of hdrq adapt")
+MERGED = _checkpoint_kind("merged", "checkpoint of hdrq-merge")
+ADAPTING = FileKind("unfinished adaptation", _is_adapting)
+BENCH_JSON = _json_kind("hdrq-bench", "result of hdrq-bench")
+BENCH_CSV = _text_kind(
+    r"name,path,engine,device,scenario,batch,[^\n]*,joules_per_call,precision,marks\r?\n",
+    "table of hdrq-bench",
+)
+BENCH_HTML = _html_kind("hdrq-bench")
+COMPARE_JSON = _json_kind("hdrq-compare", "result of hdrq compare")
+VERIFY_JSON = _json_kind("hdrq-verify", "result of hdrq-verify")
+DEMO_HTML = _html_kind("hdrq demo")
+DEMO_JSON = _json_kind("hdrq-demo", "result of hdrq demo", {"rows", "trt_rtx", "parity", "iters"})
+DEMO_COMMANDS = _text_kind(
+    r"#!/bin/sh\n# The commands of this demonstration\.\n", "script of hdrq demo"
+)
+REPRODUCE_JSON = _json_kind(
+    "hdrq-reproduce", "result of hdrq reproduce", {"protocol", "task", "model", "rows"}
+)
+REPRODUCE_TABLE = _text_kind(
+    r"\| setting \| method \| bits \| single \| merge \|[^\n]*\| merged \| published \|\n",
+    "table of hdrq reproduce",
+)
+CELL_ROW = _json_kind(
+    "hdrq-row", "row of hdrq reproduce", {"cell", "bundle", "tests", "metric", "domains"}
+)
+CELL_INPUTS = _json_kind(
+    "hdrq-inputs", "record of a calibration", {"model", "domain", "options", "wanted", "data"}
+)
+PICTURE = FileKind("picture of ours", _is_picture)
+TIMING_CACHE = FileKind("timing cache of TensorRT", _is_timing_cache)
