@@ -142,7 +142,7 @@ class Pools(nn.Module):
         self.bilinear, self.fc = nn.Bilinear(8, 8, 6), nn.Linear(6, 4)
 
     def forward(self, x):
-        x = F.relu(self.conv(x))
+        x = torch.clamp(self.conv(x), 0.05, 6)
         y = self.max(self.even(x)) + self.odd(x).mean((2, 3), True) + self.up(x).amax((2, 3), True)
         rows = self.top(self.line(x.flatten(2))).mean(2)
         return self.fc(self.bilinear(y.mean((2, 3)), rows))

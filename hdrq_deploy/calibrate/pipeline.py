@@ -421,7 +421,8 @@ def _parity(
     written = GraphTap(model, {WEIGHTS: weights}, "written graph", [row.node for row in layers])
     steps = {a.scale: float(made.tensors[a.scale]) for a in activations}
     learned = TorchTap(made.module.cpu(), steps, layers)
-    batches = list(in_batches(rows, rows_at_once(rows.shape[1:])))
+    # One image first: some operators of PyTorch and ONNX differ at batch 1 only.
+    batches = [rows[:1], *in_batches(rows[1:], rows_at_once(rows.shape[1:]))]
     stage = difference(learned, written, lambda: zip(batches, batches, strict=True), how)
     check([stage], Tolerances())
     result = {
