@@ -119,16 +119,16 @@ def lower_ort(model: ir.Model, exact: bool = True) -> ir.Model:
         exact: Keep that Clip where 8-bit codes of a tensor that is never negative end at
             127. Otherwise they go on to 255 at the same step: less saturates.
     """
-    shift = {name: _spare_bits(codes) for name, codes in _codes(model).items()}
+    weights = _weights(model)
+    shift = {str(codes.name): _spare_bits(array(codes).astype(np.int64)) for codes in weights}
     _fit_biases(model, shift)
     for q in list(quantizers(model)):
         if not q.unsigned:
             _to_unsigned(model, q, exact)
-    for dequantize in weight_dequantizers(model):
-        if in_blocks(dequantize):  # MatMulNBits takes it as it is
-            continue
-        _widen_weight(model, dequantize, shift)
-        _zero_point(model, dequantize)
+    for codes, dequantizers in weights.items():
+        _widen_weight(model, codes, dequantizers, shift[str(codes.name)])
+        for dequantize in dequantizers:
+            _zero_point(model, dequantize)
     for node in list(model.graph):
         if node.op_type in {"Conv", "Gemm", "MatMul"}:
             _requantize_operands(model, node)
@@ -206,10 +206,14 @@ def _absorb_clamp(clamp: ir.Node, q: Quantizer, zero: int, lo: int, hi: int) -> 
     return lo, hi
 
 
-def _codes(model: ir.Model) -> dict[str, npt.NDArray[np.int64]]:
-    """The codes of every weight, by name."""
-    found = (d.inputs[0] for d in weight_dequantizers(model) if not in_blocks(d))
-    return {str(value.name): array(value).astype(np.int64) for value in found if value is not None}
+def _weights(model: ir.Model) -> dict[ir.Value, list[ir.Node]]:
+    """The codes of every weight, and the DequantizeLinear nodes that read them, in graph order."""
+    found: dict[ir.Value, list[ir.Node]] = {}
+    for dequantize in weight_dequantizers(model):
+        codes = dequantize.inputs[0]
+        if codes is not None and not in_blocks(dequantize):  # MatMulNBits takes those as they are
+            found.setdefault(codes, []).append(dequantize)
+    return found
 
 
 def _fit_biases(model: ir.Model, shift: Mapping[str, int]) -> None:
@@ -246,20 +250,20 @@ def _fit_biases(model: ir.Model, shift: Mapping[str, int]) -> None:
                 use.node.attributes["axis"] = ir.AttrInt64("axis", site.axis)
 
 
-def _widen_weight(model: ir.Model, dequantize: ir.Node, shifts: Mapping[str, int]) -> None:
+def _widen_weight(
+    model: ir.Model, codes: ir.Value, dequantizers: list[ir.Node], shift: int
+) -> None:
     """Codes of b < 8 bits times 2^(8-b), the step divided by as much: the same real values.
 
     ONNX Runtime rounds every bias to s_x * s_w, which is coarse for few bits; this makes it
     finer. INT4 initializers stay packed in the file: Cast, Mul and Cast are folded at load.
     """
-    codes = dequantize.inputs[0]
-    assert codes is not None
     values = array(codes).astype(np.int64)
-    shift = shifts[str(codes.name)]
     if shift:
-        scale = array(dequantize.inputs[1]) / np.float32(1 << shift)
+        scale = array(dequantizers[0].inputs[1]) / np.float32(1 << shift)
         finer = constant(model, f"{codes.name}/step", scale.astype(np.float32))
-        dequantize.replace_input_with(1, finer)
+        for dequantize in dequantizers:
+            dequantize.replace_input_with(1, finer)
     if codes.dtype != ir.DataType.INT4:
         codes.const_value = ir.tensor((values << shift).astype(np.int8), name=codes.name)
         return
@@ -271,11 +275,12 @@ def _widen_weight(model: ir.Model, dequantize: ir.Node, shifts: Mapping[str, int
     )
     kinds = (ir.DataType.INT32, ir.DataType.INT32, ir.DataType.INT8)
     for part, kind in zip(parts, kinds, strict=True):
-        insert(model, dequantize, part)
+        insert(model, dequantizers[0], part)
         part.outputs[0].name = f"{part.name}/out"
         part.outputs[0].dtype, part.outputs[0].shape = kind, codes.shape
     parts[-1].outputs[0].name = f"{codes.name}_int8"
-    dequantize.replace_input_with(0, parts[-1].outputs[0])
+    for dequantize in dequantizers:
+        dequantize.replace_input_with(0, parts[-1].outputs[0])
 
 
 def _spare_bits(codes: npt.NDArray[np.int64]) -> int:
@@ -353,8 +358,8 @@ def _integer_bias(model: ir.Model, node: ir.Node) -> None:
     codes = codes.astype(np.int32)
     uniform = scales[1].ndim == 0
     inputs = [
-        constant(model, f"{bias.name}_codes", codes),
-        constant(model, f"{bias.name}_scale", step[0].reshape(()) if uniform else step),
+        constant(model, f"{node.name}/bias_codes", codes),
+        constant(model, f"{node.name}/bias_scale", step[0].reshape(()) if uniform else step),
     ]
     dequantize = ir.node(
         "DequantizeLinear",

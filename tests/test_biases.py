@@ -453,3 +453,30 @@ def test_the_report_says_what_a_layer_was_fused_to() -> None:
     graph = ir.Graph([], gemm.outputs, nodes=[gemm], opset_imports={"": 21})
     (found,) = explain(report, ir.Model(graph, ir_version=10)).layers
     assert "fused it with what reads its output (FusedGemm)" in found.reason
+
+
+class Twice(nn.Module):
+    """One layer applied to two tensors of different range, and a convolution likewise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+        self.shared, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.stem(x))
+        y = F.relu(self.conv(F.relu(self.conv(y)) * 3)).mean((2, 3))
+        return self.head(F.relu(self.shared(F.relu(self.shared(y)) * 5)))
+
+
+@pytest.mark.parametrize("wbits", [8, 5, 4])
+def test_a_layer_that_is_applied_twice_is_lowered_once(
+    made: Make, tmp_path: Path, wbits: int
+) -> None:
+    MODELS["Twice"] = Twice
+    bundle = made("Twice", wbits=wbits, per_channel=True)
+    engine = export(bundle, tmp_path / "engine", "ort") / "model.onnx"
+    x = images("Twice")
+    graph = outputs(bundle.path / GRAPH, x, fused=False)
+    assert decibels(truth("Twice", x), graph) > (25 if wbits == 8 else 5)
+    assert decibels(graph, outputs(engine, x)) > 45
