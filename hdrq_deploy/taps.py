@@ -129,7 +129,7 @@ class GraphTap:
         self.half = onnx.TensorProto.FLOAT16 in kinds
         self.in_blocks = any(
             node.op_type == "DequantizeLinear"
-            and any(a.name == "block_size" for a in node.attribute)
+            and any(a.name == "block_size" and a.i > 0 for a in node.attribute)
             for node in graph.node
         )
         self.bias_steps: dict[str, Array] = {}

@@ -68,6 +68,7 @@ class Fidelity:
         by_channel: See ``real``.
         tie: Distance from a tie, in steps, below which a code may fall to either side, and
         tie_relative: what the largest value of the tensor adds to it, over that value.
+        codes: Relative RMS of a tensor's codes below which their differences need no tie.
         output: Relative RMS of the output computed from equal codes.
         kernel: The second stage rounds biases as integer kernels do.
         widened: The second stage's codes go on beyond the first's on purpose.
@@ -77,13 +78,15 @@ class Fidelity:
     by_channel: bool = True
     tie: float = 1e-3
     tie_relative: float = 1e-5
+    codes: float = 0.0
     output: float = 1e-3
     kernel: bool = False
     widened: bool = False
 
 
 EXACT = Fidelity()
-HALF = Fidelity(real=5e-3, by_channel=False, tie=0.02, tie_relative=4e-3, output=1e-2)
+# Half precision keeps 11 bits, and loses some of them wherever values cancel.
+HALF = Fidelity(real=5e-3, by_channel=False, tie=0.02, tie_relative=4e-3, codes=5e-3, output=1e-2)
 KERNEL = Fidelity(kernel=True)
 
 
@@ -552,6 +555,8 @@ class _Steps:
             if sums is None or not sums.count:
                 continue
             if name in self._how.ranges:
+                if 0 < sums.noise <= self._how.fidelity.codes**2 * sums.signal:
+                    sums.ties, sums.wrong = sums.ties + sums.wrong, 0
                 decibels = _decibels(sums.signal, sums.noise)
                 share = sums.off / sums.count
                 stage.tensors.append(
@@ -670,7 +675,7 @@ def check(
         CheckFailed: Names the stages, what was found, and where they part.
     """
     for stage in stages:
-        part = stage.first_difference or next((s.module for s in stage.layers if s.wrong), None)
+        part = _parts_at(stage)
         where = f"; they part at {part}" if part else ""
         if stage.failure:
             raise CheckFailed(f"{stage.failure} ({stage.name}){where}; export again")
@@ -689,6 +694,12 @@ def check(
                 f"({stage.name}){where}; needed at most {flips:.2%}: export again, or raise "
                 "--max-flips"
             )
+
+
+def _parts_at(stage: Stage) -> str | None:
+    """The first activation that is wrong, else the first wrong layer, else the first tie."""
+    wrong = (found.module for found in (*stage.tensors, *stage.layers) if found.wrong)
+    return next(wrong, stage.first_difference)
 
 
 def _first(given: float | None, otherwise: float) -> float:
