@@ -138,7 +138,7 @@ def bundle_tap(
 def file_tap(path: Path, name: str, nodes: Sequence[str], fused: bool = False) -> GraphTap:
     """A lowered graph on the disk, as written or, ``fused``, as an engine runs it."""
     model = onnx.load(str(path), load_external_data=False)
-    options = session_options(0) if fused else None
+    options = session_options(0, spin=False) if fused else None
     return GraphTap(model, outside(model, path.parent), name, nodes, options)
 
 
@@ -311,7 +311,7 @@ class Comparison:
 
 def ort_engine(path: Path) -> EngineTap:
     """A lowered graph as an engine on ONNX Runtime's CPU runs it."""
-    session = open_session(path, session_options(0))
+    session = open_session(path, session_options(0, spin=False))
     port = session.get_inputs()[0].name
 
     def call(x: Array) -> Array:

@@ -70,12 +70,20 @@ def open_session(
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def session_options(threads: int) -> onnxruntime.SessionOptions:
-    """ONNX Runtime's options for an engine on the CPU."""
+def session_options(threads: int, spin: bool = True) -> onnxruntime.SessionOptions:
+    """ONNX Runtime's options for an engine on the CPU.
+
+    Args:
+        threads: Threads inside an operator; 0, one per core.
+        spin: Idle threads spin for a while, which is faster where the engine has its cores to
+            itself; a session that is only checked leaves them to others.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if saturates(Path("/proc/cpuinfo")):
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from ..errors import HdrqError
 from ..files import environment_error
+from ..waiting import shorten_idle_spinning
 
 __all__ = ["Parser", "importing", "run", "shortened"]
 
@@ -227,6 +228,7 @@ def run(command: str, body: Callable[[], int], stopped: str = "nothing was writt
     global _running
     if _running:  # a step of another command, which reports
         return body()
+    shorten_idle_spinning()
     interrupt, terminate = _Raise(KeyboardInterrupt), _Raise(_Stopped)
     handlers = {signal.SIGTERM: terminate}
     if _is_free(signal.SIGINT):
