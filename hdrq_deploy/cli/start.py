@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from ..errors import HdrqError
 from ..files import environment_error
+from ..notes import notes_of
 from ..waiting import shorten_idle_spinning
 
 __all__ = ["Parser", "importing", "run", "shortened"]
@@ -235,7 +236,7 @@ def run(command: str, body: Callable[[], int], stopped: str = "nothing was writt
         handlers[signal.SIGINT] = interrupt
     _running = True
     try:
-        with _handled(handlers), _streams():  # type: ignore[arg-type]
+        with _handled(handlers), _streams(), notes_of(command):  # type: ignore[arg-type]
             try:
                 code = body()
                 _flush()

@@ -27,6 +27,7 @@ from typing import Any
 
 from ..errors import HdrqError
 from ..files import write_bytes
+from ..notes import show_notes
 from ..reference import session_threads
 from ..waiting import shorten_idle_spinning
 
@@ -152,8 +153,9 @@ def _no_interrupt() -> Iterator[None]:
 
 
 def _begin_worker() -> None:
-    """In a new process: how its threads wait, and how it ends."""
+    """In a new process: how its threads wait, where its notes go, and how it ends."""
     shorten_idle_spinning()
+    show_notes("hdrq")
     # Ctrl-C is for the process that waits for the workers; it ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _unwind)
