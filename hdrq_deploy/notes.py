@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .errors import one_line
+
 __all__ = ["notes_of", "show_notes"]
 
 
@@ -22,7 +24,7 @@ class _Notes(logging.Handler):
         self._command = command
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = " ".join(record.getMessage().split())
+        line = one_line(record.getMessage())
         print(f"{self._command}: {line}", file=sys.stderr, flush=True)
 
 

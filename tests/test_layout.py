@@ -22,8 +22,8 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 LAYERS = [  # low to high; the members of one layer are siblings and do not import each other
-    {"errors", "callable", "notes", "waiting"},
-    {"spec", "files", "fold", "recipe"},
+    {"errors", "callable", "waiting"},
+    {"spec", "files", "fold", "notes", "onnxfile", "recipe"},
     {"affine", "manifest", "reference", "surgery"},
     {"biases", "bundle", "frames", "taps"},
     {"calibration_data", "checkpoints", "verification"},

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from ..errors import HdrqError
+from ..errors import HdrqError, one_line
 from ..files import environment_error
 from ..notes import notes_of
 from ..waiting import shorten_idle_spinning
@@ -252,7 +252,7 @@ def run(command: str, body: Callable[[], int], stopped: str = "nothing was writt
                 line = _line(error)
                 if line is None:
                     raise
-                _say(f"{command}: {' '.join(line.split())}")
+                _say(f"{command}: {one_line(line)}")
                 return error.exit_code if isinstance(error, HdrqError) else HdrqError.exit_code
     finally:
         _running = False
