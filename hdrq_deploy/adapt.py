@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -294,7 +295,9 @@ def _kept(partial: Path, device: torch.device) -> dict[str, Any]:
         ModelError: The file is not whole.
     """
     try:
-        kept = torch.load(partial, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a damaged file; the error says it
+            kept = torch.load(partial, map_location=device, weights_only=True)
         if not isinstance(kept, dict) or set(kept) != {"run", "epoch", "model", "optimizer"}:
             raise ValueError(f"a {type(kept).__name__} of other content")
     except Exception as error:  # a damaged pickle may raise anything

@@ -146,7 +146,7 @@ def _span(name: str, entry: Any, start: int) -> Span:
         isinstance(part, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in part)
         for part in (shape, offsets)
     )
-    if not whole or len(offsets) != 2 or dtype not in _SIZES:
+    if not whole or len(offsets) != 2 or str(dtype) not in _SIZES:
         raise ValueError(
             f"{name!r} of dtype {str(dtype)[:40]!r}, or a shape or offsets that are none"
         )
@@ -415,10 +415,8 @@ class Bundle:
             )
 
     def _check_graph(self, spans: Mapping[str, Span]) -> None:
-        model = self.graph()
         try:
-            onnxfile.check_graph(model)
-            onnxfile.check_outside(model, self.path, {WEIGHTS})
+            model = onnxfile.checked(self.path / GRAPH, {WEIGHTS})
             external = {i.name: i for i in model.graph.initializer if i.external_data}
             self._check_same(set(external), self.manifest.graph_tensors, GRAPH)
             for name, initializer in external.items():

@@ -17,7 +17,16 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["check_graph", "check_outside", "load_ir", "number", "parse", "pointer", "tensors_of"]
+__all__ = [
+    "check_graph",
+    "check_outside",
+    "checked",
+    "load_ir",
+    "number",
+    "parse",
+    "pointer",
+    "tensors_of",
+]
 
 _KEYS = {"location", "offset", "length", "checksum"}
 
@@ -37,6 +46,27 @@ def parse(path: Path) -> onnx.ModelProto:
     if not model.graph.node or len(model.graph.input) != 1 or len(model.graph.output) != 1:
         found = f"{len(model.graph.input)} inputs, {len(model.graph.output)} outputs"
         raise ValueError(f"it is no network of one input and one output ({found})")
+    return model
+
+
+def checked(path: Path, files: Collection[str]) -> onnx.ModelProto:
+    """The graph, whole and consistent, its data in ``files`` beside it.
+
+    Args:
+        path: ONNX file.
+        files: Names of files in its folder that may hold data of tensors.
+
+    Raises:
+        ValueError: Says what is wrong with it.
+    """
+    model = parse(path)
+    check_graph(model)
+    check_outside(model, path.parent, files)
+    try:
+        onnx.checker.check_model(str(path))
+    except (onnx.checker.ValidationError, RuntimeError) as error:
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"it breaks a rule of ONNX ({text[0][:200]})") from error
     return model
 
 

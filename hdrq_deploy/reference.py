@@ -115,7 +115,7 @@ def session_options(threads: int, spin: bool = True) -> onnxruntime.SessionOptio
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # an exception says it too, in one line
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if saturates(Path("/proc/cpuinfo")):

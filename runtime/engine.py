@@ -450,9 +450,7 @@ def _check_graph(folder: Path, manifest: EngineManifest) -> None:
             if manifest.engine in LIBRARIES:  # a plan is all that it runs
                 return
             raise ValueError("the manifest names no such file")
-        model = onnxfile.parse(file)
-        onnxfile.check_graph(model)
-        onnxfile.check_outside(model, folder, set(manifest.files) & {DATA})
+        model = onnxfile.checked(file, set(manifest.files) & {DATA})
         given = [v.name for v in model.graph.input], [v.name for v in model.graph.output]
         named = [p.name for p in manifest.inputs], [p.name for p in manifest.outputs]
         if given != named:

@@ -607,7 +607,8 @@ def engine(trial: Trial) -> list[list[str]]:
     )
     trial.change(path, name, how)
     # An export over what is there may take it for its own or build it again.
-    again = ["hdrq-export", str(trial.base / "a.hdrq"), "--engine", path.name, "-o", str(path)]
+    source = str(trial.base / ("a.hdrq" if path.name == "ort" else "c.hdrq"))
+    again = ["hdrq-export", source, "--engine", path.name, "-o", str(path)]
     bench = ["hdrq-bench", str(path), "--iterations", "2", "--warmup", "0", "--threads", "1"]
     if name == "precision.json" or rng.random() < 0.1:
         trial.must_fail = False
@@ -617,7 +618,7 @@ def engine(trial: Trial) -> list[list[str]]:
             bench,
             [*bench, "--data", f"night={trial.base / 'data.npz'}"],
             ["hdrq-verify", str(path)],
-            ["hdrq-verify", str(trial.base / "a.hdrq"), str(path), "--no-torch"],
+            ["hdrq-verify", source, str(path), "--no-torch"],
             ["hdrq emit", "triton", str(path), "-o", str(trial.work / "out")],
         )
     )

@@ -41,8 +41,9 @@ def valid(make: Any, work: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         state = load_file(work / f"Tiny-{domain}.safetensors")
         shutil.copy(work / f"Tiny-{domain}.safetensors", folder / f"{name}.safetensors")
         torch.save({"state_dict": state, "epoch": 3}, folder / f"{name}.pt")
-    for name in ("ort", "onnx"):
-        export(folder / "a.hdrq", folder / name, name)
+    shutil.copytree(make("Attention").path, folder / "c.hdrq")
+    for name, source in (("ort", "a.hdrq"), ("onnx", "c.hdrq")):
+        export(folder / source, folder / name, name)
     for name, version in (("trt", (10, 3, 0, 0)), ("trt-rtx", (1, 7, 1, 0))):
         shutil.copytree(folder / "onnx", folder / name)
         (folder / name / "model.plan").write_bytes(
