@@ -35,7 +35,7 @@ from .ports import shape_ports
 from .reasons import explain
 from .weights_only import keep_float, weights_only
 
-__all__ = ["ENGINES", "export", "lowered", "port_of", "ports", "read_precision"]
+__all__ = ["ENGINES", "export", "lowered", "port_of", "ports"]
 
 ENGINES = ("ort", "onnx", "trt", "trt-rtx")
 MANIFEST, MODEL, PLAN, PRECISION = "manifest.json", "model.onnx", "model.plan", "precision.json"
@@ -362,23 +362,6 @@ def _manifest(
         versions={name: str(ingredients[name]) for name in versions if name in ingredients},
         files={f.name: FileRecord(bytes=f.stat().st_size, sha256=sha256_file(f)) for f in files},
     )
-
-
-def read_precision(folder: Path) -> PrecisionReport:
-    """``precision.json`` of an engine folder.
-
-    Raises:
-        ExportError: It is none.
-    """
-    file = folder / PRECISION
-    try:
-        return PrecisionReport.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
-        text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
-        raise ExportError(
-            f"{file}: not what an export says of its layers ({str(text).lower()}); export again "
-            "with --force"
-        ) from error
 
 
 def ports(folder: Path) -> dict[str, tuple[int | str, ...]]:

@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from .bundle import GRAPH, WEIGHTS, Bundle, serialize
+from .bundle import WEIGHTS, Bundle, serialize
 from .errors import CheckFailed
 from .frames import in_batches, pixels
 from .manifest import EngineManifest, PrecisionReport, Preprocessing
@@ -115,7 +115,7 @@ def bundle_tap(
             else {WEIGHTS: serialize(tensors, bundle.manifest.tensors)}  # of the same layout
         )
         return GraphTap(model, data, "bundle", nodes, postprocess=postprocess)
-    graph = ir.load(bundle.path / GRAPH)
+    graph = bundle.graph_ir()
     if tensors is None:
         ir.external_data.load_to_model(graph)
     else:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .errors import BundleError, HdrqError
+from .errors import BundleError, EngineError, HdrqError
 from .spec import QuantSpec
 
 __all__ = [
@@ -361,6 +362,21 @@ class PrecisionReport(_Frozen):
     source: str
     summary: str
     layers: tuple[LayerPrecision, ...]
+
+    @classmethod
+    def read(cls, file: Path) -> PrecisionReport:
+        """``precision.json`` as an export wrote it.
+
+        Raises:
+            EngineError: It is none.
+        """
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except (OSError, ValidationError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise EngineError(
+                f"{file}: not what an export says of its layers ({text}); export again with --force"
+            ) from error
 
     @property
     def lost(self) -> tuple[LayerPrecision, ...]:

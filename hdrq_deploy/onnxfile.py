@@ -162,14 +162,26 @@ def number(text: str, default: int) -> int:
     return int(text)
 
 
+def _check_inside(tensor: onnx.TensorProto) -> None:
+    """Values inside of the graph are as many as the shape says, and of a type that there is."""
+    try:
+        onnx.numpy_helper.to_array(tensor)
+    except (ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"the values of {tensor.name!r} are none of its type and shape ({text})"
+        ) from error
+
+
 def check_outside(model: onnx.ModelProto, folder: Path, files: Collection[str]) -> None:
-    """Data outside of the graph lie in one of ``files``, wholly.
+    """Every tensor has its values: inside, or wholly in one of ``files``.
 
     Raises:
         ValueError: Names the first tensor whose data do not.
     """
     for tensor in tensors_of(model):
         if tensor.data_location != onnx.TensorProto.EXTERNAL and not tensor.external_data:
+            _check_inside(tensor)
             continue
         place = pointer(tensor)
         location = place.get("location", "")

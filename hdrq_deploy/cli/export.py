@@ -13,7 +13,7 @@ with importing("hdrq-export"):
     from rich.table import Table
 
     from ..exporters import ENGINES, BuildOptions, GraphOptions, export, parse_shapes
-    from ..exporters.export import MODEL, PLAN, ports, read_precision
+    from ..exporters.export import MODEL, PLAN, PRECISION, ports
     from ..exporters.options import trtexec
     from ..files import check_outputs, check_scratch
     from ..kinds import ENGINE, TIMING_CACHE
@@ -179,7 +179,7 @@ def _export(args: argparse.Namespace) -> int:
             only_graph=args.no_build,
             progress=progress,
         )
-    report = read_precision(path)
+    report = PrecisionReport.read(path / PRECISION)
     show(report, args.layers)
     print(f"{path}: {report.summary}")
     if args.print_trtexec and args.engine.startswith("trt"):

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
 from ..affine import along, dequantize
 from ..biases import bias_sites, fitted, shifts
-from ..bundle import GRAPH, Bundle
+from ..bundle import Bundle
 from ..errors import MergeError
 from ..files import check_output
 from ..fold import graph_tensors
@@ -125,7 +124,7 @@ class Merger:
         self.rounding, self.candidates, self.seed = rounding, candidates, seed
         entries = self.parents[0].manifest.tensors
         self.code_names = sorted(n for n, entry in entries.items() if entry.role == "codes")
-        self._sites = bias_sites(ir.load(self.parents[0].path / GRAPH))
+        self._sites = bias_sites(self.parents[0].graph_ir())
 
     def check_weights(self, weights: Sequence[float] | None) -> list[float]:
         """See :func:`check_mix`."""

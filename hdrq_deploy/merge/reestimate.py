@@ -97,7 +97,7 @@ def moved(
     before = _activation_steps(bundle, tensors, x, seed)
     for name, step in _activation_steps(bundle, result, x, seed).items():
         result[name] = (tensors[name] * (step / before[name])).astype(np.float32)
-    sites = bias_sites(ir.load(bundle.path / GRAPH))
+    sites = bias_sites(bundle.graph_ir())
     manifest = bundle.manifest
     return result | fitted(result, sites, shifts(manifest.tensors), manifest.folds)
 
