@@ -30,6 +30,7 @@ from .compute import to_fp16
 from .lint import lint
 from .lowering import lower_ort, lower_portable
 from .options import BuildOptions, GraphOptions, profile
+from .patterns import check_patterns
 from .ports import shape_ports
 from .reasons import explain
 from .weights_only import keep_float, weights_only
@@ -66,7 +67,7 @@ def export(
             ``precision.json`` and, for TensorRT, ``model.plan``.
         engine: One of ``ENGINES``.
         batches: Smallest, best and largest batch of a TensorRT engine; ``build`` wins.
-        allow_float: Patterns (fnmatch) of layers that may run in float.
+        allow_float: Patterns (fnmatch) of layers that may run in float; each names one at least.
         options: Of the graph.
         build: Of the builder.
         force: Build again what is there.
@@ -87,6 +88,9 @@ def export(
     build = build or BuildOptions(batches=batches)
     build.check()
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    asked = bundle.manifest.layers
+    named = [*(layer.module for layer in asked), *(layer.node for layer in asked)]
+    check_patterns("--allow-float", allow_float, named)
     target = check_output(output, ENGINE, [bundle.path])
     ingredients = _ingredients(bundle, engine, options, build, allow_float, only_graph)
     if not force and _is_fresh(target, ingredients, say):

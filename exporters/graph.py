@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
 
-from ..bundle import GRAPH, Bundle
+from ..bundle import Bundle
 from ..errors import ExportError
 from ..surgery import distinct_names
 
@@ -43,7 +43,7 @@ def load(bundle: Bundle, tensors: Mapping[str, npt.NDArray[Any]] | None = None) 
         bundle: Gives the graph.
         tensors: Taken in place of the bundle's own, codes unpacked.
     """
-    model = ir.load(bundle.path / GRAPH)
+    model = bundle.graph_ir()
     if tensors is None:
         ir.external_data.load_to_model(model)
     else:

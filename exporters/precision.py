@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import re
 from collections import Counter
@@ -16,6 +15,7 @@ import onnxruntime
 from ..errors import CheckFailed
 from ..files import scratch_folder
 from ..manifest import Layer, LayerPrecision, PrecisionReport
+from .patterns import named
 
 __all__ = ["check", "from_ort", "from_trt_log", "requested_only"]
 
@@ -206,9 +206,7 @@ def check(report: PrecisionReport, allowed: Sequence[str]) -> None:
         CheckFailed: Names the first such layer and what the engine does instead.
     """
     lost = [
-        row
-        for row in report.lost
-        if not any(fnmatch.fnmatch(row.module, p) or fnmatch.fnmatch(row.node, p) for p in allowed)
+        row for row in report.lost if not (named(row.module, allowed) or named(row.node, allowed))
     ]
     if lost:
         first = lost[0]

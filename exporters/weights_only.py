@@ -7,17 +7,16 @@ is the same number, so the bundle needs no other calibration.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from ..affine import along, dequantize
-from ..errors import ExportError
 from ..manifest import Layer
 from ..surgery import constant, free_operand, quantize_only, weight_dequantizer
 from .graph import array, drop_unused, insert
+from .patterns import check_patterns, named
 
 __all__ = ["BLOCKS", "keep_float", "weights_only"]
 
@@ -45,15 +44,13 @@ def weights_only(model: ir.Model, layers: Sequence[Layer], patterns: Sequence[st
         for layer in layers
         if layer.op in {"Gemm", "MatMul"} and layer.weight and (layer.weight_bits or 8) <= 4
     }
-    for pattern in patterns:
-        if not any(fnmatch.fnmatch(layer.module, pattern) for layer in able.values()):
-            raise ExportError(
-                f"found no linear layer with weights of 4 bits or fewer that {pattern!r} names "
-                f"among {len(layers)} layers; calibrate with --wbits 4, or give another pattern"
-            )
+    modules = [layer.module for layer in able.values()]
+    check_patterns(
+        "--weights-only", patterns, modules, "linear layer with weights of 4 bits or fewer"
+    )
     result = []
     for layer in layers:
-        chosen = layer.node in able and any(fnmatch.fnmatch(layer.module, p) for p in patterns)
+        chosen = layer.node in able and named(layer.module, patterns)
         if chosen and _rewrite(model, nodes[layer.node]):
             layer = layer.model_copy(update={"requested": "int4", "activation_bits": ()})
         result.append(layer)
@@ -73,15 +70,10 @@ def keep_float(model: ir.Model, layers: Sequence[Layer], patterns: Sequence[str]
         ExportError: A pattern names no layer.
     """
     nodes = {node.name: node for node in model.graph}
-    for pattern in patterns:
-        if not any(fnmatch.fnmatch(layer.module, pattern) for layer in layers):
-            raise ExportError(
-                f"found no layer that {pattern!r} names among {len(layers)}; 'hdrq inspect' lists "
-                "their module paths"
-            )
+    check_patterns("--keep-float", patterns, [layer.module for layer in layers])
     result = []
     for layer in layers:
-        if layer.requested == "int8" and any(fnmatch.fnmatch(layer.module, p) for p in patterns):
+        if layer.requested == "int8" and named(layer.module, patterns):
             if layer.weight:
                 _settle_weight(model, nodes[layer.node])
             layer = layer.model_copy(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -187,7 +188,7 @@ class _Run:
         run = {"seed": self.seed, **origin, **{k: str(v) for k, v in self.notes.items()}}
         begin = 0
         if resume and partial.is_file():
-            kept = torch.load(partial, map_location=self.device, weights_only=True)
+            kept = _kept(partial, self.device)
             if kept["run"] != run:
                 raise SpecError(
                     f"{partial}: found a run of other options, images or checkpoint; repeat them, "
@@ -285,6 +286,28 @@ class _Run:
     def _batches(self) -> Iterator[Tensor]:
         for part in self.x.split(self.recipe.batch):  # type: ignore[no-untyped-call]
             yield self._scores(part.to(self.device)).cpu()
+
+
+def _kept(partial: Path, device: torch.device) -> dict[str, Any]:
+    """What a stopped run has kept.
+
+    Raises:
+        ModelError: The file is not whole.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a damaged file; the error says it
+            kept = torch.load(partial, map_location=device, weights_only=True)
+        if not isinstance(kept, dict) or set(kept) != {"run", "epoch", "model", "optimizer"}:
+            raise ValueError(f"a {type(kept).__name__} of other content")
+    except Exception as error:  # a damaged pickle may raise anything
+        text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        if "eights only" in text:
+            text = "damaged"
+        raise ModelError(
+            f"{partial}: cannot be read ({text}); leave out --resume to start anew"
+        ) from error
+    return kept
 
 
 def information(scores: Tensor) -> Tensor:

@@ -10,25 +10,29 @@ what the graph made of them: enough to check a machine without any data set.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import safetensors.numpy
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from . import affine
+from . import affine, onnxfile
 from .errors import BundleError
 from .files import check_output, new_directory, sha256_bytes, sha256_file, write_bytes
 from .kinds import BUNDLE
 from .manifest import FileRecord, Manifest, Tensor
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = [
     "GOLDEN",
@@ -69,8 +73,22 @@ class Span:
     length: int
 
 
+# Bytes of one element; formats of less than a byte are not read here.
+_SIZES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+}
+# As in the reference implementation.
+_LONGEST_HEADER = 100_000_000
+
+
 def read_header(path: Path) -> dict[str, Span]:
     """Tensors of a safetensors file with offsets from the start of the file.
+
+    Dtypes, shapes and offsets fit each other and the file: the tensors cover its data, each
+    byte once.
 
     Raises:
         BundleError: The file is missing, truncated or not safetensors.
@@ -79,29 +97,63 @@ def read_header(path: Path) -> dict[str, Span]:
         github.com/huggingface/safetensors, section Format
     """
     try:
+        if not path.is_file():
+            raise ValueError("no file")
         size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > size - 8:
+            if length > min(size - 8, _LONGEST_HEADER):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        spans = {
-            name: Span(
-                entry["dtype"],
-                tuple(entry["shape"]),
-                8 + length + entry["data_offsets"][0],
-                entry["data_offsets"][1] - entry["data_offsets"][0],
-            )
-            for name, entry in header.items()
-        }
-        if any(span.offset + span.length > size for span in spans.values()):
-            raise ValueError(f"tensors beyond the end of the file at {size} bytes")
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+            header = json.loads(file.read(length), object_pairs_hook=_each_once)
+        if not isinstance(header, dict):
+            raise ValueError("a header that is no object")
+        _check_metadata(header.pop("__metadata__", {}))
+        spans = {name: _span(name, entry, 8 + length) for name, entry in header.items()}
+        end = 8 + length
+        for name, span in sorted(spans.items(), key=lambda item: (item[1].offset, item[1].length)):
+            if span.offset != end:
+                raise ValueError(f"{name!r} at byte {span.offset}, the one before ends at {end}")
+            end += span.length
+        if end != size:
+            raise ValueError(f"tensors that end at byte {end} of a file of {size}")
+    except (OSError, ValueError, RecursionError, struct.error) as error:
         raise BundleError(
             f"{path}: cannot be read as safetensors ({error}); copy or make the file again"
         ) from error
     return spans
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are all different, and can be written down."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name that is there twice")
+    "".join(found).encode()
+    return found
+
+
+def _check_metadata(found: Any) -> None:
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise ValueError("metadata that are no texts")
+
+
+def _span(name: str, entry: Any, start: int) -> Span:
+    """One entry of a header; ``start`` is the first byte of the data."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name!r} without dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    whole = all(
+        isinstance(part, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in part)
+        for part in (shape, offsets)
+    )
+    if not whole or len(offsets) != 2 or str(dtype) not in _SIZES:
+        raise ValueError(
+            f"{name!r} of dtype {str(dtype)[:40]!r}, or a shape or offsets that are none"
+        )
+    length = offsets[1] - offsets[0]
+    if length != math.prod(shape) * _SIZES[dtype]:
+        raise ValueError(f"{name!r} of {length} bytes for {dtype} {tuple(shape)}")
+    return Span(dtype, tuple(shape), start + offsets[0], length)
 
 
 class Bundle:
@@ -258,23 +310,53 @@ class Bundle:
 
     def tensor(self, name: str) -> Array:
         """One tensor, codes unpacked."""
-        with safetensors.safe_open(self.path / WEIGHTS, framework="numpy") as file:
+        with self._opened() as file:
             return self._unpack(name, file.get_tensor(name))
 
     def tensors(self) -> dict[str, Array]:
         """All tensors, codes unpacked."""
-        with safetensors.safe_open(self.path / WEIGHTS, framework="numpy") as file:
+        with self._opened() as file:
             return {
                 name: self._unpack(name, file.get_tensor(name)) for name in self.manifest.tensors
             }
 
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        try:
+            with safetensors.safe_open(self.path / WEIGHTS, framework="numpy") as file:
+                yield file
+        except (OSError, safetensors.SafetensorError) as error:
+            raise self._error(WEIGHTS, f"cannot be read ({error})") from error
+
     def golden(self) -> dict[str, Array]:
-        """``input`` and perhaps ``output``; empty where the bundle holds none."""
-        return read_golden(self.path / GOLDEN) if GOLDEN in self.manifest.files else {}
+        """``input`` and perhaps ``output``; empty where the bundle holds none.
+
+        Raises:
+            BundleError: The file cannot be read, or its inputs are not the network's.
+        """
+        if GOLDEN not in self.manifest.files:
+            return {}
+        golden = read_golden(self.path / GOLDEN)
+        shape = golden["input"].shape[1:]
+        if shape != self.manifest.input_shape:
+            raise self._error(
+                GOLDEN, f"inputs of shape {shape}, the network reads {self.manifest.input_shape}"
+            )
+        return golden
 
     def graph(self) -> onnx.ModelProto:
         """The graph, its external data not loaded."""
-        return onnx.load(str(self.path / GRAPH), load_external_data=False)
+        try:
+            return onnxfile.parse(self.path / GRAPH)
+        except ValueError as error:
+            raise self._error(GRAPH, str(error)) from error
+
+    def graph_ir(self) -> ir.Model:
+        """The graph as onnx_ir has it, to be rewritten."""
+        try:
+            return onnxfile.load_ir(self.path / GRAPH)
+        except ValueError as error:
+            raise self._error(GRAPH, str(error)) from error
 
     def output_shape(self) -> tuple[int | str, ...]:
         """Shape of the network's output; a str dimension is free."""
@@ -334,24 +416,30 @@ class Bundle:
 
     def _check_graph(self, spans: Mapping[str, Span]) -> None:
         try:
-            initializers = self.graph().graph.initializer
-        except DecodeError as error:
-            raise self._error(GRAPH, "cannot be parsed as ONNX") from error
-        external = {i.name: i for i in initializers if i.external_data}
-        self._check_same(set(external), self.manifest.graph_tensors, GRAPH)
-        for name, initializer in external.items():
-            entry, span = self.manifest.tensors[name], spans[name]
-            pointer = {item.key: item.value for item in initializer.external_data}
-            found = (
-                pointer.get("location"),
-                int(pointer.get("offset", 0)),
-                int(pointer.get("length", -1)),
-                initializer.data_type,
-                tuple(initializer.dims),
-            )
-            needed = (WEIGHTS, span.offset, span.length, _ONNX[entry.dtype], entry.shape)
-            if found != needed:
-                raise self._error(GRAPH, f"{name} points to {found}, weights have {needed}")
+            model = onnxfile.checked(self.path / GRAPH, {WEIGHTS})
+            external = {i.name: i for i in model.graph.initializer if i.external_data}
+            self._check_same(set(external), self.manifest.graph_tensors, GRAPH)
+            for name, initializer in external.items():
+                self._check_pointer(name, initializer, spans[name])
+        except ValueError as error:
+            raise self._error(GRAPH, str(error)) from error
+        nodes = {node.name for node in model.graph.node}
+        for layer in self.manifest.layers:
+            if layer.node not in nodes:
+                raise self._error(MANIFEST, f"layer {layer.module} is no node of {GRAPH}")
+
+    def _check_pointer(self, name: str, initializer: onnx.TensorProto, span: Span) -> None:
+        entry, place = self.manifest.tensors[name], onnxfile.pointer(initializer)
+        found = (
+            place.get("location"),
+            onnxfile.number(place.get("offset", ""), 0),
+            onnxfile.number(place.get("length", ""), -1),
+            initializer.data_type,
+            tuple(initializer.dims),
+        )
+        needed = (WEIGHTS, span.offset, span.length, _ONNX[entry.dtype], entry.shape)
+        if found != needed:
+            raise ValueError(f"{name} points to {found}, weights have {needed}")
 
     def _check_scales(self) -> None:
         for name, entry in self.manifest.tensors.items():
@@ -367,12 +455,32 @@ def read_golden(path: Path) -> dict[str, Array]:
     """Golden inputs, and outputs where they are known.
 
     Raises:
-        BundleError: The file cannot be read.
+        BundleError: The file cannot be read, or holds no inputs, or none for each output.
     """
+    wrong = {
+        name: span
+        for name, span in read_header(path).items()
+        if span.dtype not in {"F32", "I64", "I32"} or not span.shape or not math.prod(span.shape)
+    }
+    if wrong:
+        name, span = next(iter(wrong.items()))
+        raise BundleError(
+            f"{path}: found {name} of {span.dtype} {span.shape}; needed float32 inputs and "
+            "outputs: make the file again"
+        )
     try:
-        return safetensors.numpy.load_file(path)
+        golden: dict[str, Array] = safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise BundleError(f"{path}: cannot be read ({error}); copy or make it again") from error
+    counts = {len(values) for values in golden.values()}
+    if "input" not in golden or len(counts) > 1 or golden["input"].dtype != np.float32:
+        raise BundleError(
+            f"{path}: found {', '.join(golden) or 'nothing'}; needed float32 input and as many "
+            "outputs: make the file again"
+        )
+    if not all(np.isfinite(values).all() for values in golden.values()):
+        raise BundleError(f"{path}: found NaN or infinity; needed finite values: make it again")
+    return golden
 
 
 def serialize(tensors: Mapping[str, Array], entries: Mapping[str, Tensor]) -> bytes:

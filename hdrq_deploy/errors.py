@@ -16,7 +16,10 @@ __all__ = [
     "MergeError",
     "ModelError",
     "SpecError",
+    "one_line",
 ]
+
+_LONGEST = 1000
 
 
 class HdrqError(Exception):
@@ -57,3 +60,18 @@ class CheckFailed(HdrqError):
     """The work was done and a check of its result failed (parity, precision, accuracy)."""
 
     exit_code = 3
+
+
+def one_line(text: object) -> str:
+    """``text`` for a terminal: in one line, of bounded length, its control characters shown.
+
+    >>> one_line("a  b\\n\\x1b[31mc")
+    'a b \\\\x1b[31mc'
+    """
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode()
+        for c in " ".join(str(text).split())
+    )
+    if len(shown) <= _LONGEST:
+        return shown
+    return f"{shown[: _LONGEST * 2 // 3]} [...] {shown[-_LONGEST // 4 :]}"

@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from .bundle import GRAPH, WEIGHTS, Bundle, serialize
+from .bundle import WEIGHTS, Bundle, serialize
 from .errors import CheckFailed
 from .frames import in_batches, pixels
 from .manifest import EngineManifest, PrecisionReport, Preprocessing
@@ -115,7 +115,7 @@ def bundle_tap(
             else {WEIGHTS: serialize(tensors, bundle.manifest.tensors)}  # of the same layout
         )
         return GraphTap(model, data, "bundle", nodes, postprocess=postprocess)
-    graph = ir.load(bundle.path / GRAPH)
+    graph = bundle.graph_ir()
     if tensors is None:
         ir.external_data.load_to_model(graph)
     else:
@@ -138,7 +138,7 @@ def bundle_tap(
 def file_tap(path: Path, name: str, nodes: Sequence[str], fused: bool = False) -> GraphTap:
     """A lowered graph on the disk, as written or, ``fused``, as an engine runs it."""
     model = onnx.load(str(path), load_external_data=False)
-    options = session_options(0) if fused else None
+    options = session_options(0, spin=False) if fused else None
     return GraphTap(model, outside(model, path.parent), name, nodes, options)
 
 
@@ -311,7 +311,7 @@ class Comparison:
 
 def ort_engine(path: Path) -> EngineTap:
     """A lowered graph as an engine on ONNX Runtime's CPU runs it."""
-    session = open_session(path, session_options(0))
+    session = open_session(path, session_options(0, spin=False))
     port = session.get_inputs()[0].name
 
     def call(x: Array) -> Array:

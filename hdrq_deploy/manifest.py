@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .errors import BundleError
+from .errors import BundleError, EngineError, HdrqError
 from .spec import QuantSpec
 
 __all__ = [
@@ -36,8 +38,16 @@ Role = Literal[
 ]
 
 
+# Beyond these a field is no mistake but an attack: sides of an input, elements of a tensor.
+_LARGEST_SIDE, _MOST_ELEMENTS = 1 << 15, 1 << 40
+
+
+Share = Annotated[float, Field(ge=0)]
+Side = Annotated[int, Field(ge=1, le=_LARGEST_SIDE)]
+
+
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class FileRecord(_Frozen):
@@ -71,6 +81,27 @@ class Tensor(_Frozen):
     hi: int | None = None
     axis: int | None = None
     scale: str | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Tensor:
+        if any(side < 0 for side in self.shape) or math.prod(self.shape) > _MOST_ELEMENTS:
+            raise ValueError(f"found a tensor of shape {self.shape}")
+        if self.axis is not None and not 0 <= self.axis < len(self.shape):
+            raise ValueError(f"found axis {self.axis} of a tensor of shape {self.shape}")
+        if self.role == "codes":
+            self._check_codes()
+        return self
+
+    def _check_codes(self) -> None:
+        if self.bits is None or self.lo is None or self.hi is None or self.scale is None:
+            raise ValueError("found codes without bits, lo, hi or scale")
+        try:
+            spec = self.spec
+        except HdrqError as error:
+            raise ValueError(str(error)) from error
+        least, most = (-8, 7) if self.packed else (-128, 127)
+        if self.dtype not in {"int8", "int4"} or spec.lo < least or spec.hi > most:
+            raise ValueError(f"found codes {spec.lo} to {spec.hi} in {self.dtype}")
 
     @property
     def spec(self) -> QuantSpec:
@@ -107,7 +138,7 @@ class FoldRecord(_Frozen):
     beta: str
     mean: str
     variance: str
-    eps: float
+    eps: Share
     raw_bias: str | None = None
 
     @property
@@ -161,14 +192,22 @@ class Preprocessing(_Frozen):
     With ``resize`` an image is brought to that (height, width), the input cut out of its middle.
     """
 
-    height: int
-    width: int
-    channels: int
+    height: Side
+    width: Side
+    channels: Side
     mean: tuple[float, ...]
     std: tuple[float, ...]
     colour: Literal["RGB", "L"] = "RGB"
     layout: Literal["NCHW"] = "NCHW"
-    resize: tuple[int, int] | None = None
+    resize: tuple[Side, Side] | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Preprocessing:
+        if not len(self.mean) == len(self.std) == self.channels or min(self.std) <= 0:
+            raise ValueError(
+                f"found mean {self.mean[:4]} and std {self.std[:4]} for {self.channels} channels"
+            )
+        return self
 
 
 class ParentRecord(_Frozen):
@@ -204,7 +243,7 @@ class Manifest(_Frozen):
     kind: Literal["hdrq-bundle"] = "hdrq-bundle"
     model: str
     method: str
-    domains: Annotated[dict[str, float], Field(min_length=1)]
+    domains: Annotated[dict[str, Share], Field(min_length=1)]
     scheme: Scheme
     layers: tuple[Layer, ...]
     activations: tuple[Activation, ...]
@@ -215,7 +254,7 @@ class Manifest(_Frozen):
     data_sha256: dict[str, str]
     options: dict[str, Any]
     seed: int
-    input_shape: tuple[int, ...]
+    input_shape: tuple[Annotated[int, Field(ge=1)], ...]
     preprocessing: Preprocessing | None
     classes: tuple[str, ...] | None
     metrics: dict[str, Any] = Field(default_factory=dict)
@@ -223,6 +262,41 @@ class Manifest(_Frozen):
     parents: tuple[ParentRecord, ...] = ()
     versions: dict[str, str] = Field(default_factory=dict)
     files: Files = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Manifest:
+        if math.prod(self.input_shape) > _MOST_ELEMENTS:
+            raise ValueError(f"found inputs of shape {self.input_shape}")
+        for name, entry in self.tensors.items():
+            if entry.role == "codes":
+                self._check_step(name, entry)
+        for name, fold in self.folds.items():
+            self._check_fold(name, fold)
+        for activation in self.activations:
+            self._need(activation.scale, (), f"the step of {activation.module}")
+        for layer in self.layers:
+            if layer.weight is not None:
+                self._need(layer.weight, None, f"the weight of {layer.module}")
+        return self
+
+    def _need(self, name: str, shape: tuple[int, ...] | None, what: str) -> Tensor:
+        entry = self.tensors.get(name)
+        if entry is None or (shape is not None and entry.shape != shape):
+            found = "no tensor" if entry is None else f"a tensor of shape {entry.shape}"
+            raise ValueError(f"found {found} {name!r} for {what}")
+        return entry
+
+    def _check_step(self, name: str, entry: Tensor) -> None:
+        shape = () if entry.axis is None else (entry.shape[entry.axis],)
+        self._need(str(entry.scale), shape, f"the steps of {name}")
+
+    def _check_fold(self, name: str, fold: FoldRecord) -> None:
+        codes = self._need(name, None, "a fold")
+        count = 1 if codes.axis is None else codes.shape[codes.axis]
+        for part in (fold.scale, fold.bias, *fold.sources):
+            entry = self._need(part, None, f"the fold of {name}")
+            if math.prod(entry.shape) != count or entry.dtype != "float32":
+                raise ValueError(f"found {part} of shape {entry.shape} for the fold of {name}")
 
     @property
     def graph_tensors(self) -> set[str]:
@@ -255,7 +329,7 @@ class Port(_Frozen):
     """An input or output of an engine; a str dimension is free."""
 
     name: str
-    shape: tuple[int | str, ...]
+    shape: Annotated[tuple[Annotated[int, Field(ge=1)] | str, ...], Field(min_length=1)]
     dtype: str
     layout: str = ""
 
@@ -289,6 +363,21 @@ class PrecisionReport(_Frozen):
     summary: str
     layers: tuple[LayerPrecision, ...]
 
+    @classmethod
+    def read(cls, file: Path) -> PrecisionReport:
+        """``precision.json`` as an export wrote it.
+
+        Raises:
+            EngineError: It is none.
+        """
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except (OSError, ValidationError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise EngineError(
+                f"{file}: not what an export says of its layers ({text}); export again with --force"
+            ) from error
+
     @property
     def lost(self) -> tuple[LayerPrecision, ...]:
         """Layers asked for in INT8 or INT4 that the engine runs otherwise."""
@@ -313,8 +402,8 @@ class EngineManifest(_Frozen):
     domains: dict[str, float]
     scheme: Scheme
     bundle_sha256: str
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
+    inputs: Annotated[tuple[Port, ...], Field(min_length=1)]
+    outputs: Annotated[tuple[Port, ...], Field(min_length=1)]
     preprocessing: Preprocessing | None
     classes: tuple[str, ...] | None
     precision: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from .errors import SpecError
 
 __all__ = ["FOLDS", "GRANULARITIES", "LEARNERS", "METHODS", "NOISES", "Options", "Recipe"]
 
+_LONGEST_FILE = 1 << 20
 FOLDS = ("weights", "steps")
 NOISES = ("off", "empirical", "uniform")
 LEARNERS = ("none", "latent", "adaround")
@@ -92,6 +94,8 @@ class Options:
         for name, value in asdict(self).items():
             if isinstance(value, str):
                 continue
+            if isinstance(value, int) and value >= 1 << 63:
+                raise SpecError(f"found {name} of {len(str(value))} digits; needed less than 2**63")
             if not math.isfinite(value) or value < 0:
                 raise SpecError(f"found {name}={value}; needed a number >= 0")
             if name.endswith(("prob", "fraction", "warmup")) and value > 1:
@@ -170,9 +174,11 @@ class Recipe(BaseModel):
         if not path.is_file():
             raise SpecError(f"{path}: found no file; needed a recipe (.yaml or .json)")
         try:
+            if path.stat().st_size > _LONGEST_FILE:
+                raise ValueError(f"more than {_LONGEST_FILE} bytes")
             values = _parse(path)
-        except (ValueError, OSError) as error:
-            text = str(error).splitlines()[0]
+        except (ValueError, OSError, RecursionError) as error:
+            text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise SpecError(f"{path}: cannot be read as YAML or JSON ({text})") from error
         if not isinstance(values, dict):
             raise SpecError(f"{path}: found a {type(values).__name__}; needed keys and values")
@@ -186,8 +192,10 @@ class Recipe(BaseModel):
                 raise SpecError(
                     f"{path}: found the unknown key {key!r}; keys are {known}"
                 ) from error
+            # A few lines of YAML can name a value of any size.
+            found = reprlib.repr(first["input"])
             raise SpecError(
-                f"{path}: found {key}: {first['input']!r} ({first['msg'].lower()}); correct it"
+                f"{path}: found {key}: {found} ({first['msg'].lower()}); correct it"
             ) from error
 
     def override(self, values: Mapping[str, Any]) -> Recipe:

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from .errors import EngineError
+
 __all__ = [
     "compare",
     "open_session",
@@ -61,21 +63,61 @@ def open_session(
     options: onnxruntime.SessionOptions,
     outside: Mapping[str, bytes] | None = None,
 ) -> onnxruntime.InferenceSession:
-    """A session on the CPU; see :func:`unfused_session`."""
+    """A session on the CPU; see :func:`unfused_session`.
+
+    Raises:
+        EngineError: ONNX Runtime cannot load the graph; a later ``run`` raises it too.
+    """
     if outside:
         options.add_external_initializers_from_files_in_memory(
             list(outside), list(outside.values()), [len(data) for data in outside.values()]
         )
     model = path if isinstance(path, bytes) else str(path)
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    with _one_line(path, "load"):
+        return _Session(model, options, path)
 
 
-def session_options(threads: int) -> onnxruntime.SessionOptions:
-    """ONNX Runtime's options for an engine on the CPU."""
+class _Session(onnxruntime.InferenceSession):  # type: ignore[misc]
+    """A session whose errors are one line."""
+
+    def __init__(self, model: str | bytes, options: Any, path: Path | bytes) -> None:
+        super().__init__(model, options, providers=["CPUExecutionProvider"])
+        self._path = path
+
+    def run(self, *args: Any, **options: Any) -> Any:
+        """As ONNX Runtime's.
+
+        Raises:
+            EngineError: The graph cannot be run on these inputs.
+        """
+        with _one_line(self._path, "run"):
+            return super().run(*args, **options)
+
+
+@contextmanager
+def _one_line(path: Path | bytes, what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime's exceptions have no public base class
+        where = "the graph" if isinstance(path, bytes) else path
+        text = " ".join(str(error).split())[:300]
+        raise EngineError(f"{where}: ONNX Runtime cannot {what} it ({text})") from error
+
+
+def session_options(threads: int, spin: bool = True) -> onnxruntime.SessionOptions:
+    """ONNX Runtime's options for an engine on the CPU.
+
+    Args:
+        threads: Threads inside an operator; 0, one per core.
+        spin: Idle threads spin for a while, which is faster where the engine has its cores to
+            itself; a session that is only checked leaves them to others.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # an exception says it too, in one line
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if saturates(Path("/proc/cpuinfo")):
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from . import reference
 from .affine import dequantize
-from .bundle import GRAPH, Bundle
+from .bundle import Bundle
 from .errors import DataError
 from .frames import decides, decisions, in_batches
 from .manifest import weight_name
@@ -70,7 +70,7 @@ class Partly:
     """
 
     def __init__(self, bundle: Bundle, real: Mapping[str, Array] | None = None) -> None:
-        self._path = bundle.path
+        self._bundle = bundle
         tensors = bundle.tensors()
         self.layers = [layer for layer in bundle.manifest.layers if layer.requested == "int8"]
         self._weights: dict[str, tuple[Array, Array]] = {}
@@ -89,7 +89,7 @@ class Partly:
         Raises:
             DataError: The images do not fit the model.
         """
-        model = ir.load(self._path / GRAPH)
+        model = self._bundle.graph_ir()
         ir.external_data.load_to_model(model)
         chosen = set(quantized)
         quantize_only(model, chosen)
@@ -103,7 +103,7 @@ class Partly:
             return np.concatenate([session.run(None, {port: rows})[0] for rows in x])
         except Exception as error:  # ONNX Runtime's exceptions have no public base class
             raise DataError(
-                f"the images do not fit {self._path}: {' '.join(str(error).split())[:200]}"
+                f"the images do not fit {self._bundle.path}: {' '.join(str(error).split())[:200]}"
             ) from error
 
 

@@ -91,6 +91,8 @@ def compare_engine(path: str | Path) -> tuple[list[Stage], Tolerances]:
         raise DataError(f"{path}: holds no golden inputs; verify it beside its bundle, with --data")
     facts = _facts(path, manifest)
     record = read_golden(path / GOLDEN)
+    if "output" not in record:
+        raise DataError(f"{path / GOLDEN}: found no outputs; export the engine again")
     x, output = (golden.whole_batches(record[name], facts.batch) for name in ("input", "output"))
     size = facts.batch or len(x)
     fed = [feed(rows, manifest) for rows in in_batches(x, size)]
@@ -100,7 +102,7 @@ def compare_engine(path: str | Path) -> tuple[list[Stage], Tolerances]:
     def batches() -> Any:
         return zip(fed, fed, strict=True)
 
-    report = PrecisionReport.model_validate_json((path / _PRECISION).read_bytes())
+    report = PrecisionReport.read(path / _PRECISION)
     lowered = golden.file_tap(path / _MODEL, "lowered graph", [row.node for row in report.layers])
     how = Stepwise.like(lowered, report.layers, golden.engine_fidelity(lowered))
     engine = _engine(path, manifest)
@@ -139,7 +141,7 @@ def _exported(path: Path, bundle: Bundle) -> tuple[EngineManifest, golden.Export
 
 
 def _facts(path: Path, manifest: EngineManifest) -> golden.Exported:
-    report = PrecisionReport.model_validate_json((path / _PRECISION).read_bytes())
+    report = PrecisionReport.read(path / _PRECISION)
     return golden.Exported.of(path / _MODEL, manifest, report)
 
 

@@ -21,6 +21,8 @@ Verdict = Literal["better", "worse", "no difference shown"]
 # A busy neighbour slows whole stretches: long blocks, and so few that an interval from them is
 # too narrow by Student's factor (t with 9 degrees of freedom against the normal).
 _BLOCKS, _WIDER = 10, 1.25
+# Values that are drawn at a time.
+_AT_ONCE = 1 << 20
 _PERCENTILES = {"p50": 50, "p90": 90, "p99": 99}
 
 
@@ -58,7 +60,9 @@ def read_result(path: str | Path) -> BenchResult:
     if not file.is_file():
         raise DataError(f"{file}: found no file; needed the --json of hdrq-bench")
     try:
-        return BenchResult.model_validate_json(file.read_bytes())
+        result = BenchResult.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole file"
@@ -66,6 +70,25 @@ def read_result(path: str | Path) -> BenchResult:
             f"{file}: not the --json of hdrq-bench for one engine ({where}: "
             f"{first['msg'].lower()}); measure again with this version"
         ) from error
+    wrong = _impossible(result)
+    if wrong:
+        raise DataError(f"{file}: found {wrong}; no measurement gives that: measure again")
+    return result
+
+
+def _impossible(result: BenchResult) -> str:
+    """What no benchmark can have found, or ""."""
+    samples = np.array(result.latency_ms.samples)
+    if not (samples.size and np.isfinite(samples).all() and (samples > 0).all()):
+        return f"{samples.size} latencies, not all of them above 0 and finite"
+    if result.size_bytes < 1:
+        return f"a size of {result.size_bytes} bytes"
+    if result.accuracy is not None:
+        for domain, share in result.accuracy.domains.items():
+            images = result.accuracy.images.get(domain, 0)
+            if not (0 <= share <= 1 and 1 <= images < 1 << 63):
+                return f"an accuracy of {share} on {images} images of {domain}"
+    return ""
 
 
 def compare(
@@ -129,10 +152,10 @@ def _latencies(
         for name, p in _PERCENTILES.items()
     }
     measures["mean"] = lambda rows: rows.mean(-1)
-    drawn = [_blocks(values, resamples, rng) for values in samples]
+    drawn = [_Blocks(values, resamples, rng) for values in samples]
     for name, measure in measures.items():
         before, after = (float(measure(values)) for values in samples)
-        ratios = measure(drawn[1]) / measure(drawn[0]) - 1
+        ratios = drawn[1].measured(measure) / drawn[0].measured(measure) - 1
         change = after / before - 1
         low, high = (
             change + _WIDER * (v - change) for v in map(float, np.percentile(ratios, tails))
@@ -150,14 +173,24 @@ def _latencies(
         )
 
 
-def _blocks(values: Array, resamples: int, rng: np.random.Generator) -> Array:
-    """(resamples, n) series made of ``_BLOCKS`` stretches of neighbours."""
-    count = len(values)
-    length = max(1, count // _BLOCKS)
-    starts = rng.integers(0, count, (resamples, -(-count // length)))
-    places = (starts[:, :, None] + np.arange(length)) % count
-    drawn: Array = values[places.reshape(resamples, -1)[:, :count]]
-    return drawn
+class _Blocks:
+    """Resamples of a series, each made of ``_BLOCKS`` stretches of neighbours."""
+
+    def __init__(self, values: Array, resamples: int, rng: np.random.Generator) -> None:
+        count = len(values)
+        self._values, self._length = values, max(1, count // _BLOCKS)
+        self._starts = rng.integers(0, count, (resamples, -(-count // self._length)))
+
+    def measured(self, measure: Callable[[Array], Array]) -> Array:
+        """``measure`` of every resample; of a few at a time, as long series take room."""
+        count = len(self._values)
+        step = max(1, _AT_ONCE // count)
+        parts = []
+        for first in range(0, len(self._starts), step):
+            starts = self._starts[first : first + step]
+            places = (starts[:, :, None] + np.arange(self._length)) % count
+            parts.append(measure(self._values[places.reshape(len(starts), -1)[:, :count]]))
+        return np.concatenate(parts)
 
 
 def _accuracies(

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 from pydantic import ValidationError
 
+from .. import onnxfile
 from ..calibration_data.decoding import Picture
 from ..errors import EngineError
 from ..files import sha256_file
@@ -49,6 +50,8 @@ _DTYPES: dict[str, type[np.generic]] = {
     "int32": np.int32,
     "int64": np.int64,
 }
+MODEL, DATA = "model.onnx", "model.onnx.data"
+LIBRARIES = {"trt": ("tensorrt", "TensorRT"), "trt-rtx": ("tensorrt_rtx", "TensorRT-RTX")}
 DEVICES = "auto, cpu, cuda, cuda:N, tensorrt or tensorrt:N"
 _Self = TypeVar("_Self", bound="Engine")
 
@@ -423,6 +426,8 @@ def read_manifest(path: str | os.PathLike[str]) -> EngineManifest:
         raise EngineError(f"{folder}: found {lone}; needed an engine folder from hdrq-export")
     try:
         manifest = EngineManifest.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise EngineError(f"{file}: cannot be read ({error.strerror})") from error
     except ValidationError as error:
         raise EngineError(
             f"{file}: not the manifest of an engine ({error.errors()[0]['msg'].lower()}); "
@@ -433,7 +438,25 @@ def read_manifest(path: str | os.PathLike[str]) -> EngineManifest:
         if not part.is_file() or sha256_file(part) != record.sha256:
             state = "altered" if part.is_file() else "missing"
             raise EngineError(f"{part}: {state}; the engine is damaged, export it again")
+    _check_graph(folder, manifest)
     return manifest
+
+
+def _check_graph(folder: Path, manifest: EngineManifest) -> None:
+    """The graph that the manifest is of, which names no files but its own."""
+    file = folder / MODEL
+    try:
+        if MODEL not in manifest.files:
+            if manifest.engine in LIBRARIES:  # a plan is all that it runs
+                return
+            raise ValueError("the manifest names no such file")
+        model = onnxfile.checked(file, set(manifest.files) & {DATA})
+        given = [v.name for v in model.graph.input], [v.name for v in model.graph.output]
+        named = [p.name for p in manifest.inputs], [p.name for p in manifest.outputs]
+        if given != named:
+            raise ValueError(f"it reads and writes {given}, the manifest names {named}")
+    except ValueError as error:
+        raise EngineError(f"{file}: {error}; the engine is damaged, export it again") from error
 
 
 def load_engine(
@@ -478,6 +501,11 @@ def open_engine(
         return OrtEngine(path, manifest, threads or os.cpu_count() or 1, device)
     from .tensorrt import TensorRtEngine
 
+    if manifest.engine not in LIBRARIES:
+        raise EngineError(
+            f"{path}: found an engine of the kind {manifest.engine!r}; this version runs ort, "
+            f"onnx, {', '.join(LIBRARIES)}"
+        )
     if kind in {"cpu", "tensorrt"}:
         raise EngineError(
             f"{path}: found device {device!r} for a {manifest.engine} engine, which runs on an "

@@ -78,7 +78,12 @@ class OrtEngine(Engine):
                     f"{self.path}: found the input {name} in GPU memory; ONNX Runtime engines take "
                     "NumPy arrays: copy it to the host first"
                 )
-        return dict(zip(self._names, session.run(self._names, dict(feeds)), strict=True))
+        try:
+            results = session.run(self._names, dict(feeds))
+        except Exception as error:  # ONNX Runtime's exceptions have no public base class
+            text = " ".join(str(error).split())[:300]
+            raise EngineError(f"{self.path}: ONNX Runtime cannot run it ({text})") from error
+        return dict(zip(self._names, results, strict=True))
 
     def _release(self) -> None:
         self._session = None

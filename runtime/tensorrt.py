@@ -32,12 +32,11 @@ from .cuda import (
     device_array,
     load_cuda,
 )
-from .engine import Engine, Feeds, Pending, Phases, StillRunning, dtype_of
+from .engine import LIBRARIES, Engine, Feeds, Pending, Phases, StillRunning, dtype_of
 
 __all__ = ["LIBRARIES", "TensorRtEngine", "check_plan", "plan_version"]
 
 Array = npt.NDArray[Any]
-LIBRARIES = {"trt": ("tensorrt", "TensorRT"), "trt-rtx": ("tensorrt_rtx", "TensorRT-RTX")}
 IN_FLIGHT = 2
 _GRAPHS, _SHAPES = 8, 4
 _loggers: dict[str, Any] = {}
@@ -106,6 +105,8 @@ class TensorRtEngine(Engine):
                 f"{path}: a {title} engine, and {name} is not installed ({error}); pip install "
                 f"'hdrq-deploy[{manifest.engine}]', or export with --engine ort"
             ) from error
+        if "model.plan" not in manifest.files:
+            raise EngineError(f"{path}: found no model.plan; {_again(manifest)}")
         blob = (path / "model.plan").read_bytes()
         check_plan(path, blob, manifest, self._trt.__version__)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,13 @@ def test_a_stopped_adaptation_goes_on_to_the_same_bytes(work: Path, tmp_path: Pa
         adapt(
             "tiny_models:Tiny", image_set(images[::-1].copy()), target, weights, recipe, resume=True
         )
+    kept = tmp_path / "b.safetensors.partial"
+    data = kept.read_bytes()
+    for damaged in (data[: len(data) // 2], b"", pickle.dumps({"run": 1})):
+        kept.write_bytes(damaged)
+        with pytest.raises(ModelError, match="cannot be read .*leave out --resume"):
+            adapt("tiny_models:Tiny", image_set(images), target, weights, recipe, resume=True)
+    kept.write_bytes(data)
     steps: list[int] = []
     adapt(
         "tiny_models:Tiny",

@@ -10,6 +10,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from hdrq_deploy import reference
+from hdrq_deploy.cli import export as export_command
 from hdrq_deploy.errors import CheckFailed, ExportError
 from hdrq_deploy.exporters import export, precision
 from hdrq_deploy.manifest import Layer
@@ -156,3 +157,22 @@ def test_tensorrt_rtx_runs_every_layer_in_int8(
     report = json.loads((path / "precision.json").read_text())
     asked = [layer for layer in report["layers"] if layer["requested"] == "int8"]
     assert asked and all(layer["executed"] == "int8" for layer in asked)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--allow-float", "conv"], "'conv' names (--allow-float); near it are conv1, conv2, "),
+        (["--allow-float", "*", "--keep-float", "covn1"], "(--keep-float); near it are conv1"),
+        (["--keep-float", "zzz"], "'zzz' names (--keep-float); 'hdrq inspect' lists"),
+        (["--weights-only", "conv*"], "no linear layer with weights of 4 bits or fewer that"),
+    ],
+)
+def test_patterns_that_name_nothing_show_what_is_near(
+    make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    out = tmp_path / "engine"
+    assert export_command.main([str(make().path), *flags, "-o", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1, error
+    assert not out.exists()

@@ -22,11 +22,11 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 LAYERS = [  # low to high; the members of one layer are siblings and do not import each other
-    {"errors", "callable"},
-    {"spec", "files", "fold", "recipe"},
+    {"errors", "callable", "waiting"},
+    {"spec", "files", "fold", "notes", "onnxfile", "recipe"},
     {"affine", "manifest", "reference", "surgery"},
     {"biases", "bundle", "frames", "taps"},
-    {"calibration_data", "verification"},
+    {"calibration_data", "checkpoints", "verification"},
     {"golden"},
     {"merge", "calibrate", "exporters", "runtime"},
     {"adapt", "analysis", "sensitivity", "mixer", "stages"},

@@ -163,3 +163,27 @@ def test_other_options_do_not_go_on_with_these_blocks(work: Path, tmp_path: Path
         tiny(work, tmp_path / "a.hdrq")
     tiny(work, tmp_path / "a.hdrq", resume=False)
     assert not (tmp_path / "a.hdrq.partial").exists()
+
+
+@pytest.mark.parametrize("kind", ["flip", "cut", "other", "run", "list", "deep"])
+def test_altered_blocks_are_not_gone_on_with(work: Path, tmp_path: Path, kind: str) -> None:
+    output = tmp_path / "a.hdrq"
+    stop_after(work, output, 1)
+    folder = tmp_path / "a.hdrq.partial"
+    (block,) = folder.glob("block-*")
+    data = block.read_bytes()
+    damages = {
+        "flip": (block, data[:-3] + bytes([data[-3] ^ 4]) + data[-2:]),  # a learned value
+        "cut": (block, data[: len(data) // 2]),
+        "other": (block, data.replace(b'\\"loss_', b'\\"lost_', 1)),
+        "run": (folder / "run.json", b"{"),
+        "list": (folder / "run.json", b"[]"),
+        "deep": (folder / "run.json", b"[" * 100_000),
+    }
+    file, damaged = damages[kind]
+    assert damaged != file.read_bytes()
+    file.write_bytes(damaged)
+    with pytest.raises(HdrqError, match="cannot be read") as error:
+        tiny(work, output)
+    assert "\n" not in str(error.value) and not output.exists()
+    tiny(work, output, resume=False)

@@ -62,12 +62,14 @@ class Emitted:
         entries: What each tensor is.
         folds: BatchNorms carried by steps, by the name of the codes.
         aside: Tensors that only a merge reads.
+        codes: Names of the codes by the name of the weight that they stand for.
     """
 
     module: fx.GraphModule
     entries: dict[str, Entry]
     folds: dict[str, FoldRecord] = field(default_factory=dict)
     aside: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    codes: dict[str, str] = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
@@ -177,6 +179,7 @@ def _dequantized(
     codes, scale = quantizer.codes().cpu(), quantizer.scale.detach().cpu()
     codes_name = free_name(made.module, f"{weight}_codes", entries)
     set_attribute(made.module, codes_name, codes)
+    made.codes[weight] = codes_name
     scale_name = free_name(made.module, f"{weight}_scale", entries)
     if record is not None:
         scale = _keep_fold(made, weight, codes_name, scale_name, record, scale)
@@ -308,7 +311,7 @@ def _write_graph(
     model.producer_name, model.producer_version = "hdrq-deploy", ""
     _plain(model)
     _without_invented_bias(model, read)
-    layers = _name_layers(model, found, plan)
+    layers = _name_layers(model, found, plan, made.codes)
     distinct_names(model)
     text = ir.to_proto(model)
     return text.SerializeToString(deterministic=True), layers
@@ -412,7 +415,9 @@ def _plain(model: ir.Model) -> None:
     model.graph.metadata_props.clear()
 
 
-def _name_layers(model: ir.Model, found: Capture, plan: Plan | None) -> list[Layer]:
+def _name_layers(
+    model: ir.Model, found: Capture, plan: Plan | None, codes: Mapping[str, str]
+) -> list[Layer]:
     """Name each heavy ONNX node after its module and describe it; the others by number."""
     nodes = [n for n in model.graph if n.op_type in _HEAVY_ONNX]
     sources = [n for n in found.graph.nodes if n.target in HEAVY]
@@ -427,7 +432,7 @@ def _name_layers(model: ir.Model, found: Capture, plan: Plan | None) -> list[Lay
         path = _layer_path(source)
         count = taken[path] = taken.get(path, 0) + 1
         node.name = f"{path}/{node.op_type}" + (f"_{count}" if count > 1 else "")
-        layers.append(_describe(node, source, path, plan))
+        layers.append(_describe(node, source, path, plan, codes))
     for i, node in enumerate(n for n in model.graph if n.op_type not in _HEAVY_ONNX):
         node.name = f"{node.op_type}/{i}"
     return layers
@@ -440,7 +445,9 @@ def _layer_path(source: fx.Node) -> str:
     return module_path(source)
 
 
-def _describe(node: ir.Node, source: fx.Node, path: str, plan: Plan | None) -> Layer:
+def _describe(
+    node: ir.Node, source: fx.Node, path: str, plan: Plan | None, codes: Mapping[str, str]
+) -> Layer:
     reason = ""
     if plan is None:
         reason = "method float: nothing is quantized"
@@ -465,7 +472,7 @@ def _describe(node: ir.Node, source: fx.Node, path: str, plan: Plan | None) -> L
         node=node.name or "",
         op=node.op_type,
         module=path,
-        weight=f"{site.weight}_codes" if site.weight else None,
+        weight=codes.get(site.weight) if site.weight else None,
         weight_bits=site.spec.bits if site.spec else None,
         activation_bits=tuple(bits[root(a).name] for a in sources),
         requested="int8",

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import BundleError, HdrqError, SpecError
-from ..files import check_output, make_directory, remove_folder, write_bytes
+from ..files import check_output, make_directory, remove_folder, sha256_bytes, write_bytes
 from ..kinds import PARTIAL
 
 __all__ = ["Partial", "Stored", "partial_of"]
@@ -57,13 +57,14 @@ class Partial:
         Raises:
             SpecError: The blocks that are there belong to another run; the first difference
                 is named.
+            BundleError: What says which run they belong to cannot be read.
             HdrqError: The folder is not ours, or cannot be made.
         """
         folder = partial_of(output)
         check_output(folder, PARTIAL)
         text = json.dumps({**run, "kind": PARTIAL.kind}, indent=1, sort_keys=True)
         if resume and (folder / _RUN).is_file():
-            before = json.loads((folder / _RUN).read_text())
+            before = _read_run(folder)
             before.pop("kind", None)
             for key in sorted({*before, *run}):
                 if before.get(key) != run.get(key):
@@ -91,8 +92,10 @@ class Partial:
             with safetensors.safe_open(path, framework="pt") as file:
                 meta = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if _digest(tensors, meta["record"]) != meta["sha256"]:
+                raise ValueError("altered since it was written")
             return Stored(tensors, json.loads(meta["record"]))
-        except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
             raise BundleError(
                 f"{path}: cannot be read ({error}); remove it to calibrate this block again"
             ) from error
@@ -100,7 +103,9 @@ class Partial:
     def save(self, index: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Keep a finished block."""
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        write_bytes(self._path(index), save(whole, {"record": json.dumps(record)}))
+        text = json.dumps(record)
+        meta = {"record": text, "sha256": _digest(whole, text)}
+        write_bytes(self._path(index), save(whole, meta))
 
     def close(self) -> None:
         """Remove the folder; the bundle is there. What others put into it stays, and it too."""
@@ -109,3 +114,20 @@ class Partial:
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:04d}.safetensors"
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / _RUN).read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(
+            f"{folder / _RUN}: cannot be read ({error}); leave out --resume to start anew"
+        ) from error
+    return found
+
+
+def _digest(tensors: dict[str, Tensor], record: str) -> str:
+    """Hash of a block: values, names, shapes, dtypes and record."""
+    return sha256_bytes(save(tensors) + record.encode())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import pickle
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..checkpoints import bare_names, shot_parts, torch_state
 from ..errors import ModelError
 
 __all__ = ["is_lazy", "load_checkpoint", "load_model", "load_state", "put_state", "state_sha256"]
@@ -144,52 +144,48 @@ def _transformers(name: str) -> nn.Module:
 def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors or torch checkpoint (never unpickling code).
 
+    Where a file holds several state_dicts, the log says which was taken: averaged (EMA) weights
+    where they are whole, as timm does.
+
     Raises:
-        ModelError: Missing, unreadable, or no tensors inside.
+        ModelError: Missing, unreadable, no tensors inside, or values beyond float32.
     """
     path = Path(path)
     if path.is_dir():
-        return _joined(path)
+        parts = {start: load_checkpoint(file) for start, file in shot_parts(path).items()}
+        return {start + key: value for start, part in parts.items() for key, value in part.items()}
     if not path.is_file():
         raise ModelError(f"{path}: found no file; needed a checkpoint (.safetensors, .pt, .pth)")
+    state = _safetensors(path) if path.suffix == ".safetensors" else torch_state(path)
+    if not state:
+        raise ModelError(f"{path}: found no tensors; needed a state_dict")
+    for name, value in state.items():
+        _check_range(name, value, path)
+    return state
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        loaded = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+        loaded = load_file(path)
+    except (SafetensorError, RuntimeError, ValueError, KeyError, OSError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
             f"{path}: cannot be read as a checkpoint ({text}); needed a safetensors file or a "
             "state_dict saved with torch.save"
         ) from error
-    for key in ("state_dict", "model", "model_state_dict"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping):
-        raise ModelError(f"{path}: found a {type(loaded).__name__}; needed a state_dict")
-    state = {k: v for k, v in loaded.items() if isinstance(v, Tensor)}
-    if all(key.startswith("module.") for key in state):  # DataParallel's
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    if not state:
-        raise ModelError(f"{path}: found no tensors; needed a state_dict")
-    return state
+    return {new: loaded[old] for new, old in bare_names(loaded).items()}
 
 
-def _joined(folder: Path) -> dict[str, Tensor]:
-    """SHOT's three files ``*_F*.pt``, ``*_B*.pt``, ``*_C*.pt`` as one: netF., netB., netC."""
-    state: dict[str, Tensor] = {}
-    for letter in "FBC":
-        files = sorted(folder.glob(f"*_{letter}*.pt"))
-        if len(files) != 1:
-            raise ModelError(
-                f"{folder}: found {len(files)} files *_{letter}*.pt; needed one each of _F, _B and "
-                "_C, as SHOT writes them, or pass a checkpoint file"
-            )
-        part = load_checkpoint(files[0])
-        state |= {f"net{letter}.{key}": value for key, value in part.items()}
-    return state
+def _check_range(name: str, value: Tensor, path: Path) -> None:
+    """A float64 that float32 cannot hold would become infinity in the model."""
+    if value.dtype != torch.float64 or value.numel() == 0:
+        return
+    largest = float(value[torch.isfinite(value)].abs().amax()) if value.isfinite().any() else 0.0
+    if largest > torch.finfo(torch.float32).max:
+        raise ModelError(
+            f"{path}: found {largest:g} in {name}, which float32 cannot hold; needed weights of a "
+            "model that computes in float32"
+        )
 
 
 def load_state(model: nn.Module, path: str | Path, what: str) -> dict[str, Tensor]:

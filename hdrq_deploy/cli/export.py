@@ -179,7 +179,7 @@ def _export(args: argparse.Namespace) -> int:
             only_graph=args.no_build,
             progress=progress,
         )
-    report = PrecisionReport.model_validate_json((path / PRECISION).read_bytes())
+    report = PrecisionReport.read(path / PRECISION)
     show(report, args.layers)
     print(f"{path}: {report.summary}")
     if args.print_trtexec and args.engine.startswith("trt"):

@@ -13,6 +13,7 @@ from .start import importing, run
 with importing("hdrq-merge"):
     from ..bundle import Bundle
     from ..calibration_data.readers import Wanted, read
+    from ..checkpoints import is_checkpoint
     from ..errors import MergeError
     from ..files import check_output, check_parent, check_scratch
     from ..kinds import BUNDLE, MERGED
@@ -21,6 +22,7 @@ with importing("hdrq-merge"):
         CRITERIA,
         ROUNDINGS,
         Merger,
+        check_different,
         choose_weights,
         merge,
         merge_checkpoints,
@@ -29,9 +31,13 @@ with importing("hdrq-merge"):
     from .common import named, parser, paths_of, progress_bar, seed_number
 
 _EPILOG = """\
-two .safetensors checkpoints instead of bundles are merged in float:
+two checkpoints instead of bundles (.safetensors; .pt where torch is installed) are merged in float,
+and written in the dtype that they have (in float32 where they differ):
   hdrq-merge night.safetensors day.safetensors --method mean -o merged.safetensors
 """
+# Flags of one kind of merge: what is given, and ignored, would be taken for what was done.
+_OF_BUNDLES = ("data", "re_estimate", "criterion", "rounding", "candidates")
+_OF_CHECKPOINTS = ("base", "scaling", "density")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -43,8 +49,8 @@ def arguments() -> argparse.ArgumentParser:
         nargs="+",
         help="one per bundle, sum 1 (equal); auto chooses them from --data without labels",
     )
-    p.add_argument("--rounding", default="advanced", choices=ROUNDINGS)
-    p.add_argument("--candidates", type=int, default=100, help="draws of advanced rounding")
+    p.add_argument("--rounding", choices=ROUNDINGS, help="of the merged codes (advanced)")
+    p.add_argument("--candidates", type=int, help="draws of advanced rounding (100)")
     p.add_argument("--seed", type=seed_number, default=0)
     p.add_argument(
         "--data", nargs="+", default=[], metavar="NAME=PATH", help="images for --weights auto"
@@ -68,11 +74,11 @@ def arguments() -> argparse.ArgumentParser:
         "--re-estimate-images", type=int, default=64, help="images per domain for --re-estimate"
     )
     p.add_argument("-o", "--output", required=True, help="bundle folder, or .safetensors file")
-    floats = p.add_argument_group("checkpoints", "float merging of .safetensors files")
-    floats.add_argument("--method", default="mean", choices=CHECKPOINT_METHODS)
+    floats = p.add_argument_group("checkpoints", "float merging of .safetensors or torch files")
+    floats.add_argument("--method", choices=CHECKPOINT_METHODS, help="mean if nothing else is said")
     floats.add_argument("--base", help="source checkpoint of task-arithmetic and ties")
-    floats.add_argument("--scaling", type=float, default=1.0, help="factor of the task vector")
-    floats.add_argument("--density", type=float, default=0.2, help="share that ties keeps")
+    floats.add_argument("--scaling", type=float, help="factor of the task vector (1.0)")
+    floats.add_argument("--density", type=float, help="share that ties keeps (0.2)")
     return p
 
 
@@ -82,17 +88,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    floats = all(path.endswith(".safetensors") for path in args.bundles)
+    floats = _are_checkpoints(args.bundles)
     others = [*paths_of(args.data), *paths_of(args.re_estimate), args.base]
     check_output(args.output, MERGED if floats else BUNDLE, [*args.bundles, *others])
     check_scratch()
     if floats:
         return _merge_checkpoints(args)
+    _check_flags(args)
     auto = args.weights == ["auto"]
     weights = None if auto else _numbers(args.weights)
     if auto and not args.data:
         raise MergeError("found --weights auto without images; pass --data NAME=PATH ...")
-    merger = Merger(args.bundles, args.rounding, args.candidates, args.seed)
+    rounding = args.rounding or "advanced"
+    candidates = 100 if args.candidates is None else args.candidates
+    merger = Merger(args.bundles, rounding, candidates, args.seed)
+    check_different([Path(path) for path in args.bundles])
     if not auto:
         merger.check_weights(weights)
     first = merger.parents[0]
@@ -120,8 +130,8 @@ def _merge(args: argparse.Namespace) -> int:
                 merger.parents,
                 goal,
                 weights,
-                args.rounding,
-                args.candidates,
+                rounding,
+                candidates,
                 args.seed,
                 lambda done, total: progress(done, total, ""),
                 options=options,
@@ -150,23 +160,69 @@ def _images(values: Sequence[str], like: Bundle, limit: int, seed: int) -> dict[
     return {name: read(path, wanted, limit, seed).x for name, path in named(values).items()}
 
 
-def _merge_checkpoints(args: argparse.Namespace) -> int:
-    given = {"--data": args.data, "--re-estimate": args.re_estimate}
-    wrong = [flag for flag, value in given.items() if value]
-    if wrong or args.weights == ["auto"]:
+def _are_checkpoints(paths: Sequence[str]) -> bool:
+    """Whether the parents are checkpoints and not bundles.
+
+    Raises:
+        MergeError: Some are, and some are not.
+    """
+    found = [path for path in paths if is_checkpoint(Path(path))]
+    if found and len(found) < len(paths):
+        other = next(path for path in paths if path not in found)
         raise MergeError(
-            f"found {wrong[0] if wrong else '--weights auto'} with float checkpoints; it works "
-            "on bundles: calibrate them first (--method float keeps them float)"
+            f"found the checkpoint {found[0]} beside {other}; needed bundles alone or checkpoints "
+            "alone: calibrate the checkpoint first (--method float keeps it float)"
         )
+    return bool(found)
+
+
+def _given(args: argparse.Namespace, names: Sequence[str]) -> str:
+    """The first of these flags that was given, or ""."""
+    found = [name for name in names if getattr(args, name) not in (None, [])]
+    return f"--{found[0].replace('_', '-')}" if found else ""
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuse what a merge of bundles would ignore."""
+    flag = _given(args, _OF_CHECKPOINTS)
+    if args.method not in (None, "mean"):
+        flag = f"--method {args.method}"
+    if flag:
+        raise MergeError(
+            f"found {flag} with bundles; it is of float checkpoints: merge the checkpoints and "
+            "calibrate what comes out, or leave it out (bundles are averaged)"
+        )
+    if args.criterion and args.weights != ["auto"]:
+        raise MergeError("found --criterion without --weights auto, which it is for")
+    if args.data and args.weights != ["auto"]:
+        raise MergeError("found --data without --weights auto, which reads it; pass both")
+    rounding = args.rounding or "advanced"
+    if args.candidates is not None and rounding != "advanced":
+        raise MergeError(
+            f"found --candidates with --rounding {rounding}; they are draws of advanced rounding"
+        )
+
+
+def _merge_checkpoints(args: argparse.Namespace) -> int:
+    flag = "--weights auto" if args.weights == ["auto"] else _given(args, _OF_BUNDLES)
+    if flag:
+        raise MergeError(
+            f"found {flag} with float checkpoints; it works on bundles: calibrate them first "
+            "(--method float keeps them float)"
+        )
+    method = args.method or "mean"
+    unused = {"mean": ("scaling", "density"), "task-arithmetic": ("density",)}.get(method, ())
+    if flag := _given(args, unused):
+        raise MergeError(f"found {flag} with --method {method}, which does not use it")
     with progress_bar("merge") as progress:
         path = merge_checkpoints(
             args.bundles,
             args.output,
             _numbers(args.weights),
-            args.method,
+            method,
             args.base,
-            args.scaling,
-            args.density,
+            1.0 if args.scaling is None else args.scaling,
+            0.2 if args.density is None else args.density,
             lambda done, total: progress(done, total, ""),
         )
     print(path)

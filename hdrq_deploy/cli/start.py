@@ -18,8 +18,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from ..errors import HdrqError
+from ..errors import HdrqError, one_line
 from ..files import environment_error
+from ..notes import notes_of
+from ..waiting import shorten_idle_spinning
 
 __all__ = ["Parser", "importing", "run", "shortened"]
 
@@ -227,13 +229,14 @@ def run(command: str, body: Callable[[], int], stopped: str = "nothing was writt
     global _running
     if _running:  # a step of another command, which reports
         return body()
+    shorten_idle_spinning()
     interrupt, terminate = _Raise(KeyboardInterrupt), _Raise(_Stopped)
     handlers = {signal.SIGTERM: terminate}
     if _is_free(signal.SIGINT):
         handlers[signal.SIGINT] = interrupt
     _running = True
     try:
-        with _handled(handlers), _streams():  # type: ignore[arg-type]
+        with _handled(handlers), _streams(), notes_of(command):  # type: ignore[arg-type]
             try:
                 code = body()
                 _flush()
@@ -249,7 +252,7 @@ def run(command: str, body: Callable[[], int], stopped: str = "nothing was writt
                 line = _line(error)
                 if line is None:
                     raise
-                _say(f"{command}: {' '.join(line.split())}")
+                _say(f"{command}: {one_line(line)}")
                 return error.exit_code if isinstance(error, HdrqError) else HdrqError.exit_code
     finally:
         _running = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..callable import make_callable
-from .bundles import Merger, merge
+from .bundles import Merger, check_different, merge
 from .checkpoints import CHECKPOINT_METHODS, merge_checkpoints
 from .mixing import CRITERIA, choose_weights
 from .reestimate import re_estimate
@@ -14,6 +14,7 @@ __all__ = [
     "CRITERIA",
     "ROUNDINGS",
     "Merger",
+    "check_different",
     "choose_weights",
     "merge",
     "merge_checkpoints",

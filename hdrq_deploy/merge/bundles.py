@@ -10,16 +10,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
 from ..affine import along, dequantize
 from ..biases import bias_sites, fitted, shifts
-from ..bundle import GRAPH, Bundle
+from ..bundle import Bundle
 from ..errors import MergeError
 from ..files import check_output
 from ..fold import graph_tensors
@@ -60,15 +60,17 @@ def merge(
         options: Further entries of the manifest's record of this merge.
 
     Raises:
-        MergeError: Fewer than two bundles, weights that do not fit, or bundles that differ
-            in something a merge needs equal; the first difference is named.
+        MergeError: Fewer than two bundles, one named twice, weights that do not fit, or bundles
+            that differ in something a merge needs equal; the first difference is named.
         CheckFailed: The merged graph gives no finite output for a golden input.
 
     Source:
         Shin et al., ICML 2025, section 4.3 (rounding); Li et al., ECCV 2024 (BatchNorm).
     """
     merger = Merger(bundles, rounding, candidates, seed)
-    return merger.write(output, merger.check_weights(weights), progress, threads, options)
+    mix = merger.check_weights(weights)
+    check_different([parent.path for parent in merger.parents])
+    return merger.write(output, mix, progress, threads, options)
 
 
 def golden_inputs(parents: Sequence[Bundle]) -> dict[str, Array]:
@@ -122,7 +124,7 @@ class Merger:
         self.rounding, self.candidates, self.seed = rounding, candidates, seed
         entries = self.parents[0].manifest.tensors
         self.code_names = sorted(n for n, entry in entries.items() if entry.role == "codes")
-        self._sites = bias_sites(ir.load(self.parents[0].path / GRAPH))
+        self._sites = bias_sites(self.parents[0].graph_ir())
 
     def check_weights(self, weights: Sequence[float] | None) -> list[float]:
         """See :func:`check_mix`."""
@@ -260,16 +262,19 @@ class Merger:
         return weighted_mean(values, mix)
 
 
-def weighted_mean(values: Sequence[Array], mix: Sequence[float]) -> Array:
-    """sum_i mix_i * values_i in float64, as float32; equal values stay as they are."""
+def weighted_mean(values: Sequence[Array], mix: Sequence[float], dtype: Any = np.float32) -> Array:
+    """sum_i mix_i * values_i in float64, as ``dtype``; equal values stay as they are."""
     if all(np.array_equal(value, values[0]) for value in values):
         return values[0]
     total = sum(m * v.astype(np.float64) for m, v in zip(mix, values, strict=True))
-    return np.asarray(total).astype(np.float32)
+    return np.asarray(total).astype(dtype)
 
 
 def matched_variance(
-    variances: Sequence[Array], means: Sequence[Array], mix: Sequence[float]
+    variances: Sequence[Array],
+    means: Sequence[Array],
+    mix: Sequence[float],
+    dtype: Any = np.float32,
 ) -> Array:
     """Variance of the mixture: sum_i mix_i * (variance_i + (mean_i - mean)^2).
 
@@ -281,7 +286,7 @@ def matched_variance(
     spread = [
         v.astype(np.float64) + (mean - centre) ** 2 for v, mean in zip(variances, wide, strict=True)
     ]
-    return weighted_mean(spread, mix).astype(np.float32)
+    return weighted_mean(spread, mix, dtype).astype(dtype)
 
 
 def _mean_of(variance: str, manifest: Manifest) -> str:
@@ -314,6 +319,21 @@ def check_mix(weights: Sequence[float] | None, count: int, what: str) -> list[fl
             "needed weights >= 0 with sum 1"
         )
     return mix
+
+
+def check_different(paths: Sequence[Path]) -> None:
+    """Refuse a merge of one thing with itself, which is what a slip of the keyboard asks for.
+
+    Raises:
+        MergeError: A path is named twice.
+    """
+    seen = set()
+    for path in paths:
+        if path.resolve() in seen:
+            raise MergeError(
+                f"found {path} twice; name every parent once, and give its share after --weights"
+            )
+        seen.add(path.resolve())
 
 
 def _check_compatible(first: Bundle, other: Bundle) -> None:

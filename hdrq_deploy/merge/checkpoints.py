@@ -11,30 +11,31 @@ ties               the same after trimming, sign election and disjoint mean; Yad
 
 BatchNorm's running mean and variance are matched as moments in all of them. The kept merging
 libraries (mergekit, peft) take language models of known layout and need torch; this is NumPy
-and takes any safetensors checkpoint.
+and takes any safetensors checkpoint, and torch's own files where torch is installed.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Sequence
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle import Span, read_header
+from ..checkpoints import FLOATS, Checkpoint, Stored, from_float32, open_checkpoint
 from ..errors import MergeError
 from ..files import check_output, replaced
 from ..kinds import MERGED, with_metadata
-from .bundles import check_mix, matched_variance, weighted_mean
+from .bundles import check_different, check_mix, matched_variance, weighted_mean
 
 __all__ = ["CHECKPOINT_METHODS", "merge_checkpoints"]
 
 CHECKPOINT_METHODS = ("mean", "task-arithmetic", "ties")
-_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
-_OTHERS = {"I64": np.int64, "I32": np.int32, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 
 Array = npt.NDArray[Any]
 
@@ -51,8 +52,13 @@ def merge_checkpoints(
 ) -> Path:
     """Merge float checkpoints of one architecture into one.
 
+    Computed in float64, and written in the dtype that the parents have; where they differ, in
+    the wider one (float32 for float16 beside bfloat16). Names and the state_dict that is taken
+    are those of a calibration: see :mod:`hdrq_deploy.checkpoints`.
+
     Args:
-        paths: Two or more .safetensors files with the same names and shapes.
+        paths: Two or more checkpoints with the same names and shapes: .safetensors, or torch
+            files where torch is installed.
         output: .safetensors file to write; written whole or not at all.
         weights: One per file, >= 0, sum 1; equal by default.
         method: One of ``CHECKPOINT_METHODS``.
@@ -62,12 +68,15 @@ def merge_checkpoints(
         progress: Called with (tensors done, tensors in all).
 
     Raises:
-        MergeError: Fewer than two files, weights or options that do not fit, no base, or
-            files that differ in a name, shape or dtype.
+        MergeError: Fewer than two files, one named twice, weights or options that do not fit,
+            no base, files that differ in a name, shape or kind of dtype, values that are not
+            finite, or an output that is no .safetensors file.
         BundleError: A file is not safetensors.
+        ModelError: A file is no checkpoint.
     """
     files = [Path(path) for path in paths]
     mix = check_mix(weights, len(files), "checkpoint")
+    check_different(files)
     if method not in CHECKPOINT_METHODS:
         raise MergeError(f"found method {method!r}; choose one of {', '.join(CHECKPOINT_METHODS)}")
     if method != "mean" and base is None:
@@ -77,33 +86,103 @@ def merge_checkpoints(
             f"found density={density}, scaling={scaling}; needed a density above 0, up to 1, and "
             "a finite scaling"
         )
+    if Path(output).suffix != ".safetensors":
+        raise MergeError(
+            f"found -o {output}; needed a .safetensors file, which is what a merge of checkpoints "
+            "writes"
+        )
     sources = [*files, *([Path(base)] if base is not None and method != "mean" else [])]
     target = check_output(output, MERGED, sources)
-    headers = [read_header(path) for path in sources]
-    for path, header in zip(sources[1:], headers[1:], strict=True):
-        _check_same(sources[0], headers[0], path, header)
-    start = min((span.offset for span in headers[0].values()), default=0)
-    notes = {"method": method, "weights": mix}
+    opened = [open_checkpoint(path) for path in sources]
+    for other in opened[1:]:
+        _check_same(opened[0], other)
+    entries = {name: _merged_type(name, opened[: len(files)]) for name in opened[0].tensors}
+    header, order = _header(entries)
     with replaced(target, MERGED) as file:
-        with files[0].open("rb") as origin:
-            beginning = with_metadata(origin.read(start), "merged", notes)
-        file.write(beginning)
-        for done, name in enumerate(sorted(headers[0])):
-            values = [
-                _read(path, header[name]) for path, header in zip(sources, headers, strict=True)
-            ]
-            means = None
-            if name.endswith("running_var"):
-                mean = name.removesuffix("running_var") + "running_mean"
-                means = [
-                    _read(path, header[mean]) for path, header in zip(files, headers, strict=False)
-                ]
+        file.write(with_metadata(header, "merged", {"method": method, "weights": mix}))
+        for done, name in enumerate(order):
+            values = [_finite(checkpoint, name) for checkpoint in opened]
+            means = _means(opened[: len(files)], name)
             merged = _merge_one(values, means, mix, method, scaling, density)
-            file.seek(headers[0][name].offset - start + len(beginning))
-            file.write(merged.astype(values[0].dtype).tobytes())
+            file.write(_as_stored(merged, entries[name], name, target))
             if progress:
-                progress(done + 1, len(headers[0]))
+                progress(done + 1, len(order))
     return target
+
+
+def _merged_type(name: str, models: Sequence[Checkpoint]) -> Stored:
+    """The parents' dtype; the widest where they differ."""
+    kinds = {model.tensors[name].dtype for model in models}
+    shape = models[0].tensors[name].shape
+    if len(kinds) == 1:
+        return Stored(kinds.pop(), shape)
+    return Stored("F64" if "F64" in kinds else "F32", shape)
+
+
+def _header(entries: Mapping[str, Stored]) -> tuple[bytes, list[str]]:
+    """Safetensors' length and header, and the order of the tensors behind it, wide ones first."""
+    order = sorted(entries, key=lambda name: (-_BYTES.get(entries[name].dtype, 1), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        stored = entries[name]
+        count = int(np.prod(stored.shape, dtype=np.int64))
+        begin, end = end, end + count * _BYTES.get(stored.dtype, 1)
+        header[name] = {
+            "dtype": stored.dtype,
+            "shape": list(stored.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text, order
+
+
+def _finite(checkpoint: Checkpoint, name: str) -> Array:
+    values = checkpoint.read(name)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise MergeError(
+            f"{checkpoint.path}: found NaN or infinity in {name}; needed finite weights: export "
+            "the checkpoint again"
+        )
+    return values
+
+
+def _means(models: Sequence[Checkpoint], name: str) -> list[Array] | None:
+    """The running means beside a running variance."""
+    if not name.endswith("running_var") or models[0].tensors[name].dtype not in FLOATS:
+        return None
+    mean = name.removesuffix("running_var") + "running_mean"
+    shape = models[0].tensors[name].shape
+    if mean not in models[0].tensors or models[0].tensors[mean].shape != shape:
+        raise MergeError(
+            f"{models[0].path}: found {name} without {mean} of its shape; needed both of a "
+            "BatchNorm: save the whole state_dict"
+        )
+    return [_finite(model, mean) for model in models]
+
+
+def _as_stored(merged: Array, stored: Stored, name: str, target: Path) -> bytes:
+    """The bytes of a merged tensor.
+
+    Raises:
+        MergeError: A value is beyond the dtype of the parents.
+    """
+    if stored.dtype not in FLOATS:
+        return np.ascontiguousarray(merged).tobytes()
+    with np.errstate(over="ignore"):
+        values = np.asarray(merged).astype(FLOATS[stored.dtype])
+    data = from_float32(values) if stored.dtype == "BF16" else values
+    if not np.isfinite(values).all() or (stored.dtype == "BF16" and _endless(data)):
+        raise MergeError(
+            f"{target}: found merged values of {name} beyond what {stored.dtype} holds; needed a "
+            "smaller --scaling, or parents in float32"
+        )
+    return np.ascontiguousarray(data).tobytes()
+
+
+def _endless(bits: Array) -> bool:
+    """Whether a bfloat16 was rounded up to infinity."""
+    return bool(((bits & 0x7FFF) == 0x7F80).any())
 
 
 def _merge_one(
@@ -118,9 +197,9 @@ def _merge_one(
     if models[0].dtype.kind != "f":
         return models[0]  # counters and tables; the first model's
     if means is not None:
-        return matched_variance(models, means, mix)
-    if method == "mean" or values[0].ndim == 0:
-        return weighted_mean(models, mix)
+        return matched_variance(models, means, mix, np.float64)
+    if method == "mean" or values[0].ndim == 0 or values[0].size == 0:
+        return weighted_mean(models, mix, np.float64)
     origin = values[-1].astype(np.float64)
     vectors = [model - origin for model in models]
     if method == "task-arithmetic":
@@ -149,24 +228,17 @@ def _ties(vectors: list[Array], mix: list[float], density: float) -> Array:
     return result
 
 
-def _read(path: Path, span: Span) -> Array:
-    dtype = {**_FLOATS, **_OTHERS}[span.dtype]
-    count = span.length // np.dtype(dtype).itemsize
-    with path.open("rb") as file:
-        file.seek(span.offset)
-        return np.frombuffer(file.read(span.length), dtype, count).reshape(span.shape)
+def _check_same(mine: Checkpoint, theirs: Checkpoint) -> None:
+    for name in sorted({*mine.tensors, *theirs.tensors}):
+        a, b = mine.tensors.get(name), theirs.tensors.get(name)
+        if a is not None and b is not None and a.shape == b.shape and _alike(a.dtype, b.dtype):
+            continue
+        told = [f"{s.dtype} {s.shape}" if s else "nothing" for s in (a, b)]
+        raise MergeError(
+            f"found {name}: {told[0]} in {mine.path}, {told[1]} in {theirs.path}; needed "
+            "checkpoints of one architecture"
+        )
 
 
-def _check_same(first: Path, mine: dict[str, Span], other: Path, theirs: dict[str, Span]) -> None:
-    for name in sorted({*mine, *theirs}):
-        a, b = mine.get(name), theirs.get(name)
-        if a is None or b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
-            told = [f"{s.dtype} {s.shape}" if s else "nothing" for s in (a, b)]
-            raise MergeError(
-                f"found {name}: {told[0]} in {first}, {told[1]} in {other}; needed checkpoints "
-                "of one architecture"
-            )
-        if a.dtype not in {**_FLOATS, **_OTHERS}:
-            raise MergeError(
-                f"{first}: found {name} of dtype {a.dtype}; needed float32 or float16: convert it"
-            )
+def _alike(a: str, b: str) -> bool:
+    return a == b or (a in FLOATS and b in FLOATS)

@@ -28,7 +28,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from .. import reference
-from ..bundle import GRAPH, Bundle
+from ..bundle import Bundle
 from ..errors import DataError
 from ..frames import in_batches
 from ..surgery import serialized
@@ -193,7 +193,7 @@ class Network:
     """
 
     def __init__(self, bundle: Bundle) -> None:
-        model = ir.load(bundle.path / GRAPH)
+        model = bundle.graph_ir()
         graph = model.graph
         tensors = bundle.manifest.tensors
         for name, value in list(graph.initializers.items()):

@@ -97,7 +97,7 @@ def moved(
     before = _activation_steps(bundle, tensors, x, seed)
     for name, step in _activation_steps(bundle, result, x, seed).items():
         result[name] = (tensors[name] * (step / before[name])).astype(np.float32)
-    sites = bias_sites(ir.load(bundle.path / GRAPH))
+    sites = bias_sites(bundle.graph_ir())
     manifest = bundle.manifest
     return result | fitted(result, sites, shifts(manifest.tensors), manifest.folds)
 
@@ -120,7 +120,7 @@ def _folded(bundle: Bundle, tensors: Mapping[str, Array]) -> dict[str, Array]:
 
 def _moments(bundle: Bundle, tensors: Mapping[str, Array], x: Array) -> dict[str, Array]:
     """New means and variances, by tensor name."""
-    model = ir.load(bundle.path / GRAPH)
+    model = bundle.graph_ir()
     _drop_quantizers(model)
     probes = [*_probe_folds(model, bundle, tensors), *_probe_norms(model, tensors)]
     if not probes:
@@ -235,7 +235,7 @@ def _activation_steps(
     bundle: Bundle, tensors: Mapping[str, Array], x: Array, seed: int
 ) -> dict[str, Array]:
     """Steps by search on the values that the quantizers meet, activations unquantized."""
-    model = ir.load(bundle.path / GRAPH)
+    model = bundle.graph_ir()
     sources = _drop_quantizers(model)
     if not sources:
         return {}

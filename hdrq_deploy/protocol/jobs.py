@@ -27,7 +27,9 @@ from typing import Any
 
 from ..errors import HdrqError
 from ..files import write_bytes
+from ..notes import show_notes
 from ..reference import session_threads
+from ..waiting import shorten_idle_spinning
 
 __all__ = ["Job", "open_pool", "reach", "run_jobs"]
 
@@ -151,7 +153,9 @@ def _no_interrupt() -> Iterator[None]:
 
 
 def _begin_worker() -> None:
-    """In a new process: how it ends."""
+    """In a new process: how its threads wait, where its notes go, and how it ends."""
+    shorten_idle_spinning()
+    show_notes("hdrq")
     # Ctrl-C is for the process that waits for the workers; it ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _unwind)
@@ -331,6 +335,7 @@ def _work(job: Job, threads: int) -> None:
 
 def _work_shared(job: Job, threads: int, shared: str, token: str) -> None:
     """On a node of a cluster: only where it sees the folder that results go to."""
+    shorten_idle_spinning()
     mark, deadline = Path(shared) / f".{token}", time.monotonic() + _REACH_S
     while not mark.is_file():  # network file systems show a new file late
         if time.monotonic() > deadline:
