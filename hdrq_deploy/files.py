@@ -144,12 +144,14 @@ class FileKind:
     """A file that one command writes.
 
     Attributes:
-        kind: What it is, for the error.
+        name: What it is, for the error.
         is_ours: Whether the file at a path bears our mark of this kind.
+        kind: Value of ``kind`` in a JSON file.
     """
 
-    kind: str
+    name: str
     is_ours: Callable[[Path], bool]
+    kind: str = ""
 
     def stranger(self, path: Path) -> str:
         """Why a file is not ours and of this kind; "" for ours."""
@@ -356,7 +358,8 @@ def _check_free(target: Path, kind: Kind, flag: str = "-o") -> None:
         found = "the folder that this command runs in"
     found = found or kind.stranger(target)
     if found:
-        what = f"an empty folder or an earlier {kind.kind}" if folder else f"an earlier {kind.kind}"
+        what = f"an earlier {kind.name if isinstance(kind, FileKind) else kind.kind}"
+        what = f"an empty folder or {what}" if folder else what
         raise HdrqError(
             f"found {found} at {target}; needed nothing, {what} there: choose another {flag}, or "
             "move it away"

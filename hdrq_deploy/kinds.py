@@ -85,7 +85,7 @@ def _json_kind(kind: str, name: str, keys: set[str] | None = None) -> FileKind:
             return bool(part["kind"] == kind)
         return keys is not None and keys <= set(part)
 
-    return FileKind(name, is_ours)
+    return FileKind(name, is_ours, kind)
 
 
 def _head(path: Path) -> bytes:

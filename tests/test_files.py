@@ -424,6 +424,36 @@ def test_a_file_is_replaced_only_with_our_mark(case: str, tmp_path: Path) -> Non
         target.rmdir() if stat.S_ISDIR(target.lstat().st_mode) else target.unlink()
 
 
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (kinds.BENCH_JSON, "hdrq-bench"),
+        (kinds.COMPARE_JSON, "hdrq-compare"),
+        (kinds.VERIFY_JSON, "hdrq-verify"),
+        (kinds.DEMO_JSON, "hdrq-demo"),
+        (kinds.REPRODUCE_JSON, "hdrq-reproduce"),
+        (kinds.CELL_ROW, "hdrq-row"),
+    ],
+)
+def test_the_kind_that_is_written_is_the_one_that_is_read(
+    kind: files.FileKind, text: str, tmp_path: Path
+) -> None:
+    assert kind.kind == text
+    (tmp_path / "x.json").write_text(json.dumps({"kind": kind.kind}))
+    assert kind.is_ours(tmp_path / "x.json")
+
+
+def test_the_demo_writes_over_its_own_report(tmp_path: Path) -> None:
+    from tests.test_compare import noise, result
+
+    made = object.__new__(demo._Demo)
+    made.out, made.iters, made.started, made.commands = tmp_path, 3, 0.0, ["hdrq-merge a b"]
+    rows = [("float", result(noise(0)))]
+    for _ in range(2):
+        made._close(rows, ["model"], [["float"]], "precision", "parity")
+    assert sorted(contents(tmp_path)) == ["commands.sh", "report.html", "results.json"]
+
+
 # The command lines: what is asked for is not there at all, so a refusal that names the output
 # comes before anything was imported, opened or read.
 NONE = "absent.hdrq"

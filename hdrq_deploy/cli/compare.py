@@ -56,7 +56,7 @@ def _compare(args: argparse.Namespace) -> int:
     if args.json:
         record = {
             "schema_version": 1,
-            "kind": "hdrq-compare",
+            "kind": COMPARE_JSON.kind,
             "base": args.base,
             "new": args.new,
             "tolerance": args.tolerance,

@@ -59,7 +59,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``hdrq demo``."""
-    return run("hdrq demo", lambda: _demo(arguments().parse_args(argv)))
+    kept = "finished bundles and engines are kept"
+    return run("hdrq demo", lambda: _demo(arguments().parse_args(argv)), kept)
 
 
 def _demo(args: argparse.Namespace) -> int:

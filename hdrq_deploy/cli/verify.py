@@ -83,7 +83,7 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         record = {
             "schema_version": 1,
-            "kind": "hdrq-verify",
+            "kind": VERIFY_JSON.kind,
             "tolerances": {
                 **tolerances.model_dump(),
                 **({} if args.max_flips is None else {"decision_flips": args.max_flips}),

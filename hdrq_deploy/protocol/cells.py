@@ -138,7 +138,7 @@ def _measure(
     with engine_of(bundle, _engine_device(device), threads) as engine:
         found = accuracy(engine, {d.name: labelled_set(engine, task, d) for d in tests})
     row = {
-        "kind": "hdrq-row",
+        "kind": CELL_ROW.kind,
         "cell": cell,
         **origin,
         "metric": found.metric,
