@@ -19,7 +19,7 @@ from hdrq_deploy import reference
 from hdrq_deploy.calibrate import calibrate
 from hdrq_deploy.calibrate import pipeline as pipeline_module
 from hdrq_deploy.calibrate.blocks import find_blocks
-from hdrq_deploy.calibrate.capture import Capture, capture
+from hdrq_deploy.calibrate.capture import Capture, capture, single_output
 from hdrq_deploy.calibrate.pipeline import _prepared
 from hdrq_deploy.calibrate.placement import nonnegative_nodes, plan_quantizers
 from hdrq_deploy.calibrate.source import load_model, load_state
@@ -445,6 +445,27 @@ def test_modules_as_users_have_them_are_taken(
         expected = raw.float().eval()(x.clone()).numpy()
     session = reference.unfused_session(bundle.path / "model.onnx")
     assert decibels(expected, session.run(None, {"input": x.numpy()})[0]) > 90
+
+
+def test_the_prediction_among_several_outputs_is_the_one_that_is_named_so() -> None:
+    import dataclasses
+
+    a, b = torch.zeros(1), torch.ones(1)
+
+    @dataclasses.dataclass
+    class Out:
+        features: torch.Tensor
+        logits: torch.Tensor
+
+    assert single_output(a) is a and single_output((None, a, b)) is a
+    assert single_output({"loss": None, "features": a, "logits": b}) is b
+    assert single_output({"aux": a, "out": b}) is b and single_output(Out(a, b)) is b
+    assert single_output({"loss": None, "anything": b}) is b
+    for several in ({"features": a, "embedding": b}, {"loss": None}):
+        with pytest.raises(ModelError, match="nothing says which is the prediction"):
+            single_output(several)
+    with pytest.raises(ModelError, match="returns int"):
+        single_output(3)
 
 
 def test_a_wrapper_s_prefix_is_taken_off_or_put_on_where_only_that_fits(tmp_path: Path) -> None:

@@ -57,6 +57,11 @@ LINEAR = {aten.linear.default}
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default}
 _BATCH_NORMS = {aten._native_batch_norm_legit_no_training.default, aten.batch_norm.default}
 _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alias.default}
+# What libraries call the prediction among several outputs, the surest name first.
+_PREDICTIONS = (
+    "logits", "out", "output", "prediction", "predictions", "pred", "preds", "scores", "probs",
+    "last_hidden_state",
+)  # fmt: skip
 # Loggers with levels of their own.
 _LOUD = ("torch.onnx", "torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes")
 # The wrapper's own attribute; a user's module may be called anything else, "model" included.
@@ -202,25 +207,42 @@ class _OneOutput(nn.Module):
 
 
 def single_output(output: Any) -> Tensor:
-    """The prediction: a tensor, or the first one in a tuple, mapping or dataclass.
+    """The prediction in what a model returns.
+
+    A tensor; of a tuple the first one; of a mapping or dataclass the one that ``_PREDICTIONS``
+    names, or the only one.
 
     Raises:
-        ModelError: There is none.
+        ModelError: There is none, or nothing says which of several it is.
     """
     if isinstance(output, Tensor):
         return output
-    values: Any = output
     if isinstance(output, Mapping):
-        values = output.values()
-    elif dataclasses.is_dataclass(output):
-        values = [getattr(output, field.name) for field in dataclasses.fields(output)]
-    if isinstance(values, (tuple, list)) or hasattr(values, "__iter__"):
-        for value in values:
+        return _named_output({str(key): value for key, value in output.items()})
+    if dataclasses.is_dataclass(output):
+        names = [field.name for field in dataclasses.fields(output)]
+        return _named_output({name: getattr(output, name) for name in names})
+    if isinstance(output, (tuple, list)) or hasattr(output, "__iter__"):
+        for value in output:
             if isinstance(value, Tensor):
                 return value
     raise ModelError(
-        f"the model returns {type(output).__name__}; needed a tensor, or a tuple, mapping or "
-        "dataclass whose first tensor is the prediction"
+        f"the model returns {type(output).__name__}; needed a tensor, a tuple whose first tensor "
+        "is the prediction, or a mapping or dataclass that names it logits or out"
+    )
+
+
+def _named_output(values: dict[str, Any]) -> Tensor:
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    for name in _PREDICTIONS:
+        if name in tensors:
+            return tensors[name]
+    if len(tensors) == 1:
+        return next(iter(tensors.values()))
+    found = ", ".join(list(tensors)[:6]) or "no tensor"
+    raise ModelError(
+        f"the model returns {found}, and nothing says which is the prediction; needed one tensor, "
+        "or one that is called logits or out: return the prediction alone"
     )
 
 
