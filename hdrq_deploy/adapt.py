@@ -29,6 +29,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .calibrate.capture import single_output
 from .calibrate.pipeline import own_wanted, torch_device
 from .calibrate.source import load_model, load_state, state_sha256
 from .calibration_data.readers import ImageSet, Wanted, read
@@ -240,7 +241,7 @@ class _Run:
         return groups
 
     def _scores(self, x: Tensor) -> Tensor:
-        return _first_tensor(self.model(x))
+        return single_output(self.model(x))
 
     def _loss(self, rows: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         x, chosen = self.x[rows], labels[rows]
@@ -404,14 +405,6 @@ def _again(
     return x, labels
 
 
-def _first_tensor(output: Any) -> Tensor:
-    """The prediction of whatever a model returns."""
-    if isinstance(output, Tensor):
-        return output
-    first: Tensor = next(iter(output.values() if hasattr(output, "values") else output))
-    return first
-
-
 def _last_linear(model: nn.Module, example: Tensor) -> nn.Linear:
     """The linear layer that gives the model's output."""
     calls: list[tuple[nn.Linear, Tensor]] = []
@@ -426,7 +419,7 @@ def _last_linear(model: nn.Module, example: Tensor) -> nn.Linear:
     finally:
         for hook in hooks:
             hook.remove()
-    scores = _first_tensor(output)
+    scores = single_output(output)
     if not calls or calls[-1][1].shape != scores.shape:
         raise ModelError(
             "found no linear layer that gives the model's scores; SHOT keeps the classifier fixed "
