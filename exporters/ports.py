@@ -147,6 +147,11 @@ def _frames(model: ir.Model, image: ir.Value, preprocessing: Preprocessing) -> i
 
 def _decision(model: ir.Model, scores: ir.Value, what: str) -> ir.Value:
     """Softmax or argmax over the classes, axis 1."""
+    if scores.shape is not None and len(scores.shape) < 2:
+        raise ExportError(
+            f"found an output of shape {tuple(map(str, scores.shape))} for --postprocess {what}; "
+            "needed scores (N, C, ...): export with --postprocess none"
+        )
     name = str(scores.name)
     attributes = {"axis": 1} if what == "softmax" else {"axis": 1, "keepdims": 0}
     node = ir.node(

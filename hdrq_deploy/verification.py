@@ -46,7 +46,7 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 Batches = Callable[[], Iterator[tuple[Array, Array]]]
-# Fewer decisions than these say little of a share.
+# Fewer decisions than these say little of a share, and fewer values little of their largest.
 _ENOUGH = 100
 # A batch of so many input values at once: all layers of both stages are in memory.
 _VALUES_AT_ONCE = 1 << 19
@@ -511,7 +511,9 @@ class _Steps:
         size = np.abs(np.where(finite, given, 0)).astype(np.float64)
         largest = size.max(initial=0)
         channel = size.max(axis=others, keepdims=True, initial=0)
-        scale = np.maximum(channel, 1e-3 * largest) if fidelity.by_channel else largest
+        # The largest of a few values may be small by chance.
+        least = 1e-3 if size.size >= _ENOUGH * size.shape[axis] else 0.05
+        scale = np.maximum(channel, least * largest) if fidelity.by_channel else largest
         limit = fidelity.real * scale
         for stage in (self._first, self._second):
             bias = stage.bias_steps.get(name) if isinstance(stage, GraphTap) else None

@@ -21,7 +21,7 @@ from hdrq_deploy.calibrate import calibrate
 from hdrq_deploy.calibrate.tap import TorchTap
 from hdrq_deploy.cli import export as export_command
 from hdrq_deploy.cli import verify
-from hdrq_deploy.errors import CheckFailed, DataError
+from hdrq_deploy.errors import CheckFailed, DataError, ExportError
 from hdrq_deploy.exporters import GraphOptions, apart, export
 from hdrq_deploy.files import sha256_file
 from hdrq_deploy.manifest import Tolerances
@@ -268,7 +268,8 @@ def test_a_wrong_lowered_graph_is_found(
             check(compare_stages(bundle, path, x, False), bundle.manifest.tolerances)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+# Codes that end at 0 need no ReLU in front: without it the bundle's graph computes the same.
+@pytest.mark.parametrize("fault", sorted(set(FAULTS) - {"no relu"}))
 @pytest.mark.parametrize(("wbits", "abits"), BITS)
 def test_a_wrong_bundle_graph_is_found_against_torch(
     heads: Any, inputs: Any, fault: str, wbits: int, abits: int
@@ -299,7 +300,7 @@ def test_a_wrong_bundle_graph_is_found_against_torch(
                 check([difference(learned, tap, batches, how)], Tolerances())
 
 
-@pytest.mark.parametrize("fault", ["swapped channels", "scale by 1%", "bias", "no relu", "pads"])
+@pytest.mark.parametrize("fault", ["swapped channels", "scale by 1%", "bias", "pads"])
 @pytest.mark.parametrize("name", ["Mask", "Segments"])
 @pytest.mark.parametrize(("wbits", "abits"), BITS)
 def test_an_engine_that_is_not_its_graph_is_found(
@@ -495,7 +496,7 @@ def test_every_export_passes_its_own_check(make: Any, tmp_path: Path, name: str,
             p
             for p in options["keep_float"]
             if p in {"Net": "mid", "Attention": "qkv"}.get(name, "*conv1*")
-        ]  # noqa: E501
+        ]
         options["keep_float"] = (first,)
     bundle = make(name, wbits=4, abits=4, per_channel=True)
     for engine, more in (("ort", {}), ("onnx", {}), ("trt-rtx", {"only_graph": True})):
@@ -510,6 +511,12 @@ def test_every_export_passes_its_own_check(make: Any, tmp_path: Path, name: str,
             check(compare_stages(bundle, path, None, False), bundle.manifest.tolerances)
             stages, tolerances = compare_engine(path)
             check(stages, tolerances)
+
+
+def test_an_output_without_classes_has_no_labels(heads: Any, tmp_path: Path) -> None:
+    for what in ("argmax", "softmax"):
+        with pytest.raises(ExportError, match=r"needed scores \(N, C, ...\)"):
+            export(heads("Scalar"), tmp_path / "e", options=GraphOptions(postprocess=what))
 
 
 def test_frames_are_compared_as_the_frames_they_are(make: Any, work: Path, tmp_path: Path) -> None:
@@ -646,7 +653,12 @@ def test_a_mix_is_checked_and_a_wrong_one_is_never_run(
     with DomainMixer(parents, options=GraphOptions(**options)) as mixer:
         before = mixer(inputs)
         real = module._Session.__call__
-        monkeypatch.setattr(module._Session, "__call__", lambda self, x: real(self, x[:, ::-1]))
+
+        def wrong(self: Any, x: Any) -> Any:
+            output = real(self, x)
+            return (output + 1) % 4 if output.dtype.kind == "i" else 1.5 * output
+
+        monkeypatch.setattr(module._Session, "__call__", wrong)
         if options.get("exact", True):
             with pytest.raises(CheckFailed, match="bundle to engine"):
                 mixer.set({"night": 0.9, "day": 0.1}).result(60)
