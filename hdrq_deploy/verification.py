@@ -700,8 +700,8 @@ def check(
 
 def _parts_at(stage: Stage) -> str | None:
     """The first activation that is wrong, else the first wrong layer, else the first tie."""
-    wrong = (found.module for found in (*stage.tensors, *stage.layers) if found.wrong)
-    return next(wrong, stage.first_difference)
+    found: list[TensorDifference | LayerDifference] = [*stage.tensors, *stage.layers]
+    return next((part.module for part in found if part.wrong), stage.first_difference)
 
 
 def _first(given: float | None, otherwise: float) -> float:
