@@ -7,11 +7,12 @@ never end.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
+from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ __all__ = [
     "tensors_of",
 ]
 
+_TEXTS = (str, bytes)
 _KEYS = {"location", "offset", "length", "checksum"}
 
 
@@ -60,8 +62,8 @@ def checked(path: Path, files: Collection[str]) -> onnx.ModelProto:
         ValueError: Says what is wrong with it.
     """
     model = parse(path)
-    check_graph(model)
     check_outside(model, path.parent, files)
+    check_graph(model)
     try:
         onnx.checker.check_model(str(path))
     except (onnx.checker.ValidationError, RuntimeError) as error:
@@ -126,15 +128,25 @@ def _check_order(graph: onnx.GraphProto, outer: Collection[str]) -> None:
 
 def tensors_of(message: Any) -> Iterator[onnx.TensorProto]:
     """Every tensor in a model, wherever it is: in attributes, inner graphs, functions."""
+    return (part for part in _parts(message) if isinstance(part, onnx.TensorProto))
+
+
+def _parts(message: Any) -> Iterator[Any]:
+    """A message and all messages inside of it.
+
+    Raises:
+        ValueError: A text is no UTF-8, which readers take for different names.
+    """
+    yield message
     for field, value in message.ListFields():
-        if field.message_type is None:
-            continue
-        # Only repeated fields can be walked; a map's items are neither tensors nor hold any.
-        for item in value if hasattr(value, "__len__") else (value,):
-            if isinstance(item, onnx.TensorProto):
-                yield item
-            elif hasattr(item, "ListFields"):
-                yield from tensors_of(item)
+        items = value if isinstance(value, Sequence) and not isinstance(value, _TEXTS) else (value,)
+        if field.type == FieldDescriptor.TYPE_MESSAGE:
+            for item in items:
+                yield from _parts(item)
+        elif field.type == FieldDescriptor.TYPE_STRING:
+            for item in items:
+                if not isinstance(item, str):
+                    raise ValueError(f"{field.name} {item[:80]!r} is no text")
 
 
 def pointer(tensor: onnx.TensorProto) -> dict[str, str]:

@@ -81,6 +81,13 @@ def second_input(model: Any) -> None:
     model.graph.input.add().CopyFrom(model.graph.input[0])
 
 
+def no_text(model: Any) -> None:
+    node = model.graph.node[0]
+    data = node.SerializeToString()
+    place = data.index(node.name.encode())
+    node.ParseFromString(data[:place] + b"\xb2" + data[place + 1 :])
+
+
 GRAPHS: dict[str, tuple[Callable[[Any], None], str]] = {
     "outside": (place("location", "../secret.bin"), "has its data in '../secret.bin'"),
     "absolute": (place("location", "/etc/passwd"), "has its data in '/etc/passwd'"),
@@ -94,6 +101,7 @@ GRAPHS: dict[str, tuple[Callable[[Any], None], str]] = {
     "cycle": (cycle, "before it is there"),
     "written twice": (written_twice, "a second time"),
     "one name": (same_name, "is the name of two initializers"),
+    "a name that is no text": (no_text, "is no text"),
     "two inputs": (second_input, "one input and one output"),
 }
 
