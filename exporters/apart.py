@@ -6,7 +6,6 @@ import ctypes
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
+
+from ..files import scratch_folder
 
 __all__ = ["run_apart"]
 
@@ -33,8 +34,7 @@ def run_apart(folder: Path, batches: Sequence[Array]) -> tuple[list[Array] | Non
     """
     if not has_driver():
         return None, "this machine has no NVIDIA driver"
-    with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
+    with scratch_folder() as place:
         names = [f"batch_{i}" for i in range(len(batches))]
         arrays = {n: np.ascontiguousarray(rows) for n, rows in zip(names, batches, strict=True)}
         save_file(arrays, place / "inputs.safetensors")

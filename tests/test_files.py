@@ -951,7 +951,7 @@ def test_a_full_disk_is_one_line(
 
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["hdrq_deploy.exporters.export"], "_golden", full)
+        patch.setattr(sys.modules["hdrq_deploy.exporters.export"], "explain", full)
         assert "no space left on device at /tmp/x" in refused(
             export.main, [bundle, "-o", "engine"], capsys
         )
