@@ -534,9 +534,9 @@ class _Steps:
     def _probe(self, codes: Mapping[str, Array], x: Array, y: Array) -> str | None:
         """Both stages on random codes, so that every weight meets an input."""
         rng = np.random.default_rng(0)
-        if self._how.one_row and all(code.shape[0] == len(x) for code in codes.values()):
-            codes = {name: code[:1] for name, code in codes.items()}
+        if self._how.one_row:  # codes need not have the images on axis 0, so they are made anew
             x, y = x[:1], y[:1]
+            codes = self._first.run(x).codes
         random = {
             name: rng.integers(lo, hi, code.shape, np.int16, endpoint=True)
             for name, code in codes.items()
