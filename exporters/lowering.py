@@ -8,7 +8,7 @@ TensorRT     rounded (TensorRT knows no integer Clip); 4-bit weights as int8
 ort          activations as uint8 (x86 has no fast signed kernel), 4-bit weights
              as INT4 widened by nodes that are folded at load, int32 bias for Gemm,
              ConvInteger for a convolution that writes the network's output, Max for
-             ReLU behind a linear layer whose output stays real
+             ReLU and Sub for Add behind a linear layer whose output stays real
 all          scales with which a bias would leave int32 (bundles of earlier versions)
 ===========  =====================================================================
 
@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from ..biases import LARGEST, bias_sites, fitted
 from ..errors import ExportError
-from ..surgery import constant, weight_dequantizer
+from ..surgery import constant
 from .graph import (
     Quantizer,
     array,
@@ -136,8 +136,7 @@ def lower_ort(model: ir.Model, exact: bool = True) -> ir.Model:
     drop_unused(model)
     for node in list(model.graph):
         if node.op_type == "MatMul":
-            _as_gemm(model, node)
-    for node in list(model.graph):
+            _part_bias(model, node)
         if node.op_type in {"Gemm", "MatMul"}:
             _settle_clamps(model, node)
         if node.op_type == "Gemm":
@@ -342,7 +341,7 @@ def _dequantizer(value: ir.Value | None) -> ir.Node | None:
 
 def _integer_bias(model: ir.Model, node: ir.Node) -> None:
     """Give Gemm an int32 bias (step s_x * s_w): without it ONNX Runtime keeps it in float."""
-    operand, weight = _dequantizer(node.inputs[0]), weight_dequantizer(node.inputs[1])[0]
+    operand, weight = _dequantizer(node.inputs[0]), _dequantizer(node.inputs[1])
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if operand is None or weight is None or bias is None or bias.const_value is None:
         return
@@ -372,28 +371,25 @@ def _integer_bias(model: ir.Model, node: ir.Node) -> None:
     node.replace_input_with(2, out)
 
 
-def _as_gemm(model: ir.Model, node: ir.Node) -> None:
-    """Turn MatMul and Add of a constant (N,) into Gemm, as ONNX Runtime does, but in time.
+def _part_bias(model: ir.Model, node: ir.Node) -> None:
+    """Subtract the negative bias behind a MatMul of matrices whose sum stays real.
 
-    Its own Gemm keeps the bias in float, and the layer with it.
+    ONNX Runtime fuses MatMul and Add to Gemm, with a bias in float that keeps the layer in float
+    unless it writes codes. Sub it leaves alone.
     """
     out = node.outputs[0]
     uses = list(out.uses())
-    if out.is_graph_output() or len(uses) != 1 or uses[0].node.op_type != "Add":
+    if out.is_graph_output() or len(uses) != 1 or len(out.shape or ()) != 2:
         return
     add = uses[0].node
+    if add.op_type != "Add" or _writes_codes(add):
+        return
     bias = add.inputs[1 - uses[0].idx]
-    weight = node.inputs[1]
-    if bias is None or bias.const_value is None or weight is None or len(out.shape or ()) != 2:
+    if bias is None or bias.const_value is None:
         return
-    if _dequantizer(node.inputs[0]) is None or weight_dequantizer(weight)[0] is None:
-        return
-    if weight.shape is None or tuple(array(bias).shape) != (weight.shape[1],):
-        return
-    gemm = ir.node("Gemm", [node.inputs[0], weight, bias], name=node.name)
-    made = insert(model, add, gemm)
+    negative = constant(model, f"{node.name}/negative_bias", -array(bias))
+    made = insert(model, add, ir.node("Sub", [out, negative], name=add.name))
     _replace(model, add, made)
-    model.graph.remove(node)
 
 
 def _settle_clamps(model: ir.Model, node: ir.Node) -> None:
