@@ -195,7 +195,7 @@ def recorded_tap(
 def engine_fidelity(lowered: GraphTap) -> Fidelity:
     """How exactly integer kernels must compute what their graph says."""
     # The kernels of 4-bit weights in blocks round their activations to 8 bits, in blocks.
-    return replace(KERNEL, tie=1.0, output=0.05) if lowered.in_blocks else KERNEL
+    return replace(KERNEL, codes=0.05, output=0.05) if lowered.in_blocks else KERNEL
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ class Fidelity:
         output: Relative RMS of the output computed from equal codes.
         kernel: The second stage rounds biases as integer kernels do.
         widened: The second stage's codes go on beyond the first's on purpose.
+        advice: What to do where a layer fails.
     """
 
     real: float = 5e-5
@@ -82,11 +83,20 @@ class Fidelity:
     output: float = 1e-3
     kernel: bool = False
     widened: bool = False
+    advice: str = "export again"
 
 
 EXACT = Fidelity()
 # Half precision keeps 11 bits, and loses some of them wherever values cancel.
-HALF = Fidelity(real=5e-3, by_channel=False, tie=0.02, tie_relative=4e-3, codes=5e-3, output=1e-2)
+HALF = Fidelity(
+    real=5e-3,
+    by_channel=False,
+    tie=0.02,
+    tie_relative=4e-3,
+    codes=5e-3,
+    output=1e-2,
+    advice="half precision may be too coarse for its values, export with --compute fp32",
+)
 KERNEL = Fidelity(kernel=True)
 
 
@@ -209,6 +219,7 @@ class Stage:
         layer_rms: ``output_rms`` computed from the same codes; None where codes are hidden.
         ties: Codes off by one step at a tie.
         failure: What fails layer by layer, the first in graph order; None where nothing does.
+        advice: What to do then.
         spread: How far ties spread; measured where the plain tolerances are exceeded.
         stepwise: Every layer was compared from the same codes.
         judged: Whether the free run is held to the tolerances. Not where codes differ on
@@ -230,6 +241,7 @@ class Stage:
     layer_rms: float | None = None
     ties: int = 0
     failure: str | None = None
+    advice: str = "export again"
     spread: Spread | None = None
     stepwise: bool = False
     judged: bool = True
@@ -275,6 +287,7 @@ def difference(first: Shows, second: Shows, batches: Batches, how: Stepwise) -> 
             return Stage(name, whole.images, 0, 0, np.inf, np.inf, None, failure=problem)
     stage = whole.stage(name)
     steps.fill(stage)
+    stage.advice = how.fidelity.advice
     floats = not how.fidelity.kernel
     stage.judged = not how.fidelity.widened and not (floats and stage.stepwise and stage.ties)
     reference = first if _replays(first) else second if _replays(second) else None
@@ -680,7 +693,7 @@ def check(
         part = _parts_at(stage)
         where = f"; they part at {part}" if part else ""
         if stage.failure:
-            raise CheckFailed(f"{stage.failure} ({stage.name}){where}; export again")
+            raise CheckFailed(f"{stage.failure} ({stage.name}){where}; {stage.advice}")
         rms, flips = allowed(stage, tolerances)
         rms, flips = max_rms if max_rms is not None else rms, _first(max_flips, flips)
         if (stage.judged or max_rms is not None) and not stage.output_rms <= rms:

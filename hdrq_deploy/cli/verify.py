@@ -89,12 +89,17 @@ def _verify(args: argparse.Namespace) -> int:
                 **({} if args.max_flips is None else {"decision_flips": args.max_flips}),
                 **({} if args.max_rms is None else {"output_rms": args.max_rms}),
             },
-            "stages": [asdict(stage) for stage in found],
+            "stages": [_plain(asdict(stage)) for stage in found],
         }
         text = json.dumps(record, indent=1) + "\n"
         write_bytes(Path(args.json).absolute(), text.encode(), VERIFY_JSON)
     check(found, tolerances, args.max_flips, args.max_rms)
     return 0
+
+
+def _plain(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity, which is how far stages are apart that cannot be compared."""
+    return {k: None if v in (float("inf"), -float("inf")) else v for k, v in record.items()}
 
 
 def verify_engine(bundle: str, engine: Path) -> None:
