@@ -417,6 +417,7 @@ class Bundle:
     def _check_graph(self, spans: Mapping[str, Span]) -> None:
         try:
             model = onnxfile.checked(self.path / GRAPH, {WEIGHTS})
+            _check_quantizers(model)
             external = {i.name: i for i in model.graph.initializer if i.external_data}
             self._check_same(set(external), self.manifest.graph_tensors, GRAPH)
             for name, initializer in external.items():
@@ -449,6 +450,20 @@ class Bundle:
                     raise self._error(WEIGHTS, f"{name} holds a step that is not > 0")
             elif entry.role == "codes" and entry.scale not in self.manifest.tensors:
                 raise self._error(MANIFEST, f"{name} names no scale tensor")
+
+
+def _check_quantizers(model: onnx.ModelProto) -> None:
+    """Activations are quantized as a calibration writes it: step and zero point, then perhaps Clip.
+
+    Raises:
+        ValueError: Names the first node that is not.
+    """
+    weights = {initializer.name for initializer in model.graph.initializer}
+    for node in model.graph.node:
+        quantizes = node.op_type == "QuantizeLinear"
+        reads_codes = node.op_type == "DequantizeLinear" and node.input[0] not in weights
+        if (quantizes or reads_codes) and not (len(node.input) == 3 and all(node.input)):
+            raise ValueError(f"{node.name} has no step and zero point")
 
 
 def read_golden(path: Path) -> dict[str, Array]:

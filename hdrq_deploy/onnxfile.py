@@ -26,6 +26,7 @@ __all__ = [
     "number",
     "parse",
     "pointer",
+    "port",
     "tensors_of",
 ]
 
@@ -147,6 +148,13 @@ def _parts(message: Any) -> Iterator[Any]:
             for item in items:
                 if not isinstance(item, str):
                     raise ValueError(f"{field.name} {item[:80]!r} is no text")
+
+
+def port(value: onnx.ValueInfoProto) -> tuple[str, str, int]:
+    """Name, dtype and rank of an input or output, as the manifest of an engine has them."""
+    tensor = value.type.tensor_type
+    kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+    return value.name, kind, len(tensor.shape.dim)
 
 
 def pointer(tensor: onnx.TensorProto) -> dict[str, str]:

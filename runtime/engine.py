@@ -451,10 +451,10 @@ def _check_graph(folder: Path, manifest: EngineManifest) -> None:
                 return
             raise ValueError("the manifest names no such file")
         model = onnxfile.checked(file, set(manifest.files) & {DATA})
-        given = [v.name for v in model.graph.input], [v.name for v in model.graph.output]
-        named = [p.name for p in manifest.inputs], [p.name for p in manifest.outputs]
-        if given != named:
-            raise ValueError(f"it reads and writes {given}, the manifest names {named}")
+        given = [onnxfile.port(value) for value in (*model.graph.input, *model.graph.output)]
+        ports = [(p.name, p.dtype, len(p.shape)) for p in (*manifest.inputs, *manifest.outputs)]
+        if given != ports:
+            raise ValueError(f"it reads and writes {given}, the manifest names {ports}")
     except ValueError as error:
         raise EngineError(f"{file}: {error}; the engine is damaged, export it again") from error
 

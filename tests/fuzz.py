@@ -431,7 +431,7 @@ def hostile_npz(data: bytes, rng: Rng) -> bytes:
     elif kind == "pickle":
         content[name] = npy("'|O'", "(2,)", _evil_pickle())
     elif kind == "bomb":
-        size = rng.choice((10**7, 300 * 10**6))
+        size = rng.choice((10**7, 10**7, 10**7, 300 * 10**6))
         content[name] = npy(
             "'<f4'", f"({size // 768 // 4}, 3, 16, 16)", b"\0" * (size // 3072 * 3072)
         )
@@ -825,6 +825,8 @@ def attempt(base: Path, seed: str, number: int) -> dict[str, Any]:
                 signal.alarm(0)
         said = log.read_text(errors="replace").splitlines()
         left = listing(work) != before
+        if name == "hdrq compare" and code == 3:  # a regression; the comparison is written
+            left = False
         outcome = trouble or judge(name, code, said, left, trial.must_fail)
         if (base / "work" / "executed").exists():
             outcome = "CODE WAS RUN"

@@ -265,6 +265,8 @@ def test_engines_of_other_kinds_and_ports(make: Any, tmp_path: Path) -> None:
         lambda r: r.update(engine="evil"),
         lambda r: r.update(inputs=[]),
         lambda r: r["inputs"][0].update(name="another"),
+        lambda r: r["inputs"][0].update(dtype="floa"),
+        lambda r: r["outputs"][0]["shape"].append(1),
         lambda r: r["files"].pop("model.onnx"),
         lambda r: r["files"].pop("model.onnx.data"),
         lambda r: r["files"].update({"../x": {"bytes": 1, "sha256": ""}}),
@@ -408,3 +410,24 @@ def test_a_message_stays_one_line_of_bounded_length() -> None:
     assert one_line("a\n b\tc\x1b[2Jd\u202ee é") == "a b c\\x1b[2Jd\\u202ee é"
     long = one_line("x" * 10_000 + "end")
     assert len(long) < 1100 and long.endswith("end")
+
+
+@pytest.mark.parametrize("op_type", ["QuantizeLinear", "DequantizeLinear"])
+@pytest.mark.parametrize("last", [None, ""])
+def test_quantizers_without_a_zero_point(
+    op_type: str, last: str | None, make: Any, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy.hdrq"
+    shutil.copytree(make().path, copy)
+    model = onnx.load(str(copy / "model.onnx"), load_external_data=False)
+    codes = {n.output[0] for n in model.graph.node if n.op_type in {"QuantizeLinear", "Clip"}}
+    node = next(
+        n
+        for n in model.graph.node
+        if n.op_type == op_type and (op_type == "QuantizeLinear" or n.input[0] in codes)
+    )
+    del node.input[2:]
+    node.input.extend([] if last is None else [last])
+    rehash(copy, "model.onnx", model.SerializeToString())
+    with pytest.raises(BundleError, match="has no step and zero point"):
+        Bundle.open(copy)
