@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from hdrq_deploy.errors import DataError
 from hdrq_deploy.files import mapped_file
-from hdrq_deploy.manifest import Preprocessing
+from hdrq_deploy.manifest import LARGEST_SIDE, Preprocessing
 
 from .arrays import read_arrays
 from .decoding import (
@@ -246,7 +246,14 @@ def _decoded(file: Path, wanted: Wanted) -> Picture | Undecodable:
         return error
     if wanted.resize is not None:
         return Picture(cut(picture.image, wanted.resize, wanted.size or wanted.resize, file))
-    return picture if wanted.size is None else picture.resized(wanted.size)
+    if wanted.size is not None:
+        return picture.resized(wanted.size)
+    if max(picture.size) > LARGEST_SIDE:
+        raise DataError(
+            f"{file}: found {picture.size[0]}x{picture.size[1]}; needed at most {LARGEST_SIDE} "
+            "pixels a side: pass --size H W"
+        )
+    return picture
 
 
 class _Rows:

@@ -13,6 +13,7 @@ from .errors import BundleError, EngineError, HdrqError
 from .spec import QuantSpec
 
 __all__ = [
+    "LARGEST_SIDE",
     "SCHEMA",
     "Activation",
     "EngineManifest",
@@ -39,11 +40,11 @@ Role = Literal[
 
 
 # Beyond these a field is no mistake but an attack: sides of an input, elements of a tensor.
-_LARGEST_SIDE, _MOST_ELEMENTS = 1 << 15, 1 << 40
+LARGEST_SIDE, _MOST_ELEMENTS = 1 << 15, 1 << 40
 
 
 Share = Annotated[float, Field(ge=0)]
-Side = Annotated[int, Field(ge=1, le=_LARGEST_SIDE)]
+Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 
 
 class _Frozen(BaseModel):

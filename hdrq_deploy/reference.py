@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime
 
 from .errors import EngineError
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 
+_FROM_MEMORY = "add_external_initializers_from_files_in_memory"
 _threads: ContextVar[int] = ContextVar("threads", default=0)
 
 
@@ -68,13 +70,34 @@ def open_session(
     Raises:
         EngineError: ONNX Runtime cannot load the graph; a later ``run`` raises it too.
     """
-    if outside:
+    model = path if isinstance(path, bytes) else str(path)
+    if outside and hasattr(options, _FROM_MEMORY):
         options.add_external_initializers_from_files_in_memory(
             list(outside), list(outside.values()), [len(data) for data in outside.values()]
         )
-    model = path if isinstance(path, bytes) else str(path)
+    elif outside:  # ONNX Runtime before 1.23, the last for Python 3.10
+        model = _with_data_inside(model, outside)
     with _one_line(path, "load"):
         return _Session(model, options, path)
+
+
+def _with_data_inside(model: bytes | str, outside: Mapping[str, bytes]) -> bytes:
+    """A graph whose initializers hold what they point to."""
+    if isinstance(model, str):
+        graph = onnx.load(model, load_external_data=False)
+    else:
+        graph = onnx.load_model_from_string(model)
+    for initializer in graph.graph.initializer:
+        place = {item.key: item.value for item in initializer.external_data}
+        if place.get("location") not in outside:
+            continue
+        data, first = outside[place["location"]], int(place.get("offset", 0))
+        length = int(place.get("length", len(data) - first))
+        initializer.raw_data = data[first : first + length]
+        initializer.data_location = onnx.TensorProto.DEFAULT
+        del initializer.external_data[:]
+    text: bytes = graph.SerializeToString()
+    return text
 
 
 class _Session(onnxruntime.InferenceSession):  # type: ignore[misc]

@@ -28,7 +28,7 @@ _HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "ConvInteger"}
 _CLAMPS = {"Relu", "Clip"}
 _STEMS = (np.dtype(np.uint8), np.dtype(np.int8))
 # A quantizer that is not given codes takes this in their place, and does not read it.
-_NOTHING = (1,)
+_NOTHING = np.zeros(1, np.int32)
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,8 @@ class GraphTap:
                 kind, point = self._values.kinds[scale], self._points[scale]
                 given = codes.get(scale)
                 feeds[f"hdrq/given/{place}"] = np.array(given is not None)
-                feeds[f"hdrq/codes/{place}"] = (
-                    np.zeros(_NOTHING, kind) if given is None else (given + point).astype(kind)
-                )
+                codes_given = _NOTHING if given is None else (given + point).astype(kind)
+                feeds[f"hdrq/codes/{place}"] = codes_given.astype(np.int32)
         fetched = {
             "output": [self._output],
             "scores": [self._scores] if self._scores else [],
@@ -309,13 +308,18 @@ class GraphTap:
                 place = self._places[scale]
                 kind = onnx.helper.np_dtype_to_tensor_dtype(self._values.kinds[scale])
                 given, codes = f"hdrq/given/{place}", f"hdrq/codes/{place}"
-                nodes.append(
-                    onnx.helper.make_node("Where", [given, codes, value], [swapped[value]])
-                )
+                # Before 1.24 ONNX Runtime chooses between int32, not between int8.
+                wide, chosen = f"hdrq/wide/{place}", f"hdrq/chosen/{place}"
+                whole = onnx.TensorProto.INT32
+                nodes += [
+                    onnx.helper.make_node("Cast", [value], [wide], to=whole),
+                    onnx.helper.make_node("Where", [given, codes, wide], [chosen]),
+                    onnx.helper.make_node("Cast", [chosen], [swapped[value]], to=kind),
+                ]
                 graph.input.extend(
                     [
                         onnx.helper.make_tensor_value_info(given, onnx.TensorProto.BOOL, []),
-                        onnx.helper.make_tensor_value_info(codes, kind, None),
+                        onnx.helper.make_tensor_value_info(codes, whole, None),
                     ]
                 )
         copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]

@@ -206,6 +206,7 @@ def test_bundles_are_matched_as_engines_are(
     shutil.rmtree(photos / "b")
     for command in (sensitivity, analyze):
         other = [] if command is sensitivity else [str(made["flat"].path)]
+        out = tmp_path / command.__name__.rpartition(".")[2]
         argv = [str(made["flat"].path), *other, "--data", f"d={photos}", "-o", str(out)]
         assert command.main(argv) == 2
         error = capsys.readouterr().err
