@@ -25,7 +25,7 @@ import onnxruntime
 from safetensors import SafetensorError
 
 from .bundle import Bundle
-from .errors import EngineError, HdrqError, MergeError
+from .errors import BundleError, EngineError, HdrqError, MergeError
 from .exporters import GraphOptions, export
 from .exporters.export import lowered, port_of
 from .exporters.options import BuildOptions
@@ -583,9 +583,9 @@ def _copy_to(other: Future[dict[str, float]]) -> Callable[[Future[dict[str, floa
 
 def _explained(error: Exception) -> Exception:
     """One line for what a user can mend; anything else as it is."""
-    if isinstance(error, HdrqError):
+    if isinstance(error, HdrqError) and not isinstance(error, BundleError):
         return error
-    if isinstance(error, (OSError, SafetensorError)):
+    if isinstance(error, (BundleError, OSError, SafetensorError)):
         return MergeError(
             f"a bundle cannot be read any more ({error}); the running engine keeps running: put "
             "the bundle back, or make another mixer"
