@@ -519,7 +519,7 @@ class _Steps:
             return
         finite = np.isfinite(given) & np.isfinite(local)
         away = np.where(finite, np.abs(local.astype(np.float64) - given), 0)
-        axis = given.ndim - 1 if given.ndim == 3 else 1
+        axis = given.ndim - 1 if given.ndim in {1, 3} else 1
         others = tuple(i for i in range(given.ndim) if i != axis)
         size = np.abs(np.where(finite, given, 0)).astype(np.float64)
         largest = size.max(initial=0)

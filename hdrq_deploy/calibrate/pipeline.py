@@ -34,7 +34,6 @@ from .fidelity import check_capture, restored_buffers
 from .placement import Plan, plan_quantizers
 from .progress import Partial, partial_of
 from .reconstruct import quantizers_of, reconstruct, run_batch
-from .rewrites import put_constants_right
 from .source import is_lazy, load_model, load_state, put_state, state_sha256
 from .tap import TorchTap
 
@@ -312,8 +311,6 @@ def _folded_constants(found: Capture) -> Capture:
 
 
 def _prepared(found: Capture) -> Capture:
-    fold_constants(found)
-    put_constants_right(found.module)
     fold_constants(found)
     fold_batch_norm(found)
     return found

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from ..errors import ModelError
 from .tensors import free_name, set_attribute
 
-__all__ = ["module_path", "put_constants_right", "rewrite"]
+__all__ = ["module_path", "rewrite"]
 
 aten = torch.ops.aten
 
@@ -63,6 +63,7 @@ def rewrite(module: fx.GraphModule) -> None:
             _clamp_with_floats(node)
         elif node.target is aten.scaled_dot_product_attention.default:
             _spell_out_attention(module, node)
+    _put_constants_right(module)
 
 
 def module_path(node: fx.Node) -> str:
@@ -159,29 +160,31 @@ def _spell_out_bilinear(node: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def put_constants_right(module: fx.GraphModule) -> None:
+def _put_constants_right(module: fx.GraphModule) -> None:
     """A x = (x' A')', so that a constant matrix on the left is a weight like any other.
 
-    Engines take one scale per output channel of a right operand only. To be called where
-    constants are folded; the turned matrix is folded by the next call.
+    Engines take one scale per output channel of a right operand only.
     """
+    constant: set[fx.Node] = set()
     for node in list(module.graph.nodes):
-        if node.target not in PRODUCTS:
-            continue
-        left, right = node.args
-        if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
-            continue
-        if left.op != "get_attr" or right.op == "get_attr":
-            continue
-        if left.meta["val"].ndim < 2 or right.meta["val"].ndim < 2:
-            continue
-        with module.graph.inserting_before(node):
-            turned = _call(node, aten.transpose.int, right, -2, -1)
-            weight = _call(node, aten.transpose.int, left, -2, -1)
-            product = _call(node, node.target, turned, weight)
-            result = _call(node, aten.transpose.int, product, -2, -1)
-        node.replace_all_uses_with(result)
-        module.graph.erase_node(node)
+        inputs = node.all_input_nodes
+        computed = node.op == "call_function" and inputs and constant.issuperset(inputs)
+        if node.op == "get_attr" or computed:
+            constant.add(node)
+        elif node.target in PRODUCTS:
+            left, right = inputs if len(inputs) == 2 else (None, None)
+            if left in constant and min(n.meta["val"].ndim for n in inputs) >= 2:
+                _turn(module, node, left, right)
+
+
+def _turn(module: fx.GraphModule, node: fx.Node, left: Any, right: Any) -> None:
+    with module.graph.inserting_before(node):
+        turned = _call(node, aten.transpose.int, right, -2, -1)
+        weight = _call(node, aten.transpose.int, left, -2, -1)
+        product = _call(node, node.target, turned, weight)
+        result = _call(node, aten.transpose.int, product, -2, -1)
+    node.replace_all_uses_with(result)
+    module.graph.erase_node(node)
 
 
 def _spell_out_attention(module: fx.GraphModule, node: fx.Node) -> None:
