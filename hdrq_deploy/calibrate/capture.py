@@ -117,11 +117,18 @@ class Capture:
     def clone_with(self, state: Mapping[str, Tensor]) -> Capture:
         """The same graph with other weights, ``state`` named as in the model."""
         other = copy.deepcopy(self.module)
+        keep_shapes(self.graph, other.graph)
         own = other.state_dict()
         for name, value in own.items():
             if name in state:
                 value.copy_(state[name])
         return Capture(other, self.example)
+
+
+def keep_shapes(graph: fx.Graph, copied: fx.Graph) -> None:
+    """Give a copied graph the notes of its original; up to torch 2.11 a copy fixes the batch."""
+    for node, other in zip(graph.nodes, copied.nodes, strict=True):
+        other.meta = dict(node.meta)
 
 
 def capture(model: nn.Module, example: Tensor) -> Capture:
@@ -311,7 +318,9 @@ def _with_own_names(exported: fx.GraphModule, example: Tensor, state: Collection
             path = list(stack.values())[-1][0]
             path = path.removeprefix("L['self'].").removeprefix("L__self___")
             node.meta["hdrq_module"] = f"{path}.".removeprefix(prefix).removesuffix(".")
-    return Capture(fx.GraphModule(own, exported.graph), example)
+    module = fx.GraphModule(own, exported.graph)
+    keep_shapes(exported.graph, module.graph)
+    return Capture(module, example)
 
 
 def _member(module: nn.Module, target: str) -> Any:

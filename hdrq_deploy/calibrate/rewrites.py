@@ -181,8 +181,11 @@ def _turn(module: fx.GraphModule, node: fx.Node, left: Any, right: Any) -> None:
     with module.graph.inserting_before(node):
         turned = _call(node, aten.transpose.int, right, -2, -1)
         weight = _call(node, aten.transpose.int, left, -2, -1)
-        product = _call(node, node.target, turned, weight)
-        result = _call(node, aten.transpose.int, product, -2, -1)
+        # Its shape is known; torch 2.11 cannot compute it for a batch that is a symbol.
+        product = module.graph.call_function(node.target, (turned, weight))  # type: ignore[arg-type]
+        product.meta = {**node.meta, "val": node.meta["val"].transpose(-2, -1)}
+        result = module.graph.call_function(aten.transpose.int, (product, -2, -1))
+        result.meta = dict(node.meta)
     node.replace_all_uses_with(result)
     module.graph.erase_node(node)
 
