@@ -257,14 +257,15 @@ def _widen_weight(
     ONNX Runtime rounds every bias to s_x * s_w, which is coarse for few bits; this makes it
     finer. INT4 initializers stay packed in the file: Cast, Mul and Cast are folded at load.
     """
-    values = array(codes).astype(np.int64)
     if shift:
         scale = array(dequantizers[0].inputs[1]) / np.float32(1 << shift)
         finer = constant(model, f"{codes.name}/step", scale.astype(np.float32))
         for dequantize in dequantizers:
             dequantize.replace_input_with(1, finer)
     if codes.dtype != ir.DataType.INT4:
-        codes.const_value = ir.tensor((values << shift).astype(np.int8), name=codes.name)
+        if shift:
+            wide = array(codes).astype(np.int64) << shift
+            codes.const_value = ir.tensor(wide.astype(np.int8), name=codes.name)
         return
     factor = constant(model, f"{codes.name}/factor", np.array(1 << shift, np.int32))
     parts = [ir.node("Cast", [codes], {"to": ir.DataType.INT32}, name=f"{codes.name}/wide")]
