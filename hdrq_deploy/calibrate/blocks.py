@@ -210,7 +210,9 @@ def _block(nodes: list[fx.Node], first: int, last: int) -> Block:
 
 def rows_per_image(node: fx.Node) -> int:
     """Rows of a tensor for one image: 1, or the parts that the network cuts it into."""
-    return scalar(node.meta["val"].shape[0], 1)
+    first = node.meta["val"].shape[0]
+    # Up to torch 2.11 some graphs have lost the symbol; they are one block, from images to output.
+    return scalar(first, 1) if isinstance(first, torch.SymInt) else 1
 
 
 def scalar_value(node: fx.Node, batch: int) -> int:
