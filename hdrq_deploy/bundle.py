@@ -459,11 +459,16 @@ def _check_quantizers(model: onnx.ModelProto) -> None:
         ValueError: Names the first node that is not.
     """
     weights = {initializer.name for initializer in model.graph.initializer}
+    quantized: set[str] = set()
     for node in model.graph.node:
         quantizes = node.op_type == "QuantizeLinear"
         reads_codes = node.op_type == "DequantizeLinear" and node.input[0] not in weights
-        if (quantizes or reads_codes) and not (len(node.input) == 3 and all(node.input)):
-            raise ValueError(f"{node.name} has no step and zero point")
+        narrows = node.op_type == "Clip" and node.input[0] in quantized
+        if (quantizes or reads_codes or narrows) and not (len(node.input) == 3 and all(node.input)):
+            what = "bounds" if narrows else "step and zero point"
+            raise ValueError(f"{node.name} has no {what}")
+        if quantizes:
+            quantized.add(node.output[0])
 
 
 def read_golden(path: Path) -> dict[str, Array]:

@@ -334,6 +334,12 @@ class Port(_Frozen):
     dtype: str
     layout: str = ""
 
+    @model_validator(mode="after")
+    def _whole(self) -> Port:
+        if math.prod(side for side in self.shape if isinstance(side, int)) > _MOST_ELEMENTS:
+            raise ValueError(f"found a port of shape {self.shape}")
+        return self
+
 
 class LayerPrecision(_Frozen):
     """What was asked of one layer and what the engine executes.

@@ -150,11 +150,12 @@ def _parts(message: Any) -> Iterator[Any]:
                     raise ValueError(f"{field.name} {item[:80]!r} is no text")
 
 
-def port(value: onnx.ValueInfoProto) -> tuple[str, str, int]:
-    """Name, dtype and rank of an input or output, as the manifest of an engine has them."""
+def port(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | None, ...]]:
+    """Name, dtype and shape of an input or output; None is a free dimension."""
     tensor = value.type.tensor_type
     kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
-    return value.name, kind, len(tensor.shape.dim)
+    sides = tensor.shape.dim
+    return value.name, kind, tuple(d.dim_value if d.HasField("dim_value") else None for d in sides)
 
 
 def pointer(tensor: onnx.TensorProto) -> dict[str, str]:

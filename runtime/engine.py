@@ -452,7 +452,10 @@ def _check_graph(folder: Path, manifest: EngineManifest) -> None:
             raise ValueError("the manifest names no such file")
         model = onnxfile.checked(file, set(manifest.files) & {DATA})
         given = [onnxfile.port(value) for value in (*model.graph.input, *model.graph.output)]
-        ports = [(p.name, p.dtype, len(p.shape)) for p in (*manifest.inputs, *manifest.outputs)]
+        ports = [
+            (p.name, p.dtype, tuple(d if isinstance(d, int) else None for d in p.shape))
+            for p in (*manifest.inputs, *manifest.outputs)
+        ]
         if given != ports:
             raise ValueError(f"it reads and writes {given}, the manifest names {ports}")
     except ValueError as error:

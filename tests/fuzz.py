@@ -31,14 +31,15 @@ import numpy as np
 import onnx
 from google.protobuf.descriptor import FieldDescriptor as Field
 
-SECONDS = 20
+# Of processor time, and of the clock for what waits: a busy machine must not count as a hang.
+SECONDS, CLOCK = 20, 100
 MEMORY = 3 << 30
 
 Rng = random.Random
 
 
 class Hang(BaseException):
-    """A mutation that takes longer than ``SECONDS``."""
+    """A mutation that takes longer than it may."""
 
 
 # ---------------------------------------------------------------- bytes
@@ -431,7 +432,7 @@ def hostile_npz(data: bytes, rng: Rng) -> bytes:
     elif kind == "pickle":
         content[name] = npy("'|O'", "(2,)", _evil_pickle())
     elif kind == "bomb":
-        size = rng.choice((10**7, 10**7, 10**7, 300 * 10**6))
+        size = rng.choice((10**7, 10**7, 10**7, 10**8))
         content[name] = npy(
             "'<f4'", f"({size // 768 // 4}, 3, 16, 16)", b"\0" * (size // 3072 * 3072)
         )
@@ -812,7 +813,8 @@ def attempt(base: Path, seed: str, number: int) -> dict[str, Any]:
         trouble = ""
         log = base / "stderr.txt"
         with heard(log):
-            signal.alarm(SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            signal.alarm(CLOCK)
             try:
                 code = command(name)(flags)
             except Hang:
@@ -822,6 +824,7 @@ def attempt(base: Path, seed: str, number: int) -> dict[str, Any]:
 
                 trouble = _place(error, traceback.extract_tb(error.__traceback__))
             finally:
+                signal.setitimer(signal.ITIMER_PROF, 0)
                 signal.alarm(0)
         said = log.read_text(errors="replace").splitlines()
         left = listing(work) != before
@@ -877,6 +880,7 @@ def main(argv: list[str]) -> int:
         command(f"hdrq-{name}")
     limit_memory()
     signal.signal(signal.SIGALRM, _alarm)
+    signal.signal(signal.SIGPROF, _alarm)
     for number in range(int(first), int(first) + int(count)):
         print(f"begin {number}", flush=True)
         print(json.dumps(attempt(base, seed, number)), flush=True)

@@ -28,7 +28,7 @@ FUZZ = Path(__file__).with_name("fuzz.py")
 COUNT = int(os.environ.get("HDRQ_FUZZ_COUNT", "300"))
 SEED = os.environ.get("HDRQ_FUZZ_SEED", "0")
 # Of one mutation; the worker itself gives up earlier unless native code holds it.
-STALLED = 120
+STALLED = 200
 
 
 @pytest.fixture(scope="module")

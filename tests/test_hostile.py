@@ -267,6 +267,8 @@ def test_engines_of_other_kinds_and_ports(make: Any, tmp_path: Path) -> None:
         lambda r: r["inputs"][0].update(name="another"),
         lambda r: r["inputs"][0].update(dtype="floa"),
         lambda r: r["outputs"][0]["shape"].append(1),
+        lambda r: r["inputs"][0]["shape"].__setitem__(1, 2**62),
+        lambda r: r["inputs"][0]["shape"].__setitem__(2, 17),
         lambda r: r["files"].pop("model.onnx"),
         lambda r: r["files"].pop("model.onnx.data"),
         lambda r: r["files"].update({"../x": {"bytes": 1, "sha256": ""}}),
@@ -430,4 +432,16 @@ def test_quantizers_without_a_zero_point(
     node.input.extend([] if last is None else [last])
     rehash(copy, "model.onnx", model.SerializeToString())
     with pytest.raises(BundleError, match="has no step and zero point"):
+        Bundle.open(copy)
+
+
+def test_a_range_without_its_end(make: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.hdrq"
+    shutil.copytree(make(abits=4).path, copy)
+    model = onnx.load(str(copy / "model.onnx"), load_external_data=False)
+    codes = {n.output[0] for n in model.graph.node if n.op_type == "QuantizeLinear"}
+    clip = next(n for n in model.graph.node if n.op_type == "Clip" and n.input[0] in codes)
+    del clip.input[2:]
+    rehash(copy, "model.onnx", model.SerializeToString())
+    with pytest.raises(BundleError, match="has no bounds"):
         Bundle.open(copy)
