@@ -84,9 +84,23 @@ def quantizers(model: ir.Model) -> Iterator[Quantizer]:
         unsigned = node.inputs[2] is not None and array(node.inputs[2]).dtype == np.uint8
         lo, hi = (0, 255) if unsigned else (-128, 127)
         if clip:
-            lo, hi = int(array(clip.inputs[1])), int(array(clip.inputs[2]))
+            lo, hi = _range(clip, lo, hi)
         scale = float(array(node.inputs[1]))
         yield Quantizer(node, clip, dequantize, scale, lo, hi, unsigned)
+
+
+def _range(clip: ir.Node, least: int, most: int) -> tuple[int, int]:
+    """Lowest and highest code that a Clip lets through, of those that the type has."""
+    bounds = [array(value) for value in clip.inputs[1:3]]
+    if any(bound.size != 1 or bound.dtype.kind not in "iu" for bound in bounds):
+        raise ExportError(f"found {clip.name} without two whole bounds; make the bundle again")
+    lo, hi = (int(bound.reshape(())) for bound in bounds)
+    if not least <= lo <= 0 < hi <= most:
+        raise ExportError(
+            f"found codes {lo} to {hi} at {clip.name}; needed a range with 0 within {least} to "
+            f"{most}: make the bundle again"
+        )
+    return lo, hi
 
 
 def weight_dequantizers(model: ir.Model) -> list[ir.Node]:

@@ -187,7 +187,7 @@ def _absorb_clamp(clamp: ir.Node, q: Quantizer, zero: int, lo: int, hi: int) -> 
     codes. round(clamp(x, a, b) / s) = clamp(round(x / s), round(a / s), round(b / s)).
     """
     bounds = [*clamp.inputs[1:3], None, None][:2]
-    if any(b is not None and b.const_value is None for b in bounds):
+    if any(b is not None and (b.const_value is None or np.isnan(array(b)).any()) for b in bounds):
         return lo, hi
     source = clamp.inputs[0]
     ends = (source, clamp.outputs[0])

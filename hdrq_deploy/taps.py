@@ -333,8 +333,9 @@ class _Constants:
     def __init__(self, graph: onnx.GraphProto, data: Mapping[str, bytes]) -> None:
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
         for node in graph.node:
-            if node.op_type == "Constant" and node.attribute[0].HasField("t"):
-                self._tensors[node.output[0]] = node.attribute[0].t
+            if node.op_type == "Constant":
+                held = [a.t for a in node.attribute if a.HasField("t")]
+                self._tensors.update(zip(node.output, held, strict=False))
         self._data = data
         self.kinds: dict[str, np.dtype[Any]] = {}
 

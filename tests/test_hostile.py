@@ -19,7 +19,7 @@ from hdrq_deploy.bundle import Bundle, read_golden, read_header
 from hdrq_deploy.cli import calibrate as calibrate_command
 from hdrq_deploy.cli import compare as compare_command
 from hdrq_deploy.cli import export as export_command
-from hdrq_deploy.errors import BundleError, EngineError, SpecError, one_line
+from hdrq_deploy.errors import BundleError, EngineError, HdrqError, SpecError, one_line
 from hdrq_deploy.exporters import export
 from hdrq_deploy.onnxfile import check_graph, tensors_of
 from hdrq_deploy.recipe import Options
@@ -445,3 +445,21 @@ def test_a_range_without_its_end(make: Any, tmp_path: Path) -> None:
     rehash(copy, "model.onnx", model.SerializeToString())
     with pytest.raises(BundleError, match="has no bounds"):
         Bundle.open(copy)
+
+
+@pytest.mark.parametrize("bounds", [(-1000, 7), (3, 7), (-8, 0)])
+def test_codes_beyond_their_type(bounds: tuple[int, int], make: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.hdrq"
+    shutil.copytree(make(abits=4).path, copy)
+    model = onnx.load(str(copy / "model.onnx"), load_external_data=False)
+    codes = {n.output[0] for n in model.graph.node if n.op_type == "QuantizeLinear"}
+    clip = next(n for n in model.graph.node if n.op_type == "Clip" and n.input[0] in codes)
+    for place, value in zip((1, 2), bounds, strict=True):
+        name = f"bound_{place}"
+        clip.input[place] = name
+        kind = np.int8 if value >= -128 else np.int64
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value, kind), name))
+    rehash(copy, "model.onnx", model.SerializeToString())
+    with pytest.raises(HdrqError, match="found codes|breaks a rule") as found:
+        export(copy, tmp_path / "engine")
+    assert "\n" not in str(found.value) and not (tmp_path / "engine").exists()
