@@ -26,10 +26,10 @@ from hdrq_deploy.calibration_data import make_checkpoints as on_digits
 from hdrq_deploy.calibration_data import make_street_checkpoints as on_streets
 from hdrq_deploy.calibration_data.models import resnet14, streetnet
 from hdrq_deploy.calibration_data.readers import ImageSet
-from hdrq_deploy.files import write_bytes
+from hdrq_deploy.formats.atomic_files import write_bytes
+from hdrq_deploy.formats.bench_result import harmonic_mean
 from hdrq_deploy.merge import merge_checkpoints
 from hdrq_deploy.runtime.environment import environment
-from hdrq_deploy.runtime.results import harmonic_mean
 
 MODELS = "hdrq_deploy.calibration_data.models"
 STREET_SCENES = 200

@@ -32,7 +32,7 @@ from hdrq_deploy.calibrate.capture import capture, fold_batch_norm, fold_constan
 from hdrq_deploy.calibrate.placement import plan_quantizers
 from hdrq_deploy.calibrate.source import load_model
 from hdrq_deploy.calibration_data.readers import ImageSet
-from hdrq_deploy.files import write_bytes
+from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.recipe import Options
 from hdrq_deploy.runtime.environment import environment
 

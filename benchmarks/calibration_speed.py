@@ -37,10 +37,10 @@ from hdrq_deploy.calibrate.draws import Draws
 from hdrq_deploy.calibrate.fakequant import ActivationQuantizer, Mode, WeightQuantizer
 from hdrq_deploy.calibrate.placement import Plan, plan_quantizers
 from hdrq_deploy.calibrate.source import load_model
-from hdrq_deploy.files import write_bytes
+from hdrq_deploy.formats.atomic_files import write_bytes
+from hdrq_deploy.numerics.spec import QuantSpec
 from hdrq_deploy.recipe import Options
 from hdrq_deploy.runtime.environment import environment
-from hdrq_deploy.spec import QuantSpec
 
 BATCH = 16
 

@@ -22,7 +22,7 @@ import numpy as np
 from hdrq_deploy.calibrate import calibrate
 from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.exporters import export
-from hdrq_deploy.files import write_bytes
+from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.runtime import load_engine
 from hdrq_deploy.runtime.environment import Watch, environment
 from hdrq_deploy.runtime.ort import OrtEngine

@@ -31,9 +31,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hdrq_deploy import Bundle, reference
-from hdrq_deploy.bundle import GRAPH, WEIGHTS, serialize
 from hdrq_deploy.errors import HdrqError
-from hdrq_deploy.files import write_bytes
+from hdrq_deploy.formats.atomic_files import write_bytes
+from hdrq_deploy.formats.bundle import GRAPH, WEIGHTS, serialize
 from hdrq_deploy.merge import Merger, choose_weights
 from hdrq_deploy.merge.reestimate import moved
 from hdrq_deploy.runtime.bench import harmonic_mean

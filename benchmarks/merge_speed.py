@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from hdrq_deploy.files import write_bytes
+from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.merge import rounding
 from hdrq_deploy.merge.bundles import in_parallel
-from hdrq_deploy.spec import QuantSpec
+from hdrq_deploy.numerics.spec import QuantSpec
 
 CANDIDATES = 100
 SPEC = QuantSpec.weight(8)
@@ -155,8 +155,8 @@ def write_pair(folder: Path) -> None:
     """Two bundles whose graph does nothing but read the weights."""
     import onnx
 
-    from hdrq_deploy.bundle import WEIGHTS, Bundle, layout
-    from hdrq_deploy.manifest import Manifest, Scheme, Tensor
+    from hdrq_deploy.formats.bundle import WEIGHTS, Bundle, layout
+    from hdrq_deploy.formats.bundle_manifest import Manifest, Scheme, Tensor
 
     shapes = [shape for shape, count in SHAPES for _ in range(count)]
     entries = {}

@@ -26,8 +26,8 @@ import numpy as np
 from engines import bundle
 from merge_quality import DOMAINS, Cell, Setting, harmonic, split
 
-from hdrq_deploy.bundle import Bundle
-from hdrq_deploy.files import write_bytes
+from hdrq_deploy.formats.atomic_files import write_bytes
+from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.merge import Merger
 from hdrq_deploy.merge.mixing import Network, simplex
 from hdrq_deploy.mixer import DomainMixer

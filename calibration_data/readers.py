@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hdrq_deploy.errors import DataError
-from hdrq_deploy.files import mapped_file
-from hdrq_deploy.manifest import LARGEST_SIDE, Preprocessing
 
+from ..formats.atomic_files import mapped_file
+from ..formats.bundle_manifest import LARGEST_SIDE, Preprocessing
 from .arrays import read_arrays
 from .decoding import (
     BESIDE,

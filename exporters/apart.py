@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
-from ..files import scratch_folder
+from ..formats.atomic_files import scratch_folder
 
 __all__ = ["run_apart"]
 

@@ -18,11 +18,17 @@ import safetensors.numpy
 from pydantic import ValidationError
 
 from .. import golden
-from ..bundle import GOLDEN, Bundle
 from ..errors import CheckFailed, ExportError
-from ..files import check_output, new_directory, sha256_bytes, sha256_file, write_bytes
-from ..kinds import ENGINE
-from ..manifest import EngineManifest, FileRecord, Layer, Port, PrecisionReport
+from ..formats.atomic_files import (
+    check_output,
+    new_directory,
+    sha256_bytes,
+    sha256_file,
+    write_bytes,
+)
+from ..formats.bundle import GOLDEN, Bundle
+from ..formats.bundle_manifest import EngineManifest, FileRecord, Layer, Port, PrecisionReport
+from ..formats.file_kinds import ENGINE
 from ..verification import check
 from . import graph, precision, trt
 from .apart import run_apart

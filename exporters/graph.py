@@ -12,8 +12,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
 
-from ..bundle import Bundle
 from ..errors import ExportError
+from ..formats.bundle import Bundle
 from ..surgery import distinct_names
 
 __all__ = ["Quantizer", "load", "quantizers", "save"]

@@ -11,7 +11,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from .. import reference
 from ..errors import ExportError
-from ..manifest import Preprocessing
+from ..formats.bundle_manifest import Preprocessing
 from ..surgery import constant, serialized
 from .graph import insert
 from .options import GraphOptions

@@ -13,8 +13,8 @@ import onnx
 import onnxruntime
 
 from ..errors import CheckFailed
-from ..files import scratch_folder
-from ..manifest import Layer, LayerPrecision, PrecisionReport
+from ..formats.atomic_files import scratch_folder
+from ..formats.bundle_manifest import Layer, LayerPrecision, PrecisionReport
 from .patterns import named
 
 __all__ = ["check", "from_ort", "from_trt_log", "requested_only"]

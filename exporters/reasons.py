@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ..manifest import PrecisionReport
+from ..formats.bundle_manifest import PrecisionReport
 
 __all__ = ["explain"]
 

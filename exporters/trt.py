@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import ExportError
-from ..files import check_output, scratch_folder
-from ..kinds import TIMING_CACHE
+from ..formats.atomic_files import check_output, scratch_folder
+from ..formats.file_kinds import TIMING_CACHE
 from .lint import lint
 from .options import BuildOptions, profile
 

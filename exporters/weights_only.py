@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ..affine import along, dequantize
-from ..manifest import Layer
+from ..formats.bundle_manifest import Layer
+from ..numerics.quantization import along, dequantize
 from ..surgery import constant, free_operand, quantize_only, weight_dequantizer
 from .graph import array, drop_unused, insert
 from .patterns import check_patterns, named

@@ -6,17 +6,20 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from . import _moved
 from .errors import HdrqError
 
 if TYPE_CHECKING:
-    from .bundle import Bundle
     from .calibrate import calibrate
+    from .formats.bundle import Bundle
     from .merge import merge
 
 # Since 1.29 ONNX Runtime starts a thread that reports to its makers. Nobody who runs an engine has
 # asked for it, and a process that was forked off waits for that thread for ever when it ends. It
 # must be declined before ONNX Runtime is imported; a value that the user has set stays.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+_moved.install()
 
 __all__ = ["Bundle", "HdrqError", "calibrate", "merge"]
 
@@ -28,7 +31,11 @@ def __getattr__(name: str) -> Any:
     stopped from its first moment on.
     """
     if name == "Bundle":
-        return importlib.import_module(".bundle", __name__).Bundle
+        return importlib.import_module(".formats.bundle", __name__).Bundle
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("hdrq-deploy")
     if name not in {"calibrate", "merge"}:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .errors import ModelError

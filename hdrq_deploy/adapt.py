@@ -35,9 +35,9 @@ from .calibrate.source import load_model, load_state, state_sha256
 from .calibration_data.readers import ImageSet, Wanted, read
 from .calibration_data.street import IGNORE
 from .errors import DataError, ModelError, SpecError
-from .files import check_output, remove_file, replaced, write_bytes
-from .kinds import ADAPTED, ADAPTING
-from .spec import check_seed
+from .formats.atomic_files import check_output, remove_file, replaced, write_bytes
+from .formats.file_kinds import ADAPTED, ADAPTING
+from .numerics.spec import check_seed
 
 __all__ = ["Recipe", "adapt", "centroid_labels", "confident_labels", "information"]
 

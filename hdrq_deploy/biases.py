@@ -26,9 +26,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from . import affine
-from .fold import graph_tensors
-from .manifest import FoldRecord, Tensor
+from .formats.bundle_manifest import FoldRecord, Tensor
+from .numerics import quantization
+from .numerics.batchnorm_fold import graph_tensors
 from .surgery import quantizer_of, weight_dequantizer
 
 __all__ = ["LARGEST", "BiasSite", "bias_sites", "fitted", "shifts", "smallest_scale", "whole_bias"]
@@ -236,7 +236,7 @@ def _raised(
     if name in tensors:
         codes = tensors[name]
         axis = first.axis if after.ndim else None
-        ratio = affine.along(before / after.astype(np.float64), codes.ndim, axis)
+        ratio = quantization.along(before / after.astype(np.float64), codes.ndim, axis)
         # A channel whose scale stays keeps its codes: the ratio is 1 but for float32's rounding.
         changed[name] = np.rint(codes * ratio).astype(codes.dtype)
     return changed

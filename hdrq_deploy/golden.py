@@ -14,10 +14,10 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from .bundle import WEIGHTS, Bundle, serialize
 from .errors import CheckFailed
-from .frames import in_batches, pixels
-from .manifest import EngineManifest, PrecisionReport, Preprocessing
+from .formats.bundle import WEIGHTS, Bundle, serialize
+from .formats.bundle_manifest import EngineManifest, PrecisionReport, Preprocessing
+from .formats.preprocessing import in_batches, pixels
 from .reference import open_session, session_options
 from .surgery import distinct_names, free_operand, quantize_only
 from .taps import GraphTap, Ran, Shows, decide, outside

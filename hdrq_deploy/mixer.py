@@ -24,13 +24,13 @@ import onnx_ir as ir
 import onnxruntime
 from safetensors import SafetensorError
 
-from .bundle import Bundle
 from .errors import BundleError, EngineError, HdrqError, MergeError
 from .exporters import GraphOptions, export
 from .exporters.export import lowered, port_of
 from .exporters.options import BuildOptions
+from .formats.bundle import Bundle
+from .formats.bundle_manifest import Port
 from .golden import Exported, MixCheck
-from .manifest import Port
 from .merge import Merger, choose_weights
 from .reference import session_options, session_threads
 from .runtime.engine import check_input, load_engine

@@ -15,11 +15,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from . import reference
-from .affine import dequantize
-from .bundle import Bundle
 from .errors import DataError
-from .frames import decides, decisions, in_batches
-from .manifest import weight_name
+from .formats.bundle import Bundle
+from .formats.bundle_manifest import weight_name
+from .formats.preprocessing import decides, decisions, in_batches
+from .numerics.quantization import dequantize
 from .surgery import constant, quantize_only, serialized
 
 __all__ = ["LayerSensitivity", "Scheme", "Sensitivity", "sensitivity", "suggest"]

@@ -14,10 +14,10 @@ from typing import Any
 import numpy.typing as npt
 
 from . import golden
-from .bundle import GOLDEN, Bundle, read_golden
 from .errors import DataError, HdrqError, ModelError
-from .frames import feed, in_batches
-from .manifest import EngineManifest, PrecisionReport, Tolerances
+from .formats.bundle import GOLDEN, Bundle, read_golden
+from .formats.bundle_manifest import EngineManifest, PrecisionReport, Tolerances
+from .formats.preprocessing import feed, in_batches
 from .runtime import load_engine
 from .runtime.engine import read_manifest
 from .taps import Shows

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle import GOLDEN, read_golden
 from ..calibration_data.readers import ImageSet
 from ..calibration_data.street import IGNORE, Scenes
 from ..errors import DataError
-from ..frames import class_count, decides, decisions, feed
-from ..manifest import EngineManifest
+from ..formats.bench_result import Accuracy, harmonic_mean
+from ..formats.bundle import GOLDEN, read_golden
+from ..formats.bundle_manifest import EngineManifest
+from ..formats.preprocessing import class_count, decides, decisions, feed
 from .engine import Engine, dtype_of
 from .images import enlarge, softmax
-from .results import Accuracy, harmonic_mean
 
 __all__ = ["Labelled", "accuracy", "classes_of", "confusion", "window_of", "windows"]
 

@@ -16,14 +16,14 @@ import numpy.typing as npt
 from ..calibration_data.readers import Wanted, numbered, read
 from ..calibration_data.street import find_scenes, is_scenes
 from ..errors import DataError
-from ..frames import feed
-from ..manifest import EngineManifest
+from ..formats.bench_result import Accuracy, BenchResult, Energy, Latency, harmonic_mean
+from ..formats.bundle_manifest import EngineManifest
+from ..formats.preprocessing import feed
 from .accuracy import Labelled, accuracy, classes_of, window_of
 from .engine import Engine, load_engine, open_engine, read_manifest
 from .environment import Watch, environment
 from .pictures import Pictures
-from .power import Energy, find_meters, measure_energy
-from .results import Accuracy, BenchResult, Latency, harmonic_mean
+from .power import find_meters, measure_energy
 from .timing import ROUNDS, Plan, latency, measure, overhead_us, phases, run_offline, speedup
 
 __all__ = [

@@ -19,12 +19,12 @@ import numpy.typing as npt
 from PIL import Image
 from pydantic import ValidationError
 
-from .. import onnxfile
 from ..calibration_data.decoding import Picture
 from ..errors import EngineError
-from ..files import sha256_file
-from ..frames import in_batches
-from ..manifest import EngineManifest, Port
+from ..formats import onnx_file
+from ..formats.atomic_files import sha256_file
+from ..formats.bundle_manifest import EngineManifest, Port
+from ..formats.preprocessing import in_batches
 from .forks import Owner
 from .images import Frame, Prediction, frames_of, network_input, predictions, sizes_of
 
@@ -450,8 +450,8 @@ def _check_graph(folder: Path, manifest: EngineManifest) -> None:
             if manifest.engine in LIBRARIES:  # a plan is all that it runs
                 return
             raise ValueError("the manifest names no such file")
-        model = onnxfile.checked(file, set(manifest.files) & {DATA})
-        given = [onnxfile.port(value) for value in (*model.graph.input, *model.graph.output)]
+        model = onnx_file.checked(file, set(manifest.files) & {DATA})
+        given = [onnx_file.port(value) for value in (*model.graph.input, *model.graph.output)]
         ports = [
             (p.name, p.dtype, tuple(d if isinstance(d, int) else None for d in p.shape))
             for p in (*manifest.inputs, *manifest.outputs)

@@ -14,8 +14,8 @@ from PIL import Image
 from ..calibration_data.decoding import Picture, cut, decode, picture_of
 from ..calibration_data.street import IGNORE
 from ..errors import EngineError
-from ..frames import decides
-from ..manifest import Preprocessing
+from ..formats.bundle_manifest import Preprocessing
+from ..formats.preprocessing import decides
 
 __all__ = [
     "Frame",

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from ..errors import EngineError
-from ..manifest import EngineManifest
+from ..formats.bundle_manifest import EngineManifest
 from ..reference import saturates, session_options
 from .engine import Engine, Feeds
 

@@ -16,33 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from ..formats.bench_result import Energy
 
-__all__ = ["Energy", "Meter", "find_meters", "measure_energy"]
+__all__ = ["Meter", "find_meters", "measure_energy"]
 
 PERIOD_S = 0.02
-
-
-class Energy(BaseModel):
-    """Energy of one run.
-
-    Attributes:
-        joules_per_inference: Idle-subtracted, all rails together.
-        idle_watts: What the same rails take when nothing runs.
-        busy_watts: Their mean power during the run.
-        rails: Names of the meters, with what each counted in J.
-        period_s: Between two samples of a power meter; counters are read twice only.
-        inferences: Calls that were counted.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    joules_per_inference: float
-    idle_watts: float
-    busy_watts: float
-    rails: dict[str, float]
-    period_s: float
-    inferences: int
 
 
 class Meter(Protocol):

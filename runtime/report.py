@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..errors import EngineError
-from ..kinds import generator
-from .results import BenchResult
+from ..formats.bench_result import BenchResult
+from ..formats.file_kinds import generator
 
 __all__ = ["csv_text", "did_it_pay", "need_matplotlib", "page", "table"]
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EngineError
-from ..manifest import EngineManifest
+from ..formats.bundle_manifest import EngineManifest
 from .cuda import (
     DeviceArray,
     DeviceBuffer,

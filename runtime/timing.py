@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError
-from ..frames import decides
+from ..formats.bench_result import Latency, Scenario, Speedup
+from ..formats.preprocessing import decides
 from .engine import Engine, Feeds, Pending
-from .results import Latency, Scenario, Speedup
 
 __all__ = ["Plan", "latency", "measure", "overhead_us", "phases", "run_offline", "speedup"]
 

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from hdrq_deploy.bundle import Bundle
 from hdrq_deploy.calibrate import calibrate
+from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.recipe import Options
 
 TINY = '''

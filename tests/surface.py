@@ -19,7 +19,7 @@ RECORD = Path(__file__).with_name("surface.json")
 # The public doors; what lies behind them may move.
 MODULES = (
     "hdrq_deploy",
-    "hdrq_deploy.bundle",
+    "hdrq_deploy.formats.bundle",
     "hdrq_deploy.errors",
     "hdrq_deploy.exporters",
     "hdrq_deploy.merge",

@@ -13,19 +13,19 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from hdrq_deploy import Bundle, merge, reference
-from hdrq_deploy.affine import search_scale
 from hdrq_deploy.analysis import Settings, analyze
 from hdrq_deploy.analysis.landscape import top_eigenvalue, trace
-from hdrq_deploy.bundle import WEIGHTS, serialize
 from hdrq_deploy.calibrate.fakequant import search_scale as torch_search_scale
 from hdrq_deploy.cli import analyze as analyze_command
 from hdrq_deploy.cli import calibrate as calibrate_command
 from hdrq_deploy.cli import merge as merge_command
 from hdrq_deploy.errors import HdrqError, MergeError
+from hdrq_deploy.formats.bundle import WEIGHTS, serialize
 from hdrq_deploy.merge import Merger, choose_weights, merge_checkpoints, re_estimate
 from hdrq_deploy.merge.mixing import score
+from hdrq_deploy.numerics.quantization import search_scale
+from hdrq_deploy.numerics.spec import QuantSpec
 from hdrq_deploy.recipe import METHODS, Options, Recipe
-from hdrq_deploy.spec import QuantSpec
 
 
 def logits(bundle: Bundle, tensors: Any, x: Any) -> Any:

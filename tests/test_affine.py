@@ -6,9 +6,9 @@ import pytest
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from hdrq_deploy import affine
 from hdrq_deploy.errors import SpecError
-from hdrq_deploy.spec import QuantSpec
+from hdrq_deploy.numerics import quantization
+from hdrq_deploy.numerics.spec import QuantSpec
 
 
 def test_quantize_agrees_with_the_onnx_reference() -> None:
@@ -22,17 +22,17 @@ def test_quantize_agrees_with_the_onnx_reference() -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
     feed = {"x": x, "s": scale, "z": np.array(0, np.int8)}
     (expected,) = ReferenceEvaluator(model).run(None, feed)
-    np.testing.assert_array_equal(affine.quantize(x, scale, QuantSpec.weight(8)), expected)
+    np.testing.assert_array_equal(quantization.quantize(x, scale, QuantSpec.weight(8)), expected)
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (2, 3, 3)])
 def test_int4_packing_is_that_of_onnx(shape: tuple[int, ...]) -> None:
     codes = np.random.default_rng(1).integers(-8, 8, shape).astype(np.int8)
     tensor = helper.make_tensor("w", TensorProto.INT4, shape, codes.reshape(-1).tolist())
-    packed = affine.pack_int4(codes)
+    packed = quantization.pack_int4(codes)
     stored = onnx.numpy_helper.to_array(tensor)
-    np.testing.assert_array_equal(stored.astype(np.int8), affine.unpack_int4(packed, shape))
-    np.testing.assert_array_equal(affine.unpack_int4(packed, shape), codes)
+    np.testing.assert_array_equal(stored.astype(np.int8), quantization.unpack_int4(packed, shape))
+    np.testing.assert_array_equal(quantization.unpack_int4(packed, shape), codes)
 
 
 def test_bits_and_scales_out_of_range_are_refused() -> None:
@@ -41,6 +41,6 @@ def test_bits_and_scales_out_of_range_are_refused() -> None:
     with pytest.raises(SpecError, match="found abits=1"):
         QuantSpec.activation(1, nonnegative=True)
     with pytest.raises(SpecError, match="all > 0"):
-        affine.quantize(np.ones(3), np.array(0.0), QuantSpec.weight(8))
+        quantization.quantize(np.ones(3), np.array(0.0), QuantSpec.weight(8))
     with pytest.raises(SpecError, match="4 bits hold"):
-        affine.pack_int4(np.array([8], np.int8))
+        quantization.pack_int4(np.array([8], np.int8))

@@ -19,11 +19,11 @@ from hdrq_deploy.calibration_data.street import IGNORE
 from hdrq_deploy.cli import bench as command
 from hdrq_deploy.errors import DataError, EngineError
 from hdrq_deploy.exporters import GraphOptions, export
+from hdrq_deploy.formats.bench_result import BenchResult, Speedup
 from hdrq_deploy.runtime import Engine, benchmark, load_engine
 from hdrq_deploy.runtime.accuracy import accuracy, confusion
 from hdrq_deploy.runtime.bench import Plan, benchmark_all
 from hdrq_deploy.runtime.environment import Watch, environment, read
-from hdrq_deploy.runtime.results import BenchResult, Speedup
 from hdrq_deploy.runtime.timing import measure, speedup
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,14 +20,14 @@ from torch.nn import functional as F
 
 from hdrq_deploy import merge, reference
 from hdrq_deploy.biases import LARGEST, bias_sites, fitted, shifts, smallest_scale, whole_bias
-from hdrq_deploy.bundle import GRAPH, Bundle
 from hdrq_deploy.calibrate import calibrate
 from hdrq_deploy.errors import CheckFailed, ExportError
 from hdrq_deploy.exporters import export, lowering, precision
 from hdrq_deploy.exporters.export import lowered
 from hdrq_deploy.exporters.options import GraphOptions
 from hdrq_deploy.exporters.reasons import explain
-from hdrq_deploy.manifest import Layer
+from hdrq_deploy.formats.bundle import GRAPH, Bundle
+from hdrq_deploy.formats.bundle_manifest import Layer
 from hdrq_deploy.merge.reestimate import re_estimate
 from hdrq_deploy.mixer import DomainMixer
 

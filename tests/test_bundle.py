@@ -10,8 +10,8 @@ import pytest
 
 from hdrq_deploy import Bundle
 from hdrq_deploy.errors import BundleError, HdrqError
-from hdrq_deploy.files import new_directory
-from hdrq_deploy.kinds import BUNDLE
+from hdrq_deploy.formats.atomic_files import new_directory
+from hdrq_deploy.formats.file_kinds import BUNDLE
 
 
 def test_a_bundle_holds_four_files_and_its_graph_points_into_the_weights(make: Any) -> None:

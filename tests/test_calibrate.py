@@ -22,8 +22,8 @@ from hdrq_deploy.calibrate.placement import plan_quantizers
 from hdrq_deploy.calibrate.source import load_model
 from hdrq_deploy.cli.verify import stages
 from hdrq_deploy.errors import HdrqError, ModelError, SpecError
+from hdrq_deploy.numerics.spec import QuantSpec
 from hdrq_deploy.recipe import Options
-from hdrq_deploy.spec import QuantSpec
 
 MODELS = ("Tiny", "Net", "Attention")
 

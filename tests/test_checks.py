@@ -24,8 +24,8 @@ from hdrq_deploy.cli import export as export_command
 from hdrq_deploy.cli import verify
 from hdrq_deploy.errors import CheckFailed, DataError, ExportError
 from hdrq_deploy.exporters import GraphOptions, apart, export
-from hdrq_deploy.files import sha256_file
-from hdrq_deploy.manifest import Tolerances
+from hdrq_deploy.formats.atomic_files import sha256_file
+from hdrq_deploy.formats.bundle_manifest import Tolerances
 from hdrq_deploy.mixer import DomainMixer
 from hdrq_deploy.runtime import load_engine, once
 from hdrq_deploy.stages import compare_engine, compare_stages

@@ -13,7 +13,7 @@ from hdrq_deploy import reference
 from hdrq_deploy.cli import export as export_command
 from hdrq_deploy.errors import CheckFailed, ExportError
 from hdrq_deploy.exporters import export, precision
-from hdrq_deploy.manifest import Layer
+from hdrq_deploy.formats.bundle_manifest import Layer
 
 MODELS = ("Tiny", "Net", "Attention")
 BITS = [(8, 8), (4, 8), (3, 3), (6, 7)]

@@ -19,8 +19,6 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file, safe_open, save_file
 
-from hdrq_deploy import files, kinds
-from hdrq_deploy.bundle import Bundle
 from hdrq_deploy.cli import (
     adapt,
     analyze,
@@ -36,7 +34,9 @@ from hdrq_deploy.cli import (
     verify,
 )
 from hdrq_deploy.errors import DataError, HdrqError, SpecError
-from hdrq_deploy.files import (
+from hdrq_deploy.formats import atomic_files as files
+from hdrq_deploy.formats import file_kinds as kinds
+from hdrq_deploy.formats.atomic_files import (
     FolderKind,
     check_container,
     check_name,
@@ -47,9 +47,10 @@ from hdrq_deploy.files import (
     write_bytes,
     write_record,
 )
+from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.merge import merge as merge_bundles
 from hdrq_deploy.merge import merge_checkpoints
-from hdrq_deploy.spec import check_seed
+from hdrq_deploy.numerics.spec import check_seed
 
 KIND = FolderKind("hdrq-test", "record.json", before=("old.txt",))
 
@@ -966,7 +967,7 @@ def test_a_full_disk_is_one_line(
 
             patch.setattr("hdrq_deploy.cli.verify.stages", wrapped)
             assert "no space left on device at /tmp/x" in refused(verify.main, [bundle], capsys)
-    monkeypatch.setattr("hdrq_deploy.files.os.posix_fallocate", full)
+    monkeypatch.setattr("hdrq_deploy.formats.atomic_files.os.posix_fallocate", full)
     with pytest.raises(DataError, match="found no room for"):
         files.mapped_file(1 << 20, "images")
 

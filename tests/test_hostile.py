@@ -15,13 +15,13 @@ import onnx
 import pytest
 from safetensors.numpy import save_file
 
-from hdrq_deploy.bundle import Bundle, read_golden, read_header
 from hdrq_deploy.cli import calibrate as calibrate_command
 from hdrq_deploy.cli import compare as compare_command
 from hdrq_deploy.cli import export as export_command
 from hdrq_deploy.errors import BundleError, EngineError, HdrqError, SpecError, one_line
 from hdrq_deploy.exporters import export
-from hdrq_deploy.onnxfile import check_graph, tensors_of
+from hdrq_deploy.formats.bundle import Bundle, read_golden, read_header
+from hdrq_deploy.formats.onnx_file import check_graph, tensors_of
 from hdrq_deploy.recipe import Options
 from hdrq_deploy.reference import unfused_session
 from hdrq_deploy.runtime import load_engine

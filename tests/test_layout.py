@@ -23,14 +23,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 LAYERS = [  # low to high; the members of one layer are siblings and do not import each other
     {"errors", "callable", "waiting"},
-    {"spec", "files", "fold", "notes", "onnxfile", "recipe"},
-    {"affine", "manifest", "reference", "surgery"},
-    {"biases", "bundle", "frames", "taps"},
-    {"calibration_data", "checkpoints", "verification"},
+    {"numerics", "recipe"},
+    {"formats"},
+    {"reference", "surgery", "graph"},
+    {"biases", "taps"},
+    {"calibration_data", "verification", "comparison"},
     {"golden"},
-    {"merge", "calibrate", "exporters", "runtime"},
-    {"adapt", "analysis", "sensitivity", "mixer", "stages"},
-    {"protocol"},
+    {"merge", "calibrate", "merging", "calibration", "exporters", "runtime"},
+    {"adapt", "sensitivity", "mixer", "stages", "checks", "mixing", "adaptation"},
+    {"analysis"},
+    {"reports"},
+    {"protocol", "jobs"},
+    {"experiments"},
     {"cli"},
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

@@ -10,7 +10,7 @@ from hdrq_deploy import Bundle, merge, reference
 from hdrq_deploy.errors import MergeError
 from hdrq_deploy.merge import rounding as module
 from hdrq_deploy.merge.rounding import ambiguous, merge_codes, round_up_share
-from hdrq_deploy.spec import QuantSpec
+from hdrq_deploy.numerics.spec import QuantSpec
 
 
 def parents(seed: int, count: int = 2, channels: int = 6) -> tuple[list[Any], list[Any]]:

@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 from hdrq_deploy import reference
-from hdrq_deploy.bundle import Bundle
 from hdrq_deploy.calibrate import calibrate
 from hdrq_deploy.calibration_data.readers import Wanted, read
 from hdrq_deploy.errors import EngineError, ExportError
@@ -23,7 +22,8 @@ from hdrq_deploy.exporters import graph as graph_files
 from hdrq_deploy.exporters.compute import SMALLEST_STEP, to_fp16
 from hdrq_deploy.exporters.export import lowered
 from hdrq_deploy.exporters.lint import lint
-from hdrq_deploy.frames import feed
+from hdrq_deploy.formats.bundle import Bundle
+from hdrq_deploy.formats.preprocessing import feed
 from hdrq_deploy.runtime import benchmark, load_engine
 from hdrq_deploy.runtime.ort import saturates
 

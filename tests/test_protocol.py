@@ -20,9 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hdrq_deploy.bundle import Bundle
 from hdrq_deploy.cli import reproduce
 from hdrq_deploy.errors import DataError, HdrqError, SpecError
+from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.protocol.cells import jobs
 from hdrq_deploy.protocol.grid import Grid, Run, bundle_path, parse_bits, row_path
 from hdrq_deploy.protocol.jobs import Job, open_pool, run_jobs

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hdrq_deploy.bundle import Bundle
 from hdrq_deploy.calibrate import calibrate
 from hdrq_deploy.calibration_data import readers
 from hdrq_deploy.calibration_data.readers import Wanted, read
@@ -20,6 +19,7 @@ from hdrq_deploy.cli import calibrate as calibrate_command
 from hdrq_deploy.cli import emit
 from hdrq_deploy.errors import DataError
 from hdrq_deploy.exporters import export
+from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.runtime import load_engine
 from hdrq_deploy.runtime.images import predictions
 

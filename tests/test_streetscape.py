@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from hdrq_deploy import merge
-from hdrq_deploy.bundle import Bundle
 from hdrq_deploy.calibrate import calibrate
 from hdrq_deploy.calibration_data import streetscape
 from hdrq_deploy.calibration_data.make_street_checkpoints import CHECKPOINTS, load, mean_iou
@@ -20,6 +19,7 @@ from hdrq_deploy.calibration_data.readers import Wanted
 from hdrq_deploy.calibration_data.street import find_scenes
 from hdrq_deploy.errors import DataError
 from hdrq_deploy.exporters import export
+from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.runtime.bench import BenchResult, Plan, benchmark_all
 
 MODEL = "hdrq_deploy.calibration_data.models:streetnet"

@@ -16,7 +16,7 @@ from hdrq_deploy import Bundle, merge, reference
 from hdrq_deploy.cli import verify
 from hdrq_deploy.cli.verify import stages
 from hdrq_deploy.exporters import GraphOptions, export
-from hdrq_deploy.files import sha256_file
+from hdrq_deploy.formats.atomic_files import sha256_file
 
 MODELS = ("Tiny", "Net", "Attention")
 

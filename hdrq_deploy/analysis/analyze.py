@@ -13,11 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .. import affine
-from ..bundle import Bundle
 from ..errors import MergeError, SpecError
-from ..manifest import weight_name
+from ..formats.bundle import Bundle
+from ..formats.bundle_manifest import weight_name
 from ..merge import Merger
+from ..numerics import quantization
 from ..runtime.bench import harmonic_mean
 from .landscape import Landscape, Scores, Weights, real_weights, top_eigenvalue, trace
 
@@ -312,11 +312,11 @@ def _mixed(pair: Merger, mix: Sequence[float]) -> Weights:
         raw = fold.raw_scale if fold else entry.scale
         total: Array = np.zeros(entry.shape)
         for parent, share in zip(pair.parents, mix, strict=True):
-            step = affine.along(parent.tensor(raw).astype(np.float64), total.ndim, entry.axis)
+            step = quantization.along(parent.tensor(raw).astype(np.float64), total.ndim, entry.axis)
             total = total + share * step * parent.tensor(name)
         if fold:
             ratio = floats[fold.scale].astype(np.float64) / floats[fold.raw_scale]
-            total = total * affine.along(ratio, total.ndim, entry.axis)
+            total = total * quantization.along(ratio, total.ndim, entry.axis)
         result[name] = torch.from_numpy(total.astype(np.float32))
     return result
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from .. import affine
-from ..bundle import Bundle
 from ..calibrate import fake_quantized
 from ..errors import DataError, ModelError
+from ..formats.bundle import Bundle
+from ..numerics import quantization
 
 __all__ = ["Landscape", "Scores", "real_weights", "top_eigenvalue", "trace"]
 
@@ -57,7 +57,7 @@ def real_weights(bundle: Bundle, tensors: Mapping[str, Array] | None = None) -> 
         entry = manifest.tensors[name]
         if entry.role == "codes":
             assert entry.scale is not None
-            real = affine.dequantize(values[name], values[entry.scale], entry.axis)
+            real = quantization.dequantize(values[name], values[entry.scale], entry.axis)
             result[name] = torch.from_numpy(np.ascontiguousarray(real))
         elif entry.role in {"float", "bn_mean", "bn_var"}:
             result[name] = torch.from_numpy(np.array(values[name]))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kinds import generator
+from ..formats.file_kinds import generator
 
 __all__ = ["page"]
 

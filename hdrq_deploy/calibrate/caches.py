@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..files import mapped_file
+from ..formats.atomic_files import mapped_file
 
 __all__ = ["Caches", "Rows"]
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import ModelError
-from ..fold import gain as fold_gain
+from ..numerics.batchnorm_fold import gain as fold_gain
 from .rewrites import module_path, rewrite
 from .tensors import attribute, free_name, set_attribute
 
@@ -70,7 +70,7 @@ _WRAPPED = "hdrq_wrapped"
 
 @dataclass(frozen=True)
 class Fold:
-    """A BatchNorm that was folded into a weight; gamma >= 0 (see ``hdrq_deploy.fold``).
+    """A BatchNorm that was folded into a weight; gamma >= 0 (:mod:`..numerics.batchnorm_fold`).
 
     Attributes:
         raw: The weight before the fold, its sign changed where gamma was negative.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..spec import QuantSpec
+from ..numerics.spec import QuantSpec
 
 __all__ = ["Draws"]
 

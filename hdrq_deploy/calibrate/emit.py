@@ -21,13 +21,13 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, fx, nn
 
 from ..biases import bias_sites, fitted, shifts
-from ..bundle import WEIGHTS, Span, layout
 from ..errors import ModelError
-from ..files import scratch_folder
-from ..fold import graph_tensors
-from ..manifest import FoldRecord, Layer
-from ..manifest import Tensor as Entry
-from ..spec import QuantSpec
+from ..formats.atomic_files import scratch_folder
+from ..formats.bundle import WEIGHTS, Span, layout
+from ..formats.bundle_manifest import FoldRecord, Layer
+from ..formats.bundle_manifest import Tensor as Entry
+from ..numerics.batchnorm_fold import graph_tensors
+from ..numerics.spec import QuantSpec
 from ..surgery import distinct_names
 from .capture import (
     PRODUCTS,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..spec import QuantSpec
+from ..numerics.spec import QuantSpec
 from .draws import Draws
 
 __all__ = ["ActivationQuantizer", "Mode", "WeightQuantizer", "fake_quantize", "search_scale"]

@@ -8,8 +8,8 @@ import numpy.typing as npt
 import torch
 from torch import fx
 
-from ..bundle import Bundle
 from ..errors import ModelError
+from ..formats.bundle import Bundle
 from ..taps import Shows
 from .pipeline import fake_quantized
 from .tap import TorchTap

@@ -16,15 +16,15 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from ..bundle import GOLDEN_IMAGES, WEIGHTS, Bundle, serialize
 from ..calibration_data.readers import ImageSet, Wanted, read
 from ..errors import CheckFailed, DataError, ModelError, SpecError
-from ..files import check_name, check_output, scratch_folder
-from ..frames import in_batches
-from ..kinds import BUNDLE, PARTIAL
-from ..manifest import Activation, Layer, Manifest, Scheme, Tolerances
+from ..formats.atomic_files import check_name, check_output, scratch_folder
+from ..formats.bundle import GOLDEN_IMAGES, WEIGHTS, Bundle, serialize
+from ..formats.bundle_manifest import Activation, Layer, Manifest, Scheme, Tolerances
+from ..formats.file_kinds import BUNDLE, PARTIAL
+from ..formats.preprocessing import in_batches
+from ..numerics.spec import GRIDS, check_bits, check_seed
 from ..recipe import FOLDS, Options
-from ..spec import GRIDS, check_bits, check_seed
 from ..taps import GraphTap
 from ..verification import Stepwise, check, difference, rows_at_once
 from .caches import Caches

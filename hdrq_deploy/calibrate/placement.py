@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from ..errors import ModelError
-from ..spec import QuantSpec
+from ..numerics.spec import QuantSpec
 from .capture import (
     CONVOLUTIONS,
     LINEAR,

@@ -18,8 +18,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import BundleError, HdrqError, SpecError
-from ..files import check_output, make_directory, remove_folder, sha256_bytes, write_bytes
-from ..kinds import PARTIAL
+from ..formats.atomic_files import (
+    check_output,
+    make_directory,
+    remove_folder,
+    sha256_bytes,
+    write_bytes,
+)
+from ..formats.file_kinds import PARTIAL
 
 __all__ = ["Partial", "Stored", "partial_of"]
 

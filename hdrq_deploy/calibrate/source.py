@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..checkpoints import bare_names, shot_parts, torch_state
 from ..errors import ModelError
+from ..formats.checkpoints import bare_names, shot_parts, torch_state
 
 __all__ = ["is_lazy", "load_checkpoint", "load_model", "load_state", "put_state", "state_sha256"]
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import fx
 
-from ..manifest import Layer
+from ..formats.bundle_manifest import Layer
 from ..taps import Ran
 from .placement import HEAVY
 

@@ -9,8 +9,8 @@ from .start import importing, run
 
 with importing("hdrq adapt"):
     from ..errors import ModelError
-    from ..files import check_output, check_scratch
-    from ..kinds import ADAPTED, ADAPTING
+    from ..formats.atomic_files import check_output, check_scratch
+    from ..formats.file_kinds import ADAPTED, ADAPTING
     from .common import image_flags, parser, progress_bar, seed_number, wanted_of
 
 

@@ -12,12 +12,18 @@ from .start import importing, run
 with importing("hdrq analyze"):
     import numpy as np
 
-    from ..bundle import Bundle
     from ..calibration_data.readers import Wanted, numbered, read
     from ..errors import DataError, ModelError
-    from ..files import check_output, check_scratch, new_directory, write_bytes, write_record
-    from ..frames import class_count
-    from ..kinds import ANALYSIS
+    from ..formats.atomic_files import (
+        check_output,
+        check_scratch,
+        new_directory,
+        write_bytes,
+        write_record,
+    )
+    from ..formats.bundle import Bundle
+    from ..formats.file_kinds import ANALYSIS
+    from ..formats.preprocessing import class_count
     from .common import named, parser, paths_of, progress_bar, seed_number
 
 

@@ -15,13 +15,13 @@ with importing("hdrq-bench"):
     from rich.table import Table
 
     from ..errors import CheckFailed, HdrqError
-    from ..files import check_container, check_outputs, check_scratch, write_bytes
-    from ..kinds import BENCH_CSV, BENCH_HTML, BENCH_JSON, PICTURE
+    from ..formats.atomic_files import check_container, check_outputs, check_scratch, write_bytes
+    from ..formats.bench_result import BenchResult, Scenario
+    from ..formats.file_kinds import BENCH_CSV, BENCH_HTML, BENCH_JSON, PICTURE
     from ..runtime.bench import benchmark_all
     from ..runtime.pictures import picture_names
     from ..runtime.power import Energy
     from ..runtime.report import csv_text, did_it_pay, need_matplotlib, page, phase_table, table
-    from ..runtime.results import BenchResult, Scenario
     from ..runtime.timing import Plan
     from .common import named, parser
 

@@ -11,7 +11,7 @@ from .start import importing, run
 
 with importing("hdrq-calibrate"):
     from ..errors import ModelError, SpecError
-    from ..files import (
+    from ..formats.atomic_files import (
         Kind,
         check_container,
         check_name,
@@ -19,11 +19,11 @@ with importing("hdrq-calibrate"):
         check_scratch,
         make_directory,
     )
-    from ..kinds import BUNDLE, CELL_INPUTS, PARTIAL
+    from ..formats.file_kinds import BUNDLE, CELL_INPUTS, PARTIAL
+    from ..numerics.spec import GRIDS
     from ..protocol.fresh import forget, inputs_of, make_bundle
     from ..protocol.jobs import Job, open_pool, run_jobs
     from ..recipe import FOLDS, GRANULARITIES, LEARNERS, METHODS, NOISES, Recipe
-    from ..spec import GRIDS
     from .common import (
         image_flags,
         parser,

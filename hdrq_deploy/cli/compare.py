@@ -16,8 +16,8 @@ with importing("hdrq compare"):
     from rich.table import Table
 
     from ..errors import CheckFailed
-    from ..files import check_output, write_bytes
-    from ..kinds import COMPARE_JSON
+    from ..formats.atomic_files import check_output, write_bytes
+    from ..formats.file_kinds import COMPARE_JSON
     from ..runtime.compare import Change, compare, read_result
     from .common import parser
 

@@ -17,10 +17,9 @@ from pathlib import Path
 from .start import importing, run
 
 with importing("hdrq demo"):
-    from ..bundle import Bundle
     from ..calibration_data.readers import read
     from ..errors import CheckFailed, ModelError
-    from ..files import (
+    from ..formats.atomic_files import (
         Kind,
         check_container,
         check_scratch,
@@ -29,7 +28,16 @@ with importing("hdrq demo"):
         write_bytes,
         write_record,
     )
-    from ..kinds import BUNDLE, DEMO_COMMANDS, DEMO_HTML, DEMO_JSON, DIGITS, ENGINE, PARTIAL
+    from ..formats.bundle import Bundle
+    from ..formats.file_kinds import (
+        BUNDLE,
+        DEMO_COMMANDS,
+        DEMO_HTML,
+        DEMO_JSON,
+        DIGITS,
+        ENGINE,
+        PARTIAL,
+    )
     from ..runtime import benchmark
     from ..runtime.bench import Accuracy, BenchResult, Latency, harmonic_mean, interleaved
     from ..runtime.report import need_matplotlib, page, table

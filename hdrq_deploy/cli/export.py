@@ -15,9 +15,9 @@ with importing("hdrq-export"):
     from ..exporters import ENGINES, BuildOptions, GraphOptions, export, parse_shapes
     from ..exporters.export import MODEL, PLAN, PRECISION, ports
     from ..exporters.options import trtexec
-    from ..files import check_outputs, check_scratch
-    from ..kinds import ENGINE, TIMING_CACHE
-    from ..manifest import PrecisionReport
+    from ..formats.atomic_files import check_outputs, check_scratch
+    from ..formats.bundle_manifest import PrecisionReport
+    from ..formats.file_kinds import ENGINE, TIMING_CACHE
     from .common import parser, progress_bar
     from .verify import verify_engine
 

@@ -11,7 +11,7 @@ from .start import importing, run
 with importing("hdrq inspect"):
     import numpy as np
 
-    from ..bundle import Bundle
+    from ..formats.bundle import Bundle
     from .bench import print_table
     from .common import parser
 

@@ -11,12 +11,12 @@ from typing import Any
 from .start import importing, run
 
 with importing("hdrq-merge"):
-    from ..bundle import Bundle
     from ..calibration_data.readers import Wanted, read
-    from ..checkpoints import is_checkpoint
     from ..errors import MergeError
-    from ..files import check_output, check_parent, check_scratch
-    from ..kinds import BUNDLE, MERGED
+    from ..formats.atomic_files import check_output, check_parent, check_scratch
+    from ..formats.bundle import Bundle
+    from ..formats.checkpoints import is_checkpoint
+    from ..formats.file_kinds import BUNDLE, MERGED
     from ..merge import (
         CHECKPOINT_METHODS,
         CRITERIA,

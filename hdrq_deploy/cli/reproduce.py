@@ -15,8 +15,14 @@ from .start import importing, run
 
 with importing("hdrq reproduce"):
     from ..errors import HdrqError, ModelError
-    from ..files import Kind, check_container, check_scratch, make_directory, write_bytes
-    from ..kinds import (
+    from ..formats.atomic_files import (
+        Kind,
+        check_container,
+        check_scratch,
+        make_directory,
+        write_bytes,
+    )
+    from ..formats.file_kinds import (
         BUNDLE,
         CELL_INPUTS,
         CELL_ROW,

@@ -17,12 +17,18 @@ with importing("hdrq sensitivity"):
     from rich.console import Console
     from rich.table import Table
 
-    from ..bundle import Bundle
     from ..calibration_data.readers import Wanted, numbered, read
     from ..errors import DataError, ModelError
-    from ..files import check_output, check_scratch, new_directory, write_bytes, write_record
-    from ..frames import class_count
-    from ..kinds import SENSITIVITY
+    from ..formats.atomic_files import (
+        check_output,
+        check_scratch,
+        new_directory,
+        write_bytes,
+        write_record,
+    )
+    from ..formats.bundle import Bundle
+    from ..formats.file_kinds import SENSITIVITY
+    from ..formats.preprocessing import class_count
     from ..runtime.report import need_matplotlib
     from ..sensitivity import Scheme, Sensitivity, sensitivity, suggest
     from .common import named, parser, paths_of, progress_bar, seed_number

@@ -19,8 +19,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from ..errors import HdrqError, one_line
-from ..files import environment_error
-from ..notes import notes_of
+from ..formats.atomic_files import environment_error
+from ..formats.notes import notes_of
 from ..waiting import shorten_idle_spinning
 
 __all__ = ["Parser", "importing", "run", "shortened"]

@@ -18,12 +18,12 @@ with importing("hdrq-verify"):
     from rich.console import Console
     from rich.table import Table
 
-    from ..bundle import Bundle
     from ..calibration_data.readers import Wanted, read
     from ..errors import DataError
-    from ..files import check_output, check_scratch, write_bytes
-    from ..kinds import VERIFY_JSON
-    from ..manifest import Preprocessing
+    from ..formats.atomic_files import check_output, check_scratch, write_bytes
+    from ..formats.bundle import Bundle
+    from ..formats.bundle_manifest import Preprocessing
+    from ..formats.file_kinds import VERIFY_JSON
     from ..stages import compare_engine, compare_stages
     from ..verification import Stage, check
     from .common import named, parser, paths_of

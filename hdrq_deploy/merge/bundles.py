@@ -17,16 +17,16 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
-from ..affine import along, dequantize
 from ..biases import bias_sites, fitted, shifts
-from ..bundle import Bundle
 from ..errors import MergeError
-from ..files import check_output
-from ..fold import graph_tensors
+from ..formats.atomic_files import check_output
+from ..formats.bundle import Bundle
+from ..formats.bundle_manifest import Manifest, ParentRecord, Tolerances
+from ..formats.file_kinds import BUNDLE
 from ..golden import check_merge
-from ..kinds import BUNDLE
-from ..manifest import Manifest, ParentRecord, Tolerances
-from ..spec import check_seed
+from ..numerics.batchnorm_fold import graph_tensors
+from ..numerics.quantization import along, dequantize
+from ..numerics.spec import check_seed
 from .rounding import ROUNDINGS, merge_codes
 
 __all__ = ["Merger", "check_mix", "matched_variance", "merge", "weighted_mean"]

@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoints import FLOATS, Checkpoint, Stored, from_float32, open_checkpoint
 from ..errors import MergeError
-from ..files import check_output, replaced
-from ..kinds import MERGED, with_metadata
+from ..formats.atomic_files import check_output, replaced
+from ..formats.checkpoints import FLOATS, Checkpoint, Stored, from_float32, open_checkpoint
+from ..formats.file_kinds import MERGED, with_metadata
 from .bundles import check_different, check_mix, matched_variance, weighted_mean
 
 __all__ = ["CHECKPOINT_METHODS", "merge_checkpoints"]
@@ -54,7 +54,7 @@ def merge_checkpoints(
 
     Computed in float64, and written in the dtype that the parents have; where they differ, in
     the wider one (float32 for float16 beside bfloat16). Names and the state_dict that is taken
-    are those of a calibration: see :mod:`hdrq_deploy.checkpoints`.
+    are those of a calibration: see :mod:`hdrq_deploy.formats.checkpoints`.
 
     Args:
         paths: Two or more checkpoints with the same names and shapes: .safetensors, or torch

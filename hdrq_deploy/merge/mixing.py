@@ -28,9 +28,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from .. import reference
-from ..bundle import Bundle
 from ..errors import DataError
-from ..frames import in_batches
+from ..formats.bundle import Bundle
+from ..formats.preprocessing import in_batches
 from ..surgery import serialized
 from .bundles import Merger
 from .reestimate import moved

@@ -19,14 +19,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from .. import reference
-from ..affine import search_scale
 from ..biases import bias_sites, fitted, shifts
-from ..bundle import GRAPH, WEIGHTS, Bundle, serialize
 from ..errors import DataError, MergeError
-from ..fold import SMALLEST_GAIN, gain, graph_tensors
-from ..frames import in_batches
+from ..formats.bundle import GRAPH, WEIGHTS, Bundle, serialize
+from ..formats.preprocessing import in_batches
 from ..golden import check_merge
-from ..spec import QuantSpec
+from ..numerics.batchnorm_fold import SMALLEST_GAIN, gain, graph_tensors
+from ..numerics.quantization import search_scale
+from ..numerics.spec import QuantSpec
 from ..surgery import chain, serialized
 
 __all__ = ["moved", "re_estimate"]

@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import affine
-from ..spec import QuantSpec
+from ..numerics import quantization
+from ..numerics.spec import QuantSpec
 
 __all__ = ["ROUNDINGS", "TIE_DISTANCE", "Merged", "ambiguous", "merge_codes", "round_up_share"]
 
@@ -201,7 +201,8 @@ def _pieces(
     """Views of about ``most`` weights at a time, in one order for all parents."""
     ndim, axis = result.ndim, spec.axis
     grids: list[Floats] = [
-        affine.along(s.astype(np.float64), ndim, axis).astype(np.float64) for s in (*scales, scale)
+        quantization.along(s.astype(np.float64), ndim, axis).astype(np.float64)
+        for s in (*scales, scale)
     ]
     if result.size == 0:
         return

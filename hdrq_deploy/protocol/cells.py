@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Bundle
 from ..calibration_data.readers import Wanted, read
 from ..exporters import export
-from ..files import scratch_folder, write_bytes
-from ..kinds import CELL_ROW
+from ..formats.atomic_files import scratch_folder, write_bytes
+from ..formats.bundle import Bundle
+from ..formats.file_kinds import CELL_ROW
 from ..merge import Merger, choose_weights, re_estimate
 from ..recipe import Options
 from ..runtime.accuracy import Labelled, accuracy, classes_of

@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Bundle
 from ..errors import HdrqError, SpecError
-from ..files import remove_file, remove_folder, write_bytes
-from ..kinds import CELL_INPUTS, PARTIAL
+from ..formats.atomic_files import remove_file, remove_folder, write_bytes
+from ..formats.bundle import Bundle
+from ..formats.file_kinds import CELL_INPUTS, PARTIAL
 
 __all__ = ["forget", "inputs_of", "is_merged", "make_bundle", "stamp"]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SpecError
+from ..numerics.spec import check_bits, check_seed
 from ..recipe import METHODS
-from ..spec import check_bits, check_seed
 from .tasks import Task
 
 __all__ = ["BITS", "SETTINGS", "Grid", "Merge", "Run", "parse_bits"]

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HdrqError
-from ..files import write_bytes
-from ..notes import show_notes
+from ..formats.atomic_files import write_bytes
+from ..formats.notes import show_notes
 from ..reference import session_threads
 from ..waiting import shorten_idle_spinning
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from ..bundle import Bundle
 from ..calibration_data.street import Scenes
 from ..errors import DataError
+from ..formats.bundle import Bundle
 from ..runtime.accuracy import accuracy
 from ..runtime.pictures import in_colours, write_picture
 from .cells import engine_of, labelled_set

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Bundle
+from ..formats.bundle import Bundle
 from .grid import Grid, Merge, Run, bundle_path, read_row
 
 __all__ = ["markdown", "rows"]
@@ -73,7 +73,7 @@ def _options(path: Path) -> dict[str, Any]:
 
 def _summary(found: list[dict[str, float]]) -> dict[str, Any]:
     """Of every domain and the harmonic mean: mean, standard deviation, count, in %."""
-    from ..runtime.results import harmonic_mean
+    from ..formats.bench_result import harmonic_mean
 
     columns = {name: [100 * row[name] for row in found] for name in found[0]}
     columns["harmonic mean"] = [100 * harmonic_mean(list(row.values())) for row in found]

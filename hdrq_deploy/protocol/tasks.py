@@ -12,8 +12,8 @@ from ..calibration_data import digits, streetscape
 from ..calibration_data.decoding import folders_of
 from ..calibration_data.readers import Wanted
 from ..errors import DataError, ModelError
-from ..files import FolderKind, check_output, new_directory, write_record
-from ..kinds import DIGITS, STREETS
+from ..formats.atomic_files import FolderKind, check_output, new_directory, write_record
+from ..formats.file_kinds import DIGITS, STREETS
 from ..recipe import METHODS
 
 __all__ = [

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import ModelError
 from .bundle import read_header
-from .errors import ModelError
 
 __all__ = [
     "FLOATS",

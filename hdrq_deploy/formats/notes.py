@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .errors import one_line
+from ..errors import one_line
 
 __all__ = ["notes_of", "show_notes"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .manifest import EngineManifest, Preprocessing
+from .bundle_manifest import EngineManifest, Preprocessing
 
 __all__ = ["class_count", "decides", "decisions", "feed", "in_batches", "pixels"]
 

@@ -6,9 +6,16 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .power import Energy
-
-__all__ = ["SCHEMA", "Accuracy", "BenchResult", "Latency", "Scenario", "Speedup", "harmonic_mean"]
+__all__ = [
+    "SCHEMA",
+    "Accuracy",
+    "BenchResult",
+    "Energy",
+    "Latency",
+    "Scenario",
+    "Speedup",
+    "harmonic_mean",
+]
 
 SCHEMA: Literal[2] = 2
 Scenario = Literal["singlestream", "multistream", "offline"]
@@ -16,6 +23,26 @@ Scenario = Literal["singlestream", "multistream", "offline"]
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Energy(_Frozen):
+    """Energy of one run.
+
+    Attributes:
+        joules_per_inference: Idle-subtracted, all rails together.
+        idle_watts: What the same rails take when nothing runs.
+        busy_watts: Their mean power during the run.
+        rails: Names of the meters, with what each counted in J.
+        period_s: Between two samples of a power meter; counters are read twice only.
+        inferences: Calls that were counted.
+    """
+
+    joules_per_inference: float
+    idle_watts: float
+    busy_watts: float
+    rails: dict[str, float]
+    period_s: float
+    inferences: int
 
 
 class Latency(_Frozen):

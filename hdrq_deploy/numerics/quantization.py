@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import SpecError
+from ..errors import SpecError
 from .spec import QuantSpec
 
 __all__ = ["along", "dequantize", "pack_int4", "quantize", "search_scale", "unpack_int4"]

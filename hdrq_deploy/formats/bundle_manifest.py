@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .errors import BundleError, EngineError, HdrqError
-from .spec import QuantSpec
+from ..errors import BundleError, EngineError, HdrqError
+from ..numerics.spec import QuantSpec
 
 __all__ = [
     "LARGEST_SIDE",
@@ -126,7 +126,7 @@ def weight_name(codes: str) -> str:
 
 
 class FoldRecord(_Frozen):
-    """A BatchNorm carried by the steps of one weight (``hdrq_deploy.fold``).
+    """A BatchNorm carried by the steps of one weight (``hdrq_deploy.numerics.batchnorm_fold``).
 
     All fields but ``eps`` name tensors. ``scale`` and ``bias`` are what the graph reads; they
     follow from the others, which a merge averages.

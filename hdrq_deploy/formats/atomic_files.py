@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import DataError, HdrqError
+from ..errors import DataError, HdrqError
 
 __all__ = [
     "FileKind",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import SpecError
+from ..errors import SpecError
 
 __all__ = ["GRIDS", "QuantSpec", "activation_range"]
 

@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from .files import FileKind, FolderKind, read_json
+from .atomic_files import FileKind, FolderKind, read_json
 
 __all__ = [
     "ADAPTED",

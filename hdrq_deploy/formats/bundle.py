@@ -25,11 +25,12 @@ import numpy.typing as npt
 import onnx
 import safetensors.numpy
 
-from . import affine, onnxfile
-from .errors import BundleError
-from .files import check_output, new_directory, sha256_bytes, sha256_file, write_bytes
-from .kinds import BUNDLE
-from .manifest import FileRecord, Manifest, Tensor
+from ..errors import BundleError
+from ..numerics import quantization
+from . import onnx_file
+from .atomic_files import check_output, new_directory, sha256_bytes, sha256_file, write_bytes
+from .bundle_manifest import FileRecord, Manifest, Tensor
+from .file_kinds import BUNDLE
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -347,14 +348,14 @@ class Bundle:
     def graph(self) -> onnx.ModelProto:
         """The graph, its external data not loaded."""
         try:
-            return onnxfile.parse(self.path / GRAPH)
+            return onnx_file.parse(self.path / GRAPH)
         except ValueError as error:
             raise self._error(GRAPH, str(error)) from error
 
     def graph_ir(self) -> ir.Model:
         """The graph as onnx_ir has it, to be rewritten."""
         try:
-            return onnxfile.load_ir(self.path / GRAPH)
+            return onnx_file.load_ir(self.path / GRAPH)
         except ValueError as error:
             raise self._error(GRAPH, str(error)) from error
 
@@ -385,7 +386,7 @@ class Bundle:
 
     def _unpack(self, name: str, stored: Array) -> Array:
         entry = self.manifest.tensors[name]
-        return affine.unpack_int4(stored, entry.shape) if entry.packed else stored
+        return quantization.unpack_int4(stored, entry.shape) if entry.packed else stored
 
     def _error(self, file: str, problem: str) -> BundleError:
         return BundleError(
@@ -416,7 +417,7 @@ class Bundle:
 
     def _check_graph(self, spans: Mapping[str, Span]) -> None:
         try:
-            model = onnxfile.checked(self.path / GRAPH, {WEIGHTS})
+            model = onnx_file.checked(self.path / GRAPH, {WEIGHTS})
             _check_quantizers(model)
             external = {i.name: i for i in model.graph.initializer if i.external_data}
             self._check_same(set(external), self.manifest.graph_tensors, GRAPH)
@@ -430,11 +431,11 @@ class Bundle:
                 raise self._error(MANIFEST, f"layer {layer.module} is no node of {GRAPH}")
 
     def _check_pointer(self, name: str, initializer: onnx.TensorProto, span: Span) -> None:
-        entry, place = self.manifest.tensors[name], onnxfile.pointer(initializer)
+        entry, place = self.manifest.tensors[name], onnx_file.pointer(initializer)
         found = (
             place.get("location"),
-            onnxfile.number(place.get("offset", ""), 0),
-            onnxfile.number(place.get("length", ""), -1),
+            onnx_file.number(place.get("offset", ""), 0),
+            onnx_file.number(place.get("length", ""), -1),
             initializer.data_type,
             tuple(initializer.dims),
         )
@@ -513,7 +514,7 @@ def _stored(value: Array, entry: Tensor) -> Array:
     """A tensor as it lies in the weights file."""
     array = np.ascontiguousarray(value).reshape(entry.shape)
     if entry.packed:
-        return affine.pack_int4(array)
+        return quantization.pack_int4(array)
     return array.astype(entry.dtype, copy=False)
 
 

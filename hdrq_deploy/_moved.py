@@ -1,0 +1,99 @@
+"""Import paths of version 0.1 that still work for one release, with a DeprecationWarning.
+
+``MOVED`` is read by a test, which imports every old path. An entry is removed with the release
+that ``REMOVED_IN`` names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+__all__ = ["MOVED", "REMOVED_IN", "install"]
+
+REMOVED_IN = "0.3"
+# Old path to new path, both below ``hdrq_deploy``.
+MOVED: dict[str, str] = {
+    "affine": "numerics.quantization",
+    "bundle": "formats.bundle",
+    "checkpoints": "formats.checkpoints",
+    "files": "formats.atomic_files",
+    "fold": "numerics.batchnorm_fold",
+    "frames": "formats.preprocessing",
+    "kinds": "formats.file_kinds",
+    "manifest": "formats.bundle_manifest",
+    "notes": "formats.notes",
+    "onnxfile": "formats.onnx_file",
+    "runtime.results": "formats.bench_result",
+    "spec": "numerics.spec",
+}
+
+
+class _CallablePackage(ModuleType):
+    """A moved package whose old name is that of a public function, and may be called as one."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """The function of the package's name."""
+        name = self.__name__.rpartition(".")[2]
+        return getattr(self._new, name)(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._new, name)
+
+    @property
+    def _new(self) -> ModuleType:
+        package, _, name = self.__name__.partition(".")
+        return importlib.import_module(f"{package}.{MOVED[name]}")
+
+
+class _Loader(importlib.abc.Loader):
+    """Puts the module of the new path in the old one's place."""
+
+    def __init__(self, new: str) -> None:
+        self._new = new
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Replace ``module``, which was made empty, by the moved one.
+
+        Python binds a submodule in its package. Of a package that is named like a public function
+        that would hide the function, so the module stays and can be called.
+        """
+        package, _, name = module.__name__.partition(".")
+        if name in getattr(sys.modules[package], "__all__", ()):
+            module.__class__ = _CallablePackage
+            module.__path__ = []
+        else:
+            sys.modules[module.__name__] = importlib.import_module(self._new)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds modules under their old paths."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """The spec of a moved module; None of any other."""
+        package, _, name = fullname.partition(".")
+        new = MOVED.get(name) if package == __package__ else None
+        if new is None:
+            return None
+        warnings.warn(
+            f"{fullname} is now {package}.{new}; the old path works until version {REMOVED_IN}",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return importlib.util.spec_from_loader(fullname, _Loader(f"{package}.{new}"))
+
+
+def install() -> None:
+    """Let old import paths be found."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        # First: a moved package has a path on which its modules would be found a second time.
+        sys.meta_path.insert(0, _Finder())

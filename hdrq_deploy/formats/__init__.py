@@ -1,0 +1,1 @@
+"""What lies on disk: bundles, engine folders, results, and how they are written."""

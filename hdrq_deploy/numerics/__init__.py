@@ -1,0 +1,1 @@
+"""Numbers without files: code ranges, quantization, BatchNorm folded into scales."""
