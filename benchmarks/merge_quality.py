@@ -30,10 +30,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hdrq_deploy import Bundle, reference
+from hdrq_deploy import Bundle
 from hdrq_deploy.errors import HdrqError
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.formats.bundle import GRAPH, WEIGHTS, serialize
+from hdrq_deploy.graph import reference_session
 from hdrq_deploy.merge import Merger, choose_weights
 from hdrq_deploy.merge.reestimate import moved
 from hdrq_deploy.runtime.bench import harmonic_mean
@@ -226,7 +227,7 @@ class Judge:
     def __call__(self, tensors: Mapping[str, Array], domains: Sequence[str]) -> dict[str, float]:
         """Top-1 accuracy of every domain, 0 to 1."""
         weights = serialize(tensors, self._entries)
-        session = reference.unfused_session(self._graph, {WEIGHTS: weights}, threads=1)
+        session = reference_session.unfused_session(self._graph, {WEIGHTS: weights}, threads=1)
         port = session.get_inputs()[0].name
         result = {}
         for domain in domains:

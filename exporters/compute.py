@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .graph import insert
+from ..graph.quantizers import insert
 
 __all__ = ["SMALLEST_STEP", "to_fp16"]
 

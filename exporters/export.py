@@ -17,7 +17,8 @@ import onnx_ir as ir
 import safetensors.numpy
 from pydantic import ValidationError
 
-from .. import golden
+from ..comparison import golden
+from ..comparison.differences import check
 from ..errors import CheckFailed, ExportError
 from ..formats.atomic_files import (
     check_output,
@@ -29,14 +30,14 @@ from ..formats.atomic_files import (
 from ..formats.bundle import GOLDEN, Bundle
 from ..formats.bundle_manifest import EngineManifest, FileRecord, Layer, Port, PrecisionReport
 from ..formats.file_kinds import ENGINE
-from ..verification import check
-from . import graph, precision, trt
+from ..graph import quantizers as graph
+from ..graph.patterns import check_patterns
+from . import precision, trt
 from .apart import run_apart
 from .compute import to_fp16
 from .lint import lint
 from .lowering import lower_ort, lower_portable
 from .options import BuildOptions, GraphOptions, profile
-from .patterns import check_patterns
 from .ports import shape_ports
 from .reasons import explain
 from .weights_only import keep_float, weights_only

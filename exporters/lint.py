@@ -18,7 +18,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ..errors import ExportError
-from ..surgery import weight_dequantizer
+from ..graph.qdq import weight_dequantizer
 from .compute import SMALLEST_STEP
 
 __all__ = ["lint", "problems", "read"]

@@ -23,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ..biases import LARGEST, bias_sites, fitted
 from ..errors import ExportError
-from ..surgery import constant
-from .graph import (
+from ..graph.biases import LARGEST, bias_sites, fitted
+from ..graph.qdq import constant
+from ..graph.quantizers import (
     Quantizer,
     array,
     drop_unused,

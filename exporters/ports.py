@@ -9,11 +9,11 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from .. import reference
 from ..errors import ExportError
 from ..formats.bundle_manifest import Preprocessing
-from ..surgery import constant, serialized
-from .graph import insert
+from ..graph import reference_session
+from ..graph.qdq import constant, serialized
+from ..graph.quantizers import insert
 from .options import GraphOptions
 
 __all__ = ["shape_ports"]
@@ -97,7 +97,7 @@ def _free_size(model: ir.Model, image: ir.Value) -> None:
         value.shape = None
     try:
         ShapeInferencePass()(model)
-        session = reference.unfused_session(serialized(model))
+        session = reference_session.unfused_session(serialized(model))
         for size in ((height, width), (2 * height, 2 * width), (2 * height, 3 * width)):
             session.run(None, {str(image.name): np.zeros((1, channels, *size), np.float32)})
     except Exception as error:  # ONNX Runtime's exceptions have no public base class

@@ -15,7 +15,7 @@ import onnxruntime
 from ..errors import CheckFailed
 from ..formats.atomic_files import scratch_folder
 from ..formats.bundle_manifest import Layer, LayerPrecision, PrecisionReport
-from .patterns import named
+from ..graph.patterns import named
 
 __all__ = ["check", "from_ort", "from_trt_log", "requested_only"]
 

@@ -13,10 +13,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ..formats.bundle_manifest import Layer
+from ..graph.patterns import check_patterns, named
+from ..graph.qdq import constant, free_operand, quantize_only, weight_dequantizer
+from ..graph.quantizers import array, drop_unused, insert
 from ..numerics.quantization import along, dequantize
-from ..surgery import constant, free_operand, quantize_only, weight_dequantizer
-from .graph import array, drop_unused, insert
-from .patterns import check_patterns, named
 
 __all__ = ["BLOCKS", "keep_float", "weights_only"]
 

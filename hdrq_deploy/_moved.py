@@ -22,17 +22,27 @@ REMOVED_IN = "0.3"
 # Old path to new path, both below ``hdrq_deploy``.
 MOVED: dict[str, str] = {
     "affine": "numerics.quantization",
+    "biases": "graph.biases",
     "bundle": "formats.bundle",
     "checkpoints": "formats.checkpoints",
+    "exporters.graph": "graph.quantizers",
+    "exporters.patterns": "graph.patterns",
     "files": "formats.atomic_files",
     "fold": "numerics.batchnorm_fold",
     "frames": "formats.preprocessing",
+    "golden": "comparison.golden",
     "kinds": "formats.file_kinds",
     "manifest": "formats.bundle_manifest",
     "notes": "formats.notes",
     "onnxfile": "formats.onnx_file",
+    "reference": "graph.reference_session",
     "runtime.results": "formats.bench_result",
+    "sensitivity": "checks.sensitivity",
     "spec": "numerics.spec",
+    "stages": "checks.stages",
+    "surgery": "graph.qdq",
+    "taps": "comparison.taps",
+    "verification": "comparison.differences",
 }
 
 

@@ -11,7 +11,7 @@ import onnxruntime
 
 from ..errors import EngineError
 from ..formats.bundle_manifest import EngineManifest
-from ..reference import saturates, session_options
+from ..graph.reference_session import saturates, session_options
 from .engine import Engine, Feeds
 
 __all__ = ["OrtEngine", "saturates", "session_options"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from hdrq_deploy import Bundle, merge, reference
+from hdrq_deploy import Bundle, merge
 from hdrq_deploy.analysis import Settings, analyze
 from hdrq_deploy.analysis.landscape import top_eigenvalue, trace
 from hdrq_deploy.calibrate.fakequant import search_scale as torch_search_scale
@@ -21,6 +21,7 @@ from hdrq_deploy.cli import calibrate as calibrate_command
 from hdrq_deploy.cli import merge as merge_command
 from hdrq_deploy.errors import HdrqError, MergeError
 from hdrq_deploy.formats.bundle import WEIGHTS, serialize
+from hdrq_deploy.graph import reference_session
 from hdrq_deploy.merge import Merger, choose_weights, merge_checkpoints, re_estimate
 from hdrq_deploy.merge.mixing import score
 from hdrq_deploy.numerics.quantization import search_scale
@@ -31,7 +32,7 @@ from hdrq_deploy.recipe import METHODS, Options, Recipe
 def logits(bundle: Bundle, tensors: Any, x: Any) -> Any:
     weights = serialize(tensors, bundle.manifest.tensors)
     graph = (bundle.path / "model.onnx").read_bytes()
-    return reference.unfused_session(graph, {WEIGHTS: weights}).run(None, {"input": x})[0]
+    return reference_session.unfused_session(graph, {WEIGHTS: weights}).run(None, {"input": x})[0]
 
 
 @pytest.mark.parametrize("criterion", ["entropy", "information", "agreement"])

@@ -18,8 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hdrq_deploy import merge, reference
-from hdrq_deploy.biases import LARGEST, bias_sites, fitted, shifts, smallest_scale, whole_bias
+from hdrq_deploy import merge
 from hdrq_deploy.calibrate import calibrate
 from hdrq_deploy.errors import CheckFailed, ExportError
 from hdrq_deploy.exporters import export, lowering, precision
@@ -28,6 +27,8 @@ from hdrq_deploy.exporters.options import GraphOptions
 from hdrq_deploy.exporters.reasons import explain
 from hdrq_deploy.formats.bundle import GRAPH, Bundle
 from hdrq_deploy.formats.bundle_manifest import Layer
+from hdrq_deploy.graph import reference_session
+from hdrq_deploy.graph.biases import LARGEST, bias_sites, fitted, shifts, smallest_scale, whole_bias
 from hdrq_deploy.merge.reestimate import re_estimate
 from hdrq_deploy.mixer import DomainMixer
 
@@ -172,7 +173,7 @@ def _source(folder: Path, name: str) -> Path:
 
 def session(graph: Path | bytes, fused: bool = True) -> onnxruntime.InferenceSession:
     if not fused:
-        return reference.unfused_session(graph, threads=1)
+        return reference_session.unfused_session(graph, threads=1)
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
     return onnxruntime.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options)

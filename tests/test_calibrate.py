@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 
-from hdrq_deploy import Bundle, reference
+from hdrq_deploy import Bundle
 from hdrq_deploy.calibrate import calibrate
 from hdrq_deploy.calibrate.blocks import find_blocks
 from hdrq_deploy.calibrate.caches import Caches
@@ -22,6 +22,7 @@ from hdrq_deploy.calibrate.placement import plan_quantizers
 from hdrq_deploy.calibrate.source import load_model
 from hdrq_deploy.cli.verify import stages
 from hdrq_deploy.errors import HdrqError, ModelError, SpecError
+from hdrq_deploy.graph import reference_session
 from hdrq_deploy.numerics.spec import QuantSpec
 from hdrq_deploy.recipe import Options
 
@@ -220,7 +221,7 @@ def test_float_bundles_keep_the_model(make: Any, work: Path, inputs: Any) -> Non
     load_state(model, work / "Tiny-night.safetensors", "adapted")
     with torch.no_grad():
         expected = model(torch.from_numpy(inputs)).numpy()
-    session = reference.unfused_session(bundle.path / "model.onnx")
+    session = reference_session.unfused_session(bundle.path / "model.onnx")
     np.testing.assert_allclose(session.run(None, {"input": inputs})[0], expected, atol=1e-5)
     assert isinstance(session, onnxruntime.InferenceSession)
 

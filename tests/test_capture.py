@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hdrq_deploy import reference
 from hdrq_deploy.calibrate import calibrate
 from hdrq_deploy.calibrate import pipeline as pipeline_module
 from hdrq_deploy.calibrate.blocks import find_blocks
@@ -26,7 +25,8 @@ from hdrq_deploy.calibrate.source import load_model, load_state
 from hdrq_deploy.calibrate.tensors import attribute, free_name
 from hdrq_deploy.cli import calibrate as command
 from hdrq_deploy.errors import CheckFailed, ModelError
-from hdrq_deploy.surgery import constant, distinct_names
+from hdrq_deploy.graph import reference_session
+from hdrq_deploy.graph.qdq import constant, distinct_names
 
 MODULES = '''
 import torch
@@ -338,7 +338,7 @@ def graph_against_module(folder: Path, out: Path, name: str, **options: Any) -> 
         f"hard_models:{name}", folder / "data.npz", "x", out / "b.hdrq", folder / f"{name}.pt",
         **options,
     )  # fmt: skip
-    session = reference.unfused_session(bundle.path / "model.onnx")
+    session = reference_session.unfused_session(bundle.path / "model.onnx")
     x = np.random.default_rng(1).random((24, *SHAPE), dtype=np.float32)
     figures = []
     for size in (24, 3, 1):
@@ -443,7 +443,7 @@ def test_modules_as_users_have_them_are_taken(
     x = torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         expected = raw.float().eval()(x.clone()).numpy()
-    session = reference.unfused_session(bundle.path / "model.onnx")
+    session = reference_session.unfused_session(bundle.path / "model.onnx")
     assert decibels(expected, session.run(None, {"input": x.numpy()})[0]) > 90
 
 
@@ -590,7 +590,7 @@ def test_another_forward_of_the_same_name_and_layers_is_captured_anew(
             y = F.relu(F.conv2d(x * scale, torch.tensor(values["conv.weight"]),
                                 torch.tensor(values["conv.bias"]))).mean((2, 3))  # fmt: skip
             y = F.linear(y, torch.tensor(values["fc.weight"]), torch.tensor(values["fc.bias"]))
-        session = reference.unfused_session(bundle.path / "model.onnx")
+        session = reference_session.unfused_session(bundle.path / "model.onnx")
         assert decibels(y.numpy(), session.run(None, {"input": x.numpy()})[0]) > 90
         assert expected is not None
 
@@ -697,7 +697,7 @@ def test_learning_survives_a_batch_that_is_not_on_axis_0(
         "hard_models:TimeMajor", tmp_path / "few.npz", "x", tmp_path / "b", tmp_path / "w.pt",
         tmp_path / "w.pt", method="hdrq", options=Options.of("hdrq", iters=5, batch=2),
     )  # fmt: skip
-    session = reference.unfused_session(bundle.path / "model.onnx")
+    session = reference_session.unfused_session(bundle.path / "model.onnx")
     with torch.no_grad():
         expected = model(torch.from_numpy(x)).numpy()
     assert decibels(expected, session.run(None, {"input": x})[0]) > 20

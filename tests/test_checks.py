@@ -17,20 +17,22 @@ import torch
 from onnx import numpy_helper
 from safetensors.torch import save_file
 
-from hdrq_deploy import Bundle, golden, merge, reference
+from hdrq_deploy import Bundle, merge
 from hdrq_deploy.calibrate import calibrate
 from hdrq_deploy.calibrate.parity import torch_stage
+from hdrq_deploy.checks.stages import compare_engine, compare_stages
 from hdrq_deploy.cli import export as export_command
 from hdrq_deploy.cli import verify
+from hdrq_deploy.comparison import golden
+from hdrq_deploy.comparison.differences import Stage, Stepwise, allowed, check, difference
+from hdrq_deploy.comparison.taps import GraphTap, Ran, Shows, outside
 from hdrq_deploy.errors import CheckFailed, DataError, ExportError
 from hdrq_deploy.exporters import GraphOptions, apart, export
 from hdrq_deploy.formats.atomic_files import sha256_file
 from hdrq_deploy.formats.bundle_manifest import Tolerances
+from hdrq_deploy.graph import reference_session
 from hdrq_deploy.mixer import DomainMixer
 from hdrq_deploy.runtime import load_engine, once
-from hdrq_deploy.stages import compare_engine, compare_stages
-from hdrq_deploy.taps import GraphTap, Ran, Shows, outside
-from hdrq_deploy.verification import Stage, Stepwise, allowed, check, difference
 
 BITS = ((8, 8), (3, 3))
 HEADS = '''
@@ -318,7 +320,7 @@ def test_an_engine_that_is_not_its_graph_is_found(
     path = export(bundle, tmp_path / "e")
     right = [s for s in compare_stages(bundle, path, None, False) if "engine" in s.name]
     check(right, bundle.manifest.tolerances)
-    real = reference.open_session
+    real = reference_session.open_session
 
     def other(model: Any, options: Any, data: Any = None) -> Any:
         parsed = onnx.load_model_from_string(model)
@@ -332,15 +334,15 @@ def test_an_engine_that_is_not_its_graph_is_found(
         FAULTS[fault](parsed)
         return real(parsed.SerializeToString(), options)
 
-    unfused = reference.unfused_session
-    monkeypatch.setattr(reference, "unfused_session", lambda *a, **k: unfused(*a, **k))
+    unfused = reference_session.unfused_session
+    monkeypatch.setattr(reference_session, "unfused_session", lambda *a, **k: unfused(*a, **k))
     fused = golden.file_tap
 
     def tampered(file: Path, called: str, nodes: Any, fused_too: bool = False, **k: Any) -> Any:
         if not fused_too and not k.get("fused"):
             return fused(file, called, nodes)
         with monkeypatch.context() as patched:
-            patched.setattr(reference, "open_session", other)
+            patched.setattr(reference_session, "open_session", other)
             return fused(file, called, nodes, fused=True)
 
     monkeypatch.setattr(golden, "file_tap", tampered)
@@ -708,7 +710,7 @@ def test_ties_are_counted_and_spread(heads: Any, inputs: Any) -> None:
 
 
 def test_a_spread_is_stated_and_bounds_what_is_judged() -> None:
-    from hdrq_deploy.verification import Spread
+    from hdrq_deploy.comparison.differences import Spread
 
     stage = Stage("lowered graph to engine", 200, 200, 30, 0.2, 1.0, 14.0, stepwise=True)
     with pytest.raises(CheckFailed):

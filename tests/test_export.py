@@ -9,11 +9,11 @@ import onnxruntime
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from hdrq_deploy import reference
 from hdrq_deploy.cli import export as export_command
 from hdrq_deploy.errors import CheckFailed, ExportError
 from hdrq_deploy.exporters import export, precision
 from hdrq_deploy.formats.bundle_manifest import Layer
+from hdrq_deploy.graph import reference_session
 
 MODELS = ("Tiny", "Net", "Attention")
 BITS = [(8, 8), (4, 8), (3, 3), (6, 7)]
@@ -21,7 +21,7 @@ BITS = [(8, 8), (4, 8), (3, 3), (6, 7)]
 
 def run(path: Path, x: Any, fused: bool) -> Any:
     if not fused:
-        return reference.unfused_session(path).run(None, {"input": x})[0]
+        return reference_session.unfused_session(path).run(None, {"input": x})[0]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options).run(None, {"input": x})[0]
@@ -38,7 +38,7 @@ def test_lowering_does_not_change_the_numbers(
     expected = run(bundle.path / "model.onnx", inputs, fused=False)
     got = run(path, inputs, fused=False)
     # Only the int32 bias of Gemm and the order of ConvInteger's products differ.
-    assert reference.compare(expected, got)["relative_rms"] < 2e-3
+    assert reference_session.compare(expected, got)["relative_rms"] < 2e-3
 
 
 @pytest.mark.parametrize("name", ["Tiny", "Net"])
@@ -54,7 +54,7 @@ def test_onnx_runtime_runs_every_layer_in_int8(
     expected = run(bundle.path / "model.onnx", inputs, fused=False)
     got = run(path / "model.onnx", inputs, fused=True)
     # Fused kernels round once where the graph rounds twice; with 3 bits a step is large.
-    assert reference.compare(expected, got)["relative_rms"] < (0.2 if abits == 3 else 0.05)
+    assert reference_session.compare(expected, got)["relative_rms"] < (0.2 if abits == 3 else 0.05)
 
 
 def test_a_convolution_that_writes_codes_is_one_kernel(make: Any, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_the_grid_of_the_paper_goes_to_onnx_runtime_only(
     path = export(bundle, tmp_path / "ort", "ort")
     expected = run(bundle.path / "model.onnx", inputs, fused=False)
     got = run(path / "model.onnx", inputs, fused=True)
-    assert reference.compare(expected, got)["relative_rms"] < 0.02
+    assert reference_session.compare(expected, got)["relative_rms"] < 0.02
     with pytest.raises(ExportError, match="TensorRT executes signed int8 only"):
         export(bundle, tmp_path / "rtx", "trt-rtx")
     assert not (tmp_path / "rtx").exists()
@@ -96,7 +96,7 @@ def test_the_reference_implementation_of_onnx_computes_the_same(
     path = export(make(name, wbits=4, abits=5), tmp_path / "portable", "onnx") / "model.onnx"
     got = ReferenceEvaluator(str(path)).run(None, {"input": inputs[:4]})[0]
     expected = run(path, inputs[:4], fused=False)
-    assert reference.compare(expected, got)["relative_rms"] < 2e-2
+    assert reference_session.compare(expected, got)["relative_rms"] < 2e-2
 
 
 def test_four_bit_weights_halve_the_file(make: Any, tmp_path: Path) -> None:

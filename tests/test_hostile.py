@@ -22,8 +22,8 @@ from hdrq_deploy.errors import BundleError, EngineError, HdrqError, SpecError, o
 from hdrq_deploy.exporters import export
 from hdrq_deploy.formats.bundle import Bundle, read_golden, read_header
 from hdrq_deploy.formats.onnx_file import check_graph, tensors_of
+from hdrq_deploy.graph.reference_session import unfused_session
 from hdrq_deploy.recipe import Options
-from hdrq_deploy.reference import unfused_session
 from hdrq_deploy.runtime import load_engine
 from hdrq_deploy.runtime.compare import _Blocks, read_result
 

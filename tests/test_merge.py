@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hdrq_deploy import Bundle, merge, reference
+from hdrq_deploy import Bundle, merge
 from hdrq_deploy.errors import MergeError
+from hdrq_deploy.graph import reference_session
 from hdrq_deploy.merge import rounding as module
 from hdrq_deploy.merge.rounding import ambiguous, merge_codes, round_up_share
 from hdrq_deploy.numerics.spec import QuantSpec
@@ -156,9 +157,13 @@ def test_bundles_with_the_fold_in_the_steps_merge_like_unfolded_models(
     wanted = unfolded.tensor("conv1.weight") * np.sign(gamma)[:, None, None, None]
     # 8 bits: half a step of each parent and half of the merged one.
     assert np.abs(real - wanted).max() <= 1.01 * float(merged.tensor(fold.raw_scale).max())
-    run = reference.unfused_session(merged.path / "model.onnx").run(None, {"input": inputs})[0]
-    expected = reference.unfused_session(unfolded.path / "model.onnx").run(None, {"input": inputs})
-    assert reference.compare(expected[0], run)["relative_rms"] < 0.05
+    run = reference_session.unfused_session(merged.path / "model.onnx").run(
+        None, {"input": inputs}
+    )[0]
+    expected = reference_session.unfused_session(unfolded.path / "model.onnx").run(
+        None, {"input": inputs}
+    )
+    assert reference_session.compare(expected[0], run)["relative_rms"] < 0.05
 
 
 def test_a_merge_of_bundles_averages_steps_and_biases(make: Any, tmp_path: Path) -> None:

@@ -13,24 +13,24 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from hdrq_deploy import reference
 from hdrq_deploy.calibrate import calibrate
 from hdrq_deploy.calibration_data.readers import Wanted, read
 from hdrq_deploy.errors import EngineError, ExportError
 from hdrq_deploy.exporters import GraphOptions, export
-from hdrq_deploy.exporters import graph as graph_files
 from hdrq_deploy.exporters.compute import SMALLEST_STEP, to_fp16
 from hdrq_deploy.exporters.export import lowered
 from hdrq_deploy.exporters.lint import lint
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.formats.preprocessing import feed
+from hdrq_deploy.graph import quantizers as graph_files
+from hdrq_deploy.graph import reference_session
 from hdrq_deploy.runtime import benchmark, load_engine
 from hdrq_deploy.runtime.ort import saturates
 
 
 def run(path: Path, x: Any, fused: bool = False) -> Any:
     if not fused:
-        session = reference.unfused_session(path)
+        session = reference_session.unfused_session(path)
     else:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -53,7 +53,7 @@ def test_half_precision_moves_the_output_by_half_precision(
     got = run(path / "model.onnx", inputs)
     assert got.dtype == np.float32
     # A step of 11 bits, and codes that fall to the other side of a tie.
-    assert reference.compare(expected, got)["relative_rms"] < 0.02
+    assert reference_session.compare(expected, got)["relative_rms"] < 0.02
 
 
 def test_small_steps_and_large_masks_stay_inside_half_precision(make: Any, tmp_path: Path) -> None:
@@ -89,7 +89,10 @@ def test_four_bit_linears_with_real_activations(make: Any, inputs: Any, tmp_path
     np.testing.assert_allclose(real.T, wanted, rtol=1e-6)
     unfused = run(path / "model.onnx", inputs)
     # ONNX Runtime's kernel quantizes the operand of a 4-bit product to 8 bits a block.
-    assert reference.compare(unfused, run(path / "model.onnx", inputs, True))["relative_rms"] < 0.05
+    assert (
+        reference_session.compare(unfused, run(path / "model.onnx", inputs, True))["relative_rms"]
+        < 0.05
+    )
     with pytest.raises(ExportError, match="no linear layer with weights of 4 bits"):
         export(bundle, tmp_path / "f", "ort", options=GraphOptions(weights_only=("nothing",)))
 
@@ -106,8 +109,10 @@ def test_exact_codes_end_where_they_were_calibrated(make: Any, inputs: Any, tmp_
     exact = export(bundle, tmp_path / "x", "ort", options=GraphOptions(exact=True))
     wide = export(bundle, tmp_path / "w", "ort", options=GraphOptions(exact=False))
     got = run(exact / "model.onnx", inputs)
-    assert reference.compare(expected, got)["relative_rms"] < 2e-3
-    assert reference.compare(expected, run(wide / "model.onnx", inputs))["relative_rms"] > 1e-2
+    assert reference_session.compare(expected, got)["relative_rms"] < 2e-3
+    assert (
+        reference_session.compare(expected, run(wide / "model.onnx", inputs))["relative_rms"] > 1e-2
+    )
     clips = [
         [n.op_type for n in onnx.load(str(p / "model.onnx")).graph.node].count("Clip")
         for p in (exact, wide)

@@ -20,10 +20,10 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from hdrq_deploy import reference
 from hdrq_deploy.calibrate import calibrate
 from hdrq_deploy.errors import HdrqError
 from hdrq_deploy.exporters import export
+from hdrq_deploy.graph import reference_session
 from hdrq_deploy.runtime import load_engine
 
 COUNT = int(os.environ.get("HDRQ_NETWORKS", "24"))
@@ -97,7 +97,7 @@ def forms(folder: Path, program: dict[str, Any], variant: str) -> str:
         assert len(str(error).splitlines()) == 1
         assert "please report" not in str(error), error
         return "calibration refused"
-    session = reference.unfused_session(bundle.path / "model.onnx", threads=1)
+    session = reference_session.unfused_session(bundle.path / "model.onnx", threads=1)
     graph = {n: session.run(None, {"input": test[:n]})[0] for n in expected}
     for n, want in expected.items():
         if float(np.abs(want).max()) > 1e-3:

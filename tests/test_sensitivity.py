@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from hdrq_deploy import reference
 from hdrq_deploy.calibrate import folded_weights
+from hdrq_deploy.checks.sensitivity import Partly, sensitivity, suggest
 from hdrq_deploy.cli import sensitivity as command
 from hdrq_deploy.errors import DataError, ExportError
 from hdrq_deploy.exporters import GraphOptions, export
-from hdrq_deploy.sensitivity import Partly, sensitivity, suggest
+from hdrq_deploy.graph import reference_session
 
 MODELS = ("Tiny", "Net", "Attention")
 
@@ -34,7 +34,7 @@ def test_with_every_layer_it_is_the_bundle_and_with_none_the_float_model(
     name, bundle, real, checkpoint = case
     network = Partly(bundle, real)
     every = [layer.node for layer in network.layers]
-    session = reference.unfused_session(bundle.path / "model.onnx")
+    session = reference_session.unfused_session(bundle.path / "model.onnx")
     expected = session.run(None, {"input": inputs})[0]
     np.testing.assert_allclose(network(every, [inputs]), expected, rtol=1e-4, atol=1e-5)
     import tiny_models
@@ -82,9 +82,9 @@ def test_an_engine_keeps_the_layer_in_float(
         assert report["summary"] == "2/3 Conv, 0/1 Gemm INT8"
     network = Partly(bundle)
     others = [row.node for row in network.layers if row.module not in kept]
-    got = reference.unfused_session(path / "model.onnx").run(None, {"input": inputs})[0]
+    got = reference_session.unfused_session(path / "model.onnx").run(None, {"input": inputs})[0]
     expected = network(others, [inputs])
-    assert reference.compare(expected, got)["relative_rms"] < 2e-3
+    assert reference_session.compare(expected, got)["relative_rms"] < 2e-3
     with pytest.raises(ExportError, match="no layer that 'nothing' names"):
         export(bundle, tmp_path / "f", engine, options=GraphOptions(keep_float=("nothing",)))
 

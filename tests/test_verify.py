@@ -12,11 +12,12 @@ import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from hdrq_deploy import Bundle, merge, reference
+from hdrq_deploy import Bundle, merge
 from hdrq_deploy.cli import verify
 from hdrq_deploy.cli.verify import stages
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.formats.atomic_files import sha256_file
+from hdrq_deploy.graph import reference_session
 
 MODELS = ("Tiny", "Net", "Attention")
 
@@ -48,7 +49,7 @@ def test_golden_images_travel_through_merge_and_export(make: Any, tmp_path: Path
     golden = both.golden()
     assert set(night.golden()) == {"input", "output"} and set(golden) == {"input"}
     np.testing.assert_array_equal(golden["input"][0], night.golden()["input"][0])
-    session = reference.unfused_session(night.path / "model.onnx")
+    session = reference_session.unfused_session(night.path / "model.onnx")
     expected = session.run(None, {"input": night.golden()["input"]})[0]
     np.testing.assert_allclose(night.golden()["output"], expected, rtol=1e-5, atol=1e-6)
     for options in (GraphOptions(), GraphOptions(batch=1), GraphOptions(batch=3)):

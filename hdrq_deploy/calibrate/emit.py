@@ -20,15 +20,15 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, fx, nn
 
-from ..biases import bias_sites, fitted, shifts
 from ..errors import ModelError
 from ..formats.atomic_files import scratch_folder
 from ..formats.bundle import WEIGHTS, Span, layout
 from ..formats.bundle_manifest import FoldRecord, Layer
 from ..formats.bundle_manifest import Tensor as Entry
+from ..graph.biases import bias_sites, fitted, shifts
+from ..graph.qdq import distinct_names
 from ..numerics.batchnorm_fold import graph_tensors
 from ..numerics.spec import QuantSpec
-from ..surgery import distinct_names
 from .capture import (
     PRODUCTS,
     TRANSPOSED,
@@ -286,7 +286,7 @@ def onnx_graph(
 
 
 def fit_biases(made: Emitted, graph: bytes) -> None:
-    """Give ``made`` biases that integer kernels hold (see ``hdrq_deploy.biases``). In place."""
+    """Give ``made`` biases that integer kernels hold (:mod:`..graph.biases`). In place."""
     sites = bias_sites(ir.from_proto(onnx.load_model_from_string(graph)))
     changed = fitted(made.tensors, sites, shifts(made.entries), made.folds)
     for name, value in changed.items():

@@ -8,9 +8,9 @@ import numpy.typing as npt
 import torch
 from torch import fx
 
+from ..comparison.taps import Shows
 from ..errors import ModelError
 from ..formats.bundle import Bundle
-from ..taps import Shows
 from .pipeline import fake_quantized
 from .tap import TorchTap
 

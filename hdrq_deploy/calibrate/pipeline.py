@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration_data.readers import ImageSet, Wanted, read
+from ..comparison.differences import Stepwise, check, difference, rows_at_once
+from ..comparison.taps import GraphTap
 from ..errors import CheckFailed, DataError, ModelError, SpecError
 from ..formats.atomic_files import check_name, check_output, scratch_folder
 from ..formats.bundle import GOLDEN_IMAGES, WEIGHTS, Bundle, serialize
@@ -25,8 +27,6 @@ from ..formats.file_kinds import BUNDLE, PARTIAL
 from ..formats.preprocessing import in_batches
 from ..numerics.spec import GRIDS, check_bits, check_seed
 from ..recipe import FOLDS, Options
-from ..taps import GraphTap
-from ..verification import Stepwise, check, difference, rows_at_once
 from .caches import Caches
 from .capture import Capture, capture, fold_batch_norm, fold_constants, run_model
 from .emit import Emitted, check_graph, emit_float, emit_quantized, fit_biases, onnx_graph

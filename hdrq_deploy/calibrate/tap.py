@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import fx
 
+from ..comparison.taps import Ran
 from ..formats.bundle_manifest import Layer
-from ..taps import Ran
 from .placement import HEAVY
 
 __all__ = ["TorchTap"]
@@ -20,7 +20,7 @@ Array = npt.NDArray[Any]
 
 
 class TorchTap:
-    """See :class:`hdrq_deploy.taps.Ran`.
+    """See :class:`hdrq_deploy.comparison.taps.Ran`.
 
     Args:
         module: As ``emit`` makes it.

@@ -18,6 +18,7 @@ with importing("hdrq sensitivity"):
     from rich.table import Table
 
     from ..calibration_data.readers import Wanted, numbered, read
+    from ..checks.sensitivity import Scheme, Sensitivity, sensitivity, suggest
     from ..errors import DataError, ModelError
     from ..formats.atomic_files import (
         check_output,
@@ -30,7 +31,6 @@ with importing("hdrq sensitivity"):
     from ..formats.file_kinds import SENSITIVITY
     from ..formats.preprocessing import class_count
     from ..runtime.report import need_matplotlib
-    from ..sensitivity import Scheme, Sensitivity, sensitivity, suggest
     from .common import named, parser, paths_of, progress_bar, seed_number
 
 _SHOWN = 20

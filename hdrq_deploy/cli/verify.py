@@ -19,13 +19,13 @@ with importing("hdrq-verify"):
     from rich.table import Table
 
     from ..calibration_data.readers import Wanted, read
+    from ..checks.stages import compare_engine, compare_stages
+    from ..comparison.differences import Stage, check
     from ..errors import DataError
     from ..formats.atomic_files import check_output, check_scratch, write_bytes
     from ..formats.bundle import Bundle
     from ..formats.bundle_manifest import Preprocessing
     from ..formats.file_kinds import VERIFY_JSON
-    from ..stages import compare_engine, compare_stages
-    from ..verification import Stage, check
     from .common import named, parser, paths_of
 
 __all__ = ["stages", "verify_engine"]
@@ -117,7 +117,7 @@ def verify_engine(bundle: str, engine: Path) -> None:
 def stages(
     bundle: Bundle, engine: str | Path | None, x: Array | None, torch: bool | None
 ) -> list[Stage]:
-    """:func:`hdrq_deploy.stages.compare_stages`, which says on stderr what it leaves out."""
+    """:func:`hdrq_deploy.checks.stages.compare_stages`, which says on stderr what it leaves out."""
     return compare_stages(bundle, engine, x, torch, lambda text: print(text, file=sys.stderr))
 
 

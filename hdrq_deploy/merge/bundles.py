@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
-from ..biases import bias_sites, fitted, shifts
+from ..comparison.golden import check_merge
 from ..errors import MergeError
 from ..formats.atomic_files import check_output
 from ..formats.bundle import Bundle
 from ..formats.bundle_manifest import Manifest, ParentRecord, Tolerances
 from ..formats.file_kinds import BUNDLE
-from ..golden import check_merge
+from ..graph.biases import bias_sites, fitted, shifts
 from ..numerics.batchnorm_fold import graph_tensors
 from ..numerics.quantization import along, dequantize
 from ..numerics.spec import check_seed

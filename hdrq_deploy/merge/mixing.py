@@ -27,11 +27,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from .. import reference
 from ..errors import DataError
 from ..formats.bundle import Bundle
 from ..formats.preprocessing import in_batches
-from ..surgery import serialized
+from ..graph import reference_session
+from ..graph.qdq import serialized
 from .bundles import Merger
 from .reestimate import moved
 
@@ -212,7 +212,7 @@ class Network:
                 graph.inputs.append(value)
         # Steps that scaled codes only are read by nothing now.
         graph.inputs[:] = [value for value in graph.inputs if value.uses()]
-        self._session = reference.unfused_session(serialized(model))
+        self._session = reference_session.unfused_session(serialized(model))
         self._image, *rest = (port.name for port in self._session.get_inputs())
         self._tensors = set(rest)
 

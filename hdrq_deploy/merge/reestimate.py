@@ -18,16 +18,16 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from .. import reference
-from ..biases import bias_sites, fitted, shifts
+from ..comparison.golden import check_merge
 from ..errors import DataError, MergeError
 from ..formats.bundle import GRAPH, WEIGHTS, Bundle, serialize
 from ..formats.preprocessing import in_batches
-from ..golden import check_merge
+from ..graph import reference_session
+from ..graph.biases import bias_sites, fitted, shifts
+from ..graph.qdq import chain, serialized
 from ..numerics.batchnorm_fold import SMALLEST_GAIN, gain, graph_tensors
 from ..numerics.quantization import search_scale
 from ..numerics.spec import QuantSpec
-from ..surgery import chain, serialized
 
 __all__ = ["moved", "re_estimate"]
 
@@ -271,7 +271,7 @@ def _runner(
 ) -> Callable[[Array], list[Array]]:
     """One session of an edited graph."""
     weights = serialize(tensors, bundle.manifest.tensors)
-    session = reference.unfused_session(serialized(model), {WEIGHTS: weights})
+    session = reference_session.unfused_session(serialized(model), {WEIGHTS: weights})
     port = session.get_inputs()[0].name
 
     def run(x: Array) -> list[Array]:

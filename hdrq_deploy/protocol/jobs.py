@@ -28,7 +28,7 @@ from typing import Any
 from ..errors import HdrqError
 from ..formats.atomic_files import write_bytes
 from ..formats.notes import show_notes
-from ..reference import session_threads
+from ..graph.reference_session import session_threads
 from ..waiting import shorten_idle_spinning
 
 __all__ = ["Job", "open_pool", "reach", "run_jobs"]

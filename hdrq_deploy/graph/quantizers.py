@@ -14,7 +14,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedN
 
 from ..errors import ExportError
 from ..formats.bundle import Bundle
-from ..surgery import distinct_names
+from .qdq import distinct_names
 
 __all__ = ["Quantizer", "load", "quantizers", "save"]
 

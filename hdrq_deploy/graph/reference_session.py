@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 
-from .errors import EngineError
+from ..errors import EngineError
 
 __all__ = [
     "compare",

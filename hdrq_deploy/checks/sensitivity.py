@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from . import reference
-from .errors import DataError
-from .formats.bundle import Bundle
-from .formats.bundle_manifest import weight_name
-from .formats.preprocessing import decides, decisions, in_batches
-from .numerics.quantization import dequantize
-from .surgery import constant, quantize_only, serialized
+from ..errors import DataError
+from ..formats.bundle import Bundle
+from ..formats.bundle_manifest import weight_name
+from ..formats.preprocessing import decides, decisions, in_batches
+from ..graph import reference_session
+from ..graph.qdq import constant, quantize_only, serialized
+from ..numerics.quantization import dequantize
 
 __all__ = ["LayerSensitivity", "Scheme", "Sensitivity", "sensitivity", "suggest"]
 
@@ -97,7 +97,7 @@ class Partly:
             if layer.weight is not None:
                 coded, plain = self._weights[layer.weight]
                 _put(model, layer.weight, coded if layer.node in chosen else plain)
-        session = reference.unfused_session(serialized(model))
+        session = reference_session.unfused_session(serialized(model))
         port = session.get_inputs()[0].name
         try:
             return np.concatenate([session.run(None, {port: rows})[0] for rows in x])

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 
-from . import reference
-from .errors import CheckFailed
+from ..errors import CheckFailed
+from ..graph import reference_session
 
 __all__ = ["GraphTap", "Ran", "Shows", "Site", "decide", "outside"]
 
@@ -148,9 +148,9 @@ class GraphTap:
         text = model.SerializeToString()
         try:
             if fused is None:
-                self._session = reference.unfused_session(text, data)
+                self._session = reference_session.unfused_session(text, data)
             else:
-                self._session = reference.open_session(text, fused, data)
+                self._session = reference_session.open_session(text, fused, data)
         except Exception as error:  # ONNX Runtime's exceptions have no public base class
             raise CheckFailed(f"the {name} does not load ({_line(error)}); export again") from error
         self._port = self._session.get_inputs()[0].name

@@ -23,9 +23,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from .errors import CheckFailed
-from .formats.bundle import Bundle
-from .formats.bundle_manifest import Activation, Layer, LayerPrecision, Tolerances
+from ..errors import CheckFailed
+from ..formats.bundle import Bundle
+from ..formats.bundle_manifest import Activation, Layer, LayerPrecision, Tolerances
 from .taps import GraphTap, Ran, Shows
 
 __all__ = [

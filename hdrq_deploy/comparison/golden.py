@@ -14,14 +14,13 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from .errors import CheckFailed
-from .formats.bundle import WEIGHTS, Bundle, serialize
-from .formats.bundle_manifest import EngineManifest, PrecisionReport, Preprocessing
-from .formats.preprocessing import in_batches, pixels
-from .reference import open_session, session_options
-from .surgery import distinct_names, free_operand, quantize_only
-from .taps import GraphTap, Ran, Shows, decide, outside
-from .verification import (
+from ..errors import CheckFailed
+from ..formats.bundle import WEIGHTS, Bundle, serialize
+from ..formats.bundle_manifest import EngineManifest, PrecisionReport, Preprocessing
+from ..formats.preprocessing import in_batches, pixels
+from ..graph.qdq import distinct_names, free_operand, quantize_only
+from ..graph.reference_session import open_session, session_options
+from .differences import (
     EXACT,
     HALF,
     KERNEL,
@@ -32,6 +31,7 @@ from .verification import (
     difference,
     rows_at_once,
 )
+from .taps import GraphTap, Ran, Shows, decide, outside
 
 __all__ = [
     "CallTap",

@@ -26,10 +26,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from .formats.bundle_manifest import FoldRecord, Tensor
-from .numerics import quantization
-from .numerics.batchnorm_fold import graph_tensors
-from .surgery import quantizer_of, weight_dequantizer
+from ..formats.bundle_manifest import FoldRecord, Tensor
+from ..numerics import quantization
+from ..numerics.batchnorm_fold import graph_tensors
+from .qdq import quantizer_of, weight_dequantizer
 
 __all__ = ["LARGEST", "BiasSite", "bias_sites", "fitted", "shifts", "smallest_scale", "whole_bias"]
 

@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy.typing as npt
 
-from . import golden
-from .errors import DataError, HdrqError, ModelError
-from .formats.bundle import GOLDEN, Bundle, read_golden
-from .formats.bundle_manifest import EngineManifest, PrecisionReport, Tolerances
-from .formats.preprocessing import feed, in_batches
-from .runtime import load_engine
-from .runtime.engine import read_manifest
-from .taps import Shows
-from .verification import Stage, Stepwise, difference, measure_spread, rows_at_once
+from ..comparison import golden
+from ..comparison.differences import Stage, Stepwise, difference, measure_spread, rows_at_once
+from ..comparison.taps import Shows
+from ..errors import DataError, HdrqError, ModelError
+from ..formats.bundle import GOLDEN, Bundle, read_golden
+from ..formats.bundle_manifest import EngineManifest, PrecisionReport, Tolerances
+from ..formats.preprocessing import feed, in_batches
+from ..runtime import load_engine
+from ..runtime.engine import read_manifest
 
 __all__ = ["compare_engine", "compare_stages"]
 
@@ -156,7 +156,7 @@ def _engine(path: Path, manifest: EngineManifest) -> Shows:
 
 def _torch(bundle: Bundle, example: Array, must: bool, say: Callable[[str], None]) -> Shows | None:
     try:
-        from .calibrate.parity import torch_stage
+        from ..calibrate.parity import torch_stage
 
         return torch_stage(bundle, example)
     except ImportError as error:

@@ -1,0 +1,1 @@
+"""Two forms of one model side by side: layers watched, outputs compared, golden inputs."""

@@ -1,0 +1,1 @@
+"""Quantized ONNX graphs: their patterns, edits and sessions that run them."""
