@@ -29,7 +29,7 @@ from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.formats.bench_result import harmonic_mean
 from hdrq_deploy.merge import merge_checkpoints
-from hdrq_deploy.runtime.environment import environment
+from hdrq_deploy.runtime.bench.environment import environment
 
 MODELS = "hdrq_deploy.calibration_data.models"
 STREET_SCENES = 200

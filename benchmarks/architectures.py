@@ -34,7 +34,7 @@ from hdrq_deploy.calibrate.source import load_model
 from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.recipe import Options
-from hdrq_deploy.runtime.environment import environment
+from hdrq_deploy.runtime.bench.environment import environment
 
 # Side of the images, images, iterations a block.
 MODELS = {

@@ -40,7 +40,7 @@ from hdrq_deploy.calibrate.source import load_model
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.numerics.spec import QuantSpec
 from hdrq_deploy.recipe import Options
-from hdrq_deploy.runtime.environment import environment
+from hdrq_deploy.runtime.bench.environment import environment
 
 BATCH = 16
 

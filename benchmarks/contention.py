@@ -36,7 +36,7 @@ from typing import Any
 from hdrq_deploy.calibration_data import digits
 from hdrq_deploy.calibration_data.make_checkpoints import CHECKPOINTS
 from hdrq_deploy.formats.atomic_files import write_bytes
-from hdrq_deploy.runtime.environment import Watch, environment
+from hdrq_deploy.runtime.bench.environment import Watch, environment
 
 MODEL = "hdrq_deploy.calibration_data.models:resnet14"
 DOMAIN = "night"

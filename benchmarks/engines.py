@@ -38,7 +38,7 @@ from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.merge import merge
 from hdrq_deploy.recipe import Options
-from hdrq_deploy.runtime.environment import environment
+from hdrq_deploy.runtime.bench.environment import environment
 
 # Side of the images.
 MODELS = {

@@ -24,9 +24,9 @@ from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.exporters import export
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.runtime import load_engine
-from hdrq_deploy.runtime.environment import Watch, environment
+from hdrq_deploy.runtime.bench.environment import Watch, environment
+from hdrq_deploy.runtime.bench.timing import measure, overhead_us
 from hdrq_deploy.runtime.ort import OrtEngine
-from hdrq_deploy.runtime.timing import measure, overhead_us
 
 MODELS = {
     "hdrq_deploy.calibration_data.models:resnet14": 32,

@@ -37,8 +37,8 @@ from hdrq_deploy.formats.bundle import GRAPH, WEIGHTS, serialize
 from hdrq_deploy.graph import reference_session
 from hdrq_deploy.merge import Merger, choose_weights
 from hdrq_deploy.merge.reestimate import moved
-from hdrq_deploy.runtime.bench import harmonic_mean
-from hdrq_deploy.runtime.environment import environment
+from hdrq_deploy.runtime.bench.environment import environment
+from hdrq_deploy.runtime.bench.measurement import harmonic_mean
 
 MODEL = "hdrq_deploy.calibration_data.models:resnet14"
 DOMAINS = ("handwriting", "photo", "night")

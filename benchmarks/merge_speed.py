@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.one:
         print(json.dumps(one_merge(Path(args.one[0]), args.one[1])))
         return 0
-    from hdrq_deploy.runtime.environment import environment
+    from hdrq_deploy.runtime.bench.environment import environment
 
     record = {
         "schema_version": 1,

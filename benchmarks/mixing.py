@@ -31,7 +31,7 @@ from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.merge import Merger
 from hdrq_deploy.merge.mixing import Network, simplex
 from hdrq_deploy.mixer import DomainMixer
-from hdrq_deploy.runtime.environment import environment
+from hdrq_deploy.runtime.bench.environment import environment
 
 MODEL = "timm:resnet50"
 SWAPS = {"nearest": 100, "advanced": 10}

@@ -36,7 +36,7 @@ from .graph.reference_session import session_options, session_threads
 from .merge import Merger, choose_weights
 from .runtime.engine import check_input, load_engine
 from .runtime.forks import Owner
-from .runtime.images import Frame, Prediction, frames_of, network_input, predictions, sizes_of
+from .runtime.predictions import Frame, Prediction, frames_of, network_input, predictions, sizes_of
 from .runtime.tensorrt import LIBRARIES, TensorRtEngine
 
 __all__ = ["Adapted", "DomainMixer", "Output"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .bench import benchmark
+from .bench.measurement import benchmark
 from .engine import Engine, load_engine
-from .images import Prediction
+from .predictions import Prediction
 
 __all__ = ["Engine", "Prediction", "benchmark", "load_engine"]

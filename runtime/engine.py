@@ -26,7 +26,7 @@ from ..formats.atomic_files import sha256_file
 from ..formats.bundle_manifest import EngineManifest, Port
 from ..formats.preprocessing import in_batches
 from .forks import Owner
-from .images import Frame, Prediction, frames_of, network_input, predictions, sizes_of
+from .predictions import Frame, Prediction, frames_of, network_input, predictions, sizes_of
 
 __all__ = [
     "Engine",

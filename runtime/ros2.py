@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ..errors import DataError, EngineError, HdrqError
 from .engine import Engine, load_engine
-from .images import Prediction
+from .predictions import Prediction
 
 __all__ = ["Perception", "frame_of", "main"]
 

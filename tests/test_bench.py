@@ -21,10 +21,10 @@ from hdrq_deploy.errors import DataError, EngineError
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.formats.bench_result import BenchResult, Speedup
 from hdrq_deploy.runtime import Engine, benchmark, load_engine
-from hdrq_deploy.runtime.accuracy import accuracy, confusion
-from hdrq_deploy.runtime.bench import Plan, benchmark_all
-from hdrq_deploy.runtime.environment import Watch, environment, read
-from hdrq_deploy.runtime.timing import measure, speedup
+from hdrq_deploy.runtime.bench.accuracy import accuracy, confusion
+from hdrq_deploy.runtime.bench.environment import Watch, environment, read
+from hdrq_deploy.runtime.bench.measurement import Plan, benchmark_all
+from hdrq_deploy.runtime.bench.timing import measure, speedup
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -275,7 +275,8 @@ def test_queries_of_several_calls_are_compared_by_image(
     """8 images in one call, and in two calls of 4: the same time a query is the same speed."""
     plan = Plan("multistream", 0, 20, streams=8)
     monkeypatch.setattr(
-        "hdrq_deploy.runtime.bench.measure", lambda call, times, **_: (8.0,) * max(times, 1)
+        "hdrq_deploy.runtime.bench.measurement.measure",
+        lambda call, times, **_: (8.0,) * max(times, 1),
     )
     first, second = benchmark_all([engines["int8"], engines["fixed"]], plan=plan, threads=1)
     assert first.latency_ms.batch == second.latency_ms.batch == 8
@@ -330,8 +331,8 @@ def test_what_disturbs_a_run_is_marked(
 ) -> None:
     root = tree(tmp_path, QUIET)
     times = iter((0.0, 1.0))
-    monkeypatch.setattr("hdrq_deploy.runtime.environment.time.monotonic", lambda: next(times))
-    monkeypatch.setattr("hdrq_deploy.runtime.environment.time.process_time", lambda: 0.0)
+    monkeypatch.setattr("hdrq_deploy.runtime.bench.environment.time.monotonic", lambda: next(times))
+    monkeypatch.setattr("hdrq_deploy.runtime.bench.environment.time.process_time", lambda: 0.0)
     watch = Watch(root)
     with watch:
         tree(root, change)

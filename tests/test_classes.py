@@ -15,11 +15,11 @@ from hdrq_deploy import Bundle, calibrate
 from hdrq_deploy.calibration_data.readers import ImageSet, numbered, read
 from hdrq_deploy.cli import analyze, bench, sensitivity
 from hdrq_deploy.errors import DataError, EngineError
+from hdrq_deploy.experiments.tasks import office_home
 from hdrq_deploy.exporters import GraphOptions, export
-from hdrq_deploy.protocol.tasks import office_home
 from hdrq_deploy.runtime import benchmark, load_engine
-from hdrq_deploy.runtime.accuracy import accuracy
-from hdrq_deploy.runtime.images import predictions
+from hdrq_deploy.runtime.bench.accuracy import accuracy
+from hdrq_deploy.runtime.predictions import predictions
 
 # Each class is a colour, and the classifier below says which; "d" is never in a test.
 COLOURS = {"a": (250, 10, 10), "b": (10, 250, 10), "c": (10, 10, 250), "d": (240, 240, 240)}

@@ -25,10 +25,10 @@ from hdrq_deploy.cli import emit as command
 from hdrq_deploy.errors import DataError, EngineError
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.runtime import load_engine, ros2
-from hdrq_deploy.runtime.emit import emit, ros2_files
 from hdrq_deploy.runtime.engine import read_manifest
-from hdrq_deploy.runtime.images import network_input
+from hdrq_deploy.runtime.predictions import network_input
 from hdrq_deploy.runtime.ros2 import Perception, frame_of
+from hdrq_deploy.runtime.serving.emit import emit, ros2_files
 
 
 def calibrated(work: Path, target: Path, std: tuple[float, ...], model: str = "Tiny") -> Bundle:

@@ -16,7 +16,7 @@ from hdrq_deploy.calibration_data.readers import Wanted
 from hdrq_deploy.errors import EngineError
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.runtime import Engine, load_engine
-from hdrq_deploy.runtime.images import enlarge
+from hdrq_deploy.runtime.predictions import enlarge
 
 
 @pytest.fixture

@@ -297,7 +297,7 @@ def test_a_container_keeps_what_is_not_ours(tmp_path: Path) -> None:
 
 
 def png(path: Path, ours: bool) -> None:
-    from hdrq_deploy.runtime.pictures import write_picture
+    from hdrq_deploy.runtime.bench.segmentation_images import write_picture
 
     picture = Image.fromarray(np.zeros((4, 4, 3), np.uint8))
     if ours:
@@ -734,7 +734,7 @@ def test_demo_and_reproduce_replace_only_what_is_ours(
 
 
 def test_made_data_are_kept_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hdrq_deploy.protocol import tasks
+    from hdrq_deploy.experiments import tasks
 
     calls = []
 
@@ -823,7 +823,7 @@ def test_a_merged_checkpoint_bears_a_mark_and_the_same_numbers(work: Path, tmp_p
 
 def test_the_library_refuses_too(make: Any, work: Path, tmp_path: Path) -> None:
     from hdrq_deploy.exporters import export as export_bundle
-    from hdrq_deploy.runtime.emit import emit as emit_files
+    from hdrq_deploy.runtime.serving.emit import emit as emit_files
 
     bundles = [make(domain=d) for d in ("night", "day")]
     copy = tmp_path / "copy.hdrq"

@@ -25,7 +25,7 @@ from hdrq_deploy.formats.onnx_file import check_graph, tensors_of
 from hdrq_deploy.graph.reference_session import unfused_session
 from hdrq_deploy.recipe import Options
 from hdrq_deploy.runtime import load_engine
-from hdrq_deploy.runtime.compare import _Blocks, read_result
+from hdrq_deploy.runtime.bench.compare import _Blocks, read_result
 
 
 def rehash(folder: Path, name: str, data: bytes) -> None:
@@ -359,7 +359,7 @@ def test_benchmarks_that_nobody_can_have_measured(
 
 
 def test_long_series_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hdrq_deploy.runtime import compare
+    from hdrq_deploy.runtime.bench import compare
 
     values = np.random.default_rng(0).random(1003)
     length = len(values) // 10

@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 
-from hdrq_deploy.runtime.power import Ina3221, Nvml, Rapl, find_meters, measure_energy
+from hdrq_deploy.runtime.bench.energy import (
+    Ina3221,
+    Nvml,
+    Rapl,
+    find_meters,
+    measure_energy,
+)
 
 PACKAGE = "sys/class/powercap/intel-rapl:0"
 X86 = {
@@ -59,7 +65,7 @@ class FakeNvml(ModuleType):
 
 @pytest.fixture
 def no_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hdrq_deploy.runtime.power._nvml", lambda: iter(()))
+    monkeypatch.setattr("hdrq_deploy.runtime.bench.energy._nvml", lambda: iter(()))
 
 
 @pytest.mark.usefixtures("no_nvml")

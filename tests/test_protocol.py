@@ -22,12 +22,12 @@ from PIL import Image
 
 from hdrq_deploy.cli import reproduce
 from hdrq_deploy.errors import DataError, HdrqError, SpecError
+from hdrq_deploy.experiments.cells import jobs
+from hdrq_deploy.experiments.grid import Grid, Run, bundle_path, parse_bits, row_path
+from hdrq_deploy.experiments.table import cells, header, markdown, rows
+from hdrq_deploy.experiments.tasks import Domain, Task, office_home, segmentation
 from hdrq_deploy.formats.bundle import Bundle
-from hdrq_deploy.protocol.cells import jobs
-from hdrq_deploy.protocol.grid import Grid, Run, bundle_path, parse_bits, row_path
-from hdrq_deploy.protocol.jobs import Job, open_pool, run_jobs
-from hdrq_deploy.protocol.table import cells, header, markdown, rows
-from hdrq_deploy.protocol.tasks import Domain, Task, office_home, segmentation
+from hdrq_deploy.jobs.pool import Job, open_pool, run_jobs
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNING = {"iters": 20, "batch": 8, "lr": 1e-3}

@@ -21,7 +21,7 @@ from hdrq_deploy.errors import DataError
 from hdrq_deploy.exporters import export
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.runtime import load_engine
-from hdrq_deploy.runtime.images import predictions
+from hdrq_deploy.runtime.predictions import predictions
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from hdrq_deploy.cli import bench as command
 from hdrq_deploy.errors import DataError
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.runtime import load_engine
-from hdrq_deploy.runtime.accuracy import accuracy, windows
-from hdrq_deploy.runtime.pictures import palette
+from hdrq_deploy.runtime.bench.accuracy import accuracy, windows
+from hdrq_deploy.runtime.bench.segmentation_images import palette
 
 # Label in the data set's own numbers -> name of the training class, or None: left out.
 LABEL_IDS = {0: None, 3: None, 7: "road", 8: "sidewalk", 11: "building", 26: "car", 33: "bicycle"}

@@ -20,7 +20,7 @@ from hdrq_deploy.calibration_data.street import find_scenes
 from hdrq_deploy.errors import DataError
 from hdrq_deploy.exporters import export
 from hdrq_deploy.formats.bundle import Bundle
-from hdrq_deploy.runtime.bench import BenchResult, Plan, benchmark_all
+from hdrq_deploy.runtime.bench.measurement import BenchResult, Plan, benchmark_all
 
 MODEL = "hdrq_deploy.calibration_data.models:streetnet"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hdrq_deploy.protocol.jobs import Job, open_pool, run_jobs
+from hdrq_deploy.jobs.pool import Job, open_pool, run_jobs
 from hdrq_deploy.runtime.ort import session_options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,7 +69,7 @@ def test_a_user_who_has_set_one_of_them_has_decided(name: str) -> None:
 
 def test_a_library_changes_no_environment_and_the_number_of_threads_stays() -> None:
     code = "import os; before = dict(os.environ); import hdrq_deploy.calibrate, torch; "
-    late = "from hdrq_deploy.waiting import shorten_idle_spinning as s; assert not s(); "
+    late = "from hdrq_deploy.jobs.waiting import shorten_idle_spinning as s; assert not s(); "
     count = "print('threads', torch.get_num_threads())"
     plain = spoken(code + late + "assert dict(os.environ) == before; " + count)
     settled = spoken(late.replace("not ", "") + "import torch; " + count)

@@ -18,7 +18,7 @@ from ..formats.bundle import Bundle
 from ..formats.bundle_manifest import weight_name
 from ..merge import Merger
 from ..numerics import quantization
-from ..runtime.bench import harmonic_mean
+from ..runtime.bench.measurement import harmonic_mean
 from .landscape import Landscape, Scores, Weights, real_weights, top_eigenvalue, trace
 
 __all__ = ["Settings", "analyze"]

@@ -62,7 +62,7 @@ def _analyze(args: argparse.Namespace) -> int:
             )
     with importing("hdrq analyze"):
         from ..analysis import Settings, analyze
-        from ..analysis.report import page
+        from ..reports.analysis_page import page
 
     names = ("points", "grid", "seeds", "candidates", "products", "seed")
     settings = Settings(**{name: getattr(args, name) for name in names})

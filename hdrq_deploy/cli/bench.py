@@ -18,11 +18,11 @@ with importing("hdrq-bench"):
     from ..formats.atomic_files import check_container, check_outputs, check_scratch, write_bytes
     from ..formats.bench_result import BenchResult, Scenario
     from ..formats.file_kinds import BENCH_CSV, BENCH_HTML, BENCH_JSON, PICTURE
-    from ..runtime.bench import benchmark_all
-    from ..runtime.pictures import picture_names
-    from ..runtime.power import Energy
-    from ..runtime.report import csv_text, did_it_pay, need_matplotlib, page, phase_table, table
-    from ..runtime.timing import Plan
+    from ..reports.bench_page import csv_text, did_it_pay, need_matplotlib, page, phase_table, table
+    from ..runtime.bench.energy import Energy
+    from ..runtime.bench.measurement import benchmark_all
+    from ..runtime.bench.segmentation_images import picture_names
+    from ..runtime.bench.timing import Plan
     from .common import named, parser
 
 

@@ -11,6 +11,7 @@ from .start import importing, run
 
 with importing("hdrq-calibrate"):
     from ..errors import ModelError, SpecError
+    from ..experiments.bundles import forget, inputs_of, make_bundle
     from ..formats.atomic_files import (
         Kind,
         check_container,
@@ -20,9 +21,8 @@ with importing("hdrq-calibrate"):
         make_directory,
     )
     from ..formats.file_kinds import BUNDLE, CELL_INPUTS, PARTIAL
+    from ..jobs.pool import Job, open_pool, run_jobs
     from ..numerics.spec import GRIDS
-    from ..protocol.fresh import forget, inputs_of, make_bundle
-    from ..protocol.jobs import Job, open_pool, run_jobs
     from ..recipe import FOLDS, GRANULARITIES, LEARNERS, METHODS, NOISES, Recipe
     from .common import (
         image_flags,

@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..calibration_data.readers import Wanted
 from ..errors import HdrqError
 from ..formats.atomic_files import check_name
+from ..jobs.pool import reach
 from ..numerics.spec import check_seed
-from ..protocol.jobs import reach
 from .start import Parser, run, shortened
 
 __all__ = ["named", "parser", "paths_of", "progress_bar", "run", "seed_number"]

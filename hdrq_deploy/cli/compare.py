@@ -18,7 +18,7 @@ with importing("hdrq compare"):
     from ..errors import CheckFailed
     from ..formats.atomic_files import check_output, write_bytes
     from ..formats.file_kinds import COMPARE_JSON
-    from ..runtime.compare import Change, compare, read_result
+    from ..runtime.bench.compare import Change, compare, read_result
     from .common import parser
 
 

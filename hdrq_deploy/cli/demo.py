@@ -38,9 +38,15 @@ with importing("hdrq demo"):
         ENGINE,
         PARTIAL,
     )
+    from ..reports.bench_page import need_matplotlib, page, table
     from ..runtime import benchmark
-    from ..runtime.bench import Accuracy, BenchResult, Latency, harmonic_mean, interleaved
-    from ..runtime.report import need_matplotlib, page, table
+    from ..runtime.bench.measurement import (
+        Accuracy,
+        BenchResult,
+        Latency,
+        harmonic_mean,
+        interleaved,
+    )
     from . import calibrate as calibrate_command
     from . import export as export_command
     from . import merge as merge_command

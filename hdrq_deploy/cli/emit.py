@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from .start import importing, run
 
 with importing("hdrq emit"):
-    from ..runtime.emit import TARGETS, emit
+    from ..runtime.serving.emit import TARGETS, emit
     from .common import parser
 
 

@@ -15,6 +15,12 @@ from .start import importing, run
 
 with importing("hdrq reproduce"):
     from ..errors import HdrqError, ModelError
+    from ..experiments.bundles import inputs_of
+    from ..experiments.cells import jobs
+    from ..experiments.comparison_sheets import SCENES, draw, picture_name
+    from ..experiments.grid import BITS, SETTINGS, Grid, bundle_path, parse_bits, row_path
+    from ..experiments.table import cells, header, markdown, rows
+    from ..experiments.tasks import Task, is_written, made, office_home, segmentation, write_made
     from ..formats.atomic_files import (
         Kind,
         check_container,
@@ -31,14 +37,8 @@ with importing("hdrq reproduce"):
         REPRODUCE_JSON,
         REPRODUCE_TABLE,
     )
-    from ..protocol.cells import jobs
-    from ..protocol.fresh import inputs_of
-    from ..protocol.grid import BITS, SETTINGS, Grid, bundle_path, parse_bits, row_path
-    from ..protocol.jobs import open_pool, run_jobs
-    from ..protocol.pictures import SCENES, draw, picture_name
-    from ..protocol.table import cells, header, markdown, rows
-    from ..protocol.tasks import Task, is_written, made, office_home, segmentation, write_made
-    from ..runtime.environment import environment
+    from ..jobs.pool import open_pool, run_jobs
+    from ..runtime.bench.environment import environment
     from .bench import print_table
     from .common import parser, progress_lines, seed_number, threads_of, where_flags
 

@@ -30,7 +30,7 @@ with importing("hdrq sensitivity"):
     from ..formats.bundle import Bundle
     from ..formats.file_kinds import SENSITIVITY
     from ..formats.preprocessing import class_count
-    from ..runtime.report import need_matplotlib
+    from ..reports.bench_page import need_matplotlib
     from .common import named, parser, paths_of, progress_bar, seed_number
 
 _SHOWN = 20

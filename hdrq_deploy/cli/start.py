@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from ..errors import HdrqError, one_line
 from ..formats.atomic_files import environment_error
 from ..formats.notes import notes_of
-from ..waiting import shorten_idle_spinning
+from ..jobs.waiting import shorten_idle_spinning
 
 __all__ = ["Parser", "importing", "run", "shortened"]
 

@@ -29,7 +29,7 @@ from ..errors import HdrqError
 from ..formats.atomic_files import write_bytes
 from ..formats.notes import show_notes
 from ..graph.reference_session import session_threads
-from ..waiting import shorten_idle_spinning
+from .waiting import shorten_idle_spinning
 
 __all__ = ["Job", "open_pool", "reach", "run_jobs"]
 

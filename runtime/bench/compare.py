@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from ..errors import DataError
-from .bench import BenchResult
+from ...errors import DataError
+from .measurement import BenchResult
 
 __all__ = ["Change", "compare", "read_result"]
 

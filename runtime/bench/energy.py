@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..formats.bench_result import Energy
+from ...formats.bench_result import Energy
 
 __all__ = ["Meter", "find_meters", "measure_energy"]
 

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..calibration_data.readers import ImageSet
-from ..calibration_data.street import IGNORE, Scenes
-from ..errors import DataError
-from ..formats.bench_result import Accuracy, harmonic_mean
-from ..formats.bundle import GOLDEN, read_golden
-from ..formats.bundle_manifest import EngineManifest
-from ..formats.preprocessing import class_count, decides, decisions, feed
-from .engine import Engine, dtype_of
-from .images import enlarge, softmax
+from ...calibration_data.readers import ImageSet
+from ...calibration_data.street import IGNORE, Scenes
+from ...errors import DataError
+from ...formats.bench_result import Accuracy, harmonic_mean
+from ...formats.bundle import GOLDEN, read_golden
+from ...formats.bundle_manifest import EngineManifest
+from ...formats.preprocessing import class_count, decides, decisions, feed
+from ..engine import Engine, dtype_of
+from ..predictions import enlarge, softmax
 
 __all__ = ["Labelled", "accuracy", "classes_of", "confusion", "window_of", "windows"]
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ExportError
-from ..formats.atomic_files import check_output, new_directory, write_record
-from ..formats.bundle_manifest import EngineManifest, Port
-from ..formats.file_kinds import EMITTED
-from .engine import read_manifest
+from ...errors import ExportError
+from ...formats.atomic_files import check_output, new_directory, write_record
+from ...formats.bundle_manifest import EngineManifest, Port
+from ...formats.file_kinds import EMITTED
+from ..engine import read_manifest
 
 __all__ = ["TARGETS", "deepstream_files", "emit", "ros2_files", "triton_files"]
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError
-from ..formats.bench_result import Latency, Scenario, Speedup
-from ..formats.preprocessing import decides
-from .engine import Engine, Feeds, Pending
+from ...errors import DataError
+from ...formats.bench_result import Latency, Scenario, Speedup
+from ...formats.preprocessing import decides
+from ..engine import Engine, Feeds, Pending
 
 __all__ = ["Plan", "latency", "measure", "overhead_us", "phases", "run_offline", "speedup"]
 

@@ -14,14 +14,14 @@ from ..exporters import export
 from ..formats.atomic_files import scratch_folder, write_bytes
 from ..formats.bundle import Bundle
 from ..formats.file_kinds import CELL_ROW
+from ..jobs.pool import Job
 from ..merge import Merger, choose_weights, re_estimate
 from ..recipe import Options
-from ..runtime.accuracy import Labelled, accuracy, classes_of
-from ..runtime.bench import labelled
+from ..runtime.bench.accuracy import Labelled, accuracy, classes_of
+from ..runtime.bench.measurement import labelled
 from ..runtime.engine import Engine, open_engine, read_manifest
-from .fresh import is_merged, make_bundle, stamp
+from .bundles import is_merged, make_bundle, stamp
 from .grid import Grid, Merge, Run, bundle_path, read_row, row_path
-from .jobs import Job
 from .tasks import Domain, Task
 
 __all__ = ["engine_of", "jobs", "labelled_set"]

@@ -12,11 +12,11 @@ import numpy.typing as npt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..calibration_data.street import CITYSCAPES, IGNORE, PALETTE
-from ..formats.atomic_files import write_bytes
-from ..formats.bundle_manifest import EngineManifest
-from ..formats.file_kinds import PICTURE, PICTURE_MARK
-from ..formats.preprocessing import pixels
+from ...calibration_data.street import CITYSCAPES, IGNORE, PALETTE
+from ...formats.atomic_files import write_bytes
+from ...formats.bundle_manifest import EngineManifest
+from ...formats.file_kinds import PICTURE, PICTURE_MARK
+from ...formats.preprocessing import pixels
 
 __all__ = ["PICTURES", "Pictures", "in_colours", "palette", "picture_names", "write_picture"]
 

@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..calibration_data.readers import Wanted, numbered, read
-from ..calibration_data.street import find_scenes, is_scenes
-from ..errors import DataError
-from ..formats.bench_result import Accuracy, BenchResult, Energy, Latency, harmonic_mean
-from ..formats.bundle_manifest import EngineManifest
-from ..formats.preprocessing import feed
+from ...calibration_data.readers import Wanted, numbered, read
+from ...calibration_data.street import find_scenes, is_scenes
+from ...errors import DataError
+from ...formats.bench_result import Accuracy, BenchResult, Energy, Latency, harmonic_mean
+from ...formats.bundle_manifest import EngineManifest
+from ...formats.preprocessing import feed
+from ..engine import Engine, load_engine, open_engine, read_manifest
 from .accuracy import Labelled, accuracy, classes_of, window_of
-from .engine import Engine, load_engine, open_engine, read_manifest
+from .energy import find_meters, measure_energy
 from .environment import Watch, environment
-from .pictures import Pictures
-from .power import find_meters, measure_energy
+from .segmentation_images import Pictures
 from .timing import ROUNDS, Plan, latency, measure, overhead_us, phases, run_offline, speedup
 
 __all__ = [

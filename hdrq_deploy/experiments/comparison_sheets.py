@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 from ..calibration_data.street import Scenes
 from ..errors import DataError
 from ..formats.bundle import Bundle
-from ..runtime.accuracy import accuracy
-from ..runtime.pictures import in_colours, write_picture
+from ..runtime.bench.accuracy import accuracy
+from ..runtime.bench.segmentation_images import in_colours, write_picture
 from .cells import engine_of, labelled_set
 from .grid import Grid, Merge, bundle_path
 

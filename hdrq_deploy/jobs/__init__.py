@@ -1,0 +1,1 @@
+"""Work in parts, on processes of this machine or on a Ray cluster."""
