@@ -28,7 +28,7 @@ from hdrq_deploy.calibration_data.models import resnet14, streetnet
 from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.formats.bench_result import harmonic_mean
-from hdrq_deploy.merge import merge_checkpoints
+from hdrq_deploy.merging import merge_checkpoints
 from hdrq_deploy.runtime.bench.environment import environment
 
 MODELS = "hdrq_deploy.calibration_data.models"

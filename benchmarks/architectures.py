@@ -26,14 +26,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hdrq_deploy.calibrate import calibrate, fake_quantized
-from hdrq_deploy.calibrate.blocks import find_blocks
-from hdrq_deploy.calibrate.capture import capture, fold_batch_norm, fold_constants
-from hdrq_deploy.calibrate.placement import plan_quantizers
-from hdrq_deploy.calibrate.source import load_model
+from hdrq_deploy.calibration import calibrate, fake_quantized
+from hdrq_deploy.calibration.blocks import find_blocks
+from hdrq_deploy.calibration.capture import capture, fold_batch_norm, fold_constants
+from hdrq_deploy.calibration.loading import load_model
+from hdrq_deploy.calibration.placement import plan_quantizers
+from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.formats.atomic_files import write_bytes
-from hdrq_deploy.recipe import Options
 from hdrq_deploy.runtime.bench.environment import environment
 
 # Side of the images, images, iterations a block.

@@ -30,16 +30,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hdrq_deploy.calibrate import reconstruct as ours
-from hdrq_deploy.calibrate.blocks import find_blocks, is_tensor
-from hdrq_deploy.calibrate.capture import Capture, capture, fold_batch_norm, fold_constants
-from hdrq_deploy.calibrate.draws import Draws
-from hdrq_deploy.calibrate.fakequant import ActivationQuantizer, Mode, WeightQuantizer
-from hdrq_deploy.calibrate.placement import Plan, plan_quantizers
-from hdrq_deploy.calibrate.source import load_model
+from hdrq_deploy.calibration import reconstruction as ours
+from hdrq_deploy.calibration.blocks import find_blocks, is_tensor
+from hdrq_deploy.calibration.capture import Capture, capture, fold_batch_norm, fold_constants
+from hdrq_deploy.calibration.fake_quantizers import ActivationQuantizer, Mode, WeightQuantizer
+from hdrq_deploy.calibration.loading import load_model
+from hdrq_deploy.calibration.noise import Draws
+from hdrq_deploy.calibration.placement import Plan, plan_quantizers
+from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.numerics.spec import QuantSpec
-from hdrq_deploy.recipe import Options
 from hdrq_deploy.runtime.bench.environment import environment
 
 BATCH = 16
@@ -325,7 +325,7 @@ def scaling() -> dict[str, list[dict[str, Any]]]:
 
 def one_memory(cache_gb: float) -> dict[str, Any]:
     """Peak memory of ResNet-50 with 256 images of 224x224; run in a process of its own."""
-    from hdrq_deploy.calibrate.caches import Caches
+    from hdrq_deploy.calibration.activation_cache import Caches
 
     found, plan = prepared("timm:resnet50", 224)
     images = torch.randn(256, 3, 224, 224)

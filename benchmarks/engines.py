@@ -30,14 +30,14 @@ from merge_quality import DOMAINS, Cell, Setting, split
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from hdrq_deploy.calibrate import calibrate
+from hdrq_deploy.calibration import calibrate
+from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.cli.verify import stages
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.formats.bundle import Bundle
-from hdrq_deploy.merge import merge
-from hdrq_deploy.recipe import Options
+from hdrq_deploy.merging import merge
 from hdrq_deploy.runtime.bench.environment import environment
 
 # Side of the images.

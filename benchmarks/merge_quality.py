@@ -35,8 +35,8 @@ from hdrq_deploy.errors import HdrqError
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.formats.bundle import GRAPH, WEIGHTS, serialize
 from hdrq_deploy.graph import reference_session
-from hdrq_deploy.merge import Merger, choose_weights
-from hdrq_deploy.merge.reestimate import moved
+from hdrq_deploy.merging import Merger, choose_weights
+from hdrq_deploy.merging.re_estimate import moved
 from hdrq_deploy.runtime.bench.environment import environment
 from hdrq_deploy.runtime.bench.measurement import harmonic_mean
 
@@ -78,7 +78,7 @@ class Setting:
 
     def options(self) -> dict[str, Any]:
         """Arguments of ``calibrate``."""
-        from hdrq_deploy.recipe import METHODS, Options
+        from hdrq_deploy.calibration.recipe import METHODS, Options
 
         method = self.label if self.label in METHODS else "hdrq"
         return {
@@ -153,7 +153,7 @@ def calibrate_cell(cell: Cell, out: Path) -> float:
             return 0.0
     import torch
 
-    from hdrq_deploy.calibrate import calibrate
+    from hdrq_deploy.calibration import calibrate
     from hdrq_deploy.calibration_data.make_checkpoints import CHECKPOINTS
     from hdrq_deploy.calibration_data.readers import ImageSet
 
@@ -190,7 +190,7 @@ def split(domain: str, name: str) -> tuple[Array, Array]:
 def calibrate_all(out: Path, workers: int, minutes: float) -> list[Cell]:
     """Make what is missing, two at a time; returns the cells that are there."""
     from hdrq_deploy.calibration_data.make_checkpoints import CHECKPOINTS
-    from hdrq_deploy.merge import merge_checkpoints
+    from hdrq_deploy.merging import merge_checkpoints
 
     out.mkdir(parents=True, exist_ok=True)
     for group in GROUPS:
@@ -332,7 +332,7 @@ def evaluate_folded_float(out: Path) -> Iterator[dict[str, Any]]:
     """Float weights with BatchNorm folded, averaged: the paper's upper row."""
     import torch
 
-    from hdrq_deploy.calibrate.capture import capture, fold_batch_norm, fold_constants
+    from hdrq_deploy.calibration.capture import capture, fold_batch_norm, fold_constants
     from hdrq_deploy.calibration_data.make_checkpoints import load
 
     found = {}

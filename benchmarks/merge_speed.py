@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from hdrq_deploy.formats.atomic_files import write_bytes
-from hdrq_deploy.merge import rounding
-from hdrq_deploy.merge.bundles import in_parallel
+from hdrq_deploy.merging import rounding
+from hdrq_deploy.merging.bundles import in_parallel
 from hdrq_deploy.numerics.spec import QuantSpec
 
 CANDIDATES = 100
@@ -199,7 +199,8 @@ def write_pair(folder: Path) -> None:
 
 def one_merge(folder: Path, how: str) -> dict[str, Any]:
     """Time and peak memory of one merge; run in a process of its own."""
-    from hdrq_deploy import Bundle, merge
+    from hdrq_deploy import Bundle
+    from hdrq_deploy import merging as merge
 
     paths = [folder / f"{domain}.hdrq" for domain in ("night", "day")]
     before = peak_bytes()

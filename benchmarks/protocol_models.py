@@ -22,11 +22,11 @@ import torch
 from architectures import photographs, run_models, settle
 from safetensors.torch import save_file
 
-from hdrq_deploy.calibrate import calibrate
-from hdrq_deploy.calibrate.source import load_model
+from hdrq_deploy.calibration import calibrate
+from hdrq_deploy.calibration.loading import load_model
+from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.exporters import export
-from hdrq_deploy.recipe import Options
 from hdrq_deploy.runtime import load_engine
 
 # Side of the images, weight bits, activation bits.

@@ -7,12 +7,14 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from . import _moved
-from .errors import HdrqError
+from .errors import HdrqError, ModelError
 
 if TYPE_CHECKING:
-    from .calibrate import calibrate
+    from .calibration import calibrate
+    from .exporters import export
     from .formats.bundle import Bundle
-    from .merge import merge
+    from .merging import merge
+    from .runtime import benchmark, load_engine
 
 # Since 1.29 ONNX Runtime starts a thread that reports to its makers. Nobody who runs an engine has
 # asked for it, and a process that was forked off waits for that thread for ever when it ends. It
@@ -21,29 +23,35 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _moved.install()
 
-__all__ = ["Bundle", "HdrqError", "calibrate", "merge"]
+__all__ = ["Bundle", "HdrqError", "benchmark", "calibrate", "export", "load_engine", "merge"]
+
+# Public name to the module that has it.
+_DOORS = {
+    "Bundle": "formats.bundle",
+    "benchmark": "runtime",
+    "calibrate": "calibration",
+    "export": "exporters",
+    "load_engine": "runtime",
+    "merge": "merging",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``Bundle``, ``calibrate``, and torch with it, and ``merge`` where they are used.
+    """Import a public name where it is used; ``calibrate`` imports torch.
 
-    An application that runs engines starts in half the time without them, and a command can be
-    stopped from its first moment on.
+    An application that runs engines starts in half the time, and a command can be stopped from
+    its first moment on.
     """
-    if name == "Bundle":
-        return importlib.import_module(".formats.bundle", __name__).Bundle
     if name == "__version__":
         from importlib.metadata import version
 
         return version("hdrq-deploy")
-    if name not in {"calibrate", "merge"}:
+    if name not in _DOORS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .errors import ModelError
-
     try:
-        return getattr(importlib.import_module(f".{name}", __name__), name)
+        return getattr(importlib.import_module(f".{_DOORS[name]}", __name__), name)
     except ImportError as error:
-        if name == "merge":
+        if name != "calibrate":
             raise
         raise ModelError(
             f"calibration needs {error.name}, which is not installed: "

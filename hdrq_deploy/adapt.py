@@ -29,9 +29,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .calibrate.capture import single_output
-from .calibrate.pipeline import own_wanted, torch_device
-from .calibrate.source import load_model, load_state, state_sha256
+from .calibration.capture import single_output
+from .calibration.loading import load_model, load_state, state_sha256
+from .calibration.pipeline import own_wanted, torch_device
 from .calibration_data.readers import ImageSet, Wanted, read
 from .calibration_data.street import IGNORE
 from .errors import DataError, ModelError, SpecError

@@ -33,7 +33,7 @@ from .formats.bundle import Bundle
 from .formats.bundle_manifest import Port
 from .graph.qdq import serialized
 from .graph.reference_session import session_options, session_threads
-from .merge import Merger, choose_weights
+from .merging import Merger, choose_weights
 from .runtime.engine import check_input, load_engine
 from .runtime.forks import Owner
 from .runtime.predictions import Frame, Prediction, frames_of, network_input, predictions, sizes_of
@@ -286,7 +286,7 @@ class DomainMixer:
 
         Args:
             frames: Recent network inputs (N, C, H, W); a few dozen say enough.
-            criterion: See :func:`hdrq_deploy.merge.choose_weights`.
+            criterion: See :func:`hdrq_deploy.merging.choose_weights`.
             margin: How much lower (nats) the score must be than that of the running mix, so
                 that the mix does not flap between neighbours.
             progress: Called with (mixes tried, mixes in all).

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from hdrq_deploy.calibrate import calibrate
+from hdrq_deploy.calibration import calibrate
+from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.formats.bundle import Bundle
-from hdrq_deploy.recipe import Options
 
 TINY = '''
 import torch

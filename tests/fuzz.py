@@ -735,7 +735,7 @@ def _load(argv: list[str]) -> int:
     """A checkpoint into the model that it is of, as a calibration loads it."""
     from tiny_models import Tiny  # type: ignore[import-not-found]
 
-    from hdrq_deploy.calibrate.source import load_state
+    from hdrq_deploy.calibration.loading import load_state
     from hdrq_deploy.cli.common import run
 
     def body() -> int:
@@ -864,7 +864,7 @@ def limit_memory() -> None:
     import onnxruntime  # noqa: F401
     import torch
 
-    import hdrq_deploy.calibrate  # noqa: F401
+    import hdrq_deploy.calibration  # noqa: F401
 
     torch.set_num_threads(1)
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -22,7 +22,7 @@ MODULES = (
     "hdrq_deploy.formats.bundle",
     "hdrq_deploy.errors",
     "hdrq_deploy.exporters",
-    "hdrq_deploy.merge",
+    "hdrq_deploy.merging",
     "hdrq_deploy.mixer",
     "hdrq_deploy.models",
     "hdrq_deploy.calibration_data.models",

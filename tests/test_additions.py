@@ -12,21 +12,22 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from hdrq_deploy import Bundle, merge
+from hdrq_deploy import Bundle
+from hdrq_deploy import merging as merge
 from hdrq_deploy.analysis import Settings, analyze
 from hdrq_deploy.analysis.landscape import top_eigenvalue, trace
-from hdrq_deploy.calibrate.fakequant import search_scale as torch_search_scale
+from hdrq_deploy.calibration.fake_quantizers import search_scale as torch_search_scale
+from hdrq_deploy.calibration.recipe import METHODS, Options, Recipe
 from hdrq_deploy.cli import analyze as analyze_command
 from hdrq_deploy.cli import calibrate as calibrate_command
 from hdrq_deploy.cli import merge as merge_command
 from hdrq_deploy.errors import HdrqError, MergeError
 from hdrq_deploy.formats.bundle import WEIGHTS, serialize
 from hdrq_deploy.graph import reference_session
-from hdrq_deploy.merge import Merger, choose_weights, merge_checkpoints, re_estimate
-from hdrq_deploy.merge.mixing import score
+from hdrq_deploy.merging import Merger, choose_weights, merge_checkpoints, re_estimate
+from hdrq_deploy.merging.weight_search import score
 from hdrq_deploy.numerics.quantization import search_scale
 from hdrq_deploy.numerics.spec import QuantSpec
-from hdrq_deploy.recipe import METHODS, Options, Recipe
 
 
 def logits(bundle: Bundle, tensors: Any, x: Any) -> Any:

@@ -12,19 +12,19 @@ import pytest
 import torch
 
 from hdrq_deploy import Bundle
-from hdrq_deploy.calibrate import calibrate
-from hdrq_deploy.calibrate.blocks import find_blocks
-from hdrq_deploy.calibrate.caches import Caches
-from hdrq_deploy.calibrate.capture import capture, fold_batch_norm, fold_constants
-from hdrq_deploy.calibrate.draws import Draws
-from hdrq_deploy.calibrate.fakequant import fake_quantize, search_scale
-from hdrq_deploy.calibrate.placement import plan_quantizers
-from hdrq_deploy.calibrate.source import load_model
+from hdrq_deploy.calibration import calibrate
+from hdrq_deploy.calibration.activation_cache import Caches
+from hdrq_deploy.calibration.blocks import find_blocks
+from hdrq_deploy.calibration.capture import capture, fold_batch_norm, fold_constants
+from hdrq_deploy.calibration.fake_quantizers import fake_quantize, search_scale
+from hdrq_deploy.calibration.loading import load_model
+from hdrq_deploy.calibration.noise import Draws
+from hdrq_deploy.calibration.placement import plan_quantizers
+from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.cli.verify import stages
 from hdrq_deploy.errors import HdrqError, ModelError, SpecError
 from hdrq_deploy.graph import reference_session
 from hdrq_deploy.numerics.spec import QuantSpec
-from hdrq_deploy.recipe import Options
 
 MODELS = ("Tiny", "Net", "Attention")
 
@@ -216,7 +216,7 @@ def test_same_seed_same_bytes_and_the_distance_term_pulls(work: Path, tmp_path: 
 def test_float_bundles_keep_the_model(make: Any, work: Path, inputs: Any) -> None:
     bundle = make(method="float")
     model = load_model("tiny_models:Tiny")
-    from hdrq_deploy.calibrate.source import load_state
+    from hdrq_deploy.calibration.loading import load_state
 
     load_state(model, work / "Tiny-night.safetensors", "adapted")
     with torch.no_grad():
@@ -338,7 +338,9 @@ def test_activations_beyond_the_budget_go_to_mapped_files(
     caches = Caches(4 * 8 * 10, tmp_path)
     values = torch.rand(10, 8)
     rows = [caches.rows(10, torch.Size([8])) for _ in range(2)]
-    monkeypatch.setattr("hdrq_deploy.calibrate.caches._RESIDENT", 64)  # let go all the time
+    monkeypatch.setattr(
+        "hdrq_deploy.calibration.activation_cache._RESIDENT", 64
+    )  # let go all the time
     for kept in rows:
         kept.write(0, values[:6])
         kept.write(6, values[6:])

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hdrq_deploy.calibrate import calibrate
-from hdrq_deploy.calibrate import pipeline as pipeline_module
-from hdrq_deploy.calibrate.blocks import find_blocks
-from hdrq_deploy.calibrate.capture import Capture, capture, single_output
-from hdrq_deploy.calibrate.pipeline import _prepared
-from hdrq_deploy.calibrate.placement import nonnegative_nodes, plan_quantizers
-from hdrq_deploy.calibrate.source import load_model, load_state
-from hdrq_deploy.calibrate.tensors import attribute, free_name
+from hdrq_deploy.calibration import calibrate
+from hdrq_deploy.calibration import calibrate as pipeline_module
+from hdrq_deploy.calibration.blocks import find_blocks
+from hdrq_deploy.calibration.capture import Capture, capture, single_output
+from hdrq_deploy.calibration.loading import load_model, load_state
+from hdrq_deploy.calibration.pipeline import _prepared
+from hdrq_deploy.calibration.placement import nonnegative_nodes, plan_quantizers
+from hdrq_deploy.calibration.tensors import attribute, free_name
 from hdrq_deploy.cli import calibrate as command
 from hdrq_deploy.errors import CheckFailed, ModelError
 from hdrq_deploy.graph import reference_session
@@ -687,7 +687,7 @@ def test_blocks_are_cut_only_where_images_are_rows(folder: Path, name: str) -> N
 def test_learning_survives_a_batch_that_is_not_on_axis_0(
     folder: Path, tmp_path: Path, count: int
 ) -> None:
-    from hdrq_deploy.recipe import Options
+    from hdrq_deploy.calibration.recipe import Options
 
     model = trained("TimeMajor")
     torch.save(model.state_dict(), tmp_path / "w.pt")

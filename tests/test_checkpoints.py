@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hdrq_deploy.calibrate.source import load_checkpoint
+from hdrq_deploy.calibration.loading import load_checkpoint
 from hdrq_deploy.cli import calibrate as calibrate_command
 from hdrq_deploy.cli import merge as merge_command
 from hdrq_deploy.errors import HdrqError, MergeError, ModelError
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.formats.checkpoints import bare_names, from_float32, open_checkpoint
-from hdrq_deploy.merge import merge, merge_checkpoints
+from hdrq_deploy.merging import merge, merge_checkpoints
 
 State = dict[str, torch.Tensor]
 

@@ -17,9 +17,10 @@ import torch
 from onnx import numpy_helper
 from safetensors.torch import save_file
 
-from hdrq_deploy import Bundle, merge
-from hdrq_deploy.calibrate import calibrate
-from hdrq_deploy.calibrate.parity import torch_stage
+from hdrq_deploy import Bundle
+from hdrq_deploy import merging as merge
+from hdrq_deploy.calibration import calibrate
+from hdrq_deploy.calibration.parity_check import torch_stage
 from hdrq_deploy.checks.stages import compare_engine, compare_stages
 from hdrq_deploy.cli import export as export_command
 from hdrq_deploy.cli import verify
@@ -631,7 +632,7 @@ def test_a_tensorrt_engine_is_run_apart_where_there_is_a_driver(
 def test_a_merge_that_gives_no_numbers_is_not_written(
     make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hdrq_deploy.merge import Merger
+    from hdrq_deploy.merging import Merger
 
     parents = [make(), make(domain="day")]
     real = Merger.floats

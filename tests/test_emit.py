@@ -19,7 +19,7 @@ from google.protobuf import text_format
 from PIL import Image
 
 from hdrq_deploy import Bundle
-from hdrq_deploy.calibrate import calibrate
+from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.calibration_data.readers import Wanted
 from hdrq_deploy.cli import emit as command
 from hdrq_deploy.errors import DataError, EngineError

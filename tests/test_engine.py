@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from hdrq_deploy import calibrate
+from hdrq_deploy import calibration as calibrate
 from hdrq_deploy.calibration_data.readers import Wanted
 from hdrq_deploy.errors import EngineError
 from hdrq_deploy.exporters import GraphOptions, export

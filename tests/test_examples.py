@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hdrq_deploy import Bundle
-from hdrq_deploy.calibrate import calibrate
+from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.exporters import export
 
 cv2 = pytest.importorskip("cv2")

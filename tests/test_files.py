@@ -48,8 +48,8 @@ from hdrq_deploy.formats.atomic_files import (
     write_record,
 )
 from hdrq_deploy.formats.bundle import Bundle
-from hdrq_deploy.merge import merge as merge_bundles
-from hdrq_deploy.merge import merge_checkpoints
+from hdrq_deploy.merging import merge as merge_bundles
+from hdrq_deploy.merging import merge_checkpoints
 from hdrq_deploy.numerics.spec import check_seed
 
 KIND = FolderKind("hdrq-test", "record.json", before=("old.txt",))
@@ -874,7 +874,7 @@ def test_names_of_domains_are_names_of_files(
         ):
             assert "give it another name" in refused(main, argv, capsys)
     assert "without NAME=" in refused(verify.main, [NONE, "--data", "odd:name"], capsys)
-    from hdrq_deploy.calibrate import calibrate as library
+    from hdrq_deploy.calibration import calibrate as library
 
     with pytest.raises(HdrqError, match="give it another name"):
         library("absent:M", "d.npz", "../evil", tmp_path / "o.hdrq")

@@ -22,7 +22,8 @@ import onnx
 import onnxruntime
 import pytest
 
-from hdrq_deploy import Bundle, merge
+from hdrq_deploy import Bundle
+from hdrq_deploy import merging as merge
 from hdrq_deploy.errors import EngineError
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.exporters.options import BuildOptions

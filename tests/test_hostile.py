@@ -15,6 +15,7 @@ import onnx
 import pytest
 from safetensors.numpy import save_file
 
+from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.cli import calibrate as calibrate_command
 from hdrq_deploy.cli import compare as compare_command
 from hdrq_deploy.cli import export as export_command
@@ -23,7 +24,6 @@ from hdrq_deploy.exporters import export
 from hdrq_deploy.formats.bundle import Bundle, read_golden, read_header
 from hdrq_deploy.formats.onnx_file import check_graph, tensors_of
 from hdrq_deploy.graph.reference_session import unfused_session
-from hdrq_deploy.recipe import Options
 from hdrq_deploy.runtime import load_engine
 from hdrq_deploy.runtime.bench.compare import _Blocks, read_result
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from hdrq_deploy import calibrate
+from hdrq_deploy import calibration as calibrate
 from hdrq_deploy.calibration_data import decoding
 from hdrq_deploy.calibration_data.decoding import decode, images_of
 from hdrq_deploy.calibration_data.readers import Wanted, read

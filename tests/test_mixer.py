@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hdrq_deploy import Bundle, merge
+from hdrq_deploy import Bundle
+from hdrq_deploy import merging as merge
 from hdrq_deploy.errors import DataError, EngineError, MergeError
 from hdrq_deploy.exporters import export
 from hdrq_deploy.mixer import DomainMixer

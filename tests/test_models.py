@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hdrq_deploy.calibrate import calibrate
-from hdrq_deploy.calibrate.caches import Caches
-from hdrq_deploy.calibrate.source import load_model, load_state
+from hdrq_deploy.calibration import calibrate
+from hdrq_deploy.calibration.activation_cache import Caches
+from hdrq_deploy.calibration.loading import load_model, load_state
+from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.errors import ModelError
 from hdrq_deploy.exporters import export
-from hdrq_deploy.recipe import Options
 
 pytest.importorskip("torchvision")
 pytest.importorskip("transformers")

@@ -41,7 +41,7 @@ def test_the_warning_names_the_line_that_imports(tmp_path: Path) -> None:
 
 def test_public_functions_can_be_called_after_an_old_import() -> None:
     code = (
-        "import hdrq_deploy.calibrate.noise, hdrq_deploy.merge.rounding, hdrq_deploy\n"
+        "import hdrq_deploy.calibrate.draws, hdrq_deploy.merge.rounding, hdrq_deploy\n"
         "for function in (hdrq_deploy.calibrate, hdrq_deploy.merge):\n"
         "    try: function()\n"
         "    except TypeError as error: print(error)\n"

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from hdrq_deploy.calibrate import calibrate
+from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.calibration_data.readers import Wanted, read
 from hdrq_deploy.errors import EngineError, ExportError
 from hdrq_deploy.exporters import GraphOptions, export

@@ -20,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from hdrq_deploy.calibrate import calibrate
+from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.errors import HdrqError
 from hdrq_deploy.exporters import export
 from hdrq_deploy.graph import reference_session

@@ -16,16 +16,16 @@ from pathlib import Path
 import pytest
 
 from hdrq_deploy import Bundle, HdrqError
-from hdrq_deploy.calibrate import calibrate
-from hdrq_deploy.calibrate.progress import Partial
-from hdrq_deploy.recipe import Options
+from hdrq_deploy.calibration import calibrate
+from hdrq_deploy.calibration.recipe import Options
+from hdrq_deploy.calibration.resume import Partial
 
 # Starts the command once, then one child for every line it reads: importing torch takes
 # seconds, and a kill should meet the work.
 _SERVER = """
 import os, sys
 import torch, onnxscript
-import hdrq_deploy.calibrate
+import hdrq_deploy.calibration
 from hdrq_deploy.cli.calibrate import main
 torch.set_num_threads(1)
 for line in sys.stdin:
@@ -140,7 +140,7 @@ def test_finished_blocks_are_not_learned_again(
     stop_after(work, tmp_path / "a.hdrq", 2)
     partial = tmp_path / "a.hdrq.partial"
     assert len(list(partial.glob("block-*"))) == 2
-    from hdrq_deploy.calibrate import reconstruct
+    from hdrq_deploy.calibration import reconstruction as reconstruct
 
     learned = []
     learn = reconstruct._learn

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hdrq_deploy.calibrate import folded_weights
+from hdrq_deploy.calibration import folded_weights
 from hdrq_deploy.checks.sensitivity import Partly, sensitivity, suggest
 from hdrq_deploy.cli import sensitivity as command
 from hdrq_deploy.errors import DataError, ExportError

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hdrq_deploy.calibrate import calibrate
+from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.calibration_data.readers import Wanted, read
 from hdrq_deploy.calibration_data.street import CITYSCAPES, PALETTE, Scenes, find_scenes
 from hdrq_deploy.cli import bench as command

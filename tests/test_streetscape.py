@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from hdrq_deploy import merge
-from hdrq_deploy.calibrate import calibrate
+from hdrq_deploy import merging as merge
+from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.calibration_data import streetscape
 from hdrq_deploy.calibration_data.make_street_checkpoints import CHECKPOINTS, load, mean_iou
 from hdrq_deploy.calibration_data.models import streetnet

@@ -68,7 +68,7 @@ def test_a_user_who_has_set_one_of_them_has_decided(name: str) -> None:
 
 
 def test_a_library_changes_no_environment_and_the_number_of_threads_stays() -> None:
-    code = "import os; before = dict(os.environ); import hdrq_deploy.calibrate, torch; "
+    code = "import os; before = dict(os.environ); import hdrq_deploy.calibration, torch; "
     late = "from hdrq_deploy.jobs.waiting import shorten_idle_spinning as s; assert not s(); "
     count = "print('threads', torch.get_num_threads())"
     plain = spoken(code + late + "assert dict(os.environ) == before; " + count)

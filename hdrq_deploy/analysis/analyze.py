@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import MergeError, SpecError
 from ..formats.bundle import Bundle
 from ..formats.bundle_manifest import weight_name
-from ..merge import Merger
+from ..merging import Merger
 from ..numerics import quantization
 from ..runtime.bench.measurement import harmonic_mean
 from .landscape import Landscape, Scores, Weights, real_weights, top_eigenvalue, trace

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from ..calibrate import fake_quantized
+from ..calibration import fake_quantized
 from ..errors import DataError, ModelError
 from ..formats.bundle import Bundle
 from ..numerics import quantization

@@ -156,7 +156,7 @@ def _engine(path: Path, manifest: EngineManifest) -> Shows:
 
 def _torch(bundle: Bundle, example: Array, must: bool, say: Callable[[str], None]) -> Shows | None:
     try:
-        from ..calibrate.parity import torch_stage
+        from ..calibration.parity_check import torch_stage
 
         return torch_stage(bundle, example)
     except ImportError as error:

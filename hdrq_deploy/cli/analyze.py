@@ -102,7 +102,7 @@ def _labelled(path: str, like: Bundle, limit: int, seed: int) -> tuple[Any, Any]
 
 def _source(path: str, like: Bundle, x: Any) -> dict[str, Any]:
     """The source model's weights with BatchNorm folded, as the bundles' graph has them."""
-    from ..calibrate import folded_weights
+    from ..calibration import folded_weights
 
     return {
         name: np.asarray(value)

@@ -10,6 +10,7 @@ from typing import Any
 from .start import importing, run
 
 with importing("hdrq-calibrate"):
+    from ..calibration.recipe import FOLDS, GRANULARITIES, LEARNERS, METHODS, NOISES, Recipe
     from ..errors import ModelError, SpecError
     from ..experiments.bundles import forget, inputs_of, make_bundle
     from ..formats.atomic_files import (
@@ -23,7 +24,6 @@ with importing("hdrq-calibrate"):
     from ..formats.file_kinds import BUNDLE, CELL_INPUTS, PARTIAL
     from ..jobs.pool import Job, open_pool, run_jobs
     from ..numerics.spec import GRIDS
-    from ..recipe import FOLDS, GRANULARITIES, LEARNERS, METHODS, NOISES, Recipe
     from .common import (
         image_flags,
         parser,
@@ -129,7 +129,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         raise SpecError(f"found --cache-gb {args.cache_gb}; needed 0 or more")
     try:
         with importing("hdrq-calibrate"):
-            from ..calibrate import calibrate
+            from ..calibration import calibrate
     except ImportError as error:
         raise ModelError(
             f"calibration needs {error.name}, which is not installed: "

@@ -17,7 +17,7 @@ with importing("hdrq-merge"):
     from ..formats.bundle import Bundle
     from ..formats.checkpoints import is_checkpoint
     from ..formats.file_kinds import BUNDLE, MERGED
-    from ..merge import (
+    from ..merging import (
         CHECKPOINT_METHODS,
         CRITERIA,
         ROUNDINGS,

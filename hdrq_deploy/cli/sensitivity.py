@@ -110,7 +110,7 @@ def _sensitivity(args: argparse.Namespace) -> int:
 
 def _real(bundle: Bundle, path: str, x: Any) -> dict[str, Any]:
     try:
-        from ..calibrate import folded_weights
+        from ..calibration import folded_weights
     except ImportError as error:
         raise ModelError(
             f"--weights needs {error.name}: pip install 'hdrq-deploy[calibrate]'"

@@ -26,7 +26,7 @@ def make_bundle(**arguments: Any) -> None:
     Args:
         arguments: Keyword arguments of ``calibrate``.
     """
-    from ..calibrate import calibrate
+    from ..calibration import calibrate
 
     record, inputs = inputs_of(arguments["output"]), _inputs(arguments)
     if record.is_file() and record.read_bytes() == inputs and _is_whole(arguments["output"]):

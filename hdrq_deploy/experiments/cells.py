@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..calibration.recipe import Options
 from ..calibration_data.readers import Wanted, read
 from ..exporters import export
 from ..formats.atomic_files import scratch_folder, write_bytes
 from ..formats.bundle import Bundle
 from ..formats.file_kinds import CELL_ROW
 from ..jobs.pool import Job
-from ..merge import Merger, choose_weights, re_estimate
-from ..recipe import Options
+from ..merging import Merger, choose_weights, re_estimate
 from ..runtime.bench.accuracy import Labelled, accuracy, classes_of
 from ..runtime.bench.measurement import labelled
 from ..runtime.engine import Engine, open_engine, read_manifest

@@ -10,9 +10,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from ..calibration.recipe import METHODS
 from ..errors import SpecError
 from ..numerics.spec import check_bits, check_seed
-from ..recipe import METHODS
 from .tasks import Task
 
 __all__ = ["BITS", "SETTINGS", "Grid", "Merge", "Run", "parse_bits"]

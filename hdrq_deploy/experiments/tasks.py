@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..calibration.recipe import METHODS
 from ..calibration_data import digits, streetscape
 from ..calibration_data.decoding import folders_of
 from ..calibration_data.readers import Wanted
 from ..errors import DataError, ModelError
 from ..formats.atomic_files import FolderKind, check_output, new_directory, write_record
 from ..formats.file_kinds import DIGITS, STREETS
-from ..recipe import METHODS
 
 __all__ = [
     "OFFICE_HOME",

@@ -327,7 +327,7 @@ def run_jobs(jobs: Sequence[Job], pool: Pool, progress: Report | None = None) ->
 
 
 def _work(job: Job, threads: int) -> None:
-    from ..calibrate.pipeline import torch_threads
+    from ..calibration.pipeline import torch_threads
 
     with torch_threads(threads), session_threads(threads):
         job.work(**job.arguments)

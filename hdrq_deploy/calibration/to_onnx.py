@@ -29,17 +29,10 @@ from ..graph.biases import bias_sites, fitted, shifts
 from ..graph.qdq import distinct_names
 from ..numerics.batchnorm_fold import graph_tensors
 from ..numerics.spec import QuantSpec
-from .capture import (
-    PRODUCTS,
-    TRANSPOSED,
-    Capture,
-    Fold,
-    module_path,
-    quiet,
-)
-from .fakequant import WeightQuantizer
+from .capture import PRODUCTS, TRANSPOSED, Capture, Fold, module_path, quiet
+from .fake_quantizers import WeightQuantizer
 from .placement import HEAVY, Plan, root
-from .reconstruct import Quantized
+from .reconstruction import Quantized
 from .tensors import attribute, free_name, set_attribute
 
 __all__ = ["OPSET", "Emitted", "emit_float", "emit_quantized", "fit_biases", "onnx_graph"]

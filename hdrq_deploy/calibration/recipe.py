@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .errors import SpecError
+from ..errors import SpecError
 
 __all__ = ["FOLDS", "GRANULARITIES", "LEARNERS", "METHODS", "NOISES", "Options", "Recipe"]
 

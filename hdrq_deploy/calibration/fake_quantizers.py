@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..numerics.spec import QuantSpec
-from .draws import Draws
+from .noise import Draws
 
 __all__ = ["ActivationQuantizer", "Mode", "WeightQuantizer", "fake_quantize", "search_scale"]
 

@@ -26,16 +26,16 @@ from ..formats.bundle_manifest import Activation, Layer, Manifest, Scheme, Toler
 from ..formats.file_kinds import BUNDLE, PARTIAL
 from ..formats.preprocessing import in_batches
 from ..numerics.spec import GRIDS, check_bits, check_seed
-from ..recipe import FOLDS, Options
-from .caches import Caches
+from .activation_cache import Caches
 from .capture import Capture, capture, fold_batch_norm, fold_constants, run_model
-from .emit import Emitted, check_graph, emit_float, emit_quantized, fit_biases, onnx_graph
-from .fidelity import check_capture, restored_buffers
+from .loading import is_lazy, load_model, load_state, put_state, state_sha256
+from .module_check import check_capture, restored_buffers
+from .module_tap import TorchTap
 from .placement import Plan, plan_quantizers
-from .progress import Partial, partial_of
-from .reconstruct import quantizers_of, reconstruct, run_batch
-from .source import is_lazy, load_model, load_state, put_state, state_sha256
-from .tap import TorchTap
+from .recipe import FOLDS, Options
+from .reconstruction import quantizers_of, reconstruct, run_batch
+from .resume import Partial, partial_of
+from .to_onnx import Emitted, check_graph, emit_float, emit_quantized, fit_biases, onnx_graph
 
 __all__ = ["calibrate", "fake_quantized", "folded_weights", "torch_threads"]
 

@@ -11,8 +11,8 @@ from torch import fx
 from ..comparison.taps import Shows
 from ..errors import ModelError
 from ..formats.bundle import Bundle
+from .module_tap import TorchTap
 from .pipeline import fake_quantized
-from .tap import TorchTap
 
 __all__ = ["torch_stage"]
 

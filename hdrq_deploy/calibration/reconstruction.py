@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import ModelError
-from ..recipe import Options
+from .activation_cache import Caches, Rows
 from .blocks import MOST_HEAVY, Block, find_blocks, is_tensor, rows_per_image, scalar_value
-from .caches import Caches, Rows
 from .capture import Capture, attribute, module_path, set_attribute
-from .draws import Draws
-from .fakequant import ActivationQuantizer, Mode, WeightQuantizer
+from .fake_quantizers import ActivationQuantizer, Mode, WeightQuantizer
+from .noise import Draws
 from .placement import Plan
-from .progress import Partial
+from .recipe import Options
+from .resume import Partial
 
 __all__ = ["Quantized", "quantizers_of", "reconstruct"]
 

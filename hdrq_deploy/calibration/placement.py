@@ -24,15 +24,7 @@ from torch import fx
 
 from ..errors import ModelError
 from ..numerics.spec import QuantSpec
-from .capture import (
-    CONVOLUTIONS,
-    LINEAR,
-    PRODUCTS,
-    TRANSPOSED,
-    Capture,
-    attribute,
-    module_path,
-)
+from .capture import CONVOLUTIONS, LINEAR, PRODUCTS, TRANSPOSED, Capture, attribute, module_path
 from .tensors import free_name
 
 __all__ = ["ActivationSite", "LayerSite", "Plan", "plan_quantizers"]

@@ -33,7 +33,7 @@ from ..formats.preprocessing import in_batches
 from ..graph import reference_session
 from ..graph.qdq import serialized
 from .bundles import Merger
-from .reestimate import moved
+from .re_estimate import moved
 
 __all__ = ["CRITERIA", "Mix", "choose_weights", "score", "simplex"]
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from ..callable import make_callable
 from .bundles import Merger, check_different, merge
-from .checkpoints import CHECKPOINT_METHODS, merge_checkpoints
-from .mixing import CRITERIA, choose_weights
-from .reestimate import re_estimate
+from .float_checkpoints import CHECKPOINT_METHODS, merge_checkpoints
+from .re_estimate import re_estimate
 from .rounding import ROUNDINGS
+from .weight_search import CRITERIA, choose_weights
 
 __all__ = [
     "CHECKPOINT_METHODS",
@@ -20,5 +19,3 @@ __all__ = [
     "merge_checkpoints",
     "re_estimate",
 ]
-
-make_callable(__name__, merge)
