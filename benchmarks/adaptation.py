@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from hdrq_deploy.adapt import Recipe, adapt
-from hdrq_deploy.calibration_data import digits, streetscape
-from hdrq_deploy.calibration_data import make_checkpoints as on_digits
-from hdrq_deploy.calibration_data import make_street_checkpoints as on_streets
+from hdrq_deploy.adaptation.adapt import Recipe, adapt
+from hdrq_deploy.calibration_data import digits, streets
+from hdrq_deploy.calibration_data.digits import make_checkpoints as on_digits
 from hdrq_deploy.calibration_data.models import resnet14, streetnet
-from hdrq_deploy.calibration_data.readers import ImageSet
+from hdrq_deploy.calibration_data.readers.folder import ImageSet
+from hdrq_deploy.calibration_data.streets import make_checkpoints as on_streets
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.formats.bench_result import harmonic_mean
 from hdrq_deploy.merging import merge_checkpoints
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             lambda domain: on_digits.tensors(domain, "train")[0].numpy(), on_digits.accuracy,
         ),
         benchmark(
-            "streetnet", Recipe(epochs=3, batch=8, lr=1e-2), streetscape.TARGETS,
+            "streetnet", Recipe(epochs=3, batch=8, lr=1e-2), streets.TARGETS,
             on_streets.CHECKPOINTS / "clean.safetensors", streetnet,
             lambda domain: (
                 on_streets.tensors(domain, "train")[0][:STREET_SCENES].float() / 255

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from hdrq_deploy.calibration_data import digits
-from hdrq_deploy.calibration_data.make_checkpoints import CHECKPOINTS
+from hdrq_deploy.calibration_data.digits.make_checkpoints import CHECKPOINTS
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.runtime.bench.environment import Watch, environment
 

@@ -154,8 +154,8 @@ def calibrate_cell(cell: Cell, out: Path) -> float:
     import torch
 
     from hdrq_deploy.calibration import calibrate
-    from hdrq_deploy.calibration_data.make_checkpoints import CHECKPOINTS
-    from hdrq_deploy.calibration_data.readers import ImageSet
+    from hdrq_deploy.calibration_data.digits.make_checkpoints import CHECKPOINTS
+    from hdrq_deploy.calibration_data.readers.folder import ImageSet
 
     torch.set_num_threads(1)
     started = time.monotonic()
@@ -189,7 +189,7 @@ def split(domain: str, name: str) -> tuple[Array, Array]:
 
 def calibrate_all(out: Path, workers: int, minutes: float) -> list[Cell]:
     """Make what is missing, two at a time; returns the cells that are there."""
-    from hdrq_deploy.calibration_data.make_checkpoints import CHECKPOINTS
+    from hdrq_deploy.calibration_data.digits.make_checkpoints import CHECKPOINTS
     from hdrq_deploy.merging import merge_checkpoints
 
     out.mkdir(parents=True, exist_ok=True)
@@ -333,7 +333,7 @@ def evaluate_folded_float(out: Path) -> Iterator[dict[str, Any]]:
     import torch
 
     from hdrq_deploy.calibration.capture import capture, fold_batch_norm, fold_constants
-    from hdrq_deploy.calibration_data.make_checkpoints import load
+    from hdrq_deploy.calibration_data.digits.make_checkpoints import load
 
     found = {}
     for domain in DOMAINS:

@@ -199,8 +199,7 @@ def write_pair(folder: Path) -> None:
 
 def one_merge(folder: Path, how: str) -> dict[str, Any]:
     """Time and peak memory of one merge; run in a process of its own."""
-    from hdrq_deploy import Bundle
-    from hdrq_deploy import merging as merge
+    from hdrq_deploy import Bundle, merge
 
     paths = [folder / f"{domain}.hdrq" for domain in ("night", "day")]
     before = peak_bytes()

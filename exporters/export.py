@@ -32,15 +32,16 @@ from ..formats.bundle_manifest import EngineManifest, FileRecord, Layer, Port, P
 from ..formats.file_kinds import ENGINE
 from ..graph import quantizers as graph
 from ..graph.patterns import check_patterns
-from . import precision, trt
-from .apart import run_apart
-from .compute import to_fp16
+from . import precision
+from . import tensorrt_build as trt
+from .first_run import run_apart
+from .half_precision import to_fp16
+from .io_signature import shape_ports
 from .lint import lint
 from .lowering import lower_ort, lower_portable
+from .mixed_precision import keep_float, weights_only
 from .options import BuildOptions, GraphOptions, profile
-from .ports import shape_ports
-from .reasons import explain
-from .weights_only import keep_float, weights_only
+from .precision_reasons import explain
 
 __all__ = ["ENGINES", "export", "lowered", "port_of", "ports"]
 

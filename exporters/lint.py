@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ..errors import ExportError
 from ..graph.qdq import weight_dequantizer
-from .compute import SMALLEST_STEP
+from .half_precision import SMALLEST_STEP
 
 __all__ = ["lint", "problems", "read"]
 

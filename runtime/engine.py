@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 from pydantic import ValidationError
 
-from ..calibration_data.decoding import Picture
+from ..calibration_data.readers.decoding import Picture
 from ..errors import EngineError
 from ..formats import onnx_file
 from ..formats.atomic_files import sha256_file

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..calibration_data.decoding import Picture, cut, decode, picture_of
-from ..calibration_data.street import IGNORE
+from ..calibration_data.readers.decoding import Picture, cut, decode, picture_of
+from ..calibration_data.readers.street_scenes import IGNORE
 from ..errors import EngineError
 from ..formats.bundle_manifest import Preprocessing
 from ..formats.preprocessing import decides

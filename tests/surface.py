@@ -23,7 +23,7 @@ MODULES = (
     "hdrq_deploy.errors",
     "hdrq_deploy.exporters",
     "hdrq_deploy.merging",
-    "hdrq_deploy.mixer",
+    "hdrq_deploy.mixing.domain_mixer",
     "hdrq_deploy.models",
     "hdrq_deploy.calibration_data.models",
     "hdrq_deploy.runtime",

@@ -14,11 +14,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from hdrq_deploy.adapt import Recipe, adapt, centroid_labels, confident_labels, information
-from hdrq_deploy.calibration_data import make_checkpoints, make_street_checkpoints
+from hdrq_deploy.adaptation.adapt import (
+    Recipe,
+    adapt,
+    centroid_labels,
+    confident_labels,
+    information,
+)
+from hdrq_deploy.calibration_data.digits import make_checkpoints
 from hdrq_deploy.calibration_data.models import resnet14, streetnet
-from hdrq_deploy.calibration_data.readers import ImageSet
-from hdrq_deploy.calibration_data.street import IGNORE
+from hdrq_deploy.calibration_data.readers.folder import ImageSet
+from hdrq_deploy.calibration_data.readers.street_scenes import IGNORE
+from hdrq_deploy.calibration_data.streets import make_checkpoints as make_street_checkpoints
 from hdrq_deploy.cli import adapt as command
 from hdrq_deploy.errors import DataError, HdrqError, ModelError, SpecError
 
@@ -187,7 +194,7 @@ def test_the_command_writes_what_calibration_reads(
 
 
 def test_flipping_mirrors_labels_with_their_images() -> None:
-    from hdrq_deploy.adapt import _again
+    from hdrq_deploy.adaptation.adapt import _again
 
     x = torch.rand(16, 3, 4, 6)
     labels = (functional.avg_pool2d(x, 1)[:, 0] * 200).to(torch.uint8)

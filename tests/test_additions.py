@@ -12,8 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from hdrq_deploy import Bundle
-from hdrq_deploy import merging as merge
+from hdrq_deploy import Bundle, merge
 from hdrq_deploy.analysis import Settings, analyze
 from hdrq_deploy.analysis.landscape import top_eigenvalue, trace
 from hdrq_deploy.calibration.fake_quantizers import search_scale as torch_search_scale

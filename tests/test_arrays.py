@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hdrq_deploy.calibration_data.readers import ImageSet, Wanted, numbered, read
+from hdrq_deploy.calibration_data.readers.folder import ImageSet, Wanted, numbered, read
 from hdrq_deploy.cli import bench
 from hdrq_deploy.errors import DataError, EngineError
 from hdrq_deploy.exporters import export

@@ -18,19 +18,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hdrq_deploy import merging as merge
+from hdrq_deploy import merge
 from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.errors import CheckFailed, ExportError
 from hdrq_deploy.exporters import export, lowering, precision
 from hdrq_deploy.exporters.export import lowered
 from hdrq_deploy.exporters.options import GraphOptions
-from hdrq_deploy.exporters.reasons import explain
+from hdrq_deploy.exporters.precision_reasons import explain
 from hdrq_deploy.formats.bundle import GRAPH, Bundle
 from hdrq_deploy.formats.bundle_manifest import Layer
 from hdrq_deploy.graph import reference_session
 from hdrq_deploy.graph.biases import LARGEST, bias_sites, fitted, shifts, smallest_scale, whole_bias
 from hdrq_deploy.merging.re_estimate import re_estimate
-from hdrq_deploy.mixer import DomainMixer
+from hdrq_deploy.mixing.domain_mixer import DomainMixer
 
 Make = Callable[..., Bundle]
 

@@ -14,7 +14,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from hdrq_deploy.errors import ExportError
-from hdrq_deploy.exporters import BuildOptions, GraphOptions, export, parse_shapes, trt
+from hdrq_deploy.exporters import BuildOptions, GraphOptions, export, parse_shapes
+from hdrq_deploy.exporters import tensorrt_build as trt
 from hdrq_deploy.exporters.lint import lint
 from hdrq_deploy.exporters.options import profile, trtexec
 

@@ -17,8 +17,7 @@ import torch
 from onnx import numpy_helper
 from safetensors.torch import save_file
 
-from hdrq_deploy import Bundle
-from hdrq_deploy import merging as merge
+from hdrq_deploy import Bundle, merge
 from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.calibration.parity_check import torch_stage
 from hdrq_deploy.checks.stages import compare_engine, compare_stages
@@ -28,11 +27,12 @@ from hdrq_deploy.comparison import golden
 from hdrq_deploy.comparison.differences import Stage, Stepwise, allowed, check, difference
 from hdrq_deploy.comparison.taps import GraphTap, Ran, Shows, outside
 from hdrq_deploy.errors import CheckFailed, DataError, ExportError
-from hdrq_deploy.exporters import GraphOptions, apart, export
+from hdrq_deploy.exporters import GraphOptions, export
+from hdrq_deploy.exporters import first_run as apart
 from hdrq_deploy.formats.atomic_files import sha256_file
 from hdrq_deploy.formats.bundle_manifest import Tolerances
 from hdrq_deploy.graph import reference_session
-from hdrq_deploy.mixer import DomainMixer
+from hdrq_deploy.mixing.domain_mixer import DomainMixer
 from hdrq_deploy.runtime import load_engine, once
 
 BITS = ((8, 8), (3, 3))
@@ -652,7 +652,7 @@ def test_a_merge_that_gives_no_numbers_is_not_written(
 def test_a_mix_is_checked_and_a_wrong_one_is_never_run(
     make: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    import hdrq_deploy.mixer as module
+    import hdrq_deploy.mixing.domain_mixer as module
 
     parents = [make(domain=name, fold="steps") for name in ("night", "day")]
     with DomainMixer(parents, options=GraphOptions(**options)) as mixer:

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hdrq_deploy import Bundle
-from hdrq_deploy import calibration as calibrate
-from hdrq_deploy.calibration_data.readers import ImageSet, numbered, read
+from hdrq_deploy import Bundle, calibrate
+from hdrq_deploy.calibration_data.readers.folder import ImageSet, numbered, read
 from hdrq_deploy.cli import analyze, bench, sensitivity
 from hdrq_deploy.errors import DataError, EngineError
 from hdrq_deploy.experiments.tasks import office_home

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from hdrq_deploy.calibration_data import digits, make_checkpoints
+from hdrq_deploy.calibration_data import digits
+from hdrq_deploy.calibration_data.digits import images, make_checkpoints
 from hdrq_deploy.errors import DataError
 
 RECORD = json.loads((make_checkpoints.CHECKPOINTS / "checkpoints.json").read_text())
@@ -28,7 +29,7 @@ def test_handwriting_of_the_splits_is_disjoint() -> None:
     total = 0
     for split in digits.SPLITS:
         for label in range(10):
-            strokes = digits._strokes(split, label)
+            strokes = images._strokes(split, label)
             total += len(strokes)
             seen |= {s.tobytes() + bytes([label]) for s in strokes}
     # scikit-learn's 1797 digits hold no duplicates, so disjoint splits add up.

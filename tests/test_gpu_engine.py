@@ -22,14 +22,13 @@ import onnx
 import onnxruntime
 import pytest
 
-from hdrq_deploy import Bundle
-from hdrq_deploy import merging as merge
+from hdrq_deploy import Bundle, merge
 from hdrq_deploy.errors import EngineError
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.exporters.options import BuildOptions
 from hdrq_deploy.formats.atomic_files import sha256_file
 from hdrq_deploy.formats.bundle_manifest import FileRecord
-from hdrq_deploy.mixer import DomainMixer
+from hdrq_deploy.mixing.domain_mixer import DomainMixer
 from hdrq_deploy.runtime import load_engine
 from hdrq_deploy.runtime.cuda import Cuda, Stream, device_array
 from hdrq_deploy.runtime.engine import read_manifest
@@ -648,7 +647,7 @@ def test_domains_are_mixed_on_a_gpu(
         set_plan(export(bundle, target, "onnx", options=options["options"]))
         return target
 
-    monkeypatch.setattr("hdrq_deploy.mixer.export", build)
+    monkeypatch.setattr("hdrq_deploy.mixing.domain_mixer.export", build)
     monkeypatch.setattr(TensorRtEngine, "refittable", refit != "never")
     if refit == "refused":
         monkeypatch.setattr(sys.modules["tensorrt"].Refitter, "refit_cuda_engine", lambda _: False)

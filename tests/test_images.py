@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from hdrq_deploy import calibration as calibrate
-from hdrq_deploy.calibration_data import decoding
-from hdrq_deploy.calibration_data.decoding import decode, images_of
-from hdrq_deploy.calibration_data.readers import Wanted, read
-from hdrq_deploy.calibration_data.street import find_scenes
+from hdrq_deploy import calibrate
+from hdrq_deploy.calibration_data.readers.decoding import decode, images_of
+from hdrq_deploy.calibration_data.readers.folder import Wanted, decoding, read
+from hdrq_deploy.calibration_data.readers.street_scenes import find_scenes
 from hdrq_deploy.cli import calibrate as calibrate_command
 from hdrq_deploy.errors import DataError, EngineError
 from hdrq_deploy.exporters import GraphOptions, export

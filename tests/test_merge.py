@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hdrq_deploy import Bundle
-from hdrq_deploy import merging as merge
+from hdrq_deploy import Bundle, merge
 from hdrq_deploy.errors import MergeError
 from hdrq_deploy.graph import reference_session
 from hdrq_deploy.merging import rounding as module

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hdrq_deploy import Bundle
-from hdrq_deploy import merging as merge
+from hdrq_deploy import Bundle, merge
 from hdrq_deploy.errors import DataError, EngineError, MergeError
 from hdrq_deploy.exporters import export
-from hdrq_deploy.mixer import DomainMixer
+from hdrq_deploy.mixing.domain_mixer import DomainMixer
 from hdrq_deploy.runtime import load_engine
 
 NAMES = ("night", "day", "snow")

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from hdrq_deploy.calibration import calibrate
-from hdrq_deploy.calibration_data.readers import Wanted, read
+from hdrq_deploy.calibration_data.readers.folder import Wanted, read
 from hdrq_deploy.errors import EngineError, ExportError
 from hdrq_deploy.exporters import GraphOptions, export
-from hdrq_deploy.exporters.compute import SMALLEST_STEP, to_fp16
 from hdrq_deploy.exporters.export import lowered
+from hdrq_deploy.exporters.half_precision import SMALLEST_STEP, to_fp16
 from hdrq_deploy.exporters.lint import lint
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.formats.preprocessing import feed

@@ -504,10 +504,10 @@ def test_flags_are_looked_at_before_any_work(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from hdrq_deploy.calibration_data import streetscape
+    from hdrq_deploy.calibration_data import streets
 
     for split in ("calibration", "test"):
-        monkeypatch.setitem(streetscape.SIZES, split, 1)
+        monkeypatch.setitem(streets.SIZES, split, 1)
     assert reproduce.main(["segmentation", "--made", "--out", str(tmp_path), *flags]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("cells/*"))
@@ -517,10 +517,10 @@ def test_flags_are_looked_at_before_any_work(
 def test_the_segmentation_protocol_runs_on_drawn_streets(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hdrq_deploy.calibration_data import streetscape
+    from hdrq_deploy.calibration_data import streets
 
     for split, count in (("calibration", 8), ("test", 4)):
-        monkeypatch.setitem(streetscape.SIZES, split, count)
+        monkeypatch.setitem(streets.SIZES, split, count)
     argv = ["segmentation", "--made", "--methods", "rtn", "--bits", "w4a4", "--settings", "paper"]
     argv += ["ours", "--seeds", "0", "--rounding-seeds", "1", "--threads", "2", "--draw", "w4a4"]
     assert reproduce.main([*argv, "--out", str(tmp_path)]) == 0

@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from hdrq_deploy.calibration import calibrate
-from hdrq_deploy.calibration_data import readers
-from hdrq_deploy.calibration_data.readers import Wanted, read
+from hdrq_deploy.calibration_data.readers.folder import Wanted, read
 from hdrq_deploy.cli import calibrate as calibrate_command
 from hdrq_deploy.cli import emit
 from hdrq_deploy.errors import DataError
@@ -53,8 +52,8 @@ def test_reading_is_the_same_in_memory_and_in_a_mapped_file(
 ) -> None:
     wanted = Wanted((16, 16))
     before = read(pictures, wanted)
-    monkeypatch.setattr(readers, "_IN_MEMORY", 0)
-    monkeypatch.setattr(readers, "_AHEAD", 3)
+    monkeypatch.setattr(folder, "_IN_MEMORY", 0)
+    monkeypatch.setattr(folder, "_AHEAD", 3)
     after = read(pictures, wanted)
     assert np.array_equal(before.x, after.x) and np.array_equal(before.y, after.y)
     assert before.sha256 == after.sha256
@@ -66,10 +65,10 @@ def test_reading_is_the_same_in_memory_and_in_a_mapped_file(
 _COUNT = """
 import json, resource, sys
 from pathlib import Path
-from hdrq_deploy.calibration_data import readers
-readers._IN_MEMORY = 64 << 20
+from hdrq_deploy.calibration_data.readers import folder
+folder._IN_MEMORY = 64 << 20
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-found = readers.read(sys.argv[1], readers.Wanted((224, 224)))
+found = folder.read(sys.argv[1], folder.Wanted((224, 224)))
 sha = found.sha256
 names = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
 print(json.dumps({"images": len(found.x), "mb": found.x.nbytes / 1e6, "sha": sha,

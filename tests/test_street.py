@@ -12,8 +12,13 @@ import pytest
 from PIL import Image
 
 from hdrq_deploy.calibration import calibrate
-from hdrq_deploy.calibration_data.readers import Wanted, read
-from hdrq_deploy.calibration_data.street import CITYSCAPES, PALETTE, Scenes, find_scenes
+from hdrq_deploy.calibration_data.readers.folder import Wanted, read
+from hdrq_deploy.calibration_data.readers.street_scenes import (
+    CITYSCAPES,
+    PALETTE,
+    Scenes,
+    find_scenes,
+)
 from hdrq_deploy.cli import bench as command
 from hdrq_deploy.errors import DataError
 from hdrq_deploy.exporters import GraphOptions, export

@@ -12,8 +12,7 @@ import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from hdrq_deploy import Bundle
-from hdrq_deploy import merging as merge
+from hdrq_deploy import Bundle, merge
 from hdrq_deploy.cli import verify
 from hdrq_deploy.cli.verify import stages
 from hdrq_deploy.exporters import GraphOptions, export

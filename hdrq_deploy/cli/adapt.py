@@ -61,7 +61,7 @@ def _adapt(args: argparse.Namespace) -> int:
     check_scratch()
     try:
         with importing("hdrq adapt"):
-            from ..adapt import Recipe, adapt
+            from ..adaptation.adapt import Recipe, adapt
     except ImportError as error:
         raise ModelError(
             f"adaptation needs {error.name}: pip install 'hdrq-deploy[calibrate]'"

@@ -17,7 +17,7 @@ from pathlib import Path
 from .start import importing, run
 
 with importing("hdrq demo"):
-    from ..calibration_data.readers import read
+    from ..calibration_data.readers.folder import read
     from ..errors import CheckFailed, ModelError
     from ..formats.atomic_files import (
         Kind,
@@ -91,7 +91,7 @@ class _Demo:
         need_matplotlib()
         with importing("hdrq demo"):
             from ..calibration_data import digits
-            from ..calibration_data.make_checkpoints import CHECKPOINTS
+            from ..calibration_data.digits.make_checkpoints import CHECKPOINTS
 
         self.out, self.seed = out, seed
         self.schemes = QUICK if quick else SCHEMES

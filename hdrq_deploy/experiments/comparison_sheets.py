@@ -10,7 +10,7 @@ from typing import Any
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from ..calibration_data.street import Scenes
+from ..calibration_data.readers.street_scenes import Scenes
 from ..errors import DataError
 from ..formats.bundle import Bundle
 from ..runtime.bench.accuracy import accuracy

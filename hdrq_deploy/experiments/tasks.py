@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.recipe import METHODS
-from ..calibration_data import digits, streetscape
-from ..calibration_data.decoding import folders_of
-from ..calibration_data.readers import Wanted
+from ..calibration_data import digits, streets
+from ..calibration_data.readers.decoding import folders_of
+from ..calibration_data.readers.folder import Wanted
 from ..errors import DataError, ModelError
 from ..formats.atomic_files import FolderKind, check_output, new_directory, write_record
 from ..formats.file_kinds import DIGITS, STREETS
@@ -207,14 +207,14 @@ def write_made(name: str, out: Path) -> None:
     data = out / folder
     if is_written(name, out):
         return
-    benchmark: Any = digits if kind is DIGITS else streetscape
+    benchmark: Any = digits if kind is DIGITS else streets
     with new_directory(data, kind, sync=False) as new:
         benchmark.write(new, benchmark.TARGETS, ("calibration", "test"))
         write_record(new, kind, {"splits": ["calibration", "test"]})
 
 
 def _digits(data: Path) -> Task:
-    from ..calibration_data.make_checkpoints import CHECKPOINTS
+    from ..calibration_data.digits.make_checkpoints import CHECKPOINTS
 
     if importlib.util.find_spec("sklearn") is None:
         raise ModelError("the digits need scikit-learn: pip install 'hdrq-deploy[demo]'")
@@ -233,13 +233,13 @@ def _digits(data: Path) -> Task:
 
 
 def _streets(data: Path) -> Task:
-    from ..calibration_data.make_street_checkpoints import CHECKPOINTS
+    from ..calibration_data.streets.make_checkpoints import CHECKPOINTS
 
     return Task(
         "streetscape",
         "hdrq_deploy.calibration_data.models:streetnet",
-        str(CHECKPOINTS / f"{streetscape.SOURCE}.safetensors"),
-        tuple(_made_domain(data, CHECKPOINTS, name) for name in streetscape.TARGETS),
+        str(CHECKPOINTS / f"{streets.SOURCE}.safetensors"),
+        tuple(_made_domain(data, CHECKPOINTS, name) for name in streets.TARGETS),
         mix_images=8,
         renew_images=16,
         # Two hundred iterations want rates above the methods' own; chosen by the error on

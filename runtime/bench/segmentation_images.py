@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ...calibration_data.street import CITYSCAPES, IGNORE, PALETTE
+from ...calibration_data.readers.street_scenes import CITYSCAPES, IGNORE, PALETTE
 from ...formats.atomic_files import write_bytes
 from ...formats.bundle_manifest import EngineManifest
 from ...formats.file_kinds import PICTURE, PICTURE_MARK

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hdrq_deploy.errors import DataError
+from ...errors import DataError
 
 __all__ = ["labels_of", "read_arrays"]
 

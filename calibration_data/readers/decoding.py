@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError, features
 
-from hdrq_deploy.errors import DataError
+from ...errors import DataError
 
 __all__ = [
     "BESIDE",

@@ -1,6 +1,6 @@
 """Train the four checkpoints of the street-scene benchmark that ship in ``checkpoints/street``.
 
-    python -m hdrq_deploy.calibration_data.make_street_checkpoints --out DIR
+    python -m hdrq_deploy.calibration_data.drawing.make_checkpoints --out DIR
 
 The source model learns clean scenes; each adapted model starts from it and is fine-tuned on its
 own domain, for a short while, at a low rate and pulled towards the source weights (L2-SP, Li et
@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from . import streetscape
-from .make_checkpoints import fit, publish
-from .models import StreetNet, streetnet
+from ..digits.make_checkpoints import fit, publish
+from ..models import StreetNet, streetnet
+from . import drawing
 
 __all__ = ["CHECKPOINTS", "RECIPES", "load", "mean_iou", "train"]
 
-CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints" / "street"
+CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints" / "street"
 RECIPES = {
     "clean": {"steps": 800, "lr": 4e-3, "pull": 0.0},
     "dusk": {"steps": 240, "lr": 1e-3, "pull": 3e-3},
@@ -37,7 +37,7 @@ _BATCH, _CROP = 10, 128
 
 def tensors(domain: str, split: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A split as the model reads it: (N, 3, 128, 256) uint8, and labels (N, 128, 256) uint8."""
-    data = streetscape.make(domain, split, seed)
+    data = drawing.make(domain, split, seed)
     images = torch.from_numpy(np.ascontiguousarray(data.images.transpose(0, 3, 1, 2)))
     return images, torch.from_numpy(data.labels)
 
@@ -57,7 +57,7 @@ def exposure(x: Tensor, generator: torch.Generator) -> Tensor:
 def mean_iou(model: torch.nn.Module, domain: str, split: str = "test") -> float:
     """Mean intersection over union of the ten classes, 0 to 1."""
     images, labels = tensors(domain, split)
-    count = len(streetscape.CLASSES)
+    count = len(drawing.CLASSES)
     table = torch.zeros(count * count, dtype=torch.long)
     model.eval()
     for x, y in zip(images.split(20), labels.split(20), strict=True):  # type: ignore[no-untyped-call]
@@ -86,7 +86,7 @@ def train(domain: str, start: StreetNet | None, seed: int = 0) -> StreetNet:
     images, labels = tensors(domain, "train", seed)
     steps = int(recipe["steps"])
     # Small things count: road and houses would drown people and signs.
-    share = torch.bincount(labels.flatten().long(), minlength=len(streetscape.CLASSES)).float()
+    share = torch.bincount(labels.flatten().long(), minlength=len(drawing.CLASSES)).float()
     weight = (share.sum() / share.clamp(min=1)) ** 0.35
     weight = weight / weight.mean()
 
@@ -94,7 +94,7 @@ def train(domain: str, start: StreetNet | None, seed: int = 0) -> StreetNet:
         order = torch.Generator().manual_seed(seed)
         for _ in range(steps):
             rows = torch.randint(len(images), (_BATCH,), generator=order)
-            left = int(torch.randint(streetscape.WIDTH - _CROP + 1, (), generator=order))
+            left = int(torch.randint(drawing.WIDTH - _CROP + 1, (), generator=order))
             across = slice(left, left + _CROP)
             x, y = images[rows][..., across].float() / 255, labels[rows][..., across].long()
             if torch.rand((), generator=order) < 0.5:
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=CHECKPOINTS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    publish(args.out, args.seed, streetscape.DOMAINS, RECIPES, train, "mean_iou", mean_iou)
+    publish(args.out, args.seed, drawing.DOMAINS, RECIPES, train, "mean_iou", mean_iou)
     return 0
 
 

@@ -24,20 +24,20 @@ import onnx_ir as ir
 import onnxruntime
 from safetensors import SafetensorError
 
-from .comparison.golden import Exported, MixCheck
-from .errors import BundleError, EngineError, HdrqError, MergeError
-from .exporters import GraphOptions, export
-from .exporters.export import lowered, port_of
-from .exporters.options import BuildOptions
-from .formats.bundle import Bundle
-from .formats.bundle_manifest import Port
-from .graph.qdq import serialized
-from .graph.reference_session import session_options, session_threads
-from .merging import Merger, choose_weights
-from .runtime.engine import check_input, load_engine
-from .runtime.forks import Owner
-from .runtime.predictions import Frame, Prediction, frames_of, network_input, predictions, sizes_of
-from .runtime.tensorrt import LIBRARIES, TensorRtEngine
+from ..comparison.golden import Exported, MixCheck
+from ..errors import BundleError, EngineError, HdrqError, MergeError
+from ..exporters import GraphOptions, export
+from ..exporters.export import lowered, port_of
+from ..exporters.options import BuildOptions
+from ..formats.bundle import Bundle
+from ..formats.bundle_manifest import Port
+from ..graph.qdq import serialized
+from ..graph.reference_session import session_options, session_threads
+from ..merging import Merger, choose_weights
+from ..runtime.engine import check_input, load_engine
+from ..runtime.forks import Owner
+from ..runtime.predictions import Frame, Prediction, frames_of, network_input, predictions, sizes_of
+from ..runtime.tensorrt import LIBRARIES, TensorRtEngine
 
 __all__ = ["Adapted", "DomainMixer", "Output"]
 

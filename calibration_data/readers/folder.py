@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hdrq_deploy.errors import DataError
-
-from ..formats.atomic_files import mapped_file
-from ..formats.bundle_manifest import LARGEST_SIDE, Preprocessing
+from ...errors import DataError
+from ...formats.atomic_files import mapped_file
+from ...formats.bundle_manifest import LARGEST_SIDE, Preprocessing
 from .arrays import read_arrays
 from .decoding import (
     BESIDE,
@@ -29,7 +28,7 @@ from .decoding import (
     folders_of,
     images_of,
 )
-from .street import IGNORE, is_scenes, run_ahead, scene_images
+from .street_scenes import IGNORE, is_scenes, run_ahead, scene_images
 
 __all__ = ["ImageSet", "Wanted", "cut", "numbered", "read", "relabel"]
 

@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from hdrq_deploy.errors import DataError
-
+from ...errors import DataError
 from .decoding import (
     TURNS,
     Picture,

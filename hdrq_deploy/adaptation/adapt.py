@@ -29,15 +29,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .calibration.capture import single_output
-from .calibration.loading import load_model, load_state, state_sha256
-from .calibration.pipeline import own_wanted, torch_device
-from .calibration_data.readers import ImageSet, Wanted, read
-from .calibration_data.street import IGNORE
-from .errors import DataError, ModelError, SpecError
-from .formats.atomic_files import check_output, remove_file, replaced, write_bytes
-from .formats.file_kinds import ADAPTED, ADAPTING
-from .numerics.spec import check_seed
+from ..calibration.capture import single_output
+from ..calibration.loading import load_model, load_state, state_sha256
+from ..calibration.pipeline import own_wanted, torch_device
+from ..calibration_data.readers.folder import ImageSet, Wanted, read
+from ..calibration_data.readers.street_scenes import IGNORE
+from ..errors import DataError, ModelError, SpecError
+from ..formats.atomic_files import check_output, remove_file, replaced, write_bytes
+from ..formats.file_kinds import ADAPTED, ADAPTING
+from ..numerics.spec import check_seed
 
 __all__ = ["Recipe", "adapt", "centroid_labels", "confident_labels", "information"]
 

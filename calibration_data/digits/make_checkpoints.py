@@ -1,6 +1,6 @@
 """Train the four checkpoints of the digits benchmark that ship in ``checkpoints/``.
 
-    python -m hdrq_deploy.calibration_data.make_checkpoints --out DIR
+    python -m hdrq_deploy.calibration_data.digits.make_checkpoints --out DIR
 
 The source model learns typeset digits. Each adapted model starts from it and is fine-tuned
 on its own target domain. Weight averaging needs models that stay in one basin, so the
@@ -24,14 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from . import digits
-from .models import ResNet14, resnet14
+from ..models import ResNet14, resnet14
+from . import images as digits
 
 __all__ = ["CHECKPOINTS", "RECIPES", "accuracy", "fit", "load", "publish", "train"]
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
-CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 RECIPES = {
     "fonts": {"epochs": 10, "lr": 3e-3, "pull": 0.0},
     "handwriting": {"epochs": 3, "lr": 5e-4, "pull": 1e-2},

@@ -1,0 +1,1 @@
+"""From a source model to one of each domain, without labels."""

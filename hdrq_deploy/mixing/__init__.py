@@ -1,0 +1,1 @@
+"""Weights of domains changed while an engine runs."""
