@@ -16,10 +16,9 @@ with importing("hdrq-bench"):
 
     from ..errors import CheckFailed, HdrqError
     from ..formats.atomic_files import check_container, check_outputs, check_scratch, write_bytes
-    from ..formats.bench_result import BenchResult, Scenario
+    from ..formats.bench_result import BenchResult, Energy, Scenario
     from ..formats.file_kinds import BENCH_CSV, BENCH_HTML, BENCH_JSON, PICTURE
     from ..reports.bench_page import csv_text, did_it_pay, need_matplotlib, page, phase_table, table
-    from ..runtime.bench.energy import Energy
     from ..runtime.bench.measurement import benchmark_all
     from ..runtime.bench.segmentation_images import picture_names
     from ..runtime.bench.timing import Plan

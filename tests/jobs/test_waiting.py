@@ -14,7 +14,7 @@ import pytest
 from hdrq_deploy.jobs.pool import Job, open_pool, run_jobs
 from hdrq_deploy.runtime.ort import session_options
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 CALIBRATE = (
     "from hdrq_deploy.cli.calibrate import main; "

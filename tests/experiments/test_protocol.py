@@ -29,7 +29,7 @@ from hdrq_deploy.experiments.tasks import Domain, Task, office_home, segmentatio
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.jobs.pool import Job, open_pool, run_jobs
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LEARNING = {"iters": 20, "batch": 8, "lr": 1e-3}
 
 
@@ -449,7 +449,7 @@ def wait_for(mark: Path) -> None:
 _PARENT = """
 import sys
 from pathlib import Path
-from tests.test_protocol import Job, open_pool, run_jobs, wait_for
+from tests.experiments.test_protocol import Job, open_pool, run_jobs, wait_for
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     with open_pool(2, 1, None, out) as pool:

@@ -123,7 +123,7 @@ def test_adapted_bundles_merge_into_one_integer_engine(tmp_path: Path) -> None:
 
 
 def test_the_committed_result_is_one_of_these_engines() -> None:
-    file = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "streetscape.json"
+    file = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "streetscape.json"
     plain, merged = map(BenchResult.model_validate, json.loads(file.read_text()))
     assert plain.wbits is None and merged.wbits == 8
     for result in (plain, merged):

@@ -55,7 +55,7 @@ def test_blocks_hold_every_heavy_node_once_and_split_at_long_skips(work: Path) -
 
 
 def load_unet() -> torch.nn.Module:
-    path = Path(__file__).parents[1] / "benchmarks" / "architectures.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "architectures.py"
     spec = importlib.util.spec_from_file_location("architectures", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

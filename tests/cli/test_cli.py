@@ -21,7 +21,7 @@ from hdrq_deploy.cli import main as umbrella
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.runtime.bench.measurement import BenchResult, harmonic_mean
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def flags(work: Path, out: Path, domain: str = "night", data: str = "images") -> list[str]:

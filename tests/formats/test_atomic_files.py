@@ -445,7 +445,7 @@ def test_the_kind_that_is_written_is_the_one_that_is_read(
 
 
 def test_the_demo_writes_over_its_own_report(tmp_path: Path) -> None:
-    from tests.test_compare import noise, result
+    from tests.runtime.bench.test_compare import noise, result
 
     made = object.__new__(demo._Demo)
     made.out, made.iters, made.started, made.commands = tmp_path, 3, 0.0, ["hdrq-merge a b"]

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from hdrq_deploy.calibration import calibrate
+from hdrq_deploy.calibration_data.readers import folder
 from hdrq_deploy.calibration_data.readers.folder import Wanted, read
 from hdrq_deploy.cli import calibrate as calibrate_command
 from hdrq_deploy.cli import emit

@@ -26,7 +26,7 @@ from hdrq_deploy.runtime.bench.environment import Watch, environment, read
 from hdrq_deploy.runtime.bench.measurement import Plan, benchmark_all
 from hdrq_deploy.runtime.bench.timing import measure, speedup
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")

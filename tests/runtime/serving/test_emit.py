@@ -230,5 +230,5 @@ def test_without_ros_the_node_says_what_it_needs(capsys: pytest.CaptureFixture[s
 def test_the_example_is_what_is_emitted(bundle: Bundle, tmp_path: Path) -> None:
     manifest = read_manifest(export(bundle, tmp_path / "engine"))
     texts, copies = ros2_files(Path("/opt/engines/camera"), manifest, "perception")
-    folder = Path(__file__).resolve().parents[1] / "examples" / "ros2"
+    folder = Path(__file__).resolve().parents[3] / "examples" / "ros2"
     assert copies == {} and {f.name: f.read_text() for f in folder.iterdir()} == texts
