@@ -33,7 +33,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.calibration_data.readers.folder import ImageSet
-from hdrq_deploy.cli.verify import stages
+from hdrq_deploy.checks.stages import compare_stages
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.formats.bundle import Bundle
@@ -297,7 +297,7 @@ def onnx_runtime(bundles: Mapping[int, Bundle], plain: Bundle, folder: Path) -> 
                 "max_steps": stage.max_steps,
             }
             for exact, name in ((True, "hdrq W8A8"), (False, "hdrq W8A8, codes to 255"))
-            for stage in stages(bundles[8], paths[name].parent, x, torch=True)
+            for stage in compare_stages(bundles[8], paths[name].parent, x, torch=True)
         ],
     }
 
@@ -345,7 +345,7 @@ def digits(cells: Path) -> list[dict[str, Any]]:
                         "images": len(x),
                         "stages": [
                             {"stage": s.name, "flips": s.decision_flips, "max_steps": s.max_steps}
-                            for s in stages(merged, path, x, torch=True)
+                            for s in compare_stages(merged, path, x, torch=True)
                         ],
                     }
                 )

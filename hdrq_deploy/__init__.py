@@ -11,6 +11,7 @@ from .errors import HdrqError, ModelError
 
 if TYPE_CHECKING:
     from .calibration import calibrate
+    from .checks import verify
     from .exporters import export
     from .formats.bundle import Bundle
     from .merging import merge
@@ -23,7 +24,16 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _moved.install()
 
-__all__ = ["Bundle", "HdrqError", "benchmark", "calibrate", "export", "load_engine", "merge"]
+__all__ = [
+    "Bundle",
+    "HdrqError",
+    "benchmark",
+    "calibrate",
+    "export",
+    "load_engine",
+    "merge",
+    "verify",
+]
 
 # Public name to the module that has it.
 _DOORS = {
@@ -33,6 +43,7 @@ _DOORS = {
     "export": "exporters",
     "load_engine": "runtime",
     "merge": "merging",
+    "verify": "checks",
 }
 
 

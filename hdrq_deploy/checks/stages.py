@@ -1,13 +1,12 @@
 """The stages of one model in their order, each compared with the one before.
 
-PyTorch, the bundle's graph, the lowered graph as written, the engine that runs it: see
-:mod:`.verification` for how two of them are compared. The command ``hdrq-verify`` prints what
-is found here.
+The stages are PyTorch, the bundle's graph, the lowered graph as written, and the engine that runs
+it. :mod:`..comparison.differences` compares two of them; :mod:`.verification` is the public door.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,11 @@ from ..formats.preprocessing import feed, in_batches
 from ..runtime import load_engine
 from ..runtime.engine import read_manifest
 
-__all__ = ["compare_engine", "compare_stages"]
+__all__ = ["compare_engine", "compare_stages", "is_engine"]
 
 Array = npt.NDArray[Any]
 _MODEL, _PRECISION = "model.onnx", "precision.json"
+_LOG = logging.getLogger("hdrq_deploy")
 
 
 def compare_stages(
@@ -34,7 +34,6 @@ def compare_stages(
     engine: str | Path | None = None,
     x: Array | None = None,
     torch: bool | None = None,
-    say: Callable[[str], None] = lambda text: None,
 ) -> list[Stage]:
     """Every two neighbouring stages that are at hand, compared.
 
@@ -43,7 +42,6 @@ def compare_stages(
         engine: Engine folder made of it, or None.
         x: Network inputs (N, C, H, W) float32; None takes the golden ones.
         torch: With PyTorch, without, or (None) where it is installed and knows the model.
-        say: Told why PyTorch is left out.
 
     Raises:
         DataError: No images and no golden inputs, or images of another shape.
@@ -52,15 +50,15 @@ def compare_stages(
         CheckFailed: A stage does not load or run.
     """
     x = _inputs(bundle, x)
-    found = []
-    first = _torch(bundle, x[:2], torch is True, say) if torch is not False else None
+    stages: list[Stage] = []
+    first = _torch(bundle, x[:2], torch is True) if torch is not False else None
     exported = _exported(Path(engine), bundle) if engine is not None else None
     if exported is not None and exported[1].frames:
         x = golden.from_pixels(x, bundle.manifest.preprocessing)
     if first is not None:
         size = rows_at_once(bundle.manifest.input_shape)
         rows = list(in_batches(x, size))
-        found.append(
+        stages.append(
             difference(
                 first,
                 golden.bundle_tap(bundle),
@@ -71,10 +69,10 @@ def compare_stages(
     if exported is not None:
         manifest, facts = exported
         both = golden.Comparison(bundle, facts, x)
-        found.append(both.to_lowered())
+        stages.append(both.to_lowered())
         if manifest.engine != "onnx":
-            found.append(both.to_engine(_engine(Path(str(engine)), manifest)))
-    return found
+            stages.append(both.to_engine(_engine(Path(str(engine)), manifest)))
+    return stages
 
 
 def compare_engine(path: str | Path) -> tuple[list[Stage], Tolerances]:
@@ -88,7 +86,7 @@ def compare_engine(path: str | Path) -> tuple[list[Stage], Tolerances]:
     path = Path(path)
     manifest = read_manifest(path)
     if GOLDEN not in manifest.files:
-        raise DataError(f"{path}: holds no golden inputs; verify it beside its bundle, with --data")
+        raise DataError(f"{path}: holds no golden inputs; verify it beside its bundle, on images")
     facts = _facts(path, manifest)
     record = read_golden(path / GOLDEN)
     if "output" not in record:
@@ -106,11 +104,17 @@ def compare_engine(path: str | Path) -> tuple[list[Stage], Tolerances]:
     lowered = golden.file_tap(path / _MODEL, "lowered graph", [row.node for row in report.layers])
     how = Stepwise.like(lowered, report.layers, golden.engine_fidelity(lowered))
     engine = _engine(path, manifest)
-    found = [difference(recorded, engine, batches, how)]
-    measure_spread(found[0], lowered, lambda: iter(fed), how)
+    stages = [difference(recorded, engine, batches, how)]
+    measure_spread(stages[0], lowered, lambda: iter(fed), how)
     if manifest.engine != "onnx":
-        found.append(difference(lowered, engine, batches, how))
-    return found, manifest.tolerances
+        stages.append(difference(lowered, engine, batches, how))
+    return stages, manifest.tolerances
+
+
+def is_engine(path: Path) -> bool:
+    """Whether a folder says of itself that it is an engine's."""
+    file = path / "manifest.json"
+    return file.is_file() and b'"hdrq-engine"' in file.read_bytes()
 
 
 def _inputs(bundle: Bundle, x: Array | None) -> Array:
@@ -118,7 +122,7 @@ def _inputs(bundle: Bundle, x: Array | None) -> Array:
         recorded = bundle.golden()
         if not recorded:
             raise DataError(
-                f"{bundle.path}: holds no golden inputs (an older bundle); pass --data NAME=PATH"
+                f"{bundle.path}: holds no golden inputs (an older bundle); compare on images"
             )
         return recorded["input"]
     needed = bundle.manifest.input_shape
@@ -154,7 +158,7 @@ def _engine(path: Path, manifest: EngineManifest) -> Shows:
     return golden.CallTap("engine", lambda x: engine(x))
 
 
-def _torch(bundle: Bundle, example: Array, must: bool, say: Callable[[str], None]) -> Shows | None:
+def _torch(bundle: Bundle, example: Array, must: bool) -> Shows | None:
     try:
         from ..calibration.parity_check import torch_stage
 
@@ -162,10 +166,10 @@ def _torch(bundle: Bundle, example: Array, must: bool, say: Callable[[str], None
     except ImportError as error:
         if must:
             raise ModelError(
-                f"--torch needs {error.name}: pip install 'hdrq-deploy[calibrate]'"
+                f"comparing PyTorch needs {error.name}: pip install 'hdrq-deploy[calibrate]'"
             ) from error
     except HdrqError as error:
         if must:
             raise
-        say(f"PyTorch left out: {error}")
+        _LOG.info("PyTorch is left out: %s", error)
     return None

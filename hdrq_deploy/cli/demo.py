@@ -18,6 +18,7 @@ from .start import importing, run
 
 with importing("hdrq demo"):
     from ..calibration_data.readers.folder import read
+    from ..checks import verify
     from ..errors import CheckFailed, ModelError
     from ..formats.atomic_files import (
         Kind,
@@ -28,7 +29,6 @@ with importing("hdrq demo"):
         write_bytes,
         write_record,
     )
-    from ..formats.bundle import Bundle
     from ..formats.file_kinds import (
         BUNDLE,
         DEMO_COMMANDS,
@@ -250,18 +250,16 @@ class _Demo:
         """PyTorch's fake-quantized model against ONNX Runtime on the test split."""
         import numpy as np
 
-        from .verify import stages
-
         self._say("comparing PyTorch with ONNX Runtime on the test images")
         wbits, abits = self.schemes[-1]
         name = f"hdrq-w{wbits}a{abits}"
         x = np.concatenate([read(self.out / "data" / d / "test").x for d in self.domains])
         engine = self.out / "engines" / f"{name}-merged"
-        found = stages(Bundle.open(self._bundle(name, "merged")), engine, x, True)
+        verification = verify(self._bundle(name, "merged"), engine, x, torch=True)
         parts = (
             f"{stage.name} {stage.decision_flips} decisions differ, by {stage.max_steps} step(s) "
             "at most"
-            for stage in found
+            for stage in verification.stages
         )
         return f"{name} merged, {len(x)} test images: {'; '.join(parts)}"
 

@@ -12,6 +12,7 @@ with importing("hdrq-export"):
     from rich.console import Console
     from rich.table import Table
 
+    from ..checks import verify
     from ..exporters import ENGINES, BuildOptions, GraphOptions, export, parse_shapes
     from ..exporters.export import MODEL, PLAN, PRECISION, ports
     from ..exporters.options import trtexec
@@ -19,7 +20,7 @@ with importing("hdrq-export"):
     from ..formats.bundle_manifest import PrecisionReport
     from ..formats.file_kinds import ENGINE, TIMING_CACHE
     from .common import parser, progress_bar
-    from .verify import verify_engine
+    from .verify import show as show_verification
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -185,7 +186,9 @@ def _export(args: argparse.Namespace) -> int:
     if args.print_trtexec and args.engine.startswith("trt"):
         print(trtexec(args.engine, path / MODEL, path / PLAN, build, ports(path)))
     if args.verify:
-        verify_engine(args.bundle, path)
+        verification = verify(args.bundle, path, torch=False)
+        show_verification(verification)
+        verification.check()
     return 0
 
 

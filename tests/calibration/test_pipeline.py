@@ -21,7 +21,7 @@ from hdrq_deploy.calibration.loading import load_model
 from hdrq_deploy.calibration.noise import Draws
 from hdrq_deploy.calibration.placement import plan_quantizers
 from hdrq_deploy.calibration.recipe import Options
-from hdrq_deploy.cli.verify import stages
+from hdrq_deploy.checks.stages import compare_stages
 from hdrq_deploy.errors import HdrqError, ModelError, SpecError
 from hdrq_deploy.graph import reference_session
 from hdrq_deploy.numerics.spec import QuantSpec
@@ -145,7 +145,7 @@ def test_torch_and_onnx_runtime_agree(
     make: Any, inputs: Any, name: str, wbits: int, abits: int
 ) -> None:
     bundle = make(name, wbits=wbits, abits=abits, per_channel=wbits == 3)
-    (found,) = stages(bundle, None, inputs, torch=True)
+    (found,) = compare_stages(bundle, None, inputs, torch=True)
     assert len(found.tensors) == len(bundle.manifest.activations)
     # Both round the same reals; a value at a tie may fall to the other side.
     assert max(t.share_off for t in found.tensors) < 0.005

@@ -1,6 +1,7 @@
 """Networks that nobody wrote: every form of the model agrees with PyTorch, or is refused in a line.
 
-``HDRQ_NETWORKS=500 pytest tests/calibration/test_properties.py -s`` draws more of them and prints the counts.
+``HDRQ_NETWORKS=500 pytest tests/calibration/test_properties.py -s`` draws more of them and prints
+the counts.
 """
 
 from __future__ import annotations

@@ -13,8 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from hdrq_deploy import Bundle, merge
+from hdrq_deploy import verify as public_verify
+from hdrq_deploy.checks.stages import compare_stages
 from hdrq_deploy.cli import verify
-from hdrq_deploy.cli.verify import stages
+from hdrq_deploy.errors import CheckFailed, DataError
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.formats.atomic_files import sha256_file
 from hdrq_deploy.graph import reference_session
@@ -29,7 +31,7 @@ def test_the_exact_graph_has_the_codes_of_the_bundle(
 ) -> None:
     bundle = make(name, wbits=4, abits=abits)
     path = export(bundle, tmp_path / "e", options=GraphOptions(exact=True))
-    found = {stage.name: stage for stage in stages(bundle, path, inputs, torch=True)}
+    found = {stage.name: stage for stage in compare_stages(bundle, path, inputs, torch=True)}
     assert list(found) == [
         "PyTorch to bundle",
         "bundle to lowered graph",
@@ -41,6 +43,32 @@ def test_the_exact_graph_has_the_codes_of_the_bundle(
     assert lowered.decision_flips == 0
     # Fused kernels round once where the graph rounds twice.
     assert max(t.share_off for t in found["lowered graph to engine"].tensors) < 0.02
+
+
+def test_verification_from_python_is_that_of_the_command(
+    make: Any, inputs: Any, tmp_path: Path
+) -> None:
+    bundle = make()
+    path = export(bundle, tmp_path / "engine")
+    record = tmp_path / "record.json"
+    assert verify.main([str(bundle.path), str(path), "--no-torch", "--json", str(record)]) == 0
+    verification = public_verify(bundle.path, path, torch=False)
+    assert verification.passed and verification.record() == json.loads(record.read_text())
+    assert public_verify(path).stages[0].name.startswith("record")
+    assert public_verify(bundle.path, path, inputs, torch=True).stages[0].images == len(inputs)
+    with pytest.raises(DataError, match="an engine alone"):
+        public_verify(path, data=inputs)
+
+
+def test_verification_from_python_fails_where_an_engine_is_another_model(
+    make: Any, inputs: Any, tmp_path: Path
+) -> None:
+    bundle = make()
+    path = export(bundle, tmp_path / "engine")
+    strict = public_verify(bundle.path, path, inputs, torch=False, max_rms=-1.0)
+    assert not strict.passed
+    with pytest.raises(CheckFailed, match="needed at most -1"):
+        strict.check()
 
 
 def test_golden_images_travel_through_merge_and_export(make: Any, tmp_path: Path) -> None:
@@ -110,7 +138,7 @@ def test_what_cannot_be_compared_is_said(
     assert verify.main([str(bundle.path), str(path), "--no-torch"]) == 2
     assert "made of another bundle" in capsys.readouterr().err
     assert verify.main([str(path), "--data", str(work / "data.npz")]) == 2
-    assert "--data needs its bundle too" in capsys.readouterr().err
+    assert "found an engine alone" in capsys.readouterr().err
     old = tmp_path / "old.hdrq"
     shutil.copytree(bundle.path, old)
     (old / "golden.safetensors").unlink()

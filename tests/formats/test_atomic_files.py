@@ -959,13 +959,13 @@ def test_a_full_disk_is_one_line(
     for wrapper in (OSError, RuntimeError):  # as libraries pass it on
         with monkeypatch.context() as patch:
 
-            def wrapped(*_: object, wrapper: type[Exception] = wrapper) -> None:
+            def wrapped(*_: object, wrapper: type[Exception] = wrapper, **__: object) -> None:
                 try:
                     full()
                 except OSError as error:
                     raise wrapper("the write failed") from error
 
-            patch.setattr("hdrq_deploy.cli.verify.stages", wrapped)
+            patch.setattr("hdrq_deploy.cli.verify.verify", wrapped)
             assert "no space left on device at /tmp/x" in refused(verify.main, [bundle], capsys)
     monkeypatch.setattr("hdrq_deploy.formats.atomic_files.os.posix_fallocate", full)
     with pytest.raises(DataError, match="found no room for"):
