@@ -43,7 +43,12 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument(
         "--verify", action="store_true", help="then run hdrq-verify on the bundle's golden inputs"
     )
-    g = p.add_argument_group("graph")
+    _graph_flags(p.add_argument_group("graph"))
+    _build_flags(p.add_argument_group("TensorRT", "as in trtexec"))
+    return p
+
+
+def _graph_flags(g: argparse._ArgumentGroup) -> None:
     g.add_argument(
         "--compute",
         default="fp16",
@@ -92,7 +97,9 @@ def arguments() -> argparse.ArgumentParser:
         choices=("none", "softmax", "argmax"),
         help="what the engine does with the scores",
     )
-    b = p.add_argument_group("TensorRT", "as in trtexec")
+
+
+def _build_flags(b: argparse._ArgumentGroup) -> None:
     b.add_argument(
         "--batches",
         type=int,
@@ -130,7 +137,6 @@ def arguments() -> argparse.ArgumentParser:
     b.add_argument(
         "--no-build", action="store_true", help="stop at the lowered model.onnx, for trtexec"
     )
-    return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
