@@ -7,12 +7,20 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
 VERSIONS = ("3.10", "3.11", "3.12", "3.13")
 WALK = """
 import importlib.util, json, pathlib, subprocess, sys
@@ -64,7 +72,7 @@ def interpreter(wanted: str) -> str | None:
 def copy_package(target: Path) -> None:
     """What an install reads: the folders that pyproject maps, and not a virtual environment."""
     target.mkdir()
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "MANIFEST.in", "LICENSE"):
         shutil.copy(ROOT / name, target)
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("hdrq_deploy", "exporters", "runtime", "calibration_data"):
@@ -78,7 +86,30 @@ def test_an_install_copies_the_package_alone(tmp_path: Path) -> None:
     assert size < 50e6
 
 
+@pytest.mark.network
+def test_a_wheel_is_small_and_a_source_distribution_whole(tmp_path: Path) -> None:
+    copy_package(tmp_path / "source")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path)]
+    subprocess.run([*command, str(tmp_path / "source")], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 1e6
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    packages = {name.rpartition("/")[0].replace("/", ".") for name in names if name.endswith(".py")}
+    assert packages == set(PACKAGES) and "hdrq_deploy/py.typed" in names
+    assert not [name for name in names if name.endswith(".safetensors")]
+    build = "from setuptools.build_meta import build_sdist; build_sdist('..')"
+    subprocess.run(
+        [sys.executable, "-c", build], check=True, cwd=tmp_path / "source", capture_output=True
+    )
+    (source,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        held = [name for name in archive.getnames() if name.endswith(".safetensors")]
+    assert len(held) == 8
+
+
 @pytest.mark.slow
+@pytest.mark.network
 @pytest.mark.parametrize("wanted", VERSIONS)
 def test_a_device_merges_exports_runs_and_mixes(
     wanted: str, make: Any, work: Path, tmp_path: Path

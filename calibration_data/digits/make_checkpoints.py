@@ -1,4 +1,4 @@
-"""Train the four checkpoints of the digits benchmark that ship in ``checkpoints/``.
+"""Train the four checkpoints of the digits benchmark, which lie in ``checkpoints/``.
 
     python -m hdrq_deploy.calibration_data.digits.make_checkpoints --out DIR
 
@@ -11,27 +11,21 @@ Li et al., ICML 2018).
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
 from ..models import ResNet14, resnet14
+from ..training import CHECKPOINTS, Training, fit
 from . import images as digits
 
-__all__ = ["CHECKPOINTS", "RECIPES", "accuracy", "fit", "load", "publish", "train"]
+__all__ = ["CHECKPOINTS", "RECIPES", "TRAINING", "accuracy", "load", "train"]
 
-Model = TypeVar("Model", bound=torch.nn.Module)
-
-CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 RECIPES = {
     "fonts": {"epochs": 10, "lr": 3e-3, "pull": 0.0},
     "handwriting": {"epochs": 3, "lr": 5e-4, "pull": 1e-2},
@@ -65,9 +59,7 @@ def accuracy(model: torch.nn.Module, domain: str, split: str = "test") -> float:
 
 def load(domain: str) -> ResNet14:
     """The shipped checkpoint of ``domain``."""
-    model = resnet14()
-    model.load_state_dict(load_file(CHECKPOINTS / f"{domain}.safetensors"))
-    return model.eval()
+    return TRAINING.load(CHECKPOINTS / f"{domain}.safetensors")
 
 
 def train(domain: str, start: ResNet14 | None, seed: int = 0) -> ResNet14:
@@ -88,76 +80,14 @@ def train(domain: str, start: ResNet14 | None, seed: int = 0) -> ResNet14:
     return fit(model, start, recipe, steps, losses())
 
 
-def fit(
-    model: Model,
-    start: Model | None,
-    recipe: Mapping[str, float],
-    steps: int,
-    losses: Iterator[Tensor],
-) -> Model:
-    """Train a model, from ``start`` and pulled towards its weights where there is one.
-
-    Args:
-        model: What is trained.
-        start: The source model.
-        recipe: ``lr`` of the one-cycle schedule and ``pull``.
-        steps: How many losses there are.
-        losses: Computes the next one with the model as it is then.
-    """
-    if start is not None:
-        model.load_state_dict(start.state_dict())
-    source = [p.detach().clone() for p in model.parameters()]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], steps)
-    model.train()
-    for loss in losses:
-        if start is not None:
-            pairs = zip(model.parameters(), source, strict=True)
-            away = torch.stack([(p - s).square().sum() for p, s in pairs]).sum()
-            loss = loss + recipe["pull"] * away
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-    return model.eval()
-
-
-def publish(
-    out: Path,
-    seed: int,
-    domains: Sequence[str],
-    recipes: Mapping[str, Mapping[str, float]],
-    learn: Callable[[str, Model | None, int], Model],
-    metric: str,
-    measure: Callable[[Model, str], float],
-) -> None:
-    """Train a source model and those adapted from it; write them and ``checkpoints.json``.
-
-    Args:
-        out: Folder.
-        seed: Of the training.
-        domains: The source first.
-        recipes: What ``checkpoints.json`` says of the training of each.
-        learn: Trains one domain, from the source model or from nothing.
-        metric: Name of what ``measure`` measures on every domain's test split.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    source: Model | None = None
-    record: dict[str, Any] = {}
-    for domain in domains:
-        began = time.monotonic()
-        model = learn(domain, source, seed)
-        source = source or model
-        path = out / f"{domain}.safetensors"
-        save_file(model.state_dict(), path)
-        record[domain] = {
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "seed": seed,
-            "recipe": recipes[domain],
-            metric: {name: measure(model, name) for name in domains},
-        }
-        print(f"{domain} {time.monotonic() - began:.0f} s {record[domain][metric]}", flush=True)
-    (out / "checkpoints.json").write_text(json.dumps(record, indent=2) + "\n")
+TRAINING = Training(
+    CHECKPOINTS,
+    RECIPES,
+    resnet14,
+    train,
+    "accuracy",
+    accuracy,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -166,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=CHECKPOINTS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    publish(args.out, args.seed, digits.DOMAINS, RECIPES, train, "accuracy", accuracy)
+    for domain, measured in replace(TRAINING, seed=args.seed).publish(args.out):
+        print(domain, measured, flush=True)
     return 0
 
 

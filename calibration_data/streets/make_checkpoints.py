@@ -1,6 +1,6 @@
-"""Train the four checkpoints of the street-scene benchmark that ship in ``checkpoints/street``.
+"""Train the four checkpoints of the street-scene benchmark, which lie in ``checkpoints/street``.
 
-    python -m hdrq_deploy.calibration_data.drawing.make_checkpoints --out DIR
+    python -m hdrq_deploy.calibration_data.streets.make_checkpoints --out DIR
 
 The source model learns clean scenes; each adapted model starts from it and is fine-tuned on its
 own domain, for a short while, at a low rate and pulled towards the source weights (L2-SP, Li et
@@ -11,21 +11,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from ..digits.make_checkpoints import fit, publish
+from .. import training
 from ..models import StreetNet, streetnet
+from ..training import Training, fit
 from . import drawing
 
-__all__ = ["CHECKPOINTS", "RECIPES", "load", "mean_iou", "train"]
+__all__ = ["CHECKPOINTS", "RECIPES", "TRAINING", "load", "mean_iou", "train"]
 
-CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints" / "street"
+CHECKPOINTS = training.CHECKPOINTS / "street"
 RECIPES = {
     "clean": {"steps": 800, "lr": 4e-3, "pull": 0.0},
     "dusk": {"steps": 240, "lr": 1e-3, "pull": 3e-3},
@@ -73,9 +74,7 @@ def mean_iou(model: torch.nn.Module, domain: str, split: str = "test") -> float:
 
 def load(domain: str) -> StreetNet:
     """The shipped checkpoint of ``domain``."""
-    model = streetnet()
-    model.load_state_dict(load_file(CHECKPOINTS / f"{domain}.safetensors"))
-    return model.eval()
+    return TRAINING.load(CHECKPOINTS / f"{domain}.safetensors")
 
 
 def train(domain: str, start: StreetNet | None, seed: int = 0) -> StreetNet:
@@ -104,13 +103,17 @@ def train(domain: str, start: StreetNet | None, seed: int = 0) -> StreetNet:
     return fit(model, start, recipe, steps, losses())
 
 
+TRAINING = Training(CHECKPOINTS, RECIPES, streetnet, train, "mean_iou", mean_iou)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Train all four."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=CHECKPOINTS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    publish(args.out, args.seed, drawing.DOMAINS, RECIPES, train, "mean_iou", mean_iou)
+    for domain, measured in replace(TRAINING, seed=args.seed).publish(args.out):
+        print(domain, measured, flush=True)
     return 0
 
 

@@ -51,7 +51,7 @@ with importing("hdrq demo"):
     from . import export as export_command
     from . import merge as merge_command
     from .bench import print_table
-    from .common import parser, seed_number
+    from .common import parser, progress_bar, seed_number
 
 MODEL = "hdrq_deploy.calibration_data.models:resnet14"
 SCHEMES = ((8, 8), (4, 8), (3, 3))
@@ -91,13 +91,14 @@ class _Demo:
         need_matplotlib()
         with importing("hdrq demo"):
             from ..calibration_data import digits
-            from ..calibration_data.digits.make_checkpoints import CHECKPOINTS
+            from ..calibration_data.digits.make_checkpoints import TRAINING
 
         self.out, self.seed = out, seed
         self.schemes = QUICK if quick else SCHEMES
         self.iters = QUICK_ITERS if quick else FULL_ITERS
         self.iterations = 100 if quick else 300
-        self.domains, self.digits, self.checkpoints = digits.TARGETS, digits, CHECKPOINTS
+        self.domains, self.digits, self.training = digits.TARGETS, digits, TRAINING
+        self.checkpoints = TRAINING.folder(out / "checkpoints")
         self.commands: list[str] = []
         self.started = time.monotonic()
         check_container(out, list(self._outputs()), flag="--out")
@@ -107,6 +108,8 @@ class _Demo:
         """Name and kind of all that is written."""
         yield from (("data", DIGITS), ("results.json", DEMO_JSON), ("report.html", DEMO_HTML))
         yield "commands.sh", DEMO_COMMANDS
+        if self.checkpoints != self.training.shipped:
+            yield from ((f"checkpoints/{name}", kind) for name, kind in self.training.outputs())
         quantized = [f"{m}-w{w}a{a}" for w, a in self.schemes for m in ("rtn", "hdrq")]
         for name in ("float", *quantized):
             for member in (*self.domains, "merged"):
@@ -123,6 +126,7 @@ class _Demo:
         with new_directory(out / "data", DIGITS, sync=False) as data:
             self.digits.write(data, self.domains, ("calibration", "test"), self.seed)
             write_record(data, DIGITS, {"seed": self.seed})
+        self._train()
         engines = self._export_all(self._calibrate_all())
         precision = self._build_rtx()
         rows = self._measure(engines)
@@ -132,6 +136,17 @@ class _Demo:
         print_table(header, cells)
         self._close(rows, header, cells, precision, parity)
         return 0
+
+    def _train(self) -> None:
+        """Train the models where this installation does not carry them."""
+        if self.checkpoints == self.training.shipped:
+            return
+        self._say(
+            f"training the source model and one of each domain into {self.checkpoints}: they are "
+            "not part of the installed package (about two minutes)"
+        )
+        with progress_bar("train") as progress:
+            self.training.train_missing(self.checkpoints, progress)
 
     def _calibrate_all(self) -> list[str]:
         """Bundles of every domain and their merges; returns the names of the merges."""

@@ -20,7 +20,15 @@ with importing("hdrq reproduce"):
     from ..experiments.comparison_sheets import SCENES, draw, picture_name
     from ..experiments.grid import BITS, SETTINGS, Grid, bundle_path, parse_bits, row_path
     from ..experiments.table import cells, header, markdown, rows
-    from ..experiments.tasks import Task, is_written, made, office_home, segmentation, write_made
+    from ..experiments.tasks import (
+        Task,
+        is_written,
+        made,
+        made_checkpoints,
+        office_home,
+        segmentation,
+        write_made,
+    )
     from ..formats.atomic_files import (
         Kind,
         check_container,
@@ -117,7 +125,8 @@ def _reproduce(args: argparse.Namespace) -> int:
     for folder in (out, out / "cells", out / "rows"):
         make_directory(folder)
     if args.made:
-        write_made(args.protocol, out)
+        with progress_lines("train") as report:
+            write_made(args.protocol, out, report)
     if not args.table:
         with (
             progress_lines(args.protocol) as report,
@@ -161,6 +170,7 @@ def _check_outputs(args: argparse.Namespace, grid: Grid) -> None:
         names = [picture_name(d, n) for d in grid.domains for n in range(SCENES)]
         outputs += [(Path(name), PICTURE) for name in names]
     places = [(str(path), kind) for path, kind in outputs]
+    places += made_checkpoints(args.protocol) if args.made else []
     check_container(args.out, places, [args.data, args.checkpoints], "--out")
     if args.made:
         is_written(args.protocol, args.out)

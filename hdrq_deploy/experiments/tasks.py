@@ -6,15 +6,19 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..calibration.recipe import METHODS
 from ..calibration_data import digits, streets
 from ..calibration_data.readers.decoding import folders_of
 from ..calibration_data.readers.folder import Wanted
 from ..errors import DataError, ModelError
-from ..formats.atomic_files import FolderKind, check_output, new_directory, write_record
+from ..formats.atomic_files import FolderKind, Kind, check_output, new_directory, write_record
 from ..formats.file_kinds import DIGITS, STREETS
+from ..typing import Progress, no_progress
+
+if TYPE_CHECKING:
+    from ..calibration_data.training import Training
 
 __all__ = [
     "OFFICE_HOME",
@@ -23,6 +27,7 @@ __all__ = [
     "Task",
     "is_written",
     "made",
+    "made_checkpoints",
     "made_data",
     "office_home",
     "segmentation",
@@ -197,32 +202,60 @@ def is_written(name: str, out: Path) -> bool:
     return (check_output(out / folder, kind, flag="--out") / kind.marker).is_file()
 
 
-def write_made(name: str, out: Path) -> None:
+def write_made(name: str, out: Path, progress: Progress = no_progress) -> None:
     """Write what :func:`made` describes, where it is not there yet.
+
+    Args:
+        name: The protocol.
+        out: Folder of the run.
+        progress: Called while models are trained that this installation does not carry.
 
     Raises:
         HdrqError: Something else is there.
     """
     folder, kind = made_data(name)
     data = out / folder
-    if is_written(name, out):
-        return
-    benchmark: Any = digits if kind is DIGITS else streets
-    with new_directory(data, kind, sync=False) as new:
-        benchmark.write(new, benchmark.TARGETS, ("calibration", "test"))
-        write_record(new, kind, {"splits": ["calibration", "test"]})
+    if not is_written(name, out):
+        benchmark: Any = digits if kind is DIGITS else streets
+        with new_directory(data, kind, sync=False) as new:
+            benchmark.write(new, benchmark.TARGETS, ("calibration", "test"))
+            write_record(new, kind, {"splits": ["calibration", "test"]})
+    training = _training(name)
+    training.train_missing(training.folder(_own_checkpoints(data)), progress)
+
+
+def made_checkpoints(name: str) -> list[tuple[str, Kind]]:
+    """The checkpoints that :func:`write_made` writes: place in the folder of a run, and kind."""
+    own = _own_checkpoints(Path(made_data(name)[0]))
+    training = _training(name)
+    if training.folder(own) != own:
+        return []
+    return [(str(own / file), kind) for file, kind in training.outputs()]
+
+
+def _own_checkpoints(data: Path) -> Path:
+    return data.with_name(f"{data.name}-checkpoints")
+
+
+def _training(name: str) -> Training[Any]:
+    if name == "office-home":
+        from ..calibration_data.digits.make_checkpoints import TRAINING as of_digits
+
+        return of_digits
+    from ..calibration_data.streets.make_checkpoints import TRAINING as of_streets
+
+    return of_streets
 
 
 def _digits(data: Path) -> Task:
-    from ..calibration_data.digits.make_checkpoints import CHECKPOINTS
-
+    checkpoints = _training("office-home").folder(_own_checkpoints(data))
     if importlib.util.find_spec("sklearn") is None:
         raise ModelError("the digits need scikit-learn: pip install 'hdrq-deploy[demo]'")
     return Task(
         "digits",
         "hdrq_deploy.calibration_data.models:resnet14",
-        str(CHECKPOINTS / "fonts.safetensors"),
-        tuple(_made_domain(data, CHECKPOINTS, name) for name in digits.TARGETS),
+        str(checkpoints / "fonts.safetensors"),
+        tuple(_made_domain(data, checkpoints, name) for name in digits.TARGETS),
         # A thousand iterations want the larger of the paper's two rates.
         learning={
             "brecq": {"iters": 1000},
@@ -233,13 +266,12 @@ def _digits(data: Path) -> Task:
 
 
 def _streets(data: Path) -> Task:
-    from ..calibration_data.streets.make_checkpoints import CHECKPOINTS
-
+    checkpoints = _training("segmentation").folder(_own_checkpoints(data))
     return Task(
         "streetscape",
         "hdrq_deploy.calibration_data.models:streetnet",
-        str(CHECKPOINTS / f"{streets.SOURCE}.safetensors"),
-        tuple(_made_domain(data, CHECKPOINTS, name) for name in streets.TARGETS),
+        str(checkpoints / f"{streets.SOURCE}.safetensors"),
+        tuple(_made_domain(data, checkpoints, name) for name in streets.TARGETS),
         mix_images=8,
         renew_images=16,
         # Two hundred iterations want rates above the methods' own; chosen by the error on

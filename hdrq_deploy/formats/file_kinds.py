@@ -42,6 +42,7 @@ __all__ = [
     "SENSITIVITY",
     "STREETS",
     "TIMING_CACHE",
+    "TRAINED",
     "VERIFY_JSON",
     "generator",
     "with_metadata",
@@ -180,6 +181,7 @@ def _is_timing_cache(path: Path) -> bool:
 
 
 ADAPTED = _checkpoint_kind("adapted", "checkpoint of hdrq adapt")
+TRAINED = _checkpoint_kind("trained", "checkpoint of a made benchmark")
 MERGED = _checkpoint_kind("merged", "checkpoint of hdrq-merge")
 ADAPTING = FileKind("unfinished adaptation", _is_adapting)
 BENCH_JSON = _json_kind("hdrq-bench", "result of hdrq-bench")

@@ -1,0 +1,168 @@
+"""Training of the models of the made benchmarks: one source, and one adapted from it per domain.
+
+The checkpoints lie in the repository and in the source distribution. An installed wheel does not
+carry them (15 MB that no device needs); there they are trained where they are first used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ..formats.atomic_files import Kind, make_directory, sha256_bytes, write_bytes
+from ..formats.file_kinds import TRAINED
+from ..typing import Progress, no_progress
+
+__all__ = ["CHECKPOINTS", "Training", "fit"]
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+CHECKPOINTS = Path(__file__).with_name("checkpoints")
+RECORD = "checkpoints.json"
+
+
+@dataclass(frozen=True)
+class Training(Generic[Model]):
+    """How the checkpoints of one benchmark are made.
+
+    Attributes:
+        shipped: Folder of the checkpoints in the repository.
+        recipes: Of each domain, the source first: epochs or steps, learning rate, pull.
+        make: A model with random weights.
+        learn: Trains one domain, from the source model or (None) from random weights.
+        metric: Name of what ``measure`` measures.
+        measure: Measures a model on the test split of a domain, 0 to 1.
+        seed: Of the training; same seed, same models.
+    """
+
+    shipped: Path
+    recipes: Mapping[str, Mapping[str, float]]
+    make: Callable[[], Model]
+    learn: Callable[[str, Model | None, int], Model]
+    metric: str
+    measure: Callable[[torch.nn.Module, str], float]
+    seed: int = 0
+
+    def folder(self, own: Path) -> Path:
+        """Where the checkpoints are: those of the repository, else ``own``."""
+        whole = all((self.shipped / f"{name}.safetensors").is_file() for name in self.recipes)
+        return self.shipped if whole else own
+
+    def outputs(self) -> Iterator[tuple[str, Kind]]:
+        """Name and kind of the files that :meth:`train_missing` writes."""
+        for domain in self.recipes:
+            yield f"{domain}.safetensors", TRAINED
+
+    def train_missing(
+        self,
+        folder: Path,
+        progress: Progress = no_progress,
+    ) -> None:
+        """Train what is not in ``folder`` yet; a file is whole or not there.
+
+        Args:
+            folder: A folder of :meth:`folder`.
+            progress: Called with models trained, models in all, and the domain.
+
+        Raises:
+            HdrqError: Other files are in the way, no permission, or a full disk.
+        """
+        if folder == self.shipped:
+            return
+        make_directory(folder)
+        source: Model | None = None
+        for done, domain in enumerate(self.recipes):
+            progress(done, len(self.recipes), domain)
+            path = folder / f"{domain}.safetensors"
+            if not self._is_trained(path, domain):
+                model = self.learn(domain, source, self.seed)
+                notes = json.dumps(self._notes(domain))
+                write_bytes(path, save(model.state_dict(), {"trained": notes}), TRAINED)
+            source = source or self.load(path)
+        progress(len(self.recipes), len(self.recipes), "done")
+
+    def load(self, path: str | os.PathLike[str]) -> Model:
+        """The model of a checkpoint, in inference mode."""
+        model = self.make()
+        model.load_state_dict(load_file(path))
+        return model.eval()
+
+    def publish(self, out: Path) -> Iterator[tuple[str, dict[str, float]]]:
+        """Train all models again; yields each domain and its metric on every domain's test split.
+
+        Args:
+            out: Folder of the checkpoints and of ``checkpoints.json``.
+        """
+        make_directory(out)
+        source: Model | None = None
+        record: dict[str, Any] = {}
+        for domain, recipe in self.recipes.items():
+            model = self.learn(domain, source, self.seed)
+            source = source or model
+            data = save(model.state_dict())
+            write_bytes(out / f"{domain}.safetensors", data)
+            measured = {name: self.measure(model, name) for name in self.recipes}
+            record[domain] = {
+                "sha256": sha256_bytes(data),
+                "seed": self.seed,
+                "recipe": recipe,
+                self.metric: measured,
+            }
+            yield domain, measured
+        write_bytes(out / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+
+    def _is_trained(self, path: Path, domain: str) -> bool:
+        """Whether the checkpoint at ``path`` is whole and made by this recipe."""
+        if not path.is_file():
+            return False
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                notes = (file.metadata() or {}).get("trained")
+        except (OSError, safetensors.SafetensorError):
+            return False
+        return notes == json.dumps(self._notes(domain))
+
+    def _notes(self, domain: str) -> dict[str, Any]:
+        return {"method": "training", "seed": self.seed, "recipe": dict(self.recipes[domain])}
+
+
+def fit(
+    model: Model,
+    start: Model | None,
+    recipe: Mapping[str, float],
+    steps: int,
+    losses: Iterator[Tensor],
+) -> Model:
+    """Train a model, from ``start`` and pulled towards its weights where there is one.
+
+    Args:
+        model: What is trained.
+        start: The source model.
+        recipe: ``lr`` of the one-cycle schedule and ``pull``.
+        steps: How many losses there are.
+        losses: Computes the next one with the model as it is then.
+    """
+    if start is not None:
+        model.load_state_dict(start.state_dict())
+    source = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], steps)
+    model.train()
+    for loss in losses:
+        if start is not None:
+            pairs = zip(model.parameters(), source, strict=True)
+            away = torch.stack([(p - s).square().sum() for p, s in pairs]).sum()
+            loss = loss + recipe["pull"] * away
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    return model.eval()
