@@ -188,27 +188,27 @@ def _write(args: argparse.Namespace, rows: list[tuple[str, BenchResult]]) -> Non
         write_bytes(args.html.absolute(), text.encode(), BENCH_HTML)
 
 
-def _energy(found: Energy | str) -> str:
-    if isinstance(found, str):
-        return f"{found} (no RAPL, INA3221 or NVML counter can be read here)"
-    rails = ", ".join(found.rails)
+def _energy(energy: Energy | str) -> str:
+    if isinstance(energy, str):
+        return f"{energy} (no RAPL, INA3221 or NVML counter can be read here)"
+    rails = ", ".join(energy.rails)
     return (
-        f"{1000 * found.joules_per_inference:.2f} mJ a call beyond idling at "
-        f"{found.idle_watts:.1f} W ({rails}; sampled every {1000 * found.period_s:.0f} ms)"
+        f"{1000 * energy.joules_per_inference:.2f} mJ a call beyond idling at "
+        f"{energy.idle_watts:.1f} W ({rails}; sampled every {1000 * energy.period_s:.0f} ms)"
     )
 
 
 def print_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
     """Print a plain table, as wide as it needs to be."""
-    made = Table(box=None, pad_edge=False)
+    shown = Table(box=None, pad_edge=False)
     for i, name in enumerate(header):
-        made.add_column(
+        shown.add_column(
             name, justify="left" if i in {0, len(header) - 1} else "right", no_wrap=True
         )
     for row in cells:
-        made.add_row(*row)
+        shown.add_row(*row)
     console = Console()
-    Console(width=max(console.width, 160) if not console.is_terminal else None).print(made)
+    Console(width=max(console.width, 160) if not console.is_terminal else None).print(shown)
 
 
 __all__ = ["arguments", "main", "print_table", "schema"]

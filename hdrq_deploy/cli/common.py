@@ -28,18 +28,18 @@ Report = Callable[[int, int, str], None]
 
 def parser(command: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
     """An argument parser with the defaults in its help."""
-    made = Parser(
+    command = Parser(
         prog=command,
         description=text,
         epilog=epilog,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    made.add_argument(
+    command.add_argument(
         "--version",
         action="version",
         version=f"%(prog)s {importlib.metadata.version('hdrq-deploy')}",
     )
-    return made
+    return command
 
 
 @contextmanager
@@ -113,8 +113,8 @@ def image_flags(p: argparse.ArgumentParser) -> None:
 
 def wanted_of(args: argparse.Namespace) -> Wanted:
     """Size and normalisation, where given."""
-    found = {name: getattr(args, name) for name in ("size", "mean", "std", "resize")}
-    given: dict[str, Any] = {name: tuple(values) for name, values in found.items() if values}
+    flags = {name: getattr(args, name) for name in ("size", "mean", "std", "resize")}
+    given: dict[str, Any] = {name: tuple(values) for name, values in flags.items() if values}
     return Wanted(**given)
 
 

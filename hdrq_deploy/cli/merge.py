@@ -166,20 +166,20 @@ def _are_checkpoints(paths: Sequence[str]) -> bool:
     Raises:
         MergeError: Some are, and some are not.
     """
-    found = [path for path in paths if is_checkpoint(Path(path))]
-    if found and len(found) < len(paths):
-        other = next(path for path in paths if path not in found)
+    checkpoints = [path for path in paths if is_checkpoint(Path(path))]
+    if checkpoints and len(checkpoints) < len(paths):
+        other = next(path for path in paths if path not in checkpoints)
         raise MergeError(
-            f"found the checkpoint {found[0]} beside {other}; needed bundles alone or checkpoints "
+            f"found the checkpoint {checkpoints[0]} beside {other}; needed bundles alone or checkpoints "
             "alone: calibrate the checkpoint first (--method float keeps it float)"
         )
-    return bool(found)
+    return bool(checkpoints)
 
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> str:
     """The first of these flags that was given, or ""."""
-    found = [name for name in names if getattr(args, name) not in (None, [])]
-    return f"--{found[0].replace('_', '-')}" if found else ""
+    given = [name for name in names if getattr(args, name) not in (None, [])]
+    return f"--{given[0].replace('_', '-')}" if given else ""
 
 
 def _check_flags(args: argparse.Namespace) -> None:

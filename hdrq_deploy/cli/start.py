@@ -55,25 +55,25 @@ class _Stopped(KeyboardInterrupt):
 def _whole_number(text: str) -> int:
     """A whole number from the command line, of a size that every library takes."""
     try:
-        found = int(text)
+        number = int(text)
     except ValueError:
-        found = _MOST + 1
-    if abs(found) > _MOST:
+        number = _MOST + 1
+    if abs(number) > _MOST:
         raise argparse.ArgumentTypeError(
             f"found {shortened(text)!r}; needed a whole number, {_MOST} at most"
         )
-    return found
+    return number
 
 
 def _real_number(text: str) -> float:
     """A number from the command line; infinity and NaN are none."""
     try:
-        found = float(text)
+        number = float(text)
     except ValueError:
-        found = math.nan
-    if not math.isfinite(found):
+        number = math.nan
+    if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"found {shortened(text)!r}; needed a number")
-    return found
+    return number
 
 
 def shortened(text: str) -> str:
