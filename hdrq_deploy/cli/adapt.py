@@ -13,6 +13,8 @@ with importing("hdrq adapt"):
     from ..formats.file_kinds import ADAPTED, ADAPTING
     from .common import image_flags, parser, progress_bar, seed_number, wanted_of
 
+__all__ = ["arguments", "main"]
+
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""

@@ -26,6 +26,8 @@ with importing("hdrq analyze"):
     from ..formats.preprocessing import class_count
     from .common import named, parser, paths_of, progress_bar, seed_number
 
+__all__ = ["arguments", "main"]
+
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""

@@ -35,6 +35,8 @@ with importing("hdrq-calibrate"):
         where_flags,
     )
 
+__all__ = ["arguments", "main"]
+
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""

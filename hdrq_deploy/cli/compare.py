@@ -21,6 +21,8 @@ with importing("hdrq compare"):
     from ..runtime.bench.compare import Change, compare, read_result
     from .common import parser
 
+__all__ = ["arguments", "main", "show"]
+
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""

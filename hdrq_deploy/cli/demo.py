@@ -53,6 +53,8 @@ with importing("hdrq demo"):
     from .bench import print_table
     from .common import parser, progress_bar, seed_number
 
+__all__ = ["arguments", "main"]
+
 MODEL = "hdrq_deploy.calibration_data.models:resnet14"
 SCHEMES = ((8, 8), (4, 8), (3, 3))
 QUICK = ((8, 8), (3, 3))

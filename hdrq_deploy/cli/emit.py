@@ -11,6 +11,8 @@ with importing("hdrq emit"):
     from ..runtime.serving.emit import TARGETS, emit
     from .common import parser
 
+__all__ = ["arguments", "main"]
+
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
@@ -56,7 +58,7 @@ def _emit(argv: Sequence[str] | None) -> int:
     foreign = [flag for flag in given if flag not in _FLAGS[args.target]]
     if foreign:
         p.error(f"--{foreign[0].replace('_', '-')} is not for {args.target}")
-    made = emit(args.target, args.engine, args.output, **given)
-    for file in sorted(f for f in made.rglob("*") if f.is_file()):
+    folder = emit(args.target, args.engine, args.output, **given)
+    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
         print(file)
     return 0

@@ -22,6 +22,8 @@ with importing("hdrq-export"):
     from .common import parser, progress_bar
     from .verify import show as show_verification
 
+__all__ = ["arguments", "main", "show"]
+
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""

@@ -15,6 +15,8 @@ with importing("hdrq inspect"):
     from .bench import print_table
     from .common import parser
 
+__all__ = ["arguments", "main"]
+
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""

@@ -12,6 +12,8 @@ with importing("hdrq"):
     import argparse
     import importlib.metadata
 
+__all__ = ["main"]
+
 COMMANDS = {
     "adapt": "a source model learns a domain from unlabelled images",
     "calibrate": "an adapted checkpoint becomes a bundle",

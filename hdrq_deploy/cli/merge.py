@@ -30,6 +30,8 @@ with importing("hdrq-merge"):
     )
     from .common import named, parser, paths_of, progress_bar, seed_number
 
+__all__ = ["arguments", "main"]
+
 _EPILOG = """\
 two checkpoints instead of bundles (.safetensors; .pt where torch is installed) are merged in float,
 and written in the dtype that they have (in float32 where they differ):
@@ -170,8 +172,8 @@ def _are_checkpoints(paths: Sequence[str]) -> bool:
     if checkpoints and len(checkpoints) < len(paths):
         other = next(path for path in paths if path not in checkpoints)
         raise MergeError(
-            f"found the checkpoint {checkpoints[0]} beside {other}; needed bundles alone or checkpoints "
-            "alone: calibrate the checkpoint first (--method float keeps it float)"
+            f"found the checkpoint {checkpoints[0]} beside {other}; needed bundles alone or "
+            "checkpoints alone: calibrate the checkpoint first (--method float keeps it float)"
         )
     return bool(checkpoints)
 

@@ -50,6 +50,8 @@ with importing("hdrq reproduce"):
     from .bench import print_table
     from .common import parser, progress_lines, seed_number, threads_of, where_flags
 
+__all__ = ["arguments", "main"]
+
 PROTOCOLS = ("office-home", "segmentation")
 _EPILOG = """\
 Every cell is a bundle in OUT/cells and its figures in OUT/rows; the same command goes on where it

@@ -33,6 +33,8 @@ with importing("hdrq sensitivity"):
     from ..reports.bench_page import need_matplotlib
     from .common import named, parser, paths_of, progress_bar, seed_number
 
+__all__ = ["arguments", "main", "plot", "show"]
+
 _SHOWN = 20
 
 

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -262,10 +263,24 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+def with_flags(text: str) -> str:
+    """A message of the library, its parameters in backquotes, as the command line calls them.
+
+    >>> with_flags("found no images; needed `data`, or another `output`; see `skip_corrupt`")
+    'found no images; needed --data, or another -o; see --skip-corrupt'
+    """
+
+    def flag(match: re.Match[str]) -> str:
+        name = match.group(1)
+        return "-o" if name == "output" else f"--{name.replace('_', '-')}"
+
+    return re.sub(r"`([a-z][a-z0-9_]*)`", flag, text)
+
+
 def _line(error: BaseException) -> str | None:
     """What the user can mend, in one line; None for a mistake of ours."""
     if isinstance(error, HdrqError):
-        return str(error)
+        return with_flags(str(error))
     # Another library may have wrapped what the disk or the terminal's encoding said.
     seen: BaseException | None = error
     while seen is not None:
