@@ -19,14 +19,18 @@ RECORD = Path(__file__).with_name("surface.json")
 # The public doors; what lies behind them may move.
 MODULES = (
     "hdrq_deploy",
-    "hdrq_deploy.formats.bundle",
+    "hdrq_deploy.calibration",
+    "hdrq_deploy.calibration_data.models",
+    "hdrq_deploy.calibration_data.readers",
+    "hdrq_deploy.checks",
     "hdrq_deploy.errors",
     "hdrq_deploy.exporters",
+    "hdrq_deploy.formats.bundle",
     "hdrq_deploy.merging",
-    "hdrq_deploy.mixing.domain_mixer",
+    "hdrq_deploy.mixing",
     "hdrq_deploy.models",
-    "hdrq_deploy.calibration_data.models",
     "hdrq_deploy.runtime",
+    "hdrq_deploy.runtime.bench",
 )
 FILES = {
     "bundle": ["golden.safetensors", "manifest.json", "model.onnx", "weights.safetensors"],
