@@ -21,6 +21,7 @@ from ..formats.preprocessing import decides, decisions, in_batches
 from ..graph import reference_session
 from ..graph.qdq import constant, quantize_only, serialized
 from ..numerics.quantization import dequantize
+from ..numerics.sqnr import decibels
 
 __all__ = ["LayerSensitivity", "Scheme", "Sensitivity", "sensitivity", "suggest"]
 
@@ -238,7 +239,8 @@ def _sqnr(expected: Array, got: Array) -> float:
     wide = expected.astype(np.float64)
     noise = float(((got - wide) ** 2).sum())
     signal = float((wide**2).sum())
-    return round(10 * float(np.log10(signal / noise)), 2) if noise and signal else float("inf")
+    ratio = decibels(signal, noise)
+    return float("inf") if ratio is None else ratio
 
 
 def _accuracy(output: Array, data: Mapping[str, tuple[Array, Array | None]]) -> float | None:

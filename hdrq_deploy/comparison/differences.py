@@ -26,6 +26,7 @@ import onnx
 from ..errors import CheckFailed
 from ..formats.bundle import Bundle
 from ..formats.bundle_manifest import Activation, Layer, LayerPrecision, Tolerances
+from ..numerics.sqnr import decibels
 from .taps import GraphTap, Ran, Shows
 
 __all__ = [
@@ -362,7 +363,7 @@ class _Whole:
             decision_flips=self.flips,
             output_rms=rms,
             max_abs=self.largest,
-            sqnr_db=_decibels(self.signal, self.noise),
+            sqnr_db=decibels(self.signal, self.noise),
         )
 
 
@@ -572,10 +573,10 @@ class _Steps:
             if name in self._how.ranges:
                 if 0 < sums.noise <= self._how.fidelity.codes**2 * sums.signal:
                     sums.ties, sums.wrong = sums.ties + sums.wrong, 0
-                decibels = _decibels(sums.signal, sums.noise)
+                ratio = decibels(sums.signal, sums.noise)
                 share = sums.off / sums.count
                 stage.tensors.append(
-                    TensorDifference(module, sums.steps, share, decibels, sums.ties, sums.wrong)
+                    TensorDifference(module, sums.steps, share, ratio, sums.ties, sums.wrong)
                 )
             else:
                 stage.layers.append(LayerDifference(module, sums.largest, sums.wrong))
@@ -642,12 +643,6 @@ def _failure(module: str, sums: _Sums, codes: bool) -> str:
         "of the largest in their channel at most, though they were computed from the same codes; "
         "needed none"
     )
-
-
-def _decibels(signal: float, noise: float) -> float | None:
-    if noise == 0:
-        return None
-    return round(10 * float(np.log10(max(signal, 1e-30) / noise)), 2)
 
 
 def allowed(stage: Stage, tolerances: Tolerances) -> tuple[float, float]:

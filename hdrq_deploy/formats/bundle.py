@@ -26,7 +26,7 @@ import onnx
 import safetensors.numpy
 
 from ..errors import BundleError
-from ..numerics import quantization
+from ..numerics.int4 import pack_int4, unpack_int4
 from . import onnx_file
 from .atomic_files import check_output, new_directory, sha256_bytes, sha256_file, write_bytes
 from .bundle_manifest import FileRecord, Manifest, Tensor
@@ -386,7 +386,7 @@ class Bundle:
 
     def _unpack(self, name: str, stored: Array) -> Array:
         entry = self.manifest.tensors[name]
-        return quantization.unpack_int4(stored, entry.shape) if entry.packed else stored
+        return unpack_int4(stored, entry.shape) if entry.packed else stored
 
     def _error(self, file: str, problem: str) -> BundleError:
         return BundleError(
@@ -514,7 +514,7 @@ def _stored(value: Array, entry: Tensor) -> Array:
     """A tensor as it lies in the weights file."""
     array = np.ascontiguousarray(value).reshape(entry.shape)
     if entry.packed:
-        return quantization.pack_int4(array)
+        return pack_int4(array)
     return array.astype(entry.dtype, copy=False)
 
 

@@ -1,13 +1,13 @@
-"""BatchNorm behind a convolution or linear, carried by the steps of its weight.
+"""BatchNorm behind a convolution or linear, folded into the scales of its weight.
 
-Averaging weights that have BatchNorm folded into them is not averaging the models. With the
-fold in the steps a bundle keeps what a merge should average (codes and step of the raw
+Averaging weights that have BatchNorm folded into them is not averaging the models. With BatchNorm
+folded into the scales a bundle keeps what a merge should average (codes and scale of the raw
 weight, and BatchNorm's own four tensors), and the graph reads what follows from them::
 
     gain = gamma / sqrt(variance + eps)
     scale = raw_scale * gain          bias = beta + (raw_bias - mean) * gain
 
-A negative gamma would give a negative step. It is made positive by changing the sign of that
+A negative gamma would give a negative scale. It is made positive by changing the sign of that
 channel's raw weight, bias and mean, which leaves the function as it was.
 """
 
@@ -21,7 +21,7 @@ import numpy.typing as npt
 __all__ = ["SMALLEST_GAIN", "gain", "graph_tensors"]
 
 Array = npt.NDArray[Any]
-# A channel that BatchNorm switches off still needs a step > 0.
+# A channel that BatchNorm switches off still needs a scale > 0.
 SMALLEST_GAIN = 1e-12
 
 
@@ -44,7 +44,7 @@ def graph_tensors(
     """The scale and bias that the graph reads.
 
     Args:
-        raw_scale: Steps of the raw weight, (C,) or ().
+        raw_scale: Scale of the raw weight, (C,) or ().
         gamma: BatchNorm's weight, >= 0, (C,).
         beta: BatchNorm's bias, (C,).
         mean: Running mean, (C,).

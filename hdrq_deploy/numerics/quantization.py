@@ -10,10 +10,9 @@ import numpy.typing as npt
 from ..errors import SpecError
 from .spec import QuantSpec
 
-__all__ = ["along", "dequantize", "pack_int4", "quantize", "search_scale", "unpack_int4"]
+__all__ = ["along", "dequantize", "quantize", "search_scale"]
 
 Floats = npt.NDArray[np.floating[Any]]
-Codes = npt.NDArray[np.int8]
 
 
 def along(scale: Floats, ndim: int, axis: int | None) -> Floats:
@@ -30,7 +29,7 @@ def quantize(x: Floats, scale: Floats, spec: QuantSpec) -> npt.NDArray[np.int16]
 
     Args:
         x: Real values, any shape.
-        scale: Real value of one code step, > 0; shape () per tensor,
+        scale: Real value of one code, > 0; shape () per tensor,
             (x.shape[axis],) per channel.
         spec: Range of codes and axis.
 
@@ -66,7 +65,7 @@ def dequantize(codes: npt.NDArray[Any], scale: Floats, axis: int | None) -> Floa
 def search_scale(
     x: Floats, spec: QuantSpec, candidates: int = 100, power: float = 2.4
 ) -> npt.NDArray[np.float32]:
-    """One step for ``x`` that minimises mean |x_hat - x|^power over ``candidates`` ranges.
+    """One scale for ``x`` that minimises mean |x_hat - x|^power over ``candidates`` ranges.
 
     Args:
         x: Real values, any shape.
@@ -75,52 +74,18 @@ def search_scale(
         power: Exponent of the error.
 
     Returns:
-        A step > 0, shape ().
+        A scale > 0, shape ().
 
     Source:
         Initialisation of BRECQ and QDrop (Li et al., ICLR 2021; Wei et al., ICLR 2022).
     """
     widest = max(float(x.max()) / spec.hi, float(-x.min()) / -spec.lo if spec.lo else 0.0, 1e-30)
-    steps = widest * np.arange(1, candidates + 1) / candidates
+    scales = widest * np.arange(1, candidates + 1) / candidates
     flat = x.astype(np.float64).ravel()
     errors = [
         float((np.abs(np.clip(np.rint(flat / s), spec.lo, spec.hi) * s - flat) ** power).mean())
-        for s in steps
+        for s in scales
     ]
-    best = float(steps[int(np.argmin(errors))])
-    # A tensor of zeros has no range; any normal step represents it.
+    best = float(scales[int(np.argmin(errors))])
+    # A tensor of zeros has no range; any normal scale represents it.
     return np.array(best if best > 1e-20 else 1e-6, np.float32)
-
-
-def pack_int4(codes: Codes) -> npt.NDArray[np.uint8]:
-    """Pack codes in [-8, 7] two per byte, low nibble first; shape (ceil(n / 2),).
-
-    Source:
-        ONNX INT4 storage: onnx.ai/onnx/technical/int4.html
-
-    >>> pack_int4(np.array([1, -1, 7], np.int8))
-    array([241,   7], dtype=uint8)
-    """
-    if codes.size and (codes.min() < -8 or codes.max() > 7):
-        raise SpecError(f"found codes {codes.min()} to {codes.max()}; 4 bits hold -8 to 7")
-    nibbles = codes.reshape(-1).view(np.uint8) & np.uint8(0xF)
-    if nibbles.size % 2:
-        nibbles = np.append(nibbles, np.uint8(0))
-    packed: npt.NDArray[np.uint8] = nibbles[0::2] | nibbles[1::2] << np.uint8(4)
-    return packed
-
-
-def unpack_int4(packed: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> Codes:
-    """Undo :func:`pack_int4`; ``shape`` is that of the codes.
-
-    >>> unpack_int4(np.array([241, 7], np.uint8), (3,))
-    array([ 1, -1,  7], dtype=int8)
-    """
-    size = int(np.prod(shape))
-    if packed.shape != ((size + 1) // 2,):
-        raise SpecError(
-            f"found {packed.shape} packed bytes; codes of shape {shape} need {(size + 1) // 2}"
-        )
-    nibbles = np.stack([packed & 0xF, packed >> 4], axis=1).reshape(-1)[:size]
-    codes: Codes = ((nibbles ^ 8).astype(np.int8) - 8).reshape(shape)
-    return codes

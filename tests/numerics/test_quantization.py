@@ -8,6 +8,7 @@ from onnx.reference import ReferenceEvaluator
 
 from hdrq_deploy.errors import SpecError
 from hdrq_deploy.numerics import quantization
+from hdrq_deploy.numerics.int4 import pack_int4, unpack_int4
 from hdrq_deploy.numerics.spec import QuantSpec
 
 
@@ -29,10 +30,10 @@ def test_quantize_agrees_with_the_onnx_reference() -> None:
 def test_int4_packing_is_that_of_onnx(shape: tuple[int, ...]) -> None:
     codes = np.random.default_rng(1).integers(-8, 8, shape).astype(np.int8)
     tensor = helper.make_tensor("w", TensorProto.INT4, shape, codes.reshape(-1).tolist())
-    packed = quantization.pack_int4(codes)
+    packed = pack_int4(codes)
     stored = onnx.numpy_helper.to_array(tensor)
-    np.testing.assert_array_equal(stored.astype(np.int8), quantization.unpack_int4(packed, shape))
-    np.testing.assert_array_equal(quantization.unpack_int4(packed, shape), codes)
+    np.testing.assert_array_equal(stored.astype(np.int8), unpack_int4(packed, shape))
+    np.testing.assert_array_equal(unpack_int4(packed, shape), codes)
 
 
 def test_bits_and_scales_out_of_range_are_refused() -> None:
@@ -43,4 +44,4 @@ def test_bits_and_scales_out_of_range_are_refused() -> None:
     with pytest.raises(SpecError, match="all > 0"):
         quantization.quantize(np.ones(3), np.array(0.0), QuantSpec.weight(8))
     with pytest.raises(SpecError, match="4 bits hold"):
-        quantization.pack_int4(np.array([8], np.int8))
+        pack_int4(np.array([8], np.int8))
