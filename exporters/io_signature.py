@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from ..errors import ExportError
-from ..formats.bundle_manifest import Preprocessing
+from ..formats.records import Preprocessing
 from ..graph import reference_session
 from ..graph.qdq import constant, serialized
 from ..graph.quantizers import insert

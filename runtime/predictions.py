@@ -14,8 +14,8 @@ from PIL import Image
 from ..calibration_data.readers.decoding import Picture, cut, decode, picture_of
 from ..calibration_data.readers.street_scenes import IGNORE
 from ..errors import EngineError
-from ..formats.bundle_manifest import Preprocessing
 from ..formats.preprocessing import decides
+from ..formats.records import Preprocessing
 
 __all__ = [
     "Frame",

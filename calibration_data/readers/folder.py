@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ...errors import DataError
 from ...formats.atomic_files import mapped_file
-from ...formats.bundle_manifest import LARGEST_SIDE, Preprocessing
+from ...formats.records import LARGEST_SIDE, Preprocessing
 from .arrays import read_arrays
 from .decoding import (
     BESIDE,

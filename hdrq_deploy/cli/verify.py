@@ -24,8 +24,9 @@ with importing("hdrq-verify"):
     from ..errors import DataError
     from ..formats.atomic_files import check_output, check_scratch, write_bytes
     from ..formats.bundle import Bundle
-    from ..formats.bundle_manifest import Preprocessing
+    from ..formats.engine_folder import is_engine
     from ..formats.file_kinds import VERIFY_JSON
+    from ..formats.records import Preprocessing
     from .common import named, parser, paths_of
 
 __all__ = ["stages", "verify_engine"]
@@ -67,7 +68,7 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json is not None:
         check_output(args.json, VERIFY_JSON, inputs, "--json")
     check_scratch()
-    if args.engine is None and _is_engine(Path(args.bundle)):
+    if args.engine is None and is_engine(args.bundle):
         if args.data:
             raise DataError(
                 f"{args.bundle} is an engine; --data needs its bundle too: BUNDLE ENGINE --data …"
@@ -119,11 +120,6 @@ def stages(
 ) -> list[Stage]:
     """:func:`hdrq_deploy.checks.stages.compare_stages`, which says on stderr what it leaves out."""
     return compare_stages(bundle, engine, x, torch, lambda text: print(text, file=sys.stderr))
-
-
-def _is_engine(path: Path) -> bool:
-    file = path / "manifest.json"
-    return file.is_file() and b'"hdrq-engine"' in file.read_bytes()
 
 
 def _images(preprocessing: Preprocessing | None, data: Sequence[str], limit: int) -> Array:

@@ -15,9 +15,11 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..errors import CheckFailed
-from ..formats.bundle import WEIGHTS, Bundle, serialize
-from ..formats.bundle_manifest import EngineManifest, PrecisionReport, Preprocessing
+from ..formats.bundle import WEIGHTS, Bundle
+from ..formats.engine_folder import EngineManifest, PrecisionReport
 from ..formats.preprocessing import in_batches, pixels
+from ..formats.records import Preprocessing
+from ..formats.safetensors_layout import serialize
 from ..graph.qdq import distinct_names, free_operand, quantize_only
 from ..graph.reference_session import open_session, session_options
 from .differences import (

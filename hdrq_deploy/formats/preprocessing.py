@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .bundle_manifest import EngineManifest, Preprocessing
+from .engine_folder import EngineManifest
+from .records import Preprocessing
 
 __all__ = ["class_count", "decides", "decisions", "feed", "in_batches", "pixels"]
 

@@ -20,8 +20,9 @@ import onnx_ir as ir
 
 from ..comparison.golden import check_merge
 from ..errors import DataError, MergeError
-from ..formats.bundle import GRAPH, WEIGHTS, Bundle, serialize
+from ..formats.bundle import GRAPH, WEIGHTS, Bundle
 from ..formats.preprocessing import in_batches
+from ..formats.safetensors_layout import serialize
 from ..graph import reference_session
 from ..graph.biases import bias_sites, fitted, shifts
 from ..graph.qdq import chain, serialized

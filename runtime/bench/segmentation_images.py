@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ...calibration_data.readers.street_scenes import CITYSCAPES, IGNORE, PALETTE
 from ...formats.atomic_files import write_bytes
-from ...formats.bundle_manifest import EngineManifest
+from ...formats.engine_folder import EngineManifest
 from ...formats.file_kinds import PICTURE, PICTURE_MARK
 from ...formats.preprocessing import pixels
 
