@@ -60,7 +60,7 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "exporters.weights_only": "exporters.mixed_precision",
     "files": "formats.atomic_files",
     "fold": "numerics.batchnorm_fold",
-    "frames": "formats.preprocessing",
+    "frames": ("formats.preprocessing", "numerics.batches"),
     "golden": "comparison.golden",
     "kinds": ("formats.file_kinds", "formats.safetensors_layout"),
     "manifest": ("formats.bundle_manifest", "formats.engine_folder", "formats.records"),
@@ -102,7 +102,7 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "waiting": "jobs.waiting",
 }
 # Old path and name of what is called otherwise now, to its name in the new module.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"frames.pixels": "to_frames"}
 
 
 def targets(old: str) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from PIL import Image
 from ..calibration_data.readers.decoding import Picture
 from ..errors import EngineError
 from ..formats.engine_folder import GRAPH, KINDS, EngineManifest, Port, read_manifest
-from ..formats.preprocessing import in_batches
+from ..numerics.batches import in_batches
 from .forks import Owner
 from .predictions import Frame, Prediction, frames_of, network_input, predictions, sizes_of
 

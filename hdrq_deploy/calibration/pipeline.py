@@ -25,9 +25,9 @@ from ..formats.bundle import WEIGHTS, Bundle
 from ..formats.bundle_manifest import Activation, Layer, Manifest
 from ..formats.file_kinds import BUNDLE, PARTIAL
 from ..formats.golden_inputs import GOLDEN_IMAGES
-from ..formats.preprocessing import in_batches
 from ..formats.records import Scheme, Tolerances
 from ..formats.safetensors_layout import serialize
+from ..numerics.batches import in_batches
 from ..numerics.spec import GRIDS, check_bits, check_seed
 from .activation_cache import Caches
 from .capture import Capture, capture, fold_batch_norm, fold_constants, run_model

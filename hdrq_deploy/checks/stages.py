@@ -20,8 +20,9 @@ from ..errors import DataError, HdrqError, ModelError
 from ..formats.bundle import Bundle
 from ..formats.engine_folder import GRAPH, EngineManifest, PrecisionReport, read_manifest
 from ..formats.golden_inputs import GOLDEN, read_golden
-from ..formats.preprocessing import feed, in_batches
+from ..formats.preprocessing import feed
 from ..formats.records import Tolerances
+from ..numerics.batches import in_batches
 from ..runtime import load_engine
 
 __all__ = ["compare_engine", "compare_stages"]

@@ -123,7 +123,7 @@ def stages(
 
 
 def _images(preprocessing: Preprocessing | None, data: Sequence[str], limit: int) -> Array:
-    wanted = Wanted.like(preprocessing) if preprocessing else Wanted()
+    wanted = Wanted.like(preprocessing)
     return np.concatenate([read(path, wanted, limit).x for path in named(data).values()])
 
 

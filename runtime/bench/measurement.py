@@ -354,8 +354,7 @@ def labelled(
             raise DataError(f"{where}: --skip-corrupt is for image folders; mend the scenes")
         scenes = replace(find_scenes(where, split), size=image_size)
         return replace(scenes, mean=p.mean, std=p.std, channels=p.channels) if p else scenes
-    wanted = Wanted.like(p) if p else Wanted()
-    images = read(where, wanted, skip_corrupt=skip_corrupt)
+    images = read(where, Wanted.like(p), skip_corrupt=skip_corrupt)
     images = numbered(images, manifest.classes, count, where)
     if images.y is None:
         raise DataError(

@@ -15,6 +15,7 @@ from ...errors import ExportError
 from ...formats.atomic_files import check_output, new_directory, write_record
 from ...formats.engine_folder import GRAPH, PLAN, EngineManifest, Port, read_manifest
 from ...formats.file_kinds import EMITTED
+from ...formats.preprocessing import as_factor_and_offsets
 
 __all__ = ["TARGETS", "deepstream_files", "emit", "ros2_files", "triton_files"]
 
@@ -190,7 +191,7 @@ def deepstream_files(
             f"{folder}: found std {' '.join(f'{s:g}' for s in p.std)}; nvinfer has one factor for "
             "all channels: calibrate with one --std, or pass --approximate"
         )
-    factor = 1 / (255 * float(np.exp(np.log(std).mean())))
+    factor, offsets = as_factor_and_offsets(p)
     segments = len(manifest.outputs[0].shape) == 4
     plan = folder / PLAN
     settings: dict[str, Any] = {
@@ -204,7 +205,7 @@ def deepstream_files(
         "onnx-file": folder / GRAPH,
         **({"model-engine-file": plan} if plan.is_file() else {}),
         "net-scale-factor": f"{factor:.10g}",
-        "offsets": ";".join(f"{255 * m:.8g}" for m in p.mean),
+        "offsets": ";".join(f"{offset:.8g}" for offset in offsets),
         "model-color-format": 2 if p.colour == "L" else 0,
         "infer-dims": f"{p.channels};{p.height};{p.width}",
         "maintain-aspect-ratio": 0,
