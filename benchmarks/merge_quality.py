@@ -33,7 +33,8 @@ import numpy.typing as npt
 from hdrq_deploy import Bundle
 from hdrq_deploy.errors import HdrqError
 from hdrq_deploy.formats.atomic_files import write_bytes
-from hdrq_deploy.formats.bundle import GRAPH, WEIGHTS, serialize
+from hdrq_deploy.formats.bundle import GRAPH, WEIGHTS
+from hdrq_deploy.formats.safetensors_layout import serialize
 from hdrq_deploy.graph import reference_session
 from hdrq_deploy.merging import Merger, choose_weights
 from hdrq_deploy.merging.re_estimate import moved

@@ -155,8 +155,10 @@ def write_pair(folder: Path) -> None:
     """Two bundles whose graph does nothing but read the weights."""
     import onnx
 
-    from hdrq_deploy.formats.bundle import WEIGHTS, Bundle, layout
-    from hdrq_deploy.formats.bundle_manifest import Manifest, Scheme, Tensor
+    from hdrq_deploy.formats.bundle import WEIGHTS, Bundle
+    from hdrq_deploy.formats.bundle_manifest import Manifest, Tensor
+    from hdrq_deploy.formats.records import Scheme
+    from hdrq_deploy.formats.safetensors_layout import layout
 
     shapes = [shape for shape, count in SHAPES for _ in range(count)]
     entries = {}

@@ -15,20 +15,30 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import safetensors.numpy
-from pydantic import ValidationError
 
 from ..comparison import golden
 from ..comparison.differences import check
-from ..errors import CheckFailed, ExportError
+from ..errors import CheckFailed, EngineError, ExportError
 from ..formats.atomic_files import (
     check_output,
     new_directory,
     sha256_bytes,
-    sha256_file,
-    write_bytes,
 )
-from ..formats.bundle import GOLDEN, Bundle
-from ..formats.bundle_manifest import EngineManifest, FileRecord, Layer, Port, PrecisionReport
+from ..formats.bundle import Bundle
+from ..formats.bundle_manifest import Layer
+from ..formats.engine_folder import (
+    GOLDEN,
+    GRAPH,
+    KINDS,
+    MANIFEST,
+    PLAN,
+    EngineManifest,
+    Port,
+    PrecisionReport,
+    altered_file,
+    read_manifest,
+    write_manifest,
+)
 from ..formats.file_kinds import ENGINE
 from ..graph import quantizers as graph
 from ..graph.patterns import check_patterns
@@ -45,8 +55,7 @@ from .precision_reasons import explain
 
 __all__ = ["ENGINES", "export", "lowered", "port_of", "ports"]
 
-ENGINES = ("ort", "onnx", "trt", "trt-rtx")
-MANIFEST, MODEL, PLAN, PRECISION = "manifest.json", "model.onnx", "model.plan", "precision.json"
+ENGINES = tuple(KINDS)
 
 Progress = Callable[[int, int, str], None]
 
@@ -105,10 +114,10 @@ def export(
         return target
     model, layers = lowered(bundle, engine, options)
     with new_directory(target, ENGINE) as folder:
-        graph.save(model, folder / MODEL)
-        _check_onnx(folder / MODEL)
+        graph.save(model, folder / GRAPH)
+        _check_onnx(folder / GRAPH)
         if only_graph:
-            lint(folder / MODEL, engine in trt.MODULES)
+            lint(folder / GRAPH, engine in trt.MODULES)
             report = precision.requested_only(engine, layers)
             facts: dict[str, Any] = {}
         else:
@@ -118,11 +127,11 @@ def export(
             report = report.model_copy(update={"source": f"{report.source}; {kind}"})
         report = explain(report, model)
         precision.check(report, allow_float)
-        write_bytes(folder / PRECISION, (report.model_dump_json(indent=1) + "\n").encode())
+        report.write(folder)
 
         def describe(facts: Mapping[str, Any]) -> None:
-            manifest = _manifest(bundle, model, report, options, ingredients, facts, folder)
-            write_bytes(folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+            manifest = _manifest(bundle, model, report, options, ingredients, facts)
+            write_manifest(folder, manifest)
 
         describe(facts)  # an engine that is run for the check is one like any other
         takes = _batches(model, build) if engine in trt.MODULES and not only_graph else None
@@ -192,7 +201,7 @@ def _check_golden(
     """
     x, origin = golden.inputs(bundle)
     exported = golden.Exported(
-        folder / MODEL,
+        folder / GRAPH,
         {row.node: row.requested for row in report.layers},
         options.batch,
         options.fold_preprocess,
@@ -207,7 +216,7 @@ def _check_golden(
     stages = [both.to_lowered()]
     why = "the graph is portable" if built else "the engine is not built"
     if built and report.engine == "ort":
-        stages.append(both.to_engine(golden.ort_engine(folder / MODEL)))
+        stages.append(both.to_engine(golden.ort_engine(folder / GRAPH)))
     elif built and report.engine in trt.MODULES:
         outputs, why = run_apart(folder, both.fed)
         if outputs is not None:
@@ -266,23 +275,21 @@ def _own_sha256() -> str:
 
 def _is_fresh(target: Path, wanted: Mapping[str, Any], say: Callable[[str], None]) -> bool:
     """Whether the engine at ``target`` was made of just this; says so, or what changed."""
-    file = target / MANIFEST
-    if not file.is_file():
+    if not (target / MANIFEST).is_file():
         return False
     try:
-        there = EngineManifest.model_validate_json(file.read_bytes())
-    except ValidationError:
+        manifest = read_manifest(target, check=False)
+    except EngineError:
         say(f"{target}: built again, its manifest is of another version")
         return False
-    changed = _difference(there.options, wanted)
+    changed = _difference(manifest.options, wanted)
     if changed:
         say(f"{target}: built again, {changed}")
         return False
-    for name, record in there.files.items():
-        part = target / name
-        if not part.is_file() or sha256_file(part) != record.sha256:
-            say(f"{target}: built again, {name} is {'altered' if part.is_file() else 'missing'}")
-            return False
+    name, state = altered_file(target, manifest)
+    if name:
+        say(f"{target}: built again, {name} is {state}")
+        return False
     say(f"{target}: up to date")
     return True
 
@@ -323,9 +330,9 @@ def _realize(
     if engine == "onnx":
         return precision.requested_only(engine, layers), {}
     if engine == "ort":
-        return precision.from_ort(folder / MODEL, layers), {}
+        return precision.from_ort(folder / GRAPH, layers), {}
     shapes = {port.name: port.shape for port in map(port_of, model.graph.inputs)}
-    built = trt.build(engine, folder / MODEL, folder / PLAN, build, shapes, progress)
+    built = trt.build(engine, folder / GRAPH, folder / PLAN, build, shapes, progress)
     if built.dump:
         report = precision.from_trt_log(engine, built.dump, layers)
     elif built.inspector:
@@ -346,10 +353,8 @@ def _manifest(
     options: GraphOptions,
     ingredients: Mapping[str, Any],
     facts: Mapping[str, Any],
-    folder: Path,
 ) -> EngineManifest:
     origin = bundle.manifest
-    files = sorted(f for f in folder.iterdir() if f.name != MANIFEST)
     versions = ("hdrq-deploy", "onnx", "onnxruntime", *trt.MODULES.values())
     return EngineManifest(
         engine=report.engine,
@@ -368,14 +373,12 @@ def _manifest(
         build=dict(facts),
         tolerances=origin.tolerances,
         versions={name: str(ingredients[name]) for name in versions if name in ingredients},
-        files={f.name: FileRecord(bytes=f.stat().st_size, sha256=sha256_file(f)) for f in files},
     )
 
 
 def ports(folder: Path) -> dict[str, tuple[int | str, ...]]:
     """Shape of every input of an engine folder, by name."""
-    manifest = EngineManifest.model_validate_json((folder / MANIFEST).read_bytes())
-    return {port.name: port.shape for port in manifest.inputs}
+    return {port.name: port.shape for port in read_manifest(folder, check=False).inputs}
 
 
 def port_of(value: ir.Value, frames: bool = False) -> Port:

@@ -10,7 +10,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from ..errors import ExportError
-from ..formats.bundle_manifest import Preprocessing
+from ..formats.preprocessing import as_constants
+from ..formats.records import Preprocessing
 from ..graph import reference_session
 from ..graph.qdq import constant, serialized
 from ..graph.quantizers import insert
@@ -18,6 +19,8 @@ from .options import GraphOptions
 
 __all__ = ["shape_ports"]
 
+# Names of the initializers that hold what :func:`as_constants` gives.
+_OPERANDS = {"unit": "255", "centred": "mean", "scaled": "std"}
 _SIZES = ("height", "width")
 
 
@@ -121,7 +124,6 @@ def _frames(model: ir.Model, image: ir.Value, preprocessing: Preprocessing) -> i
     image.name = f"{name}/normalised"
     first = graph[0]
     current = frames
-    side = (1, len(preprocessing.mean), 1, 1)
 
     def add(op: str, label: str, *operands: ir.Value, **attributes: int | list[int]) -> None:
         nonlocal current
@@ -132,13 +134,8 @@ def _frames(model: ir.Model, image: ir.Value, preprocessing: Preprocessing) -> i
 
     add("Cast", "real", to=ir.DataType.FLOAT)
     add("Transpose", "planes", perm=[0, 3, 1, 2])
-    add("Div", "unit", constant(model, f"{name}/255", np.array(255, np.float32)))
-    mean = np.array(preprocessing.mean, np.float32)
-    std = np.array(preprocessing.std, np.float32)
-    if mean.any():
-        add("Sub", "centred", constant(model, f"{name}/mean", mean.reshape(side)))
-    if (std != 1).any():
-        add("Div", "scaled", constant(model, f"{name}/std", std.reshape(side)))
+    for op, label, value in as_constants(preprocessing):
+        add(op, label, constant(model, f"{name}/{_OPERANDS[label]}", value))
     for use in readers:
         use.node.replace_input_with(use.idx, current)
     graph.inputs[0] = frames

@@ -14,7 +14,8 @@ import onnxruntime
 
 from ..errors import CheckFailed
 from ..formats.atomic_files import scratch_folder
-from ..formats.bundle_manifest import Layer, LayerPrecision, PrecisionReport
+from ..formats.bundle_manifest import Layer
+from ..formats.engine_folder import LayerPrecision, PrecisionReport
 from ..graph.patterns import named
 
 __all__ = ["check", "from_ort", "from_trt_log", "requested_only"]

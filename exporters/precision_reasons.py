@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ..formats.bundle_manifest import PrecisionReport
+from ..formats.engine_folder import PrecisionReport
 
 __all__ = ["explain"]
 

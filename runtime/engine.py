@@ -17,14 +17,11 @@ from typing import Any, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from pydantic import ValidationError
 
 from ..calibration_data.readers.decoding import Picture
 from ..errors import EngineError
-from ..formats import onnx_file
-from ..formats.atomic_files import sha256_file
-from ..formats.bundle_manifest import EngineManifest, Port
-from ..formats.preprocessing import in_batches
+from ..formats.engine_folder import GRAPH, KINDS, EngineManifest, Port, read_manifest
+from ..numerics.batches import in_batches
 from .forks import Owner
 from .predictions import Frame, Prediction, frames_of, network_input, predictions, sizes_of
 
@@ -50,7 +47,6 @@ _DTYPES: dict[str, type[np.generic]] = {
     "int32": np.int32,
     "int64": np.int64,
 }
-MODEL, DATA = "model.onnx", "model.onnx.data"
 LIBRARIES = {"trt": ("tensorrt", "TensorRT"), "trt-rtx": ("tensorrt_rtx", "TensorRT-RTX")}
 DEVICES = "auto, cpu, cuda, cuda:N, tensorrt or tensorrt:N"
 _Self = TypeVar("_Self", bound="Engine")
@@ -411,57 +407,6 @@ def _hint(shape: tuple[int, ...], port: Port) -> str:
     return f": pass x.transpose{order}" if fits and 0 not in shape else ""
 
 
-def read_manifest(path: str | os.PathLike[str]) -> EngineManifest:
-    """The manifest of an engine folder, its files checked.
-
-    Raises:
-        EngineError: No engine there, or a file is missing or altered.
-    """
-    folder = Path(path)
-    file = folder / "manifest.json"
-    if not file.is_file():
-        lone = (
-            "a plan without its manifest.json" if folder.suffix == ".plan" else "no manifest.json"
-        )
-        raise EngineError(f"{folder}: found {lone}; needed an engine folder from hdrq-export")
-    try:
-        manifest = EngineManifest.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise EngineError(f"{file}: cannot be read ({error.strerror})") from error
-    except ValidationError as error:
-        raise EngineError(
-            f"{file}: not the manifest of an engine ({error.errors()[0]['msg'].lower()}); "
-            "a bundle becomes an engine with hdrq-export"
-        ) from error
-    for name, record in manifest.files.items():
-        part = folder / name
-        if not part.is_file() or sha256_file(part) != record.sha256:
-            state = "altered" if part.is_file() else "missing"
-            raise EngineError(f"{part}: {state}; the engine is damaged, export it again")
-    _check_graph(folder, manifest)
-    return manifest
-
-
-def _check_graph(folder: Path, manifest: EngineManifest) -> None:
-    """The graph that the manifest is of, which names no files but its own."""
-    file = folder / MODEL
-    try:
-        if MODEL not in manifest.files:
-            if manifest.engine in LIBRARIES:  # a plan is all that it runs
-                return
-            raise ValueError("the manifest names no such file")
-        model = onnx_file.checked(file, set(manifest.files) & {DATA})
-        given = [onnx_file.port(value) for value in (*model.graph.input, *model.graph.output)]
-        ports = [
-            (p.name, p.dtype, tuple(d if isinstance(d, int) else None for d in p.shape))
-            for p in (*manifest.inputs, *manifest.outputs)
-        ]
-        if given != ports:
-            raise ValueError(f"it reads and writes {given}, the manifest names {ports}")
-    except ValueError as error:
-        raise EngineError(f"{file}: {error}; the engine is damaged, export it again") from error
-
-
 def load_engine(
     path: str | os.PathLike[str],
     device: str = "auto",
@@ -498,17 +443,17 @@ def open_engine(
     kind, _, number = device.partition(":")
     if kind not in {"auto", "cpu", "cuda", "tensorrt"} or (number and not number.isdecimal()):
         raise EngineError(f"found device {device!r}; needed {DEVICES}")
-    if manifest.engine in {"ort", "onnx"}:
+    if manifest.runs == GRAPH:
         from .ort import OrtEngine
 
         return OrtEngine(path, manifest, threads or os.cpu_count() or 1, device)
+    if manifest.runs is None:
+        raise EngineError(
+            f"{path}: found an engine of the kind {manifest.engine!r}; this version runs "
+            f"{', '.join(KINDS)}"
+        )
     from .tensorrt import TensorRtEngine
 
-    if manifest.engine not in LIBRARIES:
-        raise EngineError(
-            f"{path}: found an engine of the kind {manifest.engine!r}; this version runs ort, "
-            f"onnx, {', '.join(LIBRARIES)}"
-        )
     if kind in {"cpu", "tensorrt"}:
         raise EngineError(
             f"{path}: found device {device!r} for a {manifest.engine} engine, which runs on an "

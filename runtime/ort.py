@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from ..errors import EngineError
-from ..formats.bundle_manifest import EngineManifest
+from ..formats.engine_folder import GRAPH, EngineManifest
 from ..graph.reference_session import saturates, session_options
 from .engine import Engine, Feeds
 
@@ -52,9 +52,7 @@ class OrtEngine(Engine):
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         entry: Any = provider if on_cpu else (provider, {"device_id": str(number or 0)})
         try:
-            session = onnxruntime.InferenceSession(
-                str(path / "model.onnx"), options, providers=[entry]
-            )
+            session = onnxruntime.InferenceSession(str(path / GRAPH), options, providers=[entry])
         except Exception as error:  # ONNX Runtime's exceptions have no public base class
             text = " ".join(str(error).split())[:300]
             raise EngineError(f"{path}: ONNX Runtime cannot load it ({text})") from error

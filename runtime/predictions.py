@@ -14,8 +14,9 @@ from PIL import Image
 from ..calibration_data.readers.decoding import Picture, cut, decode, picture_of
 from ..calibration_data.readers.street_scenes import IGNORE
 from ..errors import EngineError
-from ..formats.bundle_manifest import Preprocessing
-from ..formats.preprocessing import decides
+from ..formats.preprocessing import to_input
+from ..formats.records import Preprocessing
+from ..numerics.batches import decides
 
 __all__ = [
     "Frame",
@@ -108,11 +109,7 @@ def network_input(
     batch = np.stack([_fitted(frame, p, where) for frame in frames_of(frames, p, where)])
     if raw:  # more than 8 bits do not go in
         return batch if batch.dtype == np.uint8 else np.rint(batch).astype(np.uint8)
-    # x / 255, minus mean, over std, as one multiplication and one addition.
-    std = np.array(p.std, np.float32)
-    gain, offset = (1 / (255 * std)).astype(np.float32), -np.array(p.mean, np.float32) / std
-    x = batch.astype(np.float32) * gain + offset
-    return np.ascontiguousarray(x.transpose(0, 3, 1, 2), dtype=np.float32)
+    return to_input(batch, p)
 
 
 def _needed(p: Preprocessing | None, where: object) -> Preprocessing:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EngineError
-from ..formats.bundle_manifest import EngineManifest
+from ..formats.engine_folder import PLAN, EngineManifest
 from .cuda import (
     DeviceArray,
     DeviceBuffer,
@@ -62,9 +62,7 @@ def check_plan(path: Path, blob: bytes, manifest: EngineManifest, installed: str
     title = LIBRARIES[manifest.engine][1]
     built = plan_version(blob)
     if built is None:
-        raise EngineError(
-            f"{path}: model.plan holds no engine ({len(blob)} bytes); {_again(manifest)}"
-        )
+        raise EngineError(f"{path}: {PLAN} holds no engine ({len(blob)} bytes); {_again(manifest)}")
     here = tuple(int(part) for part in installed.split(".")[:3] if part.isdecimal())
     if built[: len(here)] != here:
         raise EngineError(
@@ -105,9 +103,9 @@ class TensorRtEngine(Engine):
                 f"{path}: a {title} engine, and {name} is not installed ({error}); pip install "
                 f"'hdrq-deploy[{manifest.engine}]', or export with --engine ort"
             ) from error
-        if "model.plan" not in manifest.files:
-            raise EngineError(f"{path}: found no model.plan; {_again(manifest)}")
-        blob = (path / "model.plan").read_bytes()
+        if PLAN not in manifest.files:
+            raise EngineError(f"{path}: found no {PLAN}; {_again(manifest)}")
+        blob = (path / PLAN).read_bytes()
         check_plan(path, blob, manifest, self._trt.__version__)
         try:
             self._cuda = load_cuda(device)

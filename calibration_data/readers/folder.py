@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from ...errors import DataError
 from ...formats.atomic_files import mapped_file
-from ...formats.bundle_manifest import LARGEST_SIDE, Preprocessing
+from ...formats.preprocessing import to_input
+from ...formats.records import LARGEST_SIDE, Preprocessing
 from .arrays import read_arrays
 from .decoding import (
     BESIDE,
@@ -64,10 +65,10 @@ class Wanted:
     ignore_case: bool = False
 
     @classmethod
-    def like(cls, preprocessing: Preprocessing) -> Wanted:
-        """What a bundle or engine was calibrated for."""
+    def like(cls, preprocessing: Preprocessing | None) -> Wanted:
+        """What a bundle or engine was calibrated for; None leaves all to the data."""
         p = preprocessing
-        return cls((p.height, p.width), p.mean, p.std, p.channels, p.resize)
+        return cls() if p is None else cls((p.height, p.width), p.mean, p.std, p.channels, p.resize)
 
 
 @dataclass(frozen=True)
@@ -264,8 +265,6 @@ class _Rows:
         height, width = first.size
         shape = (channels, height, width)
         self.preprocessing = _preprocessing((height, width), channels, wanted, folder)
-        p = self.preprocessing
-        self._mean, self._std = (np.array(v, np.float32)[:, None, None] for v in (p.mean, p.std))
         size = 4 * count * channels * height * width
         if size <= _IN_MEMORY:
             self._x = np.empty((count, *shape), np.float32)
@@ -282,8 +281,7 @@ class _Rows:
             )
         if self._any and picture.channels > channels:
             raise _Coloured
-        pixels = picture.pixels(channels).transpose(2, 0, 1)
-        self._x[self._count] = (pixels.astype(np.float32) / 255 - self._mean) / self._std
+        self._x[self._count] = to_input(picture.pixels(channels), self.preprocessing)
         self._count += 1
 
     @property

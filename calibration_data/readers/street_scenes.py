@@ -19,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ...errors import DataError
+from ...formats.preprocessing import to_input
 from .decoding import (
     TURNS,
     Picture,
@@ -187,11 +188,8 @@ class Scenes:
         if self.size is not None and frame.size != self.size:
             frame = frame.resized(self.size)
             label = label.resize(self.size[::-1], Image.Resampling.NEAREST)
-        x = frame.pixels(self.channels).astype(np.float32) / 255
-        x = (x - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
-        return np.ascontiguousarray(x.transpose(2, 0, 1)), self._mapped(
-            np.asarray(label), label_file
-        )
+        x = to_input(frame.pixels(self.channels), self)
+        return x, self._mapped(np.asarray(label), label_file)
 
     def _mapped(self, label: Array, file: Path) -> Array:
         mapped: Array = self.table[np.clip(label, 0, 255)].astype(np.int64)

@@ -21,10 +21,13 @@ from ..comparison.differences import Stepwise, check, difference, rows_at_once
 from ..comparison.taps import GraphTap
 from ..errors import CheckFailed, DataError, ModelError, SpecError
 from ..formats.atomic_files import check_name, check_output, scratch_folder
-from ..formats.bundle import GOLDEN_IMAGES, WEIGHTS, Bundle, serialize
-from ..formats.bundle_manifest import Activation, Layer, Manifest, Scheme, Tolerances
+from ..formats.bundle import WEIGHTS, Bundle
+from ..formats.bundle_manifest import Activation, Layer, Manifest
 from ..formats.file_kinds import BUNDLE, PARTIAL
-from ..formats.preprocessing import in_batches
+from ..formats.golden_inputs import GOLDEN_IMAGES
+from ..formats.records import Scheme, Tolerances
+from ..formats.safetensors_layout import serialize
+from ..numerics.batches import in_batches
 from ..numerics.spec import GRIDS, check_bits, check_seed
 from .activation_cache import Caches
 from .capture import Capture, capture, fold_batch_norm, fold_constants, run_model

@@ -22,9 +22,10 @@ from torch import Tensor, fx, nn
 
 from ..errors import ModelError
 from ..formats.atomic_files import scratch_folder
-from ..formats.bundle import WEIGHTS, Span, layout
+from ..formats.bundle import GRAPH, WEIGHTS
 from ..formats.bundle_manifest import FoldRecord, Layer
 from ..formats.bundle_manifest import Tensor as Entry
+from ..formats.safetensors_layout import Span, layout
 from ..graph.biases import bias_sites, fitted, shifts
 from ..graph.qdq import distinct_names
 from ..numerics.batchnorm_fold import graph_tensors
@@ -474,6 +475,6 @@ def _describe(
 
 def check_graph(graph: bytes, folder: Path) -> None:
     """onnx.checker with full_check, external data included."""
-    path = folder / "model.onnx"
+    path = folder / GRAPH
     path.write_bytes(graph)
     onnx.checker.check_model(str(path), full_check=True)

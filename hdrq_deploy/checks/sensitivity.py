@@ -17,9 +17,9 @@ import onnx_ir as ir
 from ..errors import DataError
 from ..formats.bundle import Bundle
 from ..formats.bundle_manifest import weight_name
-from ..formats.preprocessing import decides, decisions, in_batches
 from ..graph import reference_session
 from ..graph.qdq import constant, quantize_only, serialized
+from ..numerics.batches import decides, decisions, in_batches
 from ..numerics.quantization import dequantize
 from ..numerics.sqnr import decibels
 

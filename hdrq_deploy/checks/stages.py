@@ -16,16 +16,17 @@ from ..comparison import golden
 from ..comparison.differences import Stage, Stepwise, difference, measure_spread, rows_at_once
 from ..comparison.taps import Shows
 from ..errors import DataError, HdrqError, ModelError
-from ..formats.bundle import GOLDEN, Bundle, read_golden
-from ..formats.bundle_manifest import EngineManifest, PrecisionReport, Tolerances
-from ..formats.preprocessing import feed, in_batches
+from ..formats.bundle import Bundle
+from ..formats.engine_folder import GRAPH, EngineManifest, PrecisionReport, read_manifest
+from ..formats.golden_inputs import GOLDEN, read_golden
+from ..formats.preprocessing import feed
+from ..formats.records import Tolerances
+from ..numerics.batches import in_batches
 from ..runtime import load_engine
-from ..runtime.engine import read_manifest
 
-__all__ = ["compare_engine", "compare_stages", "is_engine"]
+__all__ = ["compare_engine", "compare_stages"]
 
 Array = npt.NDArray[Any]
-_MODEL, _PRECISION = "model.onnx", "precision.json"
 _LOG = logging.getLogger("hdrq_deploy")
 
 
@@ -70,7 +71,7 @@ def compare_stages(
         manifest, facts = exported
         both = golden.Comparison(bundle, facts, x)
         stages.append(both.to_lowered())
-        if manifest.engine != "onnx":
+        if manifest.built:
             stages.append(both.to_engine(_engine(Path(str(engine)), manifest)))
     return stages
 
@@ -100,21 +101,15 @@ def compare_engine(path: str | Path) -> tuple[list[Stage], Tolerances]:
     def batches() -> Any:
         return zip(fed, fed, strict=True)
 
-    report = PrecisionReport.read(path / _PRECISION)
-    lowered = golden.file_tap(path / _MODEL, "lowered graph", [row.node for row in report.layers])
+    report = PrecisionReport.read(path)
+    lowered = golden.file_tap(path / GRAPH, "lowered graph", [row.node for row in report.layers])
     how = Stepwise.like(lowered, report.layers, golden.engine_fidelity(lowered))
     engine = _engine(path, manifest)
     stages = [difference(recorded, engine, batches, how)]
     measure_spread(stages[0], lowered, lambda: iter(fed), how)
-    if manifest.engine != "onnx":
+    if manifest.built:
         stages.append(difference(lowered, engine, batches, how))
     return stages, manifest.tolerances
-
-
-def is_engine(path: Path) -> bool:
-    """Whether a folder says of itself that it is an engine's."""
-    file = path / "manifest.json"
-    return file.is_file() and b'"hdrq-engine"' in file.read_bytes()
 
 
 def _inputs(bundle: Bundle, x: Array | None) -> Array:
@@ -145,15 +140,15 @@ def _exported(path: Path, bundle: Bundle) -> tuple[EngineManifest, golden.Export
 
 
 def _facts(path: Path, manifest: EngineManifest) -> golden.Exported:
-    report = PrecisionReport.read(path / _PRECISION)
-    return golden.Exported.of(path / _MODEL, manifest, report)
+    report = PrecisionReport.read(path)
+    return golden.Exported.of(path / GRAPH, manifest, report)
 
 
 def _engine(path: Path, manifest: EngineManifest) -> Shows:
     engine = load_engine(path)
     if manifest.engine == "ort":
         return golden.EngineTap(
-            golden.file_tap(path / _MODEL, "engine", (), fused=True), lambda x: engine(x)
+            golden.file_tap(path / GRAPH, "engine", (), fused=True), lambda x: engine(x)
         )
     return golden.CallTap("engine", lambda x: engine(x))
 

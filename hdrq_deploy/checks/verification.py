@@ -16,9 +16,10 @@ from ..calibration_data.readers import Wanted, read
 from ..comparison.differences import Stage, check
 from ..errors import CheckFailed, DataError
 from ..formats.bundle import Bundle
-from ..formats.bundle_manifest import Preprocessing, Tolerances
+from ..formats.engine_folder import is_engine
 from ..formats.file_kinds import VERIFY_JSON
-from .stages import compare_engine, compare_stages, is_engine
+from ..formats.records import Preprocessing, Tolerances
+from .stages import compare_engine, compare_stages
 
 __all__ = ["Verification", "verify"]
 
@@ -131,7 +132,7 @@ def _inputs(
         return data
     if not data:
         return None
-    wanted = Wanted.like(preprocessing) if preprocessing else Wanted()
+    wanted = Wanted.like(preprocessing)
     return np.concatenate([read(Path(path), wanted, limit).x for path in data.values()])
 
 

@@ -23,7 +23,7 @@ with importing("hdrq analyze"):
     )
     from ..formats.bundle import Bundle
     from ..formats.file_kinds import ANALYSIS
-    from ..formats.preprocessing import class_count
+    from ..numerics.batches import class_count
     from .common import named, parser, paths_of, progress_bar, seed_number
 
 __all__ = ["arguments", "main"]
@@ -86,7 +86,7 @@ def _labelled(path: str, like: Bundle, limit: int, seed: int) -> tuple[Any, Any]
     if limit < 2:
         raise DataError(f"found --images {limit}; needed 2 or more")
     manifest = like.manifest
-    wanted = Wanted.like(manifest.preprocessing) if manifest.preprocessing else Wanted()
+    wanted = Wanted.like(manifest.preprocessing)
     images = read(path, wanted, limit, seed)
     images = numbered(images, manifest.classes, class_count(like.output_shape()), path)
     if images.y is None:

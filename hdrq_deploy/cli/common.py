@@ -28,18 +28,18 @@ Report = Callable[[int, int, str], None]
 
 def parser(command: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
     """An argument parser with the defaults in its help."""
-    command = Parser(
+    p = Parser(
         prog=command,
         description=text,
         epilog=epilog,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    command.add_argument(
+    p.add_argument(
         "--version",
         action="version",
         version=f"%(prog)s {importlib.metadata.version('hdrq-deploy')}",
     )
-    return command
+    return p
 
 
 @contextmanager

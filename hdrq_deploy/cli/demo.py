@@ -29,6 +29,7 @@ with importing("hdrq demo"):
         write_bytes,
         write_record,
     )
+    from ..formats.engine_folder import PrecisionReport
     from ..formats.file_kinds import (
         BUNDLE,
         DEMO_COMMANDS,
@@ -212,7 +213,7 @@ class _Demo:
         target = self.out / "engines" / f"{name}-merged-rtx"
         flags = [str(self._bundle(name, "merged")), "--engine", "trt-rtx", "-o", str(target)]
         self._call("hdrq-export", export_command.main, flags)
-        summary = json.loads((target / "precision.json").read_text())["summary"]
+        summary = PrecisionReport.read(target).summary
         return f"TensorRT-RTX {version('tensorrt-rtx')}, {name} merged: {summary}"
 
     def _measure(self, engines: dict[str, Path]) -> list[Row]:

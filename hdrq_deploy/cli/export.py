@@ -14,10 +14,10 @@ with importing("hdrq-export"):
 
     from ..checks import verify
     from ..exporters import ENGINES, BuildOptions, GraphOptions, export, parse_shapes
-    from ..exporters.export import MODEL, PLAN, PRECISION, ports
+    from ..exporters.export import ports
     from ..exporters.options import trtexec
     from ..formats.atomic_files import check_outputs, check_scratch
-    from ..formats.bundle_manifest import PrecisionReport
+    from ..formats.engine_folder import GRAPH, PLAN, PrecisionReport
     from ..formats.file_kinds import ENGINE, TIMING_CACHE
     from .common import parser, progress_bar
     from .verify import show as show_verification
@@ -188,11 +188,11 @@ def _export(args: argparse.Namespace) -> int:
             only_graph=args.no_build,
             progress=progress,
         )
-    report = PrecisionReport.read(path / PRECISION)
+    report = PrecisionReport.read(path)
     show(report, args.layers)
     print(f"{path}: {report.summary}")
     if args.print_trtexec and args.engine.startswith("trt"):
-        print(trtexec(args.engine, path / MODEL, path / PLAN, build, ports(path)))
+        print(trtexec(args.engine, path / GRAPH, path / PLAN, build, ports(path)))
     if args.verify:
         verification = verify(args.bundle, path, torch=False)
         show_verification(verification)

@@ -157,8 +157,7 @@ def _images(values: Sequence[str], like: Bundle, limit: int, seed: int) -> dict[
     """Inputs of each domain as the bundles were calibrated for; labels are not looked at."""
     if limit < 2:
         raise MergeError(f"found {limit} images per domain; needed 2 or more")
-    preprocessing = like.manifest.preprocessing
-    wanted = Wanted.like(preprocessing) if preprocessing else Wanted()
+    wanted = Wanted.like(like.manifest.preprocessing)
     return {name: read(path, wanted, limit, seed).x for name, path in named(values).items()}
 
 

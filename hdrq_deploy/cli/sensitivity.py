@@ -29,7 +29,7 @@ with importing("hdrq sensitivity"):
     )
     from ..formats.bundle import Bundle
     from ..formats.file_kinds import SENSITIVITY
-    from ..formats.preprocessing import class_count
+    from ..numerics.batches import class_count
     from ..reports.bench_page import need_matplotlib
     from .common import named, parser, paths_of, progress_bar, seed_number
 
@@ -77,7 +77,7 @@ def _sensitivity(args: argparse.Namespace) -> int:
         )
     bundle = Bundle.open(args.bundle)
     manifest = bundle.manifest
-    wanted = Wanted.like(manifest.preprocessing) if manifest.preprocessing else Wanted()
+    wanted = Wanted.like(manifest.preprocessing)
     shape = bundle.output_shape()
     data = {}
     for name, path in named(args.data).items():

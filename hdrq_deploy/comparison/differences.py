@@ -25,7 +25,9 @@ import onnx
 
 from ..errors import CheckFailed
 from ..formats.bundle import Bundle
-from ..formats.bundle_manifest import Activation, Layer, LayerPrecision, Tolerances
+from ..formats.bundle_manifest import Activation, Layer
+from ..formats.engine_folder import LayerPrecision
+from ..formats.records import Tolerances
 from ..numerics.sqnr import decibels
 from .taps import GraphTap, Ran, Shows
 

@@ -15,11 +15,14 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..errors import CheckFailed
-from ..formats.bundle import WEIGHTS, Bundle, serialize
-from ..formats.bundle_manifest import EngineManifest, PrecisionReport, Preprocessing
-from ..formats.preprocessing import in_batches, pixels
+from ..formats.bundle import WEIGHTS, Bundle
+from ..formats.engine_folder import EngineManifest, PrecisionReport
+from ..formats.preprocessing import to_frames, to_input
+from ..formats.records import Preprocessing
+from ..formats.safetensors_layout import serialize
 from ..graph.qdq import distinct_names, free_operand, quantize_only
 from ..graph.reference_session import open_session, session_options
+from ..numerics.batches import in_batches
 from .differences import (
     EXACT,
     HALF,
@@ -59,28 +62,17 @@ def inputs(bundle: Bundle) -> tuple[Array, str]:
     found = bundle.golden()
     if found:
         return found["input"], "golden inputs"
-    manifest = bundle.manifest
-    x = np.random.default_rng(0).random((2, *manifest.input_shape), dtype=np.float32)
-    p = manifest.preprocessing
+    shape = bundle.manifest.input_shape
+    x = np.random.default_rng(0).random((2, *shape), dtype=np.float32)
+    p = bundle.manifest.preprocessing
     if p is not None:
-        x = _normalised(np.rint(x * 255), p)
+        x = to_input(np.moveaxis(np.rint(x * 255), 1, -1), p)
     return x, "drawn inputs, for the bundle holds no golden ones"
 
 
 def from_pixels(x: Array, preprocessing: Preprocessing | None) -> Array:
     """Network inputs as an engine that takes frames makes them: of 8 bits a value."""
-    frames = pixels(x, preprocessing).transpose(0, 3, 1, 2).astype(np.float32)
-    if preprocessing is None:
-        return frames / np.float32(255)
-    return _normalised(frames, preprocessing)
-
-
-def _normalised(frames: Array, p: Preprocessing) -> Array:
-    """Values 0 to 255 (N, C, H, W) as the readers normalise them."""
-    side = (1, -1, 1, 1)
-    mean, std = (np.array(v, np.float32).reshape(side) for v in (p.mean, p.std))
-    result: Array = np.ascontiguousarray((frames.astype(np.float32) / np.float32(255) - mean) / std)
-    return result
+    return to_input(to_frames(x, preprocessing), preprocessing)
 
 
 def bundle_tap(
@@ -262,7 +254,7 @@ class Comparison:
         x = from_pixels(x, p) if exported.frames else x
         size = exported.batch or at_once or rows_at_once(bundle.manifest.input_shape)
         self._rows = list(in_batches(whole_batches(x, exported.batch), size))
-        self.fed = [pixels(rows, p) for rows in self._rows] if exported.frames else self._rows
+        self.fed = [to_frames(rows, p) for rows in self._rows] if exported.frames else self._rows
         self.input = np.concatenate(self._rows)[: self._count]
         self.reference = bundle_tap(bundle, exported.requested, exported.postprocess, tensors)
 

@@ -102,7 +102,7 @@ class FolderKind:
     """
 
     kind: str
-    marker: str = "manifest.json"
+    marker: str
     before: tuple[str, ...] = ()
     keys: frozenset[str] = frozenset()
     more: str = r"(?!)"

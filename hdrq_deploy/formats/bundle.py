@@ -9,14 +9,10 @@ what the graph made of them: enough to check a machine without any data set.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,31 +22,21 @@ import onnx
 import safetensors.numpy
 
 from ..errors import BundleError
-from ..numerics.int4 import pack_int4, unpack_int4
+from ..numerics.int4 import unpack_int4
 from . import onnx_file
 from .atomic_files import check_output, new_directory, sha256_bytes, sha256_file, write_bytes
-from .bundle_manifest import FileRecord, Manifest, Tensor
+from .bundle_manifest import Manifest
 from .file_kinds import BUNDLE
+from .golden_inputs import GOLDEN, read_golden
+from .records import GRAPH, MANIFEST, FileRecord
+from .safetensors_layout import Span, read_header, serialize, stored
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = [
-    "GOLDEN",
-    "GRAPH",
-    "MANIFEST",
-    "WEIGHTS",
-    "Bundle",
-    "Span",
-    "read_golden",
-    "read_header",
-]
+__all__ = ["GOLDEN", "GRAPH", "MANIFEST", "WEIGHTS", "Bundle"]
 
-GRAPH = "model.onnx"
 WEIGHTS = "weights.safetensors"
-MANIFEST = "manifest.json"
-GOLDEN = "golden.safetensors"
-GOLDEN_IMAGES = 2
 
 _STORED = {"float32": "F32", "int8": "I8", "int4": "U8", "int64": "I64", "bool": "BOOL"}
 _ONNX = {
@@ -62,99 +48,6 @@ _ONNX = {
 }
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Where one tensor lies in a safetensors file: dtype tag, shape, byte offset and length."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    length: int
-
-
-# Bytes of one element; formats of less than a byte are not read here.
-_SIZES = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
-}
-# As in the reference implementation.
-_LONGEST_HEADER = 100_000_000
-
-
-def read_header(path: Path) -> dict[str, Span]:
-    """Tensors of a safetensors file with offsets from the start of the file.
-
-    Dtypes, shapes and offsets fit each other and the file: the tensors cover its data, each
-    byte once.
-
-    Raises:
-        BundleError: The file is missing, truncated or not safetensors.
-
-    Source:
-        github.com/huggingface/safetensors, section Format
-    """
-    try:
-        if not path.is_file():
-            raise ValueError("no file")
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(size - 8, _LONGEST_HEADER):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length), object_pairs_hook=_each_once)
-        if not isinstance(header, dict):
-            raise ValueError("a header that is no object")
-        _check_metadata(header.pop("__metadata__", {}))
-        spans = {name: _span(name, entry, 8 + length) for name, entry in header.items()}
-        end = 8 + length
-        for name, span in sorted(spans.items(), key=lambda item: (item[1].offset, item[1].length)):
-            if span.offset != end:
-                raise ValueError(f"{name!r} at byte {span.offset}, the one before ends at {end}")
-            end += span.length
-        if end != size:
-            raise ValueError(f"tensors that end at byte {end} of a file of {size}")
-    except (OSError, ValueError, RecursionError, struct.error) as error:
-        raise BundleError(
-            f"{path}: cannot be read as safetensors ({error}); copy or make the file again"
-        ) from error
-    return spans
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose names are all different, and can be written down."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name that is there twice")
-    "".join(found).encode()
-    return found
-
-
-def _check_metadata(found: Any) -> None:
-    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
-        raise ValueError("metadata that are no texts")
-
-
-def _span(name: str, entry: Any, start: int) -> Span:
-    """One entry of a header; ``start`` is the first byte of the data."""
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name!r} without dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    whole = all(
-        isinstance(part, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in part)
-        for part in (shape, offsets)
-    )
-    if not whole or len(offsets) != 2 or str(dtype) not in _SIZES:
-        raise ValueError(
-            f"{name!r} of dtype {str(dtype)[:40]!r}, or a shape or offsets that are none"
-        )
-    length = offsets[1] - offsets[0]
-    if length != math.prod(shape) * _SIZES[dtype]:
-        raise ValueError(f"{name!r} of {length} bytes for {dtype} {tuple(shape)}")
-    return Span(dtype, tuple(shape), start + offsets[0], length)
 
 
 class Bundle:
@@ -266,7 +159,7 @@ class Bundle:
                 file.truncate(like.manifest.files[WEIGHTS].bytes)
 
                 def put(name: str, value: Array) -> None:
-                    data = _stored(value, entries[name]).tobytes()
+                    data = stored(value, entries[name]).tobytes()
                     assert len(data) == spans[name].length
                     os.pwrite(file.fileno(), data, spans[name].offset)
 
@@ -375,18 +268,18 @@ class Bundle:
         spans = read_header(self.path / WEIGHTS)
         self._check_same(set(spans), set(self.manifest.tensors), WEIGHTS)
         for name, entry in self.manifest.tensors.items():
-            stored = ((int(np.prod(entry.shape)) + 1) // 2,) if entry.packed else entry.shape
+            shape = ((int(np.prod(entry.shape)) + 1) // 2,) if entry.packed else entry.shape
             found = (spans[name].dtype, spans[name].shape)
-            if found != (_STORED.get(entry.dtype), stored):
+            if found != (_STORED.get(entry.dtype), shape):
                 raise self._error(
-                    WEIGHTS, f"{name} is {found[0]} {found[1]}, manifest {entry.dtype} {stored}"
+                    WEIGHTS, f"{name} is {found[0]} {found[1]}, manifest {entry.dtype} {shape}"
                 )
         self._check_graph(spans)
         self._check_scales()
 
-    def _unpack(self, name: str, stored: Array) -> Array:
+    def _unpack(self, name: str, value: Array) -> Array:
         entry = self.manifest.tensors[name]
-        return unpack_int4(stored, entry.shape) if entry.packed else stored
+        return unpack_int4(value, entry.shape) if entry.packed else value
 
     def _error(self, file: str, problem: str) -> BundleError:
         return BundleError(
@@ -470,58 +363,3 @@ def _check_quantizers(model: onnx.ModelProto) -> None:
             raise ValueError(f"{node.name} has no {what}")
         if quantizes:
             quantized.add(node.output[0])
-
-
-def read_golden(path: Path) -> dict[str, Array]:
-    """Golden inputs, and outputs where they are known.
-
-    Raises:
-        BundleError: The file cannot be read, or holds no inputs, or none for each output.
-    """
-    wrong = {
-        name: span
-        for name, span in read_header(path).items()
-        if span.dtype not in {"F32", "I64", "I32"} or not span.shape or not math.prod(span.shape)
-    }
-    if wrong:
-        name, span = next(iter(wrong.items()))
-        raise BundleError(
-            f"{path}: found {name} of {span.dtype} {span.shape}; needed float32 inputs and "
-            "outputs: make the file again"
-        )
-    try:
-        golden: dict[str, Array] = safetensors.numpy.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise BundleError(f"{path}: cannot be read ({error}); copy or make it again") from error
-    counts = {len(values) for values in golden.values()}
-    if "input" not in golden or len(counts) > 1 or golden["input"].dtype != np.float32:
-        raise BundleError(
-            f"{path}: found {', '.join(golden) or 'nothing'}; needed float32 input and as many "
-            "outputs: make the file again"
-        )
-    if not all(np.isfinite(values).all() for values in golden.values()):
-        raise BundleError(f"{path}: found NaN or infinity; needed finite values: make it again")
-    return golden
-
-
-def serialize(tensors: Mapping[str, Array], entries: Mapping[str, Tensor]) -> bytes:
-    """The bytes of ``weights.safetensors``; same names, dtypes and shapes, same layout."""
-    stored = {name: _stored(tensors[name], entry) for name, entry in entries.items()}
-    return safetensors.numpy.save(stored)
-
-
-def _stored(value: Array, entry: Tensor) -> Array:
-    """A tensor as it lies in the weights file."""
-    array = np.ascontiguousarray(value).reshape(entry.shape)
-    if entry.packed:
-        return pack_int4(array)
-    return array.astype(entry.dtype, copy=False)
-
-
-def layout(
-    tensors: Mapping[str, Array], entries: Mapping[str, Tensor], folder: Path
-) -> dict[str, Span]:
-    """Where each tensor will lie in the weights file; ``folder`` is for scratch."""
-    path = folder / WEIGHTS
-    path.write_bytes(serialize(tensors, entries))
-    return read_header(path)

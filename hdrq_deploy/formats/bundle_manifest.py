@@ -4,70 +4,31 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from ..errors import BundleError, EngineError, HdrqError
+from ..errors import BundleError, HdrqError
 from ..numerics.spec import QuantSpec
+from .records import (
+    MOST_ELEMENTS,
+    SCHEMA,
+    Files,
+    Frozen,
+    Preprocessing,
+    Scheme,
+    Share,
+    Tolerances,
+)
 
-__all__ = [
-    "LARGEST_SIDE",
-    "SCHEMA",
-    "Activation",
-    "EngineManifest",
-    "FileRecord",
-    "FoldRecord",
-    "Layer",
-    "LayerPrecision",
-    "Manifest",
-    "ParentRecord",
-    "Port",
-    "PrecisionReport",
-    "Preprocessing",
-    "Scheme",
-    "Tensor",
-    "Tolerances",
-    "weight_name",
-]
-
-SCHEMA: Literal[1] = 1
+__all__ = ["Activation", "FoldRecord", "Layer", "Manifest", "ParentRecord", "Tensor", "weight_name"]
 
 Role = Literal[
     "codes", "scale", "activation_scale", "float", "bn_mean", "bn_var", "constant", "raw_scale"
 ]
 
 
-# Beyond these a field is no mistake but an attack: sides of an input, elements of a tensor.
-LARGEST_SIDE, _MOST_ELEMENTS = 1 << 15, 1 << 40
-
-
-Share = Annotated[float, Field(ge=0)]
-Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class FileRecord(_Frozen):
-    """Size and hash of one file of the bundle."""
-
-    bytes: int
-    sha256: str
-
-
-def _in_folder(name: str) -> str:
-    if not name or name.startswith(".") or set(name) & set("/\\\0") or len(name) > 255:
-        raise ValueError("a file's name without folders is needed")
-    return name
-
-
-Files = dict[Annotated[str, AfterValidator(_in_folder)], FileRecord]
-
-
-class Tensor(_Frozen):
+class Tensor(Frozen):
     """One tensor of ``weights.safetensors``.
 
     ``shape`` is that of the codes; 4-bit codes are stored packed, as uint8 of half the
@@ -85,7 +46,7 @@ class Tensor(_Frozen):
 
     @model_validator(mode="after")
     def _whole(self) -> Tensor:
-        if any(side < 0 for side in self.shape) or math.prod(self.shape) > _MOST_ELEMENTS:
+        if any(side < 0 for side in self.shape) or math.prod(self.shape) > MOST_ELEMENTS:
             raise ValueError(f"found a tensor of shape {self.shape}")
         if self.axis is not None and not 0 <= self.axis < len(self.shape):
             raise ValueError(f"found axis {self.axis} of a tensor of shape {self.shape}")
@@ -125,7 +86,7 @@ def weight_name(codes: str) -> str:
     return re.sub(r"_codes(_\d+)?$", "", codes)
 
 
-class FoldRecord(_Frozen):
+class FoldRecord(Frozen):
     """A BatchNorm carried by the steps of one weight (``hdrq_deploy.numerics.batchnorm_fold``).
 
     All fields but ``eps`` name tensors. ``scale`` and ``bias`` are what the graph reads; they
@@ -149,7 +110,7 @@ class FoldRecord(_Frozen):
         return tuple(name for name in names if name is not None)
 
 
-class Activation(_Frozen):
+class Activation(Frozen):
     """One quantized activation: where it is, its codes, the tensor with its step."""
 
     scale: str
@@ -159,7 +120,7 @@ class Activation(_Frozen):
     hi: int
 
 
-class Layer(_Frozen):
+class Layer(Frozen):
     """One convolution, linear or matrix product and what was asked of it.
 
     ``node`` is its ONNX node; ``requested`` is ``int8`` when all its operands are codes,
@@ -177,41 +138,7 @@ class Layer(_Frozen):
     reason: str = ""
 
 
-class Scheme(_Frozen):
-    """What two bundles must share to be merged, beside the graph."""
-
-    grid: str | None
-    wbits: int | None
-    abits: int | None
-    per_channel: bool
-    fold: str
-
-
-class Preprocessing(_Frozen):
-    """From an image file to the network's input: resize, scale to [0, 1], (x - mean) / std.
-
-    With ``resize`` an image is brought to that (height, width), the input cut out of its middle.
-    """
-
-    height: Side
-    width: Side
-    channels: Side
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    colour: Literal["RGB", "L"] = "RGB"
-    layout: Literal["NCHW"] = "NCHW"
-    resize: tuple[Side, Side] | None = None
-
-    @model_validator(mode="after")
-    def _whole(self) -> Preprocessing:
-        if not len(self.mean) == len(self.std) == self.channels or min(self.std) <= 0:
-            raise ValueError(
-                f"found mean {self.mean[:4]} and std {self.std[:4]} for {self.channels} channels"
-            )
-        return self
-
-
-class ParentRecord(_Frozen):
+class ParentRecord(Frozen):
     """A bundle that was merged into this one."""
 
     manifest_sha256: str
@@ -219,25 +146,7 @@ class ParentRecord(_Frozen):
     weight: float
 
 
-class Tolerances(_Frozen):
-    """How far stages may be apart before a check fails.
-
-    Attributes:
-        decision_flips: Share of the decisions that may differ (0 to 1), over 100 images or more.
-        output_rms: RMS of the outputs' difference over RMS of the outputs. More than 0.05
-            counts only where ``measured`` says how it was found.
-        spread: What flipping one in a hundred codes of the first quantizer did to the output,
-            in the same measure, where it was calibrated; None where that was not measured.
-        measured: How ``output_rms`` was found, where a kernel cannot do better.
-    """
-
-    decision_flips: float = 0.02
-    output_rms: float = 0.05
-    spread: float | None = None
-    measured: str = ""
-
-
-class Manifest(_Frozen):
+class Manifest(Frozen):
     """Everything a bundle says of itself. The JSON schema is ``Manifest.model_json_schema()``."""
 
     schema_version: Literal[1] = SCHEMA
@@ -266,7 +175,7 @@ class Manifest(_Frozen):
 
     @model_validator(mode="after")
     def _whole(self) -> Manifest:
-        if math.prod(self.input_shape) > _MOST_ELEMENTS:
+        if math.prod(self.input_shape) > MOST_ELEMENTS:
             raise ValueError(f"found inputs of shape {self.input_shape}")
         for name, entry in self.tensors.items():
             if entry.role == "codes":
@@ -324,99 +233,3 @@ class Manifest(_Frozen):
                 f"{origin}: found a manifest that does not fit schema {SCHEMA} at {where} "
                 f"({first['msg'].lower()}); make the bundle again with this version"
             ) from error
-
-
-class Port(_Frozen):
-    """An input or output of an engine; a str dimension is free."""
-
-    name: str
-    shape: Annotated[tuple[Annotated[int, Field(ge=1)] | str, ...], Field(min_length=1)]
-    dtype: str
-    layout: str = ""
-
-    @model_validator(mode="after")
-    def _whole(self) -> Port:
-        if math.prod(side for side in self.shape if isinstance(side, int)) > _MOST_ELEMENTS:
-            raise ValueError(f"found a port of shape {self.shape}")
-        return self
-
-
-class LayerPrecision(_Frozen):
-    """What was asked of one layer and what the engine executes.
-
-    ``executed`` is None where nothing was built that could execute it (portable ONNX), else
-    ``int8``, ``int4`` (real activations, 4-bit weights), a float type, or ``unknown``.
-    ``evidence`` names the engine's own node or layer. ``weight_bytes`` is the weight's size
-    in the lowered graph.
-    """
-
-    node: str
-    op: str
-    module: str
-    weight_bits: int | None
-    requested: str
-    executed: str | None
-    evidence: str
-    reason: str = ""
-    weight_bytes: int = 0
-
-
-class PrecisionReport(_Frozen):
-    """``precision.json`` of an engine folder."""
-
-    schema_version: Literal[1] = 1
-    engine: str
-    source: str
-    summary: str
-    layers: tuple[LayerPrecision, ...]
-
-    @classmethod
-    def read(cls, file: Path) -> PrecisionReport:
-        """``precision.json`` as an export wrote it.
-
-        Raises:
-            EngineError: It is none.
-        """
-        try:
-            return cls.model_validate_json(file.read_bytes())
-        except (OSError, ValidationError) as error:
-            text = " ".join(str(error).split())[:200]
-            raise EngineError(
-                f"{file}: not what an export says of its layers ({text}); export again with --force"
-            ) from error
-
-    @property
-    def lost(self) -> tuple[LayerPrecision, ...]:
-        """Layers asked for in INT8 or INT4 that the engine runs otherwise."""
-        return tuple(
-            layer
-            for layer in self.layers
-            if layer.requested != "float32" and layer.executed not in {None, layer.requested}
-        )
-
-
-class EngineManifest(_Frozen):
-    """``manifest.json`` of an engine folder: what a runtime needs beside the engine.
-
-    ``options`` is everything the engine depends on, ``build`` what its building took.
-    """
-
-    schema_version: Literal[1] = SCHEMA
-    kind: Literal["hdrq-engine"] = "hdrq-engine"
-    engine: str
-    model: str
-    method: str
-    domains: dict[str, float]
-    scheme: Scheme
-    bundle_sha256: str
-    inputs: Annotated[tuple[Port, ...], Field(min_length=1)]
-    outputs: Annotated[tuple[Port, ...], Field(min_length=1)]
-    preprocessing: Preprocessing | None
-    classes: tuple[str, ...] | None
-    precision: str
-    postprocess: Literal["none", "softmax", "argmax"] = "none"
-    options: dict[str, Any] = Field(default_factory=dict)
-    build: dict[str, Any] = Field(default_factory=dict)
-    tolerances: Tolerances = Tolerances()
-    versions: dict[str, str] = Field(default_factory=dict)
-    files: Files = Field(default_factory=dict)

@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelError
-from .bundle import read_header
+from .records import MANIFEST
+from .safetensors_layout import read_header
 
 __all__ = [
     "FLOATS",
@@ -105,7 +106,7 @@ class Checkpoint:
 def is_checkpoint(path: Path) -> bool:
     """Whether ``path`` looks like a checkpoint, and not like a bundle."""
     if path.is_dir():
-        return not (path / "manifest.json").exists() and any(path.glob("*_F*.pt"))
+        return not (path / MANIFEST).exists() and any(path.glob("*_F*.pt"))
     return path.suffix.lower() in _SUFFIXES or (path.is_file() and path.suffix != ".hdrq")
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from .atomic_files import FileKind, FolderKind, read_json
+from .records import MANIFEST
+from .safetensors_layout import read_metadata
 
 __all__ = [
     "ADAPTED",
@@ -45,15 +46,13 @@ __all__ = [
     "TRAINED",
     "VERIFY_JSON",
     "generator",
-    "with_metadata",
 ]
 
 _HEAD = 4096
-_LONGEST_HEADER = 100_000_000
 PICTURE_MARK = ("Software", "hdrq-deploy")
 
-BUNDLE = FolderKind("hdrq-bundle")
-ENGINE = FolderKind("hdrq-engine")
+BUNDLE = FolderKind("hdrq-bundle", MANIFEST)
+ENGINE = FolderKind("hdrq-engine", MANIFEST)
 ANALYSIS = FolderKind("hdrq-analysis", "report.json", before=("report.html",))
 SENSITIVITY = FolderKind("hdrq-sensitivity", "sensitivity.json", before=("sensitivity.svg",))
 EMITTED = {
@@ -115,45 +114,12 @@ def _checkpoint_kind(key: str, name: str) -> FileKind:
 
     def is_ours(path: Path) -> bool:
         try:
-            notes = json.loads(_metadata(path).get(key, "null"))
+            notes = json.loads(read_metadata(path).get(key, "null"))
         except (ValueError, TypeError):
             return False
         return isinstance(notes, dict) and "method" in notes
 
     return FileKind(name, is_ours)
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    """Metadata of a safetensors file; nothing where it is none."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-            return {}
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError):
-            return {}
-    found = header.get("__metadata__") if isinstance(header, dict) else None
-    return found if isinstance(found, dict) else {}
-
-
-def with_metadata(start: bytes, key: str, notes: dict[str, Any]) -> bytes:
-    """Length and header of a safetensors file, with our notes in its metadata.
-
-    Args:
-        start: The first bytes of a file, up to its data.
-        key: ``merged`` or ``adapted``; notes of the other kind are taken out.
-        notes: Plain data for JSON; ``method`` is one of the keys.
-    """
-    header = json.loads(start[8:])
-    old = header.pop("__metadata__", None) or {}
-    kept = {name: text for name, text in old.items() if name not in {"merged", "adapted"}}
-    metadata = dict(sorted({**kept, key: json.dumps(notes)}.items()))
-    text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
-    return struct.pack("<Q", len(text)) + text
 
 
 def _is_adapting(path: Path) -> bool:

@@ -1,62 +1,99 @@
-"""Images on their way into a network or engine, and decisions on their way out."""
+"""From the pixels of an image to the network's input, and back: the one arithmetic of all readers.
+
+Whoever computes it otherwise (a graph that takes frames, a server's settings) gets its constants
+here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from .bundle_manifest import EngineManifest, Preprocessing
+if TYPE_CHECKING:
+    from .engine_folder import EngineManifest
 
-__all__ = ["class_count", "decides", "decisions", "feed", "in_batches", "pixels"]
+__all__ = [
+    "Normalisation",
+    "as_constants",
+    "as_factor_and_offsets",
+    "feed",
+    "to_frames",
+    "to_input",
+]
 
 Array = npt.NDArray[Any]
+
+
+class Normalisation(Protocol):
+    """What has a mean and a standard deviation per channel, in units of [0, 1]."""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of every channel."""
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of every channel."""
+
+
+def as_constants(p: Normalisation | None) -> list[tuple[str, str, Array]]:
+    """The arithmetic as operators on planes (N, C, H, W) of float32 values 0 to 255, in order.
+
+    Args:
+        p: Normalisation; None scales to [0, 1] alone.
+
+    Returns:
+        ONNX operator (Div or Sub), a label, and its second operand: a scalar, or (1, C, 1, 1).
+        What changes nothing is left out.
+    """
+    steps: list[tuple[str, str, Array]] = [("Div", "unit", np.array(255, np.float32))]
+    if p is None:
+        return steps
+    mean, std = (np.array(v, np.float32).reshape(1, -1, 1, 1) for v in (p.mean, p.std))
+    if mean.any():
+        steps.append(("Sub", "centred", mean))
+    if (std != 1).any():
+        steps.append(("Div", "scaled", std))
+    return steps
+
+
+def as_factor_and_offsets(p: Normalisation) -> tuple[float, list[float]]:
+    """The arithmetic as ``factor * (pixel - offset)``, with one factor for all channels.
+
+    Where the standard deviations differ the factor is that of their geometric mean.
+    """
+    std = float(np.exp(np.log(np.array(p.std, np.float64)).mean()))
+    return 1 / (255 * std), [255 * mean for mean in p.mean]
+
+
+def to_input(frames: Array, p: Normalisation | None) -> npt.NDArray[np.float32]:
+    """Network inputs of frames at the network's size.
+
+    Args:
+        frames: (N, H, W, C) or (H, W, C), values 0 to 255 of uint8 or float32.
+        p: Normalisation; None scales to [0, 1] alone.
+
+    Returns:
+        (N, C, H, W) or (C, H, W) float32, ``(frames / 255 - mean) / std``.
+    """
+    x = np.array(np.moveaxis(frames, -1, -3), np.float32, order="C")
+    for op, _, value in as_constants(p):
+        operand = value[0] if value.ndim > x.ndim else value
+        (np.divide if op == "Div" else np.subtract)(x, operand, out=x)
+    return x
+
+
+def to_frames(x: Array, p: Normalisation | None) -> npt.NDArray[np.uint8]:
+    """The frames (N, H, W, C) that inputs (N, C, H, W) were made from."""
+    side = (1, -1, 1, 1)
+    mean, std = (np.array(v, np.float32).reshape(side) for v in ((p.mean, p.std) if p else (0, 1)))
+    frames = np.rint((x * std + mean) * 255).clip(0, 255).astype(np.uint8)
+    return np.ascontiguousarray(frames.transpose(0, 2, 3, 1))
 
 
 def feed(x: Array, manifest: EngineManifest) -> Array:
     """Inputs of the network as an engine takes them: normalised, or as the frames they were."""
     (port,) = manifest.inputs
-    if port.dtype != "uint8":
-        return x
-    return pixels(x, manifest.preprocessing)
-
-
-def pixels(x: Array, preprocessing: Preprocessing | None) -> Array:
-    """The frames (N, H, W, C) uint8 that inputs (N, C, H, W) were made from."""
-    side = (1, -1, 1, 1)
-    p = preprocessing
-    mean = np.array(p.mean if p else 0, np.float32).reshape(side)
-    std = np.array(p.std if p else 1, np.float32).reshape(side)
-    frames: Array = np.rint((x * std + mean) * 255).clip(0, 255).astype(np.uint8)
-    return np.ascontiguousarray(frames.transpose(0, 2, 3, 1))
-
-
-def in_batches(x: Array, size: int) -> Iterator[Array]:
-    """Rows of ``x``, ``size`` at a time."""
-    for first in range(0, len(x), size):
-        yield x[first : first + size]
-
-
-def decides(output: Array) -> bool:
-    """Whether an output tells classes apart: labels, or scores of two classes or more on axis 1.
-
-    Labels are (N,) or (N, h, w) integers, scores (N, classes) or (N, classes, h, w) floats.
-    """
-    if output.dtype.kind in "iu":
-        return output.ndim in {1, 3}
-    return class_count(output.shape) is not None
-
-
-def class_count(shape: Sequence[int | str]) -> int | None:
-    """How many classes scores of this shape tell apart; None where it is no shape of scores."""
-    if len(shape) not in {2, 4} or not isinstance(shape[1], int) or shape[1] < 2:
-        return None
-    return shape[1]
-
-
-def decisions(output: Array) -> Array:
-    """Class of every position: the highest score on axis 1, or what an argmax engine says."""
-    result: Array = output if output.dtype.kind in "iu" else output.argmax(1)
-    return result
+    return to_frames(x, manifest.preprocessing) if port.dtype == "uint8" else x

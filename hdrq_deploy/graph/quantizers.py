@@ -14,11 +14,11 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedN
 
 from ..errors import ExportError
 from ..formats.bundle import Bundle
+from ..formats.engine_folder import DATA
 from .qdq import distinct_names
 
 __all__ = ["Quantizer", "load", "quantizers", "save"]
 
-DATA = "model.onnx.data"
 # Shapes and zero points stay in the file; ONNX Runtime cannot read int64 shapes from outside.
 _INLINE_BYTES = 1024
 

@@ -21,8 +21,9 @@ from ..comparison.golden import check_merge
 from ..errors import MergeError
 from ..formats.atomic_files import check_output
 from ..formats.bundle import Bundle
-from ..formats.bundle_manifest import Manifest, ParentRecord, Tolerances
+from ..formats.bundle_manifest import Manifest, ParentRecord
 from ..formats.file_kinds import BUNDLE
+from ..formats.records import Tolerances
 from ..graph.biases import bias_sites, fitted, shifts
 from ..numerics.batchnorm_fold import graph_tensors
 from ..numerics.quantization import along, dequantize

@@ -29,7 +29,8 @@ import numpy.typing as npt
 from ..errors import MergeError
 from ..formats.atomic_files import check_output, replaced
 from ..formats.checkpoints import FLOATS, Checkpoint, Stored, from_float32, open_checkpoint
-from ..formats.file_kinds import MERGED, with_metadata
+from ..formats.file_kinds import MERGED
+from ..formats.safetensors_layout import with_metadata
 from .bundles import check_different, check_mix, matched_variance, weighted_mean
 
 __all__ = ["CHECKPOINT_METHODS", "merge_checkpoints"]

@@ -20,11 +20,12 @@ import onnx_ir as ir
 
 from ..comparison.golden import check_merge
 from ..errors import DataError, MergeError
-from ..formats.bundle import GRAPH, WEIGHTS, Bundle, serialize
-from ..formats.preprocessing import in_batches
+from ..formats.bundle import GRAPH, WEIGHTS, Bundle
+from ..formats.safetensors_layout import serialize
 from ..graph import reference_session
 from ..graph.biases import bias_sites, fitted, shifts
 from ..graph.qdq import chain, serialized
+from ..numerics.batches import in_batches
 from ..numerics.batchnorm_fold import SMALLEST_GAIN, gain, graph_tensors
 from ..numerics.quantization import search_scale
 from ..numerics.spec import QuantSpec

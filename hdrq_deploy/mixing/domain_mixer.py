@@ -30,7 +30,7 @@ from ..exporters import GraphOptions, export
 from ..exporters.export import lowered, port_of
 from ..exporters.options import BuildOptions
 from ..formats.bundle import Bundle
-from ..formats.bundle_manifest import Port
+from ..formats.engine_folder import Port
 from ..graph.qdq import serialized
 from ..graph.reference_session import session_options, session_threads
 from ..merging import Merger, choose_weights

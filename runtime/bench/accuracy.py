@@ -14,9 +14,10 @@ from ...calibration_data.readers.folder import ImageSet
 from ...calibration_data.readers.street_scenes import IGNORE, Scenes
 from ...errors import DataError
 from ...formats.bench_result import Accuracy, harmonic_mean
-from ...formats.bundle import GOLDEN, read_golden
-from ...formats.bundle_manifest import EngineManifest
-from ...formats.preprocessing import class_count, decides, decisions, feed
+from ...formats.engine_folder import EngineManifest
+from ...formats.golden_inputs import GOLDEN, read_golden
+from ...formats.preprocessing import feed
+from ...numerics.batches import class_count, decides, decisions
 from ..engine import Engine, dtype_of
 from ..predictions import enlarge, softmax
 

@@ -17,9 +17,9 @@ from ...calibration_data.readers.folder import Wanted, numbered, read
 from ...calibration_data.readers.street_scenes import find_scenes, is_scenes
 from ...errors import DataError
 from ...formats.bench_result import Accuracy, BenchResult, Energy, Latency, harmonic_mean
-from ...formats.bundle_manifest import EngineManifest
+from ...formats.engine_folder import GOLDEN, GRAPH, PRECISION, EngineManifest, read_manifest
 from ...formats.preprocessing import feed
-from ..engine import Engine, load_engine, open_engine, read_manifest
+from ..engine import Engine, load_engine, open_engine
 from .accuracy import Labelled, accuracy, classes_of, window_of
 from .energy import find_meters, measure_energy
 from .environment import Watch, environment
@@ -41,7 +41,7 @@ __all__ = [
 Array = npt.NDArray[Any]
 Paths = Sequence[str | os.PathLike[str]]
 # Files of an engine folder that running it does not take.
-_NOT_NEEDED = {"precision.json", "golden.safetensors"}
+_NOT_NEEDED = {PRECISION, GOLDEN}
 _PHASE_CALLS = 100
 
 
@@ -292,7 +292,7 @@ def _take_turns(subjects: Sequence[_Subject], plan: Plan) -> None:
     for turn in range(rounds):
         for i in range(len(subjects)):
             subject = subjects[(turn + i) % len(subjects)]
-            quiet = subject.how.threads == 1 or subject.manifest.engine not in {"ort", "onnx"}
+            quiet = subject.how.threads == 1 or subject.manifest.runs != GRAPH
             subject.measure(queries, duration, keep=(quiet or alone) and turn + 1 < rounds)
 
 
@@ -354,8 +354,7 @@ def labelled(
             raise DataError(f"{where}: --skip-corrupt is for image folders; mend the scenes")
         scenes = replace(find_scenes(where, split), size=image_size)
         return replace(scenes, mean=p.mean, std=p.std, channels=p.channels) if p else scenes
-    wanted = Wanted.like(p) if p else Wanted()
-    images = read(where, wanted, skip_corrupt=skip_corrupt)
+    images = read(where, Wanted.like(p), skip_corrupt=skip_corrupt)
     images = numbered(images, manifest.classes, count, where)
     if images.y is None:
         raise DataError(

@@ -14,9 +14,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from ...calibration_data.readers.street_scenes import CITYSCAPES, IGNORE, PALETTE
 from ...formats.atomic_files import write_bytes
-from ...formats.bundle_manifest import EngineManifest
+from ...formats.engine_folder import EngineManifest
 from ...formats.file_kinds import PICTURE, PICTURE_MARK
-from ...formats.preprocessing import pixels
+from ...formats.preprocessing import to_frames
 
 __all__ = ["PICTURES", "Pictures", "in_colours", "palette", "picture_names", "write_picture"]
 
@@ -45,7 +45,7 @@ def in_colours(
 
     What was found where nothing was asked (IGNORE) is black, as the labels are there.
     """
-    (frame,) = pixels(x[None], manifest.preprocessing)
+    (frame,) = to_frames(x[None], manifest.preprocessing)
     if frame.shape[2] == 1:
         frame = np.repeat(frame, 3, 2)
     # (N, classes, h, w); an engine of labels has no such dimension.

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ...errors import DataError
 from ...formats.bench_result import Latency, Scenario, Speedup
-from ...formats.preprocessing import decides
+from ...numerics.batches import decides
 from ..engine import Engine, Feeds, Pending
 
 __all__ = ["Plan", "latency", "measure", "overhead_us", "phases", "run_offline", "speedup"]

@@ -13,9 +13,9 @@ import numpy as np
 
 from ...errors import ExportError
 from ...formats.atomic_files import check_output, new_directory, write_record
-from ...formats.bundle_manifest import EngineManifest, Port
+from ...formats.engine_folder import GRAPH, PLAN, EngineManifest, Port, read_manifest
 from ...formats.file_kinds import EMITTED
-from ..engine import read_manifest
+from ...formats.preprocessing import as_factor_and_offsets
 
 __all__ = ["TARGETS", "deepstream_files", "emit", "ros2_files", "triton_files"]
 
@@ -87,7 +87,7 @@ def triton_files(
         )
     fixed = isinstance(manifest.inputs[0].shape[0], int)
     largest = 0 if fixed else max_batch or _largest_batch(manifest)
-    file = "model.plan" if plan else "model.onnx"
+    file = PLAN if plan else GRAPH
     lines = [f'name: "{name}"']
     lines += ['platform: "tensorrt_plan"'] if plan else ['backend: "onnxruntime"']
     lines += [f"max_batch_size: {largest}", f'default_model_filename: "{file}"']
@@ -115,7 +115,7 @@ def triton_files(
     texts = {f"{name}/config.pbtxt": "\n".join(lines) + "\n"}
     if labels:
         texts[f"{name}/labels.txt"] = "\n".join(manifest.classes or ()) + "\n"
-    parts = [file] if plan else [n for n in manifest.files if n.startswith("model.onnx")]
+    parts = [file] if plan else [n for n in manifest.files if n.startswith(GRAPH)]
     return texts, {f"{name}/1/{part}": folder / part for part in parts}
 
 
@@ -191,9 +191,9 @@ def deepstream_files(
             f"{folder}: found std {' '.join(f'{s:g}' for s in p.std)}; nvinfer has one factor for "
             "all channels: calibrate with one --std, or pass --approximate"
         )
-    factor = 1 / (255 * float(np.exp(np.log(std).mean())))
+    factor, offsets = as_factor_and_offsets(p)
     segments = len(manifest.outputs[0].shape) == 4
-    plan = folder / "model.plan"
+    plan = folder / PLAN
     settings: dict[str, Any] = {
         "gpu-id": 0,
         "gie-unique-id": 1,
@@ -202,10 +202,10 @@ def deepstream_files(
         "network-mode": 1,
         "batch-size": _largest_batch(manifest),
         "interval": interval,
-        "onnx-file": folder / "model.onnx",
+        "onnx-file": folder / GRAPH,
         **({"model-engine-file": plan} if plan.is_file() else {}),
         "net-scale-factor": f"{factor:.10g}",
-        "offsets": ";".join(f"{255 * m:.8g}" for m in p.mean),
+        "offsets": ";".join(f"{offset:.8g}" for offset in offsets),
         "model-color-format": 2 if p.colour == "L" else 0,
         "infer-dims": f"{p.channels};{p.height};{p.width}",
         "maintain-aspect-ratio": 0,

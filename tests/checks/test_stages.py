@@ -30,7 +30,7 @@ from hdrq_deploy.errors import CheckFailed, DataError, ExportError
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.exporters import first_run as apart
 from hdrq_deploy.formats.atomic_files import sha256_file
-from hdrq_deploy.formats.bundle_manifest import Tolerances
+from hdrq_deploy.formats.records import Tolerances
 from hdrq_deploy.graph import reference_session
 from hdrq_deploy.mixing.domain_mixer import DomainMixer
 from hdrq_deploy.runtime import load_engine, once

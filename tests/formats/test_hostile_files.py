@@ -21,8 +21,10 @@ from hdrq_deploy.cli import compare as compare_command
 from hdrq_deploy.cli import export as export_command
 from hdrq_deploy.errors import BundleError, EngineError, HdrqError, SpecError, one_line
 from hdrq_deploy.exporters import export
-from hdrq_deploy.formats.bundle import Bundle, read_golden, read_header
+from hdrq_deploy.formats.bundle import Bundle
+from hdrq_deploy.formats.golden_inputs import read_golden
 from hdrq_deploy.formats.onnx_file import check_graph, tensors_of
+from hdrq_deploy.formats.safetensors_layout import read_header
 from hdrq_deploy.graph.reference_session import unfused_session
 from hdrq_deploy.runtime import load_engine
 from hdrq_deploy.runtime.bench.compare import _Blocks, read_result
@@ -311,7 +313,7 @@ def test_precision_that_was_altered_is_named(
     capsys.readouterr()
     assert export_command.main(flags) == 2
     *_, last = capsys.readouterr().err.splitlines()
-    assert last.startswith("hdrq-export: ") and "precision.json" in last and "--force" in last
+    assert last.startswith("hdrq-export: ") and "precision.json" in last and "with force" in last
     assert export_command.main([*flags, "--force"]) == 0
 
 

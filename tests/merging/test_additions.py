@@ -21,7 +21,8 @@ from hdrq_deploy.cli import analyze as analyze_command
 from hdrq_deploy.cli import calibrate as calibrate_command
 from hdrq_deploy.cli import merge as merge_command
 from hdrq_deploy.errors import HdrqError, MergeError
-from hdrq_deploy.formats.bundle import WEIGHTS, serialize
+from hdrq_deploy.formats.bundle import WEIGHTS
+from hdrq_deploy.formats.safetensors_layout import serialize
 from hdrq_deploy.graph import reference_session
 from hdrq_deploy.merging import Merger, choose_weights, merge_checkpoints, re_estimate
 from hdrq_deploy.merging.weight_search import score
