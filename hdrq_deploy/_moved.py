@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MOVED", "REMOVED_IN", "install"]
+__all__ = ["MOVED", "REMOVED_IN", "RENAMED", "install", "targets"]
 
 REMOVED_IN = "0.3"
-# Old path to new path, both below ``hdrq_deploy``.
-MOVED: dict[str, str] = {
+# Old path to new path, or to several where a module was split; all below ``hdrq_deploy``.
+MOVED: dict[str, str | tuple[str, ...]] = {
     "adapt": "adaptation.adapt",
     "affine": "numerics.quantization",
     "analysis.report": "reports.analysis_page",
@@ -101,30 +101,47 @@ MOVED: dict[str, str] = {
     "verification": "comparison.differences",
     "waiting": "jobs.waiting",
 }
+# Old path and name of what is called otherwise now, to its name in the new module.
+RENAMED: dict[str, str] = {}
 
 
-class _CallablePackage(ModuleType):
+def targets(old: str) -> tuple[str, ...]:
+    """The new paths of a module: several where it was split."""
+    new = MOVED[old]
+    return (new,) if isinstance(new, str) else new
+
+
+def _renamed(old: str) -> set[str]:
+    """Old names of what a moved module calls otherwise now."""
+    paths = (path.rpartition(".") for path in RENAMED)
+    return {name for module, _, name in paths if module == old}
+
+
+class _OldModule(ModuleType):
+    """An old path whose names lie in several new modules, or are called otherwise there."""
+
+    def __getattr__(self, name: str) -> Any:
+        package, _, old = self.__name__.partition(".")
+        modules = [importlib.import_module(f"{package}.{new}") for new in targets(old)]
+        if name == "__all__":
+            return sorted({n for module in modules for n in module.__all__} | _renamed(old))
+        today = RENAMED.get(f"{old}.{name}", name)
+        for module in modules:
+            if not name.startswith("__") and hasattr(module, today):
+                return getattr(module, today)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+
+class _CallablePackage(_OldModule):
     """A moved package whose old name is that of a public function, and may be called as one."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """The function of the package's name."""
-        name = self.__name__.rpartition(".")[2]
-        return getattr(self._new, name)(*args, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._new, name)
-
-    @property
-    def _new(self) -> ModuleType:
-        package, _, name = self.__name__.partition(".")
-        return importlib.import_module(f"{package}.{MOVED[name]}")
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **options)
 
 
 class _Loader(importlib.abc.Loader):
-    """Puts the module of the new path in the old one's place."""
-
-    def __init__(self, new: str) -> None:
-        self._new = new
+    """Puts the module of the new path in the old one's place, or a view of several."""
 
     def exec_module(self, module: ModuleType) -> None:
         """Replace ``module``, which was made empty, by the moved one.
@@ -132,12 +149,15 @@ class _Loader(importlib.abc.Loader):
         Python binds a submodule in its package. Of a package that is named like a public function
         that would hide the function, so the module stays and can be called.
         """
-        package, _, name = module.__name__.partition(".")
-        if name in getattr(sys.modules[package], "__all__", ()):
+        package, _, old = module.__name__.partition(".")
+        new = [importlib.import_module(f"{package}.{target}") for target in targets(old)]
+        if old in getattr(sys.modules[package], "__all__", ()):
             module.__class__ = _CallablePackage
             module.__path__ = []
+        elif len(new) > 1 or _renamed(old):
+            module.__class__ = _OldModule
         else:
-            sys.modules[module.__name__] = importlib.import_module(self._new)
+            sys.modules[module.__name__] = new[0]
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -147,16 +167,16 @@ class _Finder(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """The spec of a moved module; None of any other."""
-        package, _, name = fullname.partition(".")
-        new = MOVED.get(name) if package == __package__ else None
-        if new is None:
+        package, _, old = fullname.partition(".")
+        if package != __package__ or old not in MOVED:
             return None
+        new = " and ".join(f"{package}.{target}" for target in targets(old))
         warnings.warn(
-            f"{fullname} is now {package}.{new}; the old path works until version {REMOVED_IN}",
+            f"{fullname} is now {new}; the old path works until version {REMOVED_IN}",
             DeprecationWarning,
             stacklevel=2,
         )
-        return importlib.util.spec_from_loader(fullname, _Loader(f"{package}.{new}"))
+        return importlib.util.spec_from_loader(fullname, _Loader())
 
 
 def install() -> None:

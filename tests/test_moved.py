@@ -3,31 +3,57 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import hdrq_deploy
-from hdrq_deploy._moved import MOVED, REMOVED_IN
+from hdrq_deploy._moved import MOVED, REMOVED_IN, RENAMED, targets
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize(("old", "new"), MOVED.items())
-def test_an_old_path_is_the_new_module_and_warns(
-    old: str, new: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+# The public names that every old path had in version 0.1.
+NAMES: dict[str, list[str]] = json.loads(Path(__file__).with_name("moved_names.json").read_text())
+
+
+def old_module(old: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module under its old path, imported anew."""
     monkeypatch.delitem(sys.modules, f"hdrq_deploy.{old}", raising=False)
-    with pytest.warns(DeprecationWarning, match=re.escape(f"is now hdrq_deploy.{new};")):
-        module = importlib.import_module(f"hdrq_deploy.{old}")
-    moved = importlib.import_module(f"hdrq_deploy.{new}")
-    public = getattr(moved, "__all__", [])
-    assert public or module is moved
-    for name in public:
-        assert getattr(module, name) is getattr(moved, name)
+    new = " and ".join(f"hdrq_deploy.{target}" for target in targets(old))
+    with pytest.warns(DeprecationWarning, match=re.escape(f"is now {new};")):
+        return importlib.import_module(f"hdrq_deploy.{old}")
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_an_old_path_has_its_names_and_warns(old: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = old_module(old, monkeypatch)
+    new = [importlib.import_module(f"hdrq_deploy.{target}") for target in targets(old)]
+    assert old in NAMES or module is new[0]
+    for name in NAMES.get(old, ()):
+        today = RENAMED.get(f"{old}.{name}", name)
+        holders = [part for part in new if hasattr(part, today)]
+        assert holders, f"hdrq_deploy.{old}.{name} is in none of {targets(old)}"
+        assert getattr(module, name) is getattr(holders[0], today)
+
+
+def test_a_split_module_serves_the_names_of_all_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MOVED, "bundle", ("formats.bundle", "numerics.spec"))
+    monkeypatch.setitem(RENAMED, "bundle.Range", "QuantSpec")
+    module = old_module("bundle", monkeypatch)
+    from hdrq_deploy.formats.bundle import Bundle
+    from hdrq_deploy.numerics.spec import QuantSpec
+
+    assert module.Bundle is Bundle
+    assert module.QuantSpec is module.Range is QuantSpec
+    assert {"Bundle", "QuantSpec", "Range"} <= set(module.__all__)
+    with pytest.raises(AttributeError, match="'hdrq_deploy.bundle' has no attribute 'Absent'"):
+        module.Absent  # noqa: B018
 
 
 def test_the_warning_names_the_line_that_imports(tmp_path: Path) -> None:
