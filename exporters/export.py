@@ -30,7 +30,7 @@ from ..formats.atomic_files import (
 from ..formats.bundle import GOLDEN, Bundle
 from ..formats.bundle_manifest import EngineManifest, FileRecord, Layer, Port, PrecisionReport
 from ..formats.file_kinds import ENGINE
-from ..graph import quantizers as graph
+from ..graph import model_files
 from ..graph.patterns import check_patterns
 from . import precision
 from . import tensorrt_build as trt
@@ -105,7 +105,7 @@ def export(
         return target
     model, layers = lowered(bundle, engine, options)
     with new_directory(target, ENGINE) as folder:
-        graph.save(model, folder / MODEL)
+        model_files.save(model, folder / MODEL)
         _check_onnx(folder / MODEL)
         if only_graph:
             lint(folder / MODEL, engine in trt.MODULES)
@@ -148,7 +148,7 @@ def lowered(
     Raises:
         ExportError: The engine cannot run this bundle, or an option does not fit it.
     """
-    model = graph.load(bundle, tensors)
+    model = model_files.load(bundle, tensors)
     layers = list(bundle.manifest.layers)
     if options.weights_only:
         layers = weights_only(model, layers, options.weights_only)

@@ -12,8 +12,8 @@ from onnx_ir.passes.common import ShapeInferencePass
 from ..errors import ExportError
 from ..formats.bundle_manifest import Preprocessing
 from ..graph import reference_session
-from ..graph.qdq import constant, serialized
-from ..graph.quantizers import insert
+from ..graph.edits import constant, insert
+from ..graph.model_files import serialized
 from .options import GraphOptions
 
 __all__ = ["shape_ports"]

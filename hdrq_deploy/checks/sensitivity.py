@@ -19,7 +19,8 @@ from ..formats.bundle import Bundle
 from ..formats.bundle_manifest import weight_name
 from ..formats.preprocessing import decides, decisions, in_batches
 from ..graph import reference_session
-from ..graph.qdq import constant, quantize_only, serialized
+from ..graph.edits import constant, quantize_only
+from ..graph.model_files import serialized
 from ..numerics.quantization import dequantize
 
 __all__ = ["LayerSensitivity", "Scheme", "Sensitivity", "sensitivity", "suggest"]

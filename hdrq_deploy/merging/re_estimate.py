@@ -24,7 +24,8 @@ from ..formats.bundle import GRAPH, WEIGHTS, Bundle, serialize
 from ..formats.preprocessing import in_batches
 from ..graph import reference_session
 from ..graph.biases import bias_sites, fitted, shifts
-from ..graph.qdq import chain, serialized
+from ..graph.model_files import serialized
+from ..graph.qdq import chain
 from ..numerics.batchnorm_fold import SMALLEST_GAIN, gain, graph_tensors
 from ..numerics.quantization import search_scale
 from ..numerics.spec import QuantSpec

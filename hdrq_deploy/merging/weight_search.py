@@ -31,7 +31,7 @@ from ..errors import DataError
 from ..formats.bundle import Bundle
 from ..formats.preprocessing import in_batches
 from ..graph import reference_session
-from ..graph.qdq import serialized
+from ..graph.model_files import serialized
 from .bundles import Merger
 from .re_estimate import moved
 
