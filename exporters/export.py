@@ -40,7 +40,7 @@ from ..formats.engine_folder import (
     write_manifest,
 )
 from ..formats.file_kinds import ENGINE
-from ..graph import quantizers as graph
+from ..graph import model_files
 from ..graph.patterns import check_patterns
 from . import precision
 from . import tensorrt_build as trt
@@ -114,7 +114,7 @@ def export(
         return target
     model, layers = lowered(bundle, engine, options)
     with new_directory(target, ENGINE) as folder:
-        graph.save(model, folder / GRAPH)
+        model_files.save(model, folder / GRAPH)
         _check_onnx(folder / GRAPH)
         if only_graph:
             lint(folder / GRAPH, engine in trt.MODULES)
@@ -157,7 +157,7 @@ def lowered(
     Raises:
         ExportError: The engine cannot run this bundle, or an option does not fit it.
     """
-    model = graph.load(bundle, tensors)
+    model = model_files.load(bundle, tensors)
     layers = list(bundle.manifest.layers)
     if options.weights_only:
         layers = weights_only(model, layers, options.weights_only)

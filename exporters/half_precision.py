@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ..graph.quantizers import insert
+from ..graph.edits import insert
+from ..graph.operators import QDQ
 
 __all__ = ["SMALLEST_STEP", "to_fp16"]
 
@@ -33,14 +34,12 @@ def to_fp16(model: ir.Model) -> ir.Model:
         for i in _FLOAT32_INPUTS.get(node.op_type, ())
         if i < len(node.inputs)
     }
-    steps = {
-        node.inputs[1] for node in graph if node.op_type in {"QuantizeLinear", "DequantizeLinear"}
-    }
+    scales = {node.inputs[1] for node in graph if node.op_type in QDQ}
     for value in graph.initializers.values():
         if value.dtype != ir.DataType.FLOAT or value in kept or value.const_value is None:
             continue
         real = np.clip(value.const_value.numpy(), -_LARGEST, _LARGEST)
-        if value in steps:
+        if value in scales:
             real = np.maximum(real, SMALLEST_STEP)
         value.const_value = ir.tensor(real.astype(np.float16), name=value.name)
         value.dtype = ir.DataType.FLOAT16

@@ -13,8 +13,8 @@ from ..errors import ExportError
 from ..formats.preprocessing import as_constants
 from ..formats.records import Preprocessing
 from ..graph import reference_session
-from ..graph.qdq import constant, serialized
-from ..graph.quantizers import insert
+from ..graph.edits import constant, insert
+from ..graph.model_files import serialized
 from .options import GraphOptions
 
 __all__ = ["shape_ports"]

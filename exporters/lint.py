@@ -8,7 +8,7 @@ wrong axis. All of that is found here, named by node.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ..errors import ExportError
+from ..graph.biases import channel_axis
+from ..graph.operators import QDQ, QUANTIZABLE
 from ..graph.qdq import weight_dequantizer
 from .half_precision import SMALLEST_STEP
 
@@ -28,14 +30,7 @@ _SMALLEST = {
     ir.DataType.FLOAT16: SMALLEST_STEP,
     ir.DataType.FLOAT: float(np.finfo(np.float32).tiny),
 }
-_QUANTIZED = ("QuantizeLinear", "DequantizeLinear")
 _UNSUPPORTED = {"QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear", "ConvInteger"}
-# Where the steps of a weight lie along the output channels.
-_CHANNELS: dict[str, Callable[[ir.Node, int], int]] = {
-    "Conv": lambda node, rank: 0,
-    "MatMul": lambda node, rank: rank - 1,
-    "Gemm": lambda node, rank: 0 if _attribute(node, "transB", 0) else 1,
-}
 
 
 def lint(path: Path, tensorrt: bool = True) -> None:
@@ -115,11 +110,11 @@ def problems(model: ir.Model, tensorrt: bool = True) -> Iterator[str]:
                 f"node {node.name}: {node.op_type} is not known to TensorRT; needed QuantizeLinear "
                 "and DequantizeLinear around a float operator"
             )
-        if node.op_type in _QUANTIZED:
+        if node.op_type in QDQ:
             yield from (f"node {node.name} ({node.op_type}): {text}" for text in _steps(node))
             if tensorrt:
                 yield from (f"node {node.name} ({node.op_type}): {t}" for t in _zero(node))
-        elif tensorrt and node.op_type in _CHANNELS:
+        elif tensorrt and node.op_type in QUANTIZABLE:
             yield from (f"node {node.name} ({node.op_type}): {text}" for text in _weight(node))
 
 
@@ -203,7 +198,7 @@ def _weight(node: ir.Node) -> Iterator[str]:
     if len(shape) == 1 and not block:
         axis = _attribute(chain, "axis", 1) % max(rank, 1)
         axis = rank - 1 - axis if transposed else axis
-        wanted = _CHANNELS[node.op_type](node, rank)
+        wanted = channel_axis(node, rank)
         if axis != wanted:
             yield (
                 f"found steps of {codes.name} along axis {axis}; TensorRT runs this layer in "

@@ -25,13 +25,14 @@ import onnx_ir as ir
 
 from ..errors import ExportError
 from ..graph.biases import LARGEST, bias_sites, fitted
-from ..graph.qdq import constant
-from ..graph.quantizers import (
+from ..graph.edits import constant, drop_unused, insert
+from ..graph.operators import CLAMPS, LINEAR, QUANTIZABLE, REQUANTIZED
+from ..graph.qdq import (
     Quantizer,
     array,
-    drop_unused,
     in_blocks,
-    insert,
+    producer,
+    quantizer_behind,
     quantizers,
     weight_dequantizers,
 )
@@ -78,7 +79,7 @@ def lower_portable(model: ir.Model, pack_int4: bool = False) -> ir.Model:
         q.dequantize.replace_input_with(0, q.quantize.outputs[0])
     _fit_biases(model, {})
     for node in list(model.graph):
-        if node.op_type in {"Conv", "Gemm", "MatMul"}:
+        if node.op_type in QUANTIZABLE:
             _requantize_operands(model, node)
     for dequantize in weight_dequantizers(model):
         codes = dequantize.inputs[0]
@@ -96,7 +97,7 @@ def _packable(dequantize: ir.Node) -> bool:
     readers = [use.node for use in dequantize.outputs[0].uses()]
     if len(readers) == 1 and readers[0].op_type == "Transpose":
         readers = [use.node for use in readers[0].outputs[0].uses()]
-    linear = all(node.op_type in {"Gemm", "MatMul"} for node in readers)
+    linear = all(node.op_type in LINEAR for node in readers)
     per_channel = array(dequantize.inputs[1]).ndim == 1
     return linear and per_channel and array(dequantize.inputs[0]).size % 2 == 0
 
@@ -130,18 +131,18 @@ def lower_ort(model: ir.Model, exact: bool = True) -> ir.Model:
         for dequantize in dequantizers:
             _zero_point(model, dequantize)
     for node in list(model.graph):
-        if node.op_type in {"Conv", "Gemm", "MatMul"}:
+        if node.op_type in QUANTIZABLE:
             _requantize_operands(model, node)
     # A clamp that was absorbed must not count as a reader of its convolution.
     drop_unused(model)
     for node in list(model.graph):
         if node.op_type == "MatMul":
             _part_bias(model, node)
-        if node.op_type in {"Gemm", "MatMul"}:
+        if node.op_type in LINEAR:
             _settle_clamps(model, node)
         if node.op_type == "Gemm":
             _integer_bias(model, node)
-        elif node.op_type == "Conv" and not _writes_codes(node):
+        elif node.op_type == "Conv" and quantizer_behind(node) is None:
             _integer_convolution(model, node)
     drop_unused(model)
     return model
@@ -155,9 +156,9 @@ def _to_unsigned(model: ir.Model, q: Quantizer, exact: bool) -> None:
     zero, lo, hi = (128, q.lo + 128, q.hi + 128) if signed else (0, 0, q.hi)
     if (lo, hi) == (0, 127) and not exact:
         hi = 255
-    producer = source.producer()
-    if producer is not None and producer.op_type == "Clip":
-        lo, hi = _absorb_clamp(producer, q, zero, lo, hi)
+    clamp = source.producer()
+    if clamp is not None and clamp.op_type == "Clip":
+        lo, hi = _absorb_clamp(clamp, q, zero, lo, hi)
     point = constant(model, f"{name}/zero", np.array(zero, np.uint8))
     q.quantize.replace_input_with(2, point)
     q.quantize.outputs[0].dtype = ir.DataType.UINT8
@@ -303,21 +304,17 @@ def _zero_point(model: ir.Model, dequantize: ir.Node) -> None:
     dequantize.replace_input_with(2, zeros)
 
 
-_REORDERING = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool"}
-
-
 def _requantize_operands(model: ir.Model, node: ir.Node) -> None:
     """Repeat Q and DQ behind pooling and reordering, where kernels look for them.
 
     The values are on the grid already, so the second pair changes nothing.
     """
     for i, operand in enumerate(node.inputs[:2]):
-        source = operand.producer() if operand is not None else None
-        if source is None or source.op_type not in _REORDERING:
+        origin = producer(operand)
+        if origin is None or origin.op_type not in REQUANTIZED:
             continue
-        origin: ir.Node | None = source
-        while origin is not None and origin.op_type in _REORDERING:
-            origin = origin.inputs[0].producer() if origin.inputs[0] is not None else None
+        while origin is not None and origin.op_type in REQUANTIZED:
+            origin = producer(origin.inputs[0])
         if origin is None or origin.op_type != "DequantizeLinear" or len(origin.inputs) < 3:
             continue
         assert origin.inputs[2] is not None
@@ -336,7 +333,7 @@ def _requantize_operands(model: ir.Model, node: ir.Node) -> None:
 
 
 def _dequantizer(value: ir.Value | None) -> ir.Node | None:
-    node = value.producer() if value is not None else None
+    node = producer(value)
     return node if node is not None and node.op_type == "DequantizeLinear" else None
 
 
@@ -383,7 +380,7 @@ def _part_bias(model: ir.Model, node: ir.Node) -> None:
     if out.is_graph_output() or len(uses) != 1 or len(out.shape or ()) != 2:
         return
     add = uses[0].node
-    if add.op_type != "Add" or _writes_codes(add):
+    if add.op_type != "Add" or quantizer_behind(add) is not None:
         return
     bias = add.inputs[1 - uses[0].idx]
     if bias is None or bias.const_value is None:
@@ -402,7 +399,7 @@ def _settle_clamps(model: ir.Model, node: ir.Node) -> None:
     readers = [use.node for use in node.outputs[0].uses()]
     for clamp in dict.fromkeys(readers):
         alone = len(readers) == 1 and (_last(clamp) or _clamps_codes(clamp))
-        if clamp.op_type in {"Relu", "Clip"} and not alone:
+        if clamp.op_type in CLAMPS and not alone:
             _as_max(model, clamp)
 
 
@@ -440,14 +437,6 @@ def _replace(model: ir.Model, node: ir.Node, new: ir.Value) -> None:
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     model.graph.remove(node)
     new.name = name
-
-
-def _writes_codes(node: ir.Node) -> bool:
-    """Conv, perhaps Relu or Clip, QuantizeLinear: the pattern that becomes QLinearConv."""
-    uses = list(node.outputs[0].uses())
-    while len(uses) == 1 and uses[0].node.op_type in {"Relu", "Clip"}:
-        uses = list(uses[0].node.outputs[0].uses())
-    return len(uses) == 1 and uses[0].node.op_type == "QuantizeLinear"
 
 
 def _integer_convolution(model: ir.Model, node: ir.Node) -> None:

@@ -13,9 +13,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ..formats.bundle_manifest import Layer
+from ..graph.edits import constant, drop_unused, free_operand, insert, quantize_only
+from ..graph.operators import LINEAR
 from ..graph.patterns import check_patterns, named
-from ..graph.qdq import constant, free_operand, quantize_only, weight_dequantizer
-from ..graph.quantizers import array, drop_unused, insert
+from ..graph.qdq import array, transposes_weight, weight_dequantizer
 from ..numerics.quantization import along, dequantize
 
 __all__ = ["BLOCKS", "keep_float", "weights_only"]
@@ -42,7 +43,7 @@ def weights_only(model: ir.Model, layers: Sequence[Layer], patterns: Sequence[st
     able = {
         layer.node: layer
         for layer in layers
-        if layer.op in {"Gemm", "MatMul"} and layer.weight and (layer.weight_bits or 8) <= 4
+        if layer.op in LINEAR and layer.weight and (layer.weight_bits or 8) <= 4
     }
     modules = [layer.module for layer in able.values()]
     check_patterns(
@@ -101,7 +102,7 @@ def _rewrite(model: ir.Model, node: ir.Node) -> bool:
     found, behind_transpose = weight_dequantizer(node.inputs[1])
     if found is None:
         return False
-    turned = _transposed(node) != behind_transpose
+    turned = transposes_weight(node) != behind_transpose
     codes, scale = array(found.inputs[0]), array(found.inputs[1])
     axis = found.attributes["axis"].as_int() if scale.ndim else None
     steps = np.broadcast_to(along(scale, codes.ndim, axis), codes.shape)
@@ -134,8 +135,3 @@ def _rewrite(model: ir.Model, node: ir.Node) -> bool:
         node.attributes.pop("transB", None)
     free_operand(model, node, 0)
     return True
-
-
-def _transposed(node: ir.Node) -> bool:
-    flag = node.attributes.get("transB")
-    return flag is not None and bool(flag.as_int())

@@ -16,6 +16,7 @@ from ..errors import CheckFailed
 from ..formats.atomic_files import scratch_folder
 from ..formats.bundle_manifest import Layer
 from ..formats.engine_folder import LayerPrecision, PrecisionReport
+from ..graph.operators import LAYERS
 from ..graph.patterns import named
 
 __all__ = ["check", "from_ort", "from_trt_log", "requested_only"]
@@ -30,7 +31,8 @@ _ORT_INT8 = {
     "QAttention",
 }
 _ORT_INT4 = {"MatMulNBits"}
-_ORT_HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "FusedConv", "FusedMatMul", "FusedGemm"}
+# Its operators in float: those of the graph, and what its fusions call them.
+_ORT_FLOAT = LAYERS | {"FusedConv", "FusedMatMul", "FusedGemm"}
 # A fusion of a layer and its activation has this before the name.
 _PREFIX = r"(fused )?"
 # Suffixes that ONNX Runtime's transformers add to the name of a node they replace.
@@ -59,7 +61,7 @@ def from_ort(path: Path, layers: Sequence[Layer]) -> PrecisionReport:
         options.intra_op_num_threads = 1
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         nodes = list(onnx.load(str(dump), load_external_data=False).graph.node)
-    candidates = [n for n in nodes if n.op_type in _ORT_INT8 | _ORT_INT4 | _ORT_HEAVY]
+    candidates = [n for n in nodes if n.op_type in _ORT_INT8 | _ORT_INT4 | _ORT_FLOAT]
     rows = []
     for layer in layers:
         node = _find_ort(layer, candidates)
@@ -67,7 +69,7 @@ def from_ort(path: Path, layers: Sequence[Layer]) -> PrecisionReport:
             rows.append(_row(layer, "unknown", "not found in the optimized graph"))
             continue
         integer = "int4" if node.op_type in _ORT_INT4 else "int8"
-        executed = "float32" if node.op_type in _ORT_HEAVY else integer
+        executed = "float32" if node.op_type in _ORT_FLOAT else integer
         rows.append(_row(layer, executed, f"{node.op_type} {node.name}"))
     return _report("ort", f"optimized graph, onnxruntime {onnxruntime.__version__}", rows)
 

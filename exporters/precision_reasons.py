@@ -5,10 +5,14 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ..formats.engine_folder import PrecisionReport
+from ..graph.operators import MOVES_VALUES
+from ..graph.qdq import producer
 
 __all__ = ["explain"]
 
-_MOVES = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Slice", "Split"}
+# Behind Gather and Identity a layer is told that its operand comes from there: that engines find
+# the codes across these two was not measured.
+_LOOKED_OVER = MOVES_VALUES - {"Gather", "Identity"}
 
 
 def explain(report: PrecisionReport, model: ir.Model) -> PrecisionReport:
@@ -35,10 +39,10 @@ def _weight(node: ir.Node | None) -> str | None:
     """The initializer behind a layer's second operand."""
     value = node.inputs[1] if node is not None and len(node.inputs) > 1 else None
     while value is not None and value.const_value is None:
-        producer = value.producer()
-        if producer is None or not producer.inputs:
+        source = producer(value)
+        if source is None or not source.inputs:
             return None
-        value = producer.inputs[0]
+        value = source.inputs[0]
     return value.name if value is not None else None
 
 
@@ -50,11 +54,11 @@ def _reason(engine: str, node: ir.Node | None, requested: str, evidence: str) ->
     if requested == "int4":
         return "the engine unpacks its 4-bit weights before every product"
     for i, value in enumerate(node.inputs[:2]):
-        source = value.producer() if value is not None else None
+        source = producer(value)
         if source is not None and source.op_type != "DequantizeLinear":
             origin: ir.Node | None = source
-            while origin is not None and origin.op_type in _MOVES:
-                origin = origin.inputs[0].producer() if origin.inputs[0] is not None else None
+            while origin is not None and origin.op_type in _LOOKED_OVER:
+                origin = producer(origin.inputs[0])
             if origin is None or origin.op_type != "DequantizeLinear":
                 return (
                     f"operand {i} comes from {source.op_type}; engines compute on codes only where "

@@ -27,7 +27,8 @@ from ..formats.bundle_manifest import FoldRecord, Layer
 from ..formats.bundle_manifest import Tensor as Entry
 from ..formats.safetensors_layout import Span, layout
 from ..graph.biases import bias_sites, fitted, shifts
-from ..graph.qdq import distinct_names
+from ..graph.edits import distinct_names
+from ..graph.operators import LAYERS
 from ..numerics.batchnorm_fold import graph_tensors
 from ..numerics.spec import QuantSpec
 from .capture import PRODUCTS, TRANSPOSED, Capture, Fold, module_path, quiet
@@ -44,7 +45,6 @@ OPSET = 21
 PORTS = ("input", "output")
 # Moments of a BatchNorm that a merge matches: buffers ``running_mean`` and ``running_var``.
 _MOMENTS = {"mean": "bn_mean", "var": "bn_var"}
-_HEAVY_ONNX = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 @dataclass
@@ -413,7 +413,7 @@ def _name_layers(
     model: ir.Model, found: Capture, plan: Plan | None, codes: Mapping[str, str]
 ) -> list[Layer]:
     """Name each heavy ONNX node after its module and describe it; the others by number."""
-    nodes = [n for n in model.graph if n.op_type in _HEAVY_ONNX]
+    nodes = [n for n in model.graph if n.op_type in LAYERS]
     sources = [n for n in found.graph.nodes if n.target in HEAVY]
     if len(nodes) != len(sources):
         raise ModelError(
@@ -427,7 +427,7 @@ def _name_layers(
         count = taken[path] = taken.get(path, 0) + 1
         node.name = f"{path}/{node.op_type}" + (f"_{count}" if count > 1 else "")
         layers.append(_describe(node, source, path, plan, codes))
-    for i, node in enumerate(n for n in model.graph if n.op_type not in _HEAVY_ONNX):
+    for i, node in enumerate(n for n in model.graph if n.op_type not in LAYERS):
         node.name = f"{node.op_type}/{i}"
     return layers
 

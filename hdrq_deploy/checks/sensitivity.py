@@ -18,7 +18,8 @@ from ..errors import DataError
 from ..formats.bundle import Bundle
 from ..formats.bundle_manifest import weight_name
 from ..graph import reference_session
-from ..graph.qdq import constant, quantize_only, serialized
+from ..graph.edits import constant, quantize_only
+from ..graph.model_files import serialized
 from ..numerics.batches import decides, decisions, in_batches
 from ..numerics.quantization import dequantize
 from ..numerics.sqnr import decibels

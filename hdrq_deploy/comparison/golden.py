@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..errors import CheckFailed
 from ..formats.bundle import WEIGHTS, Bundle
@@ -20,7 +19,8 @@ from ..formats.engine_folder import EngineManifest, PrecisionReport
 from ..formats.preprocessing import to_frames, to_input
 from ..formats.records import Preprocessing
 from ..formats.safetensors_layout import serialize
-from ..graph.qdq import distinct_names, free_operand, quantize_only
+from ..graph.edits import distinct_names, drop_unused, free_operand, quantize_only
+from ..graph.model_files import with_tensors
 from ..graph.reference_session import open_session, session_options
 from ..numerics.batches import in_batches
 from .differences import (
@@ -107,22 +107,14 @@ def bundle_tap(
             else {WEIGHTS: serialize(tensors, bundle.manifest.tensors)}  # of the same layout
         )
         return GraphTap(model, data, "bundle", nodes, postprocess=postprocess)
-    graph = bundle.graph_ir()
-    if tensors is None:
-        ir.external_data.load_to_model(graph)
-    else:
-        for name in bundle.manifest.graph_tensors:
-            value = graph.graph.initializers[name]
-            assert value.dtype is not None
-            value.const_value = ir.tensor(tensors[name], dtype=value.dtype, name=name)
+    graph = with_tensors(bundle, tensors)
     by_name = {node.name: node for node in graph.graph}
     for node, kind in asked.items():
         if kind == "int4":
             free_operand(graph, by_name[node], 0)
     if "float32" in changed:
         quantize_only(graph, {node for node, kind in asked.items() if kind == "int8"})
-    if changed:
-        RemoveUnusedNodesPass()(graph)
+    drop_unused(graph)
     distinct_names(graph)
     return GraphTap(ir.to_proto(graph), {}, "bundle", nodes, postprocess=postprocess)
 

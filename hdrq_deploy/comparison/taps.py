@@ -20,12 +20,13 @@ import onnxruntime
 
 from ..errors import CheckFailed
 from ..graph import reference_session
+from ..graph.operators import CLAMPS, LAYERS
 
 __all__ = ["GraphTap", "Ran", "Shows", "Site", "decide", "outside"]
 
 Array = npt.NDArray[Any]
-_HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "ConvInteger"}
-_CLAMPS = {"Relu", "Clip"}
+# A lowered graph holds convolutions of codes beside the layers of a bundle.
+_LAYERS = LAYERS | {"ConvInteger"}
 _STEMS = (np.dtype(np.uint8), np.dtype(np.int8))
 # A quantizer that is not given codes takes this in their place, and does not read it.
 _NOTHING = np.zeros(1, np.int32)
@@ -245,9 +246,9 @@ class GraphTap:
     def _bias_steps(self, node: onnx.NodeProto, step: float) -> tuple[Array | float, bool]:
         """Half of s_x * s_w of the layer in front, in steps; whether its bias is in integers."""
         layer = self._producers.get(node.input[0])
-        while layer is not None and layer.op_type in _CLAMPS:
+        while layer is not None and layer.op_type in CLAMPS:
             layer = self._producers.get(layer.input[0])
-        if layer is None or layer.op_type not in _HEAVY or len(layer.input) < 3:
+        if layer is None or layer.op_type not in _LAYERS or len(layer.input) < 3:
             return 0.0, False
         unit = self._unit(layer)
         if unit is None:
@@ -273,7 +274,7 @@ class GraphTap:
 
     def _layer_values(self, graph: onnx.GraphProto, nodes: Iterable[str]) -> dict[str, str]:
         """The value that each heavy node gives, and how far its rounded bias may move it."""
-        by_name = {node.name: node for node in graph.node if node.op_type in _HEAVY}
+        by_name = {node.name: node for node in graph.node if node.op_type in _LAYERS}
         found = {}
         for name in nodes:
             node = by_name.get(name)

@@ -29,9 +29,19 @@ import onnx_ir as ir
 from ..formats.bundle_manifest import FoldRecord, Tensor
 from ..numerics import quantization
 from ..numerics.batchnorm_fold import graph_tensors
-from .qdq import quantizer_of, weight_dequantizer
+from .operators import QUANTIZABLE
+from .qdq import quantizer_behind, quantizer_of, transposes_weight, weight_dequantizer
 
-__all__ = ["LARGEST", "BiasSite", "bias_sites", "fitted", "shifts", "smallest_scale", "whole_bias"]
+__all__ = [
+    "LARGEST",
+    "BiasSite",
+    "bias_sites",
+    "channel_axis",
+    "fitted",
+    "shifts",
+    "smallest_scale",
+    "whole_bias",
+]
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -46,7 +56,8 @@ _HARMLESS = 64
 _SMALLEST_UNIT = 1e-30
 # Relative error of a sum in float32, with room for sums that cancel.
 _TIE = 4e-6
-_MOVES = (0, 1, -1, 2, -2)
+# By how many units a bias may be moved away from a border, the nearest first.
+_OFFSETS = (0, 1, -1, 2, -2)
 
 
 @dataclass(frozen=True)
@@ -80,9 +91,9 @@ class BiasSite:
 
 
 def bias_sites(model: ir.Model) -> list[BiasSite]:
-    """All layers of a bundle's graph that add a constant bias to a product of codes."""
-    found = (_site(model, node) for node in model.graph if node.op_type in _OPERATORS)
-    return [site for site in found if site is not None]
+    """List all layers of a bundle's graph that add a constant bias to a product of codes."""
+    sites = (_site(model, node) for node in model.graph if node.op_type in QUANTIZABLE)
+    return [site for site in sites if site is not None]
 
 
 def shifts(entries: Mapping[str, Tensor]) -> dict[str, int]:
@@ -191,7 +202,7 @@ def _away_from_borders(
     # Where the sums lie closer together than the doubt reaches, some always meet a border.
     open_ = np.flatnonzero((2 * doubt / (spacing * factor[:, None])).sum(1) < 1)
     best = np.full(len(codes), len(borders) + 1)
-    for move in _MOVES:
+    for move in _OFFSETS:
         some = open_[best[open_] > 0]
         if not some.size:
             break
@@ -264,9 +275,6 @@ def _unit(operand: Array, scale: Array, shift: int) -> Floats:
     return product
 
 
-_OPERATORS = ("Conv", "Gemm", "MatMul")
-
-
 def _site(model: ir.Model, node: ir.Node) -> BiasSite | None:
     operand = quantizer_of(node.inputs[0])
     weight, transposed = weight_dequantizer(node.inputs[1])
@@ -280,10 +288,10 @@ def _site(model: ir.Model, node: ir.Node) -> BiasSite | None:
     assert codes is not None and scale is not None and step is not None
     if codes.shape is None:
         return None
-    axis = _channel_axis(node, len(codes.shape), transposed)
+    axis = channel_axis(node, len(codes.shape), transposed)
     if bias.shape is None or tuple(bias.shape) != (codes.shape[axis],):
         return None
-    quantize = _writes(last)
+    quantize = quantizer_behind(last)
     output = None if quantize is None else quantize.inputs[1]
     lo, hi = (0, 0) if quantize is None else _range(quantize)
     linear = node.op_type == "Gemm" or len(last.outputs[0].shape or ()) == 2
@@ -320,21 +328,18 @@ def _is_initializer(model: ir.Model, value: ir.Value | None) -> bool:
     return value is not None and value.name in model.graph.initializers
 
 
-def _channel_axis(node: ir.Node, rank: int, transposed: bool) -> int:
+def channel_axis(node: ir.Node, rank: int, transposed: bool = False) -> int:
+    """The axis of the output channels in the codes of a layer's weight.
+
+    Args:
+        node: Conv, Gemm or MatMul.
+        rank: Number of dimensions of the codes.
+        transposed: A Transpose lies between the codes and the layer.
+    """
     if node.op_type == "Conv":
         return 0
-    flag = node.attributes.get("transB")
-    turned = transposed != (flag is not None and bool(flag.as_int()))
+    turned = transposed != transposes_weight(node)
     return rank - 2 if turned else rank - 1
-
-
-def _writes(node: ir.Node) -> ir.Node | None:
-    """The QuantizeLinear that alone reads a layer's output, perhaps behind ReLU or Clip."""
-    uses = list(node.outputs[0].uses())
-    while len(uses) == 1 and uses[0].node.op_type in {"Relu", "Clip"}:
-        uses = list(uses[0].node.outputs[0].uses())
-    found = uses[0].node if len(uses) == 1 else None
-    return found if found is not None and found.op_type == "QuantizeLinear" else None
 
 
 def _range(quantize: ir.Node) -> tuple[int, int]:

@@ -1,121 +1,130 @@
-"""Quantizers taken out of a bundle's graph, for all readers or for some layers only."""
+"""Finding quantizers and dequantizers in a graph, and reading its constants. Nothing is edited."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ..errors import ExportError
+from .operators import CLAMPS, MOVES_VALUES
+
 __all__ = [
+    "Quantizer",
+    "array",
     "chain",
-    "constant",
-    "distinct_names",
-    "free_operand",
-    "quantize_only",
+    "in_blocks",
+    "producer",
+    "quantizer_behind",
     "quantizer_of",
-    "serialized",
+    "quantizers",
+    "transposes_weight",
     "weight_dequantizer",
+    "weight_dequantizers",
 ]
 
-_READERS = ("Conv", "Gemm", "MatMul")  # a transposed convolution computes in float
-_LAYERS = (*_READERS, "ConvTranspose")
-# What only moves values: codes pass through it unchanged.
-_MOVES = (
-    "Reshape",
-    "Flatten",
-    "Transpose",
-    "Squeeze",
-    "Unsqueeze",
-    "MaxPool",
-    "Split",
-    "Slice",
-    "Gather",
-    "Identity",
-)
+
+@dataclass(frozen=True)
+class Quantizer:
+    """QuantizeLinear, an optional integer Clip, DequantizeLinear; codes ``lo`` to ``hi``."""
+
+    quantize: ir.Node
+    clip: ir.Node | None
+    dequantize: ir.Node
+    scale: float
+    lo: int
+    hi: int
+    unsigned: bool
+
+
+def producer(value: ir.Value | None) -> ir.Node | None:
+    """The node that computes a value; None of an input, a constant or an absent operand."""
+    return value.producer() if value is not None else None
+
+
+def array(value: ir.Value | None) -> npt.NDArray[Any]:
+    """The constant behind an initializer.
+
+    Raises:
+        ExportError: The value is computed, or absent.
+    """
+    if value is None or value.const_value is None:
+        raise ExportError(
+            f"found no constant behind {value.name if value else 'an input'}; scales and zero "
+            "points must be constants: make the bundle again"
+        )
+    return value.const_value.numpy()
+
+
+def quantizers(model: ir.Model) -> Iterator[Quantizer]:
+    """All activation quantizers, in graph order.
+
+    Raises:
+        ExportError: A QuantizeLinear has no DequantizeLinear behind it, several nodes read its
+            codes, or its scale, zero point or range is not a constant that fits.
+    """
+    for node in list(model.graph):
+        if node.op_type != "QuantizeLinear":
+            continue
+        reader = _only_reader(node)
+        clip = reader if reader.op_type == "Clip" else None
+        dequantize = _only_reader(clip) if clip else reader
+        if dequantize.op_type != "DequantizeLinear":
+            raise ExportError(f"found {dequantize.op_type} behind {node.name}; needed a DQ")
+        unsigned = node.inputs[2] is not None and array(node.inputs[2]).dtype == np.uint8
+        lo, hi = (0, 255) if unsigned else (-128, 127)
+        if clip:
+            lo, hi = _range(clip, lo, hi)
+        scale = float(array(node.inputs[1]))
+        yield Quantizer(node, clip, dequantize, scale, lo, hi, unsigned)
+
+
+def _range(clip: ir.Node, least: int, most: int) -> tuple[int, int]:
+    """Lowest and highest code that a Clip lets through, of those that the type has."""
+    bounds = [array(value) for value in clip.inputs[1:3]]
+    if any(bound.size != 1 or bound.dtype.kind not in "iu" for bound in bounds):
+        raise ExportError(f"found {clip.name} without two whole bounds; make the bundle again")
+    lo, hi = (int(bound.reshape(())) for bound in bounds)
+    if not least <= lo <= 0 < hi <= most:
+        raise ExportError(
+            f"found codes {lo} to {hi} at {clip.name}; needed a range with 0 within {least} to "
+            f"{most}: make the bundle again"
+        )
+    return lo, hi
+
+
+def _only_reader(node: ir.Node) -> ir.Node:
+    readers = list(node.outputs[0].uses())
+    if len(readers) != 1:
+        raise ExportError(f"found {len(readers)} readers of {node.name}; needed one")
+    return readers[0].node
 
 
 def quantizer_of(value: ir.Value | None) -> tuple[list[ir.Node], ir.Node] | None:
     """The nodes that move an operand's values, nearest first, and the QuantizeLinear behind."""
     path: list[ir.Node] = []
-    node = value.producer() if value is not None else None
-    while node is not None and node.op_type in _MOVES:
+    node = producer(value)
+    while node is not None and node.op_type in MOVES_VALUES:
         path.append(node)
-        node = _producer(node)
+        node = producer(node.inputs[0])
     if node is None or node.op_type != "DequantizeLinear":
         return None
     while node is not None and node.op_type != "QuantizeLinear":
-        node = _producer(node)
+        node = producer(node.inputs[0])
     return (path, node) if node is not None else None
 
 
-def weight_dequantizer(value: ir.Value | None) -> tuple[ir.Node | None, bool]:
-    """The DequantizeLinear behind an operand, and whether a Transpose lies between."""
-    node = value.producer() if value is not None else None
-    transposed = node is not None and node.op_type == "Transpose"
-    if node is not None and transposed:
-        node = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if node is None or node.op_type != "DequantizeLinear":
-        return None, False
-    return node, transposed
-
-
-def free_operand(model: ir.Model, node: ir.Node, place: int) -> bool:
-    """Let one operand read what its quantizer reads; other readers keep theirs.
-
-    Returns:
-        Whether there was a quantizer.
-    """
-    found = quantizer_of(node.inputs[place])
-    if found is None:
-        return False
-    path, quantize = found
-    current = quantize.inputs[0]
-    read = node.inputs[place]
-    for move in reversed(path):
-        copy = ir.Node(
-            move.domain,
-            move.op_type,
-            [current, *list(move.inputs)[1:]],
-            attributes=move.attributes.values(),
-            num_outputs=len(move.outputs),
-            name=f"{node.name}/{place}/{move.name}",
-        )
-        model.graph.insert_before(node, copy)
-        for old, new in zip(move.outputs, copy.outputs, strict=True):
-            new.name, new.type, new.shape = f"{copy.name}/{old.name}", old.type, old.shape
-        onward = path[path.index(move) - 1].inputs[0] if move is not path[0] else read
-        assert onward is not None
-        current = copy.outputs[list(move.outputs).index(onward)]
-    node.replace_input_with(place, current)
-    return True
-
-
-def quantize_only(model: ir.Model, chosen: Collection[str]) -> None:
-    """Only layers with these node names read codes. In place.
-
-    A quantizer stays, for residual adds and whatever else reads it, where a chosen layer
-    reads it or it is all that a chosen layer's output is for.
-    """
-    used: set[ir.Node] = set()
-    read: set[ir.Node] = set()
-    for node in [n for n in model.graph if n.op_type in _READERS]:
-        for place in range(min(2, len(node.inputs))):
-            found = quantizer_of(node.inputs[place])
-            if found is None:
-                continue
-            read.add(found[1])
-            if node.name in chosen:
-                used.add(found[1])
-            else:
-                free_operand(model, node, place)
-    for quantize in [n for n in model.graph if n.op_type == "QuantizeLinear"]:
-        source = quantize.inputs[0]
-        own = quantize not in read and _layer_behind(source) in chosen
-        if quantize in used or own or source is None:
-            continue
-        chain(quantize)[-1].outputs[0].replace_all_uses_with(source)
+def quantizer_behind(node: ir.Node) -> ir.Node | None:
+    """The QuantizeLinear that alone reads a layer's output, perhaps behind ReLU or Clip."""
+    uses = list(node.outputs[0].uses())
+    while len(uses) == 1 and uses[0].node.op_type in CLAMPS:
+        uses = list(uses[0].node.outputs[0].uses())
+    reader = uses[0].node if len(uses) == 1 else None
+    return reader if reader is not None and reader.op_type == "QuantizeLinear" else None
 
 
 def chain(quantize: ir.Node) -> list[ir.Node]:
@@ -127,59 +136,35 @@ def chain(quantize: ir.Node) -> list[ir.Node]:
     return nodes
 
 
-def constant(model: ir.Model, name: str, value: npt.NDArray[Any]) -> ir.Value:
-    """A new initializer; where ``name`` is taken, its name gets a number."""
-    name = _numbered(name, model.graph.initializers)
-    made = ir.Value(
-        name=name,
-        shape=ir.Shape(value.shape),
-        type=ir.TensorType(ir.DataType.from_numpy(value.dtype)),
-        const_value=ir.tensor(value, name=name),
-    )
-    model.graph.register_initializer(made)
-    return made
+def weight_dequantizer(value: ir.Value | None) -> tuple[ir.Node | None, bool]:
+    """The DequantizeLinear behind an operand, and whether a Transpose lies between."""
+    node = producer(value)
+    transposed = node is not None and node.op_type == "Transpose"
+    if node is not None and transposed:
+        node = producer(node.inputs[0])
+    if node is None or node.op_type != "DequantizeLinear":
+        return None, False
+    return node, transposed
 
 
-def distinct_names(model: ir.Model) -> None:
-    """Rename what nodes compute where an input, an initializer or another node has the name.
-
-    A model may hold a buffer ``mean`` beside a node that the exporter calls ``mean``; in a
-    file the two would be one value. In place; ports and initializers keep their names.
-    """
-    outputs = set(model.graph.outputs)
-    kept = [*model.graph.inputs, *model.graph.initializers.values(), *outputs]
-    taken = {value.name or "" for value in kept}
-    for node in model.graph:
-        for value in node.outputs:
-            if value in outputs:
-                continue
-            value.name = _numbered(value.name or node.op_type, taken)
-            taken.add(value.name)
+def weight_dequantizers(model: ir.Model) -> list[ir.Node]:
+    """DequantizeLinear nodes that read an initializer."""
+    return [
+        node
+        for node in model.graph
+        if node.op_type == "DequantizeLinear"
+        and node.inputs[0] is not None
+        and node.inputs[0].const_value is not None
+    ]
 
 
-def serialized(model: ir.Model) -> bytes:
-    """The model as the bytes of a file, after :func:`distinct_names`."""
-    distinct_names(model)
-    data: bytes = ir.to_proto(model).SerializeToString()
-    return data
+def transposes_weight(node: ir.Node) -> bool:
+    """Whether a Gemm takes its weight as (out, in)."""
+    flag = node.attributes.get("transB")
+    return flag is not None and bool(flag.as_int())
 
 
-def _numbered(name: str, taken: Container[str]) -> str:
-    """``name``, or the first of ``name_2``, ``name_3``, ... that is not taken."""
-    number, tried = 1, name
-    while tried in taken:
-        number += 1
-        tried = f"{name}_{number}"
-    return tried
-
-
-def _producer(node: ir.Node) -> ir.Node | None:
-    return node.inputs[0].producer() if node.inputs[0] is not None else None
-
-
-def _layer_behind(value: ir.Value | None) -> str | None:
-    """The layer whose output, perhaps through an activation function, this is."""
-    node = value.producer() if value is not None else None
-    while node is not None and node.op_type in {"Relu", "Clip"}:
-        node = _producer(node)
-    return node.name if node is not None and node.op_type in _LAYERS else None
+def in_blocks(dequantize: ir.Node) -> bool:
+    """Whether a weight has one scale per block of a channel."""
+    block = dequantize.attributes.get("block_size")
+    return block is not None and block.as_int() > 0

@@ -24,7 +24,8 @@ from ..formats.bundle import GRAPH, WEIGHTS, Bundle
 from ..formats.safetensors_layout import serialize
 from ..graph import reference_session
 from ..graph.biases import bias_sites, fitted, shifts
-from ..graph.qdq import chain, serialized
+from ..graph.model_files import serialized
+from ..graph.qdq import chain
 from ..numerics.batches import in_batches
 from ..numerics.batchnorm_fold import SMALLEST_GAIN, gain, graph_tensors
 from ..numerics.quantization import search_scale

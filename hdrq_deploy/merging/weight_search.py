@@ -30,7 +30,7 @@ import onnx_ir as ir
 from ..errors import DataError
 from ..formats.bundle import Bundle
 from ..graph import reference_session
-from ..graph.qdq import serialized
+from ..graph.model_files import serialized
 from ..numerics.batches import in_batches
 from .bundles import Merger
 from .re_estimate import moved

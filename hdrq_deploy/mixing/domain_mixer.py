@@ -31,7 +31,7 @@ from ..exporters.export import lowered, port_of
 from ..exporters.options import BuildOptions
 from ..formats.bundle import Bundle
 from ..formats.engine_folder import Port
-from ..graph.qdq import serialized
+from ..graph.model_files import serialized
 from ..graph.reference_session import session_options, session_threads
 from ..merging import Merger, choose_weights
 from ..runtime.engine import check_input, load_engine

@@ -26,7 +26,7 @@ from hdrq_deploy.calibration.tensors import attribute, free_name
 from hdrq_deploy.cli import calibrate as command
 from hdrq_deploy.errors import CheckFailed, ModelError
 from hdrq_deploy.graph import reference_session
-from hdrq_deploy.graph.qdq import constant, distinct_names
+from hdrq_deploy.graph.edits import constant, distinct_names
 
 MODULES = '''
 import torch

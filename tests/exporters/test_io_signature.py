@@ -22,8 +22,7 @@ from hdrq_deploy.exporters.half_precision import SMALLEST_STEP, to_fp16
 from hdrq_deploy.exporters.lint import lint
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.formats.preprocessing import feed
-from hdrq_deploy.graph import quantizers as graph_files
-from hdrq_deploy.graph import reference_session
+from hdrq_deploy.graph import model_files, reference_session
 from hdrq_deploy.runtime import benchmark, load_engine
 from hdrq_deploy.runtime.ort import saturates
 
@@ -67,7 +66,7 @@ def test_small_steps_and_large_masks_stay_inside_half_precision(make: Any, tmp_p
     to_fp16(model)
     assert float(values[step].const_value.numpy()) == SMALLEST_STEP
     assert float(values[bias].const_value.numpy()[0]) == -65504
-    graph_files.save(model, tmp_path / "model.onnx")
+    model_files.save(model, tmp_path / "model.onnx")
     lint(tmp_path / "model.onnx")  # what was clamped is not refused
 
 

@@ -1,0 +1,61 @@
+"""A bundle's graph read into memory, and graphs written to a file or to bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
+from ..formats.bundle import Bundle
+from ..formats.engine_folder import DATA
+from .edits import distinct_names
+
+__all__ = ["load", "save", "serialized", "with_tensors"]
+
+# Shapes and zero points stay in the file; ONNX Runtime cannot read int64 shapes from outside.
+_INLINE_BYTES = 1024
+
+
+def with_tensors(bundle: Bundle, tensors: Mapping[str, npt.NDArray[Any]] | None = None) -> ir.Model:
+    """The bundle's graph as it is written, with all its tensors in memory.
+
+    Args:
+        bundle: Gives the graph.
+        tensors: Taken in place of the bundle's own, codes unpacked.
+    """
+    model = bundle.graph_ir()
+    if tensors is None:
+        ir.external_data.load_to_model(model)
+        return model
+    for name in bundle.manifest.graph_tensors:
+        value = model.graph.initializers[name]
+        assert value.dtype is not None
+        value.const_value = ir.tensor(tensors[name], dtype=value.dtype, name=name)
+    return model
+
+
+def load(bundle: Bundle, tensors: Mapping[str, npt.NDArray[Any]] | None = None) -> ir.Model:
+    """The graph of :func:`with_tensors` with its constants as initializers, as passes need it."""
+    model = with_tensors(bundle, tensors)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    return model
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write ``model`` with its larger tensors in ``model.onnx.data`` beside it.
+
+    Values whose names are taken get others in ``model`` too (:func:`~.edits.distinct_names`).
+    """
+    distinct_names(model)
+    ir.save(model, path, external_data=DATA, size_threshold_bytes=_INLINE_BYTES)
+
+
+def serialized(model: ir.Model) -> bytes:
+    """The model as the bytes of a file, after :func:`~.edits.distinct_names`."""
+    distinct_names(model)
+    data: bytes = ir.to_proto(model).SerializeToString()
+    return data

@@ -1,0 +1,35 @@
+"""The operators of ONNX that this library tells apart, by what they mean for quantized values.
+
+This is the one table of operators: a module that needs another selection derives it from these
+sets and says why. Placement of quantizers decides on PyTorch's operators, which are other names,
+in ``calibration/placement.py``.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CLAMPS",
+    "LAYERS",
+    "LINEAR",
+    "MOVES_VALUES",
+    "QDQ",
+    "QUANTIZABLE",
+    "REQUANTIZED",
+]
+
+# Matrix products. MatMul may multiply two activations; Gemm has a weight.
+LINEAR = frozenset({"Gemm", "MatMul"})
+# Operators that engines can compute on codes. A transposed convolution is not one of them: no
+# engine has an INT8 kernel for it.
+QUANTIZABLE = LINEAR | {"Conv"}
+# All operators that hold a weight or multiply two activations: the layers of a manifest.
+LAYERS = QUANTIZABLE | {"ConvTranspose"}
+# Activation functions that kernels compute together with the layer in front.
+CLAMPS = frozenset({"Relu", "Clip"})
+QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
+# Where one of these lies in front of a layer, engines look for a second QuantizeLinear and
+# DequantizeLinear behind it, and compute in float where there are none.
+REQUANTIZED = frozenset({"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool"})
+# Operators whose output holds values of their first input only. Codes pass through unchanged,
+# with the scale that they had.
+MOVES_VALUES = REQUANTIZED | {"Split", "Slice", "Gather", "Identity"}
