@@ -12,7 +12,7 @@ from typing import Any
 from .start import importing, run
 
 with importing("hdrq-merge"):
-    from ..calibration_data.readers.folder import Wanted, read
+    from ..calibration_data.readers import Wanted, read
     from ..errors import MergeError
     from ..formats.atomic_files import check_output, check_parent, check_scratch
     from ..formats.bundle import Bundle

@@ -18,7 +18,7 @@ with importing("hdrq-verify"):
     from rich.console import Console
     from rich.table import Table
 
-    from ..calibration_data.readers.folder import Wanted, read
+    from ..calibration_data.readers import Wanted, read
     from ..checks.stages import compare_engine, compare_stages
     from ..comparison.differences import Stage, check
     from ..errors import DataError

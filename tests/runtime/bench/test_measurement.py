@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hdrq_deploy.calibration_data.readers.folder import ImageSet
+from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.calibration_data.readers.street_scenes import IGNORE
 from hdrq_deploy.cli import bench as command
 from hdrq_deploy.errors import DataError, EngineError
