@@ -24,7 +24,7 @@ from hdrq_deploy.adaptation.adapt import Recipe, adapt
 from hdrq_deploy.calibration_data import digits, streets
 from hdrq_deploy.calibration_data.digits import make_checkpoints as on_digits
 from hdrq_deploy.calibration_data.models import resnet14, streetnet
-from hdrq_deploy.calibration_data.readers.folder import ImageSet
+from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.calibration_data.streets import make_checkpoints as on_streets
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.formats.bench_result import harmonic_mean

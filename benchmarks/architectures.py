@@ -32,7 +32,7 @@ from hdrq_deploy.calibration.capture import capture, fold_batch_norm, fold_const
 from hdrq_deploy.calibration.loading import load_model
 from hdrq_deploy.calibration.placement import plan_quantizers
 from hdrq_deploy.calibration.recipe import Options
-from hdrq_deploy.calibration_data.readers.folder import ImageSet
+from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.runtime.bench.environment import environment
 

@@ -32,7 +32,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.calibration.recipe import Options
-from hdrq_deploy.calibration_data.readers.folder import ImageSet
+from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.checks.stages import compare_stages
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.formats.atomic_files import write_bytes

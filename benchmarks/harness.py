@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from hdrq_deploy.calibration import calibrate
-from hdrq_deploy.calibration_data.readers.folder import ImageSet
+from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.exporters import export
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.runtime import load_engine

@@ -156,7 +156,7 @@ def calibrate_cell(cell: Cell, out: Path) -> float:
 
     from hdrq_deploy.calibration import calibrate
     from hdrq_deploy.calibration_data.digits.make_checkpoints import CHECKPOINTS
-    from hdrq_deploy.calibration_data.readers.folder import ImageSet
+    from hdrq_deploy.calibration_data.readers import ImageSet
 
     torch.set_num_threads(1)
     started = time.monotonic()

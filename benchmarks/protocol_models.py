@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.calibration.loading import load_model
 from hdrq_deploy.calibration.recipe import Options
-from hdrq_deploy.calibration_data.readers.folder import ImageSet
+from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.exporters import export
 from hdrq_deploy.runtime import load_engine
 

@@ -12,7 +12,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from hdrq_deploy import merge
+from hdrq_deploy.exporters import export
+from hdrq_deploy.runtime import load_engine
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -138,7 +143,13 @@ def test_a_device_merges_exports_runs_and_mixes(
     ours = tmp_path / "venv" / "bin" / "python"
     call(ours, "-m", "pip", "install", "--quiet", source)
     found = json.loads(call(ours, "-c", WALK, night.path, day.path, work / "data.npz", tmp_path))
-    assert found["same"] and not found["torch"] and 0 <= found["accuracy"]["d"] <= 1
+    assert found["same"] and not found["torch"]
+    merged = merge([night, day], tmp_path / "here.hdrq", [0.25, 0.75], "nearest")
+    with np.load(work / "data.npz") as file, load_engine(export(merged, tmp_path / "e")) as engine:
+        accuracy = float((engine(file["x"]).argmax(1) == file["y"]).mean())
+        one = 1.01 / len(file["y"])
+    # Another version of ONNX Runtime may decide one image in another way.
+    assert found["accuracy"]["d"] == pytest.approx(accuracy, abs=one)
     # Read off: 300 MB, of which onnxruntime, numpy, sympy and onnx are 250; 0.25 s. The bounds
     # catch a dependency or an import that should not be there, not a slow machine.
     assert found["megabytes"] < 400, found

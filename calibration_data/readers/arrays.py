@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import DataError
+from .base import ImageSet, Reader, Selection, Wanted
 
-__all__ = ["labels_of", "read_arrays"]
+__all__ = ["ARRAYS"]
 
 Array = npt.NDArray[Any]
 _SAVE = "write it with numpy.savez(FILE, x=x, y=y)"
@@ -21,12 +22,25 @@ _SAVE = "write it with numpy.savez(FILE, x=x, y=y)"
 _EXACT = 2**53
 
 
-def read_arrays(path: Path, channels: int | None = None) -> tuple[Array, Array | None]:
+def _reads(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() == ".npz"
+
+
+def _read(path: Path, wanted: Wanted, selection: Selection) -> ImageSet:
+    x, y = _arrays_of(path, wanted.channels)
+    rows = selection.rows(len(x))
+    return ImageSet(np.ascontiguousarray(x[rows]), None if y is None else y[rows], None, None)
+
+
+ARRAYS = Reader("an .npz with x (N,C,H,W float32) and y (N,)", _reads, _read)
+
+
+def _arrays_of(path: Path, channels: int | None = None) -> tuple[Array, Array | None]:
     """``x`` (N, ...) as float32 and ``y``, or None where there is none; other arrays stay unread.
 
     Args:
         path: The .npz file.
-        channels: That the model reads, where it is known.
+        channels: Channels that the model reads, where they are known.
 
     Raises:
         DataError: Not an .npz, no ``x``, values that are not real, finite or within float32, or
@@ -38,7 +52,7 @@ def read_arrays(path: Path, channels: int | None = None) -> tuple[Array, Array |
                 f"{path}: found arrays {sorted(file.files)[:12]}; needed x and, for labels, y"
             )
         x = _inputs(file["x"], path, channels)
-        y = labels_of(file["y"], len(x), path) if "y" in file.files else None
+        y = _labels_of(file["y"], len(x), path) if "y" in file.files else None
     return x, y
 
 
@@ -87,7 +101,7 @@ def _inputs(x: Array, path: Path, channels: int | None) -> Array:
     return real
 
 
-def labels_of(y: Array, count: int, where: object) -> Array:
+def _labels_of(y: Array, count: int, where: object) -> Array:
     """Labels (N,), or (N, H, W) of every pixel, as int64.
 
     A second axis of one entry is dropped. Rows (N, C) with a single 1 among zeros are the place

@@ -1,18 +1,17 @@
 """Street scenes with a label for every pixel, in the layouts that the data sets come in.
 
 Cityscapes, GTA5, IDD and BDD100K, all mapped to the 19 training classes of Cityscapes; and any
-folder with ``images/`` and ``labels/`` of equal file names. Pixels that are asked nothing of
-carry 255. Images are read when they are needed, a few at a time.
+folder with ``images/`` and ``labels/`` of equal file names. Pixels that no figure counts have the
+label 255. Images are read when they are needed, a few at a time.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ from PIL import Image
 
 from ...errors import DataError
 from ...formats.preprocessing import to_input
+from .base import ImageSet, Reader, Selection, Wanted
 from .decoding import (
     TURNS,
     Picture,
@@ -32,20 +32,20 @@ from .decoding import (
     picture_of,
     upright,
 )
+from .folder import read_files
+from .run_ahead import run_ahead
 
 __all__ = [
     "CITYSCAPES",
     "IGNORE",
     "PALETTE",
+    "STREET_SCENES",
     "Scenes",
     "find_scenes",
     "is_scenes",
-    "run_ahead",
-    "scene_images",
 ]
 
 Array = npt.NDArray[Any]
-Result = TypeVar("Result")
 IGNORE = 255
 # Pillow's modes of one number a pixel.
 _NUMBERS = {"L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N"}
@@ -115,24 +115,6 @@ _LABEL_IDS = _table({label: i for i, (label, _, _) in enumerate(_CLASSES)}, 35)
 _LEVEL3 = _table({k: CITYSCAPES.index(name) for k, name in _IDD_LEVEL3.items()}, 27)
 
 
-def run_ahead(
-    work: Callable[..., Result], items: Iterable[tuple[Any, ...]], workers: int, ahead: int
-) -> Iterator[Result]:
-    """``work(*item)`` of all items in order, on threads, ``ahead`` of them begun at most."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[Result]] = deque()
-        todo = iter(items)
-        try:
-            while True:
-                while len(waiting) < ahead and (item := next(todo, None)) is not None:
-                    waiting.append(pool.submit(work, *item))
-                if not waiting:
-                    return
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 @dataclass(frozen=True)
 class Scenes:
     """Pairs of an image and its label map, not read yet.
@@ -142,8 +124,8 @@ class Scenes:
         pairs: Files.
         classes: Names, or None where a folder does not tell.
         size: (height, width) that images and labels are brought to; None keeps theirs.
-        mean, std: Of the network's input, per channel.
-        channels: Of the network's input, 3 or 1.
+        mean, std: Normalisation of the network's input, per channel.
+        channels: Channels of the network's input, 3 or 1.
     """
 
     layout: str
@@ -159,7 +141,7 @@ class Scenes:
         return len(self.pairs)
 
     def batches(self, count: int, workers: int = 4) -> Iterator[tuple[Array, Array]]:
-        """Inputs (n, C, H, W) float32 and labels (n, H, W) int64, ``count`` at most at a time.
+        """Inputs (n, C, H, W) float32 and labels (n, H, W) int64, with n up to ``count``.
 
         Reading runs ahead by one batch; a batch holds images of one size.
 
@@ -276,7 +258,7 @@ def find_scenes(root: str | Path, split: str = "val") -> Scenes:
         root: ``leftImg8bit/SPLIT/CITY`` and ``gtFine/SPLIT/CITY`` (Cityscapes, IDD);
             ``images/10k/SPLIT`` and ``labels/sem_seg/masks/SPLIT`` (BDD100K); ``images`` and
             ``labels`` with files of equal names (GTA5, or any other).
-        split: Of the layouts that have splits.
+        split: Name of the split, for the layouts that have splits.
 
     Raises:
         DataError: No such layout, a split that is not there, or an image without labels.
@@ -297,11 +279,20 @@ def find_scenes(root: str | Path, split: str = "val") -> Scenes:
     )
 
 
-def scene_images(root: Path) -> list[Path]:
-    """Images alone, for calibration: of the split ``train`` where there is one.
+def _read(folder: Path, wanted: Wanted, selection: Selection) -> ImageSet:
+    """Images alone; whoever measures reads the labels with :func:`find_scenes`."""
+    images = read_files(folder, [(file, -1) for file in _unlabelled(folder)], wanted, selection)
+    return replace(images, y=None)
+
+
+STREET_SCENES = Reader("street scenes (a folder with images and labels)", is_scenes, _read)
+
+
+def _unlabelled(root: Path) -> list[Path]:
+    """Images for calibration: those of the split ``train`` where there is one.
 
     Raises:
-        DataError: None.
+        DataError: No images.
     """
     bases = (root / "leftImg8bit", root / "images" / "10k", root / "images")
     base = next(b for b in bases if b.is_dir())
@@ -311,9 +302,9 @@ def scene_images(root: Path) -> list[Path]:
 def _split(folder: Path, split: str) -> Path:
     if (folder / split).is_dir():
         return folder / split
-    there = [f.name for f in folders_of(folder)] if folder.is_dir() else []
+    splits = [f.name for f in folders_of(folder)] if folder.is_dir() else []
     raise DataError(
-        f"{folder / split}: not there; needed a split ({', '.join(there) or 'none was found'})"
+        f"{folder / split}: not there; needed a split ({', '.join(splits) or 'none was found'})"
     )
 
 

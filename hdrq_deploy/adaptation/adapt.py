@@ -32,7 +32,7 @@ from torch.nn import functional
 from ..calibration.capture import single_output
 from ..calibration.loading import load_model, load_state, state_sha256
 from ..calibration.pipeline import own_wanted, torch_device
-from ..calibration_data.readers.folder import ImageSet, Wanted, read
+from ..calibration_data.readers import ImageSet, Wanted, read
 from ..calibration_data.readers.street_scenes import IGNORE
 from ..errors import DataError, ModelError, SpecError
 from ..formats.atomic_files import check_output, remove_file, replaced, write_bytes

@@ -16,7 +16,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from ..calibration_data.readers.folder import ImageSet, Wanted, read
+from ..calibration_data.readers import ImageSet, Wanted, read
 from ..comparison.differences import Stepwise, check, difference, rows_at_once
 from ..comparison.taps import GraphTap
 from ..errors import CheckFailed, DataError, ModelError, SpecError

@@ -12,7 +12,7 @@ from .start import importing, run
 with importing("hdrq analyze"):
     import numpy as np
 
-    from ..calibration_data.readers.folder import Wanted, numbered, read
+    from ..calibration_data.readers import Wanted, numbered, read
     from ..errors import DataError, ModelError
     from ..formats.atomic_files import (
         check_output,

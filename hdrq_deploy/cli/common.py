@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..calibration_data.readers.folder import Wanted
+from ..calibration_data.readers import Wanted
 from ..errors import HdrqError
 from ..formats.atomic_files import check_name
 from ..jobs.pool import reach

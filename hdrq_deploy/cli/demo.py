@@ -17,7 +17,7 @@ from pathlib import Path
 from .start import importing, run
 
 with importing("hdrq demo"):
-    from ..calibration_data.readers.folder import read
+    from ..calibration_data.readers import read
     from ..checks import verify
     from ..errors import CheckFailed, ModelError
     from ..formats.atomic_files import (

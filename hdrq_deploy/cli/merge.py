@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from .start import importing, run
 
 with importing("hdrq-merge"):
-    from ..calibration_data.readers.folder import Wanted, read
+    from ..calibration_data.readers import Wanted, read
     from ..errors import MergeError
     from ..formats.atomic_files import check_output, check_parent, check_scratch
     from ..formats.bundle import Bundle
     from ..formats.checkpoints import is_checkpoint
     from ..formats.file_kinds import BUNDLE, MERGED
     from ..merging import (
-        CHECKPOINT_METHODS,
         CRITERIA,
+        METHODS,
         ROUNDINGS,
         Merger,
         check_different,
@@ -28,10 +29,15 @@ with importing("hdrq-merge"):
         merge_checkpoints,
         re_estimate,
     )
+    from ..merging.methods import MethodOptions
     from .common import named, parser, paths_of, progress_bar, seed_number
 
 __all__ = ["arguments", "main"]
 
+_TEXT = (
+    "Merge calibrated bundles, or float checkpoints. A merge needs neither torch nor data; images "
+    "without labels can choose the merge weights (--data) and new statistics (--re-estimate)."
+)
 _EPILOG = """\
 two checkpoints instead of bundles (.safetensors; .pt where torch is installed) are merged in float,
 and written in the dtype that they have (in float32 where they differ):
@@ -39,19 +45,24 @@ and written in the dtype that they have (in float32 where they differ):
 """
 # Flags of one kind of merge: what is given, and ignored, would be taken for what was done.
 _OF_BUNDLES = ("data", "re_estimate", "criterion", "rounding", "candidates")
-_OF_CHECKPOINTS = ("base", "scaling", "density")
+_METHOD_OPTIONS = tuple(option.name for option in fields(MethodOptions))
+_OF_CHECKPOINTS = ("base", *_METHOD_OPTIONS)
 
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = parser("hdrq-merge", "Merge calibrated bundles; needs neither torch nor data.", _EPILOG)
+    p = parser("hdrq-merge", _TEXT, _EPILOG)
     p.add_argument("bundles", nargs="+", help="two or more bundles of one model and source")
     p.add_argument(
         "--weights",
         nargs="+",
         help="one per bundle, sum 1 (equal); auto chooses them from --data without labels",
     )
-    p.add_argument("--rounding", choices=ROUNDINGS, help="of the merged codes (advanced)")
+    p.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        help=f"how merged codes are rounded; {_summaries(ROUNDINGS)} (advanced)",
+    )
     p.add_argument("--candidates", type=int, help="draws of advanced rounding (100)")
     p.add_argument("--seed", type=seed_number, default=0)
     p.add_argument(
@@ -60,15 +71,15 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument(
         "--criterion",
         choices=CRITERIA,
-        help="of --weights auto: surest predictions (entropy, information), or most like each "
-        "domain's own bundle (agreement; where the names in --data are the bundles' domains)",
+        help=f"what --weights auto looks for; {_summaries(CRITERIA)} (agreement where the names in "
+        "--data are the bundles' domains, else information)",
     )
     p.add_argument(
         "--re-estimate",
         nargs="+",
         default=[],
         metavar="NAME=PATH",
-        help="unlabelled images for BatchNorm moments and activation steps of the merge "
+        help="unlabelled images for BatchNorm moments and activation scales of the merge "
         "(bundles of --fold steps)",
     )
     p.add_argument("--images", type=int, default=256, help="images per domain for --weights auto")
@@ -77,11 +88,20 @@ def arguments() -> argparse.ArgumentParser:
     )
     p.add_argument("-o", "--output", required=True, help="bundle folder, or .safetensors file")
     floats = p.add_argument_group("checkpoints", "float merging of .safetensors or torch files")
-    floats.add_argument("--method", choices=CHECKPOINT_METHODS, help="mean if nothing else is said")
-    floats.add_argument("--base", help="source checkpoint of task-arithmetic and ties")
-    floats.add_argument("--scaling", type=float, help="factor of the task vector (1.0)")
-    floats.add_argument("--density", type=float, help="share that ties keeps (0.2)")
+    floats.add_argument(
+        "--method", choices=METHODS, help=f"how parameters are merged; {_summaries(METHODS)} (mean)"
+    )
+    needing = [name for name, method in METHODS.items() if method.needs_base]
+    floats.add_argument("--base", help=f"source checkpoint of {' and '.join(needing)}")
+    for option in fields(MethodOptions):
+        text = f"{option.metadata['help']} ({option.default})"
+        floats.add_argument(f"--{option.name}", type=float, help=text)
     return p
+
+
+def _summaries(table: Mapping[str, Any]) -> str:
+    """What each entry of a table does, for a flag's help."""
+    return ", ".join(f"{name}: {entry.summary}" for name, entry in table.items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,9 +121,9 @@ def _merge(args: argparse.Namespace) -> int:
     weights = None if auto else _numbers(args.weights)
     if auto and not args.data:
         raise MergeError("found --weights auto without images; pass --data NAME=PATH ...")
-    rounding = args.rounding or "advanced"
+    rounding, method = _rounding_of(args), args.method or "mean"
     candidates = 100 if args.candidates is None else args.candidates
-    merger = Merger(args.bundles, rounding, candidates, args.seed)
+    merger = Merger(args.bundles, rounding, candidates, args.seed, method)
     check_different([Path(path) for path in args.bundles])
     if not auto:
         merger.check_weights(weights)
@@ -113,30 +133,31 @@ def _merge(args: argparse.Namespace) -> int:
     if auto:
         images = _images(args.data, first, args.images, args.seed)
         with progress_bar("choose weights") as progress:
-            mix = choose_weights(
-                Merger(merger.parents),
+            chosen = choose_weights(
+                Merger(merger.parents, method=method),
                 images,
                 args.criterion,
                 renewed,
                 lambda done, total: progress(done, total, ""),
             )
-        weights = list(mix.weights)
-        options["auto"] = mix.record()
+        weights = list(chosen.weights)
+        options["auto"] = chosen.record()
         print("weights " + " ".join(f"{w:g}" for w in weights))
     target = Path(args.output).absolute()
     check_parent(target)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        goal = Path(scratch) / "merged.hdrq" if renewed else target
+        merged = Path(scratch) / "merged.hdrq" if renewed else target
         with progress_bar("merge") as progress:
             bundle = merge(
                 merger.parents,
-                goal,
+                merged,
                 weights,
                 rounding,
                 candidates,
                 args.seed,
                 lambda done, total: progress(done, total, ""),
                 options=options,
+                method=method,
             )
         if renewed:
             bundle = re_estimate(bundle, renewed, target, args.seed)
@@ -183,10 +204,16 @@ def _given(args: argparse.Namespace, names: Sequence[str]) -> str:
     return f"--{given[0].replace('_', '-')}" if given else ""
 
 
+def _rounding_of(args: argparse.Namespace) -> str:
+    """The rounding as given, or the best one that the method allows."""
+    is_mean = args.method is None or METHODS[args.method].is_mean
+    return args.rounding or ("advanced" if is_mean else "nearest")
+
+
 def _check_flags(args: argparse.Namespace) -> None:
     """Refuse what a merge of bundles would ignore."""
     flag = _given(args, _OF_CHECKPOINTS)
-    if args.method not in (None, "mean"):
+    if args.method is not None and not METHODS[args.method].merges_bundles:
         flag = f"--method {args.method}"
     if flag:
         raise MergeError(
@@ -197,7 +224,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise MergeError("found --criterion without --weights auto, which it is for")
     if args.data and args.weights != ["auto"]:
         raise MergeError("found --data without --weights auto, which reads it; pass both")
-    rounding = args.rounding or "advanced"
+    rounding = _rounding_of(args)
     if args.candidates is not None and rounding != "advanced":
         raise MergeError(
             f"found --candidates with --rounding {rounding}; they are draws of advanced rounding"
@@ -212,9 +239,11 @@ def _merge_checkpoints(args: argparse.Namespace) -> int:
             "(--method float keeps them float)"
         )
     method = args.method or "mean"
-    unused = {"mean": ("scaling", "density"), "task-arithmetic": ("density",)}.get(method, ())
+    unused = [name for name in _METHOD_OPTIONS if name not in METHODS[method].options]
     if flag := _given(args, unused):
         raise MergeError(f"found {flag} with --method {method}, which does not use it")
+    values = {name: getattr(args, name) for name in _METHOD_OPTIONS}
+    options: dict[str, Any] = {name: v for name, v in values.items() if v is not None}
     with progress_bar("merge") as progress:
         path = merge_checkpoints(
             args.bundles,
@@ -222,9 +251,8 @@ def _merge_checkpoints(args: argparse.Namespace) -> int:
             _numbers(args.weights),
             method,
             args.base,
-            1.0 if args.scaling is None else args.scaling,
-            0.2 if args.density is None else args.density,
-            lambda done, total: progress(done, total, ""),
+            progress=lambda done, total: progress(done, total, ""),
+            **options,
         )
     print(path)
     return 0

@@ -17,7 +17,7 @@ with importing("hdrq sensitivity"):
     from rich.console import Console
     from rich.table import Table
 
-    from ..calibration_data.readers.folder import Wanted, numbered, read
+    from ..calibration_data.readers import Wanted, numbered, read
     from ..checks.sensitivity import Scheme, Sensitivity, sensitivity, suggest
     from ..errors import DataError, ModelError
     from ..formats.atomic_files import (

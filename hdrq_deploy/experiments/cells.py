@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.recipe import Options
-from ..calibration_data.readers.folder import Wanted, read
+from ..calibration_data.readers import Wanted, read
 from ..exporters import export
 from ..formats.atomic_files import scratch_folder, write_bytes
 from ..formats.bundle import Bundle

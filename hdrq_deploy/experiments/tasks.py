@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..calibration.recipe import METHODS
 from ..calibration_data import digits, streets
+from ..calibration_data.readers import Wanted
 from ..calibration_data.readers.decoding import folders_of
-from ..calibration_data.readers.folder import Wanted
 from ..errors import DataError, ModelError
 from ..formats.atomic_files import FolderKind, Kind, check_output, new_directory, write_record
 from ..formats.file_kinds import DIGITS, STREETS

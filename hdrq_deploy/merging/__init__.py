@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from .bundles import Merger, check_different, merge
+from .bundles import Merger, merge
 from .float_checkpoints import CHECKPOINT_METHODS, merge_checkpoints
+from .merge_weights import check_different
+from .methods import METHODS
 from .re_estimate import re_estimate
 from .rounding import ROUNDINGS
 from .weight_search import CRITERIA, choose_weights
@@ -11,6 +13,7 @@ from .weight_search import CRITERIA, choose_weights
 __all__ = [
     "CHECKPOINT_METHODS",
     "CRITERIA",
+    "METHODS",
     "ROUNDINGS",
     "Merger",
     "check_different",

@@ -1,8 +1,9 @@
 """Merge calibrated bundles without training, torch or the original models.
 
-Steps, biases and activation steps become weighted means, BatchNorm moments are matched, and
-codes are rounded by :mod:`.rounding`. Weights are read from mapped files and written tensor
-by tensor, so that the parents never have to fit into memory together.
+Weights and biases are merged by a method of :mod:`.methods`, scales become weighted means,
+BatchNorm moments are matched, and codes are rounded by :mod:`.rounding`. Weights are read from
+mapped files and written tensor by tensor, so that the parents never have to fit into memory
+together.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,13 @@ from ..graph.biases import bias_sites, fitted, shifts
 from ..numerics.batchnorm_fold import graph_tensors
 from ..numerics.quantization import along, dequantize
 from ..numerics.spec import check_seed
-from .rounding import ROUNDINGS, merge_codes
+from .merge_weights import check_different, check_merge_weights
+from .methods import MethodOptions, method_of
+from .methods.base import float64
+from .methods.mean import matched_variance, weighted_mean
+from .rounding import ROUNDINGS, merge_codes, round_target
 
-__all__ = ["Merger", "check_mix", "matched_variance", "merge", "weighted_mean"]
+__all__ = ["Merger", "golden_inputs", "in_parallel", "merge"]
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]
@@ -46,6 +50,8 @@ def merge(
     progress: Progress | None = None,
     threads: int | None = None,
     options: Mapping[str, Any] | None = None,
+    *,
+    method: str = "mean",
 ) -> Bundle:
     """Merge two or more bundles of one architecture, source and scheme.
 
@@ -53,37 +59,41 @@ def merge(
         bundles: Bundles or their paths.
         output: Folder of the merged bundle.
         weights: One per bundle, >= 0, sum 1; equal by default.
-        rounding: One of ``ROUNDINGS``.
+        rounding: Name of one of ``ROUNDINGS``.
         candidates: Draws of ``advanced``.
         seed: Seed of the draws.
         progress: Called with (tensors done, tensors in all).
         threads: Tensors merged at a time; one per core by default. The result is the same.
         options: Further entries of the manifest's record of this merge.
+        method: Name of one of ``METHODS`` that needs no source checkpoint.
 
     Raises:
-        MergeError: Fewer than two bundles, one named twice, weights that do not fit, or bundles
-            that differ in something a merge needs equal; the first difference is named.
+        MergeError: Fewer than two bundles, one named twice, weights, a rounding or a method that
+            do not fit, or bundles that differ in something a merge needs equal; the first
+            difference is named.
+        SpecError: A seed that NumPy does not take.
+        BundleError: A path is no bundle, or a bundle is damaged.
         CheckFailed: The merged graph gives no finite output for a golden input.
 
     Source:
         Shin et al., ICML 2025, section 4.3 (rounding); Li et al., ECCV 2024 (BatchNorm).
     """
-    merger = Merger(bundles, rounding, candidates, seed)
-    mix = merger.check_weights(weights)
+    merger = Merger(bundles, rounding, candidates, seed, method)
+    merge_weights = merger.check_weights(weights)
     check_different([parent.path for parent in merger.parents])
-    return merger.write(output, mix, progress, threads, options)
+    return merger.write(output, merge_weights, progress, threads, options)
 
 
 def golden_inputs(parents: Sequence[Bundle]) -> dict[str, Array]:
-    """One golden input of every parent; what a merge makes of them is found when it is run."""
-    found = [golden["input"][:1] for golden in (p.golden() for p in parents) if golden]
-    return {"input": np.concatenate(found)} if found else {}
+    """One golden input of every parent, without outputs: the merged graph gives those."""
+    inputs = [golden["input"][:1] for golden in (p.golden() for p in parents) if golden]
+    return {"input": np.concatenate(inputs)} if inputs else {}
 
 
 def in_parallel(
     work: Callable[[Any], None], items: Sequence[Any], threads: int | None = None
 ) -> None:
-    """``work`` on every item, one thread per core; each keeps its matrix products to itself."""
+    """Call ``work`` on every item with one thread per core; each uses one BLAS thread."""
     with (
         threadpool_limits(1, user_api="blas"),
         ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool,
@@ -92,13 +102,14 @@ def in_parallel(
 
 
 class Merger:
-    """Parents that fit each other, and their merge at any weights.
+    """Parents that fit each other, and their merge at any merge weights.
 
     Args:
         bundles: Two or more bundles or paths.
-        rounding: One of ``ROUNDINGS``.
+        rounding: Name of one of ``ROUNDINGS``.
         candidates: Draws of ``advanced``.
         seed: Seed of the draws.
+        method: Name of one of ``METHODS`` that needs no source checkpoint.
 
     Raises:
         MergeError: See :func:`merge`.
@@ -110,10 +121,10 @@ class Merger:
         rounding: str = "nearest",
         candidates: int = 1,
         seed: int = 0,
+        method: str = "mean",
     ) -> None:
-        check_mix(None, len(bundles), "bundle")
-        if rounding not in ROUNDINGS:
-            raise MergeError(f"found rounding {rounding!r}; choose one of {', '.join(ROUNDINGS)}")
+        check_merge_weights(None, len(bundles), "bundle")
+        _check_method(method, rounding)
         if candidates < 1:
             raise MergeError(f"found candidates={candidates}; needed 1 or more")
         if seed < 0:
@@ -123,18 +134,19 @@ class Merger:
         for other in self.parents[1:]:
             _check_compatible(self.parents[0], other)
         self.rounding, self.candidates, self.seed = rounding, candidates, seed
+        self.method = method
         entries = self.parents[0].manifest.tensors
         self.code_names = sorted(n for n, entry in entries.items() if entry.role == "codes")
         self._sites = bias_sites(self.parents[0].graph_ir())
 
     def check_weights(self, weights: Sequence[float] | None) -> list[float]:
-        """See :func:`check_mix`."""
-        return check_mix(weights, len(self.parents), "bundle")
+        """See :func:`.merge_weights.check_merge_weights`."""
+        return check_merge_weights(weights, len(self.parents), "bundle")
 
     def write(
         self,
         output: str | os.PathLike[str],
-        mix: Sequence[float],
+        merge_weights: Sequence[float],
         progress: Progress | None = None,
         threads: int | None = None,
         options: Mapping[str, Any] | None = None,
@@ -146,37 +158,37 @@ class Merger:
 
         def put_all(put: Callable[[str, Array], None]) -> Manifest:
             names = self.parents[0].manifest.tensors
-            small = self.floats(mix)
+            small = self.floats(merge_weights)
             for name, value in small.items():
                 put(name, value)
 
             def one(name: str) -> None:
                 nonlocal done
-                codes, layers[name] = self.codes(name, mix, small)
+                codes, layers[name] = self.codes(name, merge_weights, small)
                 put(name, codes)
                 done += 1
                 if progress:
                     progress(len(small) + done, len(names))
 
             in_parallel(one, self.code_names, threads)
-            return self.manifest(mix, dict(sorted(layers.items())), options or {})
+            return self.manifest(merge_weights, dict(sorted(layers.items())), options or {})
 
         golden = golden_inputs(self.parents)
         return Bundle.write_like(output, self.parents[0], put_all, golden, check_merge)
 
-    def tensors(self, mix: Sequence[float]) -> dict[str, Array]:
+    def tensors(self, merge_weights: Sequence[float]) -> dict[str, Array]:
         """All tensors of a merge, in memory."""
-        merged = self.floats(mix)
+        merged = self.floats(merge_weights)
         for name in self.code_names:
-            merged[name] = self.codes(name, mix, merged)[0]
+            merged[name] = self.codes(name, merge_weights, merged)[0]
         return merged
 
-    def floats(self, mix: Sequence[float]) -> dict[str, Array]:
+    def floats(self, merge_weights: Sequence[float]) -> dict[str, Array]:
         """Everything but the codes; what follows from a fold is computed from its parts."""
         manifest = self.parents[0].manifest
         derived = {name for fold in manifest.folds.values() for name in (fold.scale, fold.bias)}
         merged = {
-            name: self._float(name, mix)
+            name: self._float(name, merge_weights)
             for name, entry in manifest.tensors.items()
             if entry.role != "codes" and name not in derived
         }
@@ -193,66 +205,81 @@ class Merger:
         return merged | fitted(merged, self._sites, shifts(manifest.tensors), manifest.folds)
 
     def codes(
-        self, name: str, mix: Sequence[float], floats: Mapping[str, Array]
+        self, name: str, merge_weights: Sequence[float], floats: Mapping[str, Array]
     ) -> tuple[Array, dict[str, Any]]:
         """Merged codes of one tensor, and statistics of its rounding."""
-        entry, scale = self.parents[0].manifest.tensors[name], self._step_of(name)
-        found = merge_codes(
-            [parent.tensor(name) for parent in self.parents],
-            [parent.tensor(scale) for parent in self.parents],
-            floats[scale],
-            mix,
-            entry.spec,
-            self.rounding,
-            self.candidates,
-            (self.seed, self.code_names.index(name)),
-        )
+        entry, scale = self.parents[0].manifest.tensors[name], self._scale_of(name)
+        if method_of(self.method).is_mean:
+            merged = merge_codes(
+                [parent.tensor(name) for parent in self.parents],
+                [parent.tensor(scale) for parent in self.parents],
+                floats[scale],
+                merge_weights,
+                entry.spec,
+                self.rounding,
+                self.candidates,
+                (self.seed, self.code_names.index(name)),
+            )
+        else:
+            real = self._dequantized(name)
+            merged = round_target(
+                self._merged(real, merge_weights), real, floats[scale], entry.spec
+            )
         statistics = {
-            "codes": found.codes.size,
-            "ambiguous": found.ambiguous,
-            "changed": found.changed,
-            "cosines": found.cosines,
-            "nearest_cosines": found.nearest_cosines,
+            "codes": merged.codes.size,
+            "ambiguous": merged.ambiguous,
+            "changed": merged.changed,
+            "cosines": merged.cosines,
+            "nearest_cosines": merged.nearest_cosines,
         }
-        return found.codes, statistics
+        return merged.codes, statistics
 
-    def unrounded(self, mix: Sequence[float], floats: Mapping[str, Array]) -> dict[str, Array]:
+    def unrounded(
+        self, merge_weights: Sequence[float], floats: Mapping[str, Array]
+    ) -> dict[str, Array]:
         """``floats``, and in place of codes the real weights (float32) that they stand for."""
         manifest = self.parents[0].manifest
         result = dict(floats)
         for name in self.code_names:
-            entry, scale = manifest.tensors[name], self._step_of(name)
-            real = weighted_mean(
-                [dequantize(p.tensor(name), p.tensor(scale), entry.axis) for p in self.parents],
-                mix,
-            )
+            merged = self._merged(self._dequantized(name), merge_weights)
+            real: Array = merged.astype(np.float32)
             if fold := manifest.folds.get(name):
                 gain = np.asarray(floats[fold.scale] / floats[fold.raw_scale])
-                real = real * along(gain, real.ndim, entry.axis)
+                real = real * along(gain, real.ndim, manifest.tensors[name].axis)
             result[name] = real
         return result
 
     def manifest(
-        self, mix: Sequence[float], layers: Mapping[str, Any], options: Mapping[str, Any]
+        self, merge_weights: Sequence[float], layers: Mapping[str, Any], options: Mapping[str, Any]
     ) -> Manifest:
         """The manifest of a merge; ``layers`` are the statistics of each tensor of codes."""
-        return _manifest(self, mix, layers, options)
+        return _manifest(self, merge_weights, layers, options)
 
-    def _step_of(self, codes: str) -> str:
-        """The tensor with the steps that ``codes`` were rounded on, BatchNorm apart."""
+    def _dequantized(self, codes: str) -> list[Array]:
+        """The real weights that each parent's codes stand for, BatchNorm not applied."""
+        axis, scale = self.parents[0].manifest.tensors[codes].axis, self._scale_of(codes)
+        return [dequantize(p.tensor(codes), p.tensor(scale), axis) for p in self.parents]
+
+    def _merged(self, tensors: Sequence[Array], merge_weights: Sequence[float]) -> Array:
+        """Trained parameters merged by the method, float64."""
+        method = method_of(self.method)
+        return method.merge(float64(tensors), merge_weights, None, MethodOptions())
+
+    def _scale_of(self, codes: str) -> str:
+        """The tensor with the scales that ``codes`` were rounded with, BatchNorm not applied."""
         manifest = self.parents[0].manifest
         fold = manifest.folds.get(codes)
         scale = fold.raw_scale if fold else manifest.tensors[codes].scale
         assert scale is not None
         return scale
 
-    def _float(self, name: str, mix: Sequence[float]) -> Array:
+    def _float(self, name: str, merge_weights: Sequence[float]) -> Array:
         values = [parent.tensor(name) for parent in self.parents]
         role = self.parents[0].manifest.tensors[name].role
         if role == "bn_var":
             mean = _mean_of(name, self.parents[0].manifest)
             means = [parent.tensor(mean) for parent in self.parents]
-            return matched_variance(values, means, mix)
+            return matched_variance(values, means, merge_weights)
         if role == "constant":
             if any(not np.array_equal(value, values[0]) for value in values):
                 raise MergeError(
@@ -260,34 +287,26 @@ class Merger:
                     "bundle; needed models that differ in trained weights only"
                 )
             return values[0]
-        return weighted_mean(values, mix)
+        if role == "float" and values[0].size > 0 and values[0].ndim > 0:
+            return self._merged(values, merge_weights).astype(values[0].dtype)
+        return weighted_mean(values, merge_weights)
 
 
-def weighted_mean(values: Sequence[Array], mix: Sequence[float], dtype: Any = np.float32) -> Array:
-    """sum_i mix_i * values_i in float64, as ``dtype``; equal values stay as they are."""
-    if all(np.array_equal(value, values[0]) for value in values):
-        return values[0]
-    total = sum(m * v.astype(np.float64) for m, v in zip(mix, values, strict=True))
-    return np.asarray(total).astype(dtype)
-
-
-def matched_variance(
-    variances: Sequence[Array],
-    means: Sequence[Array],
-    mix: Sequence[float],
-    dtype: Any = np.float32,
-) -> Array:
-    """Variance of the mixture: sum_i mix_i * (variance_i + (mean_i - mean)^2).
-
-    Source:
-        Li et al., ECCV 2024, on merging BatchNorm of models of several domains.
-    """
-    wide = [mean.astype(np.float64) for mean in means]
-    centre = sum(m * mean for m, mean in zip(mix, wide, strict=True))
-    spread = [
-        v.astype(np.float64) + (mean - centre) ** 2 for v, mean in zip(variances, wide, strict=True)
-    ]
-    return weighted_mean(spread, mix, dtype).astype(dtype)
+def _check_method(method: str, rounding: str) -> None:
+    """Refuse a method or a rounding that does not work on bundles."""
+    if rounding not in ROUNDINGS:
+        raise MergeError(f"found rounding {rounding!r}; choose one of {', '.join(ROUNDINGS)}")
+    chosen = method_of(method)
+    if not chosen.merges_bundles:
+        raise MergeError(
+            f"found method {method!r} with bundles; it needs the source weights, which bundles do "
+            "not hold: merge the float checkpoints and calibrate the result"
+        )
+    if not chosen.is_mean and ROUNDINGS[rounding].tosses:
+        raise MergeError(
+            f"found rounding {rounding!r} with method {method!r}; noise has known probabilities "
+            "for the weighted mean only: choose nearest"
+        )
 
 
 def _mean_of(variance: str, manifest: Manifest) -> str:
@@ -299,42 +318,6 @@ def _mean_of(variance: str, manifest: Manifest) -> str:
     if mean in manifest.tensors:
         return mean
     raise MergeError(f"found a variance {variance} without a mean; make the bundle again")
-
-
-def check_mix(weights: Sequence[float] | None, count: int, what: str) -> list[float]:
-    """Weights as given, or equal ones.
-
-    Raises:
-        MergeError: Fewer than two parents, or not one weight >= 0 for each with sum 1.
-    """
-    if count < 2:
-        raise MergeError(f"found {count} {what}; a merge needs two or more")
-    if weights is None:
-        return [1 / count] * count
-    mix = [float(w) for w in weights]
-    if len(mix) != count:
-        raise MergeError(f"found {len(mix)} weights for {count} {what}s; give one for each")
-    if not all(w >= 0 for w in mix) or abs(sum(mix) - 1) > 1e-6:
-        raise MergeError(
-            f"found weights {' '.join(map(str, mix))} with sum {sum(mix):g}; "
-            "needed weights >= 0 with sum 1"
-        )
-    return mix
-
-
-def check_different(paths: Sequence[Path]) -> None:
-    """Refuse a merge of one thing with itself, which is what a slip of the keyboard asks for.
-
-    Raises:
-        MergeError: A path is named twice.
-    """
-    seen = set()
-    for path in paths:
-        if path.resolve() in seen:
-            raise MergeError(
-                f"found {path} twice; name every parent once, and give its share after --weights"
-            )
-        seen.add(path.resolve())
 
 
 def _check_compatible(first: Bundle, other: Bundle) -> None:
@@ -370,11 +353,14 @@ def _short(value: Any, other: Any) -> str:
 
 
 def _manifest(
-    merger: Merger, mix: Sequence[float], layers: Mapping[str, Any], options: Mapping[str, Any]
+    merger: Merger,
+    merge_weights: Sequence[float],
+    layers: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> Manifest:
     parents = merger.parents
     domains: dict[str, float] = {}
-    for parent, weight in zip(parents, mix, strict=True):
+    for parent, weight in zip(parents, merge_weights, strict=True):
         for domain, share in parent.manifest.domains.items():
             domains[domain] = domains.get(domain, 0.0) + weight * share
     first = parents[0].manifest
@@ -388,9 +374,10 @@ def _manifest(
             "seed": merger.seed,
             "options": {
                 "merge": {
-                    "weights": list(mix),
+                    "weights": list(merge_weights),
                     "rounding": merger.rounding,
                     "candidates": merger.candidates,
+                    **({} if merger.method == "mean" else {"method": merger.method}),
                     **options,
                 },
                 "parents": [p.manifest.options for p in parents],
@@ -403,7 +390,7 @@ def _manifest(
                     domains=parent.manifest.domains,
                     weight=weight,
                 )
-                for parent, weight in zip(parents, mix, strict=True)
+                for parent, weight in zip(parents, merge_weights, strict=True)
             ),
         }
     )

@@ -1,17 +1,9 @@
-"""Float merging of checkpoints, the honest upper row beside a merge of quantized models.
+"""Merge float checkpoints: the reference that a merge of quantized models is compared with.
 
-=================  =========================================================================
-method             what is averaged (weights mix_i, sum 1)
-=================  =========================================================================
-mean               sum mix_i theta_i
-task-arithmetic    theta_0 + scaling * sum mix_i (theta_i - theta_0); Ilharco et al., ICLR 2023
-ties               the same after trimming, sign election and disjoint mean; Yadav et al.,
-                   NeurIPS 2023
-=================  =========================================================================
-
-BatchNorm's running mean and variance are matched as moments in all of them. The kept merging
-libraries (mergekit, peft) take language models of known layout and need torch; this is NumPy
-and takes any safetensors checkpoint, and torch's own files where torch is installed.
+Parameters are merged by one of :data:`hdrq_deploy.merging.methods.METHODS`; BatchNorm's running
+mean and variance are matched as moments whatever the method is. Merging libraries (mergekit, peft)
+take language models of known layout and need torch; this is NumPy and takes any safetensors
+checkpoint, and torch's own files where torch is installed.
 """
 
 from __future__ import annotations
@@ -31,11 +23,14 @@ from ..formats.atomic_files import check_output, replaced
 from ..formats.checkpoints import FLOATS, Checkpoint, Stored, from_float32, open_checkpoint
 from ..formats.file_kinds import MERGED
 from ..formats.safetensors_layout import with_metadata
-from .bundles import check_different, check_mix, matched_variance, weighted_mean
+from .merge_weights import check_different, check_merge_weights
+from .methods import METHODS, MergeMethod, MethodOptions, method_of
+from .methods.base import float64
+from .methods.mean import MEAN, matched_variance
 
 __all__ = ["CHECKPOINT_METHODS", "merge_checkpoints"]
 
-CHECKPOINT_METHODS = ("mean", "task-arithmetic", "ties")
+CHECKPOINT_METHODS = tuple(METHODS)
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 
 Array = npt.NDArray[Any]
@@ -62,8 +57,8 @@ def merge_checkpoints(
             files where torch is installed.
         output: .safetensors file to write; written whole or not at all.
         weights: One per file, >= 0, sum 1; equal by default.
-        method: One of ``CHECKPOINT_METHODS``.
-        base: The source checkpoint; needed by all but ``mean``.
+        method: Name of one of ``METHODS``.
+        base: The source checkpoint; only the methods that need one read it.
         scaling: Factor of the merged task vector.
         density: Share of each task vector that ``ties`` keeps, > 0 to 1.
         progress: Called with (tensors done, tensors in all).
@@ -76,39 +71,42 @@ def merge_checkpoints(
         ModelError: A file is no checkpoint.
     """
     files = [Path(path) for path in paths]
-    mix = check_mix(weights, len(files), "checkpoint")
+    merge_weights = check_merge_weights(weights, len(files), "checkpoint")
     check_different(files)
-    if method not in CHECKPOINT_METHODS:
-        raise MergeError(f"found method {method!r}; choose one of {', '.join(CHECKPOINT_METHODS)}")
-    if method != "mean" and base is None:
-        raise MergeError(f"found no source checkpoint; {method} needs one: pass --base SOURCE")
-    if not 0 < density <= 1 or not np.isfinite(scaling):
-        raise MergeError(
-            f"found density={density}, scaling={scaling}; needed a density above 0, up to 1, and "
-            "a finite scaling"
-        )
+    chosen = method_of(method)
+    options = MethodOptions(scaling, density)
+    sources = [*files, *_base_of(method, base)]
     if Path(output).suffix != ".safetensors":
         raise MergeError(
-            f"found -o {output}; needed a .safetensors file, which is what a merge of checkpoints "
-            "writes"
+            f"found the output {output}; needed a .safetensors file, which is what a merge of "
+            "checkpoints writes"
         )
-    sources = [*files, *([Path(base)] if base is not None and method != "mean" else [])]
     target = check_output(output, MERGED, sources)
     opened = [open_checkpoint(path) for path in sources]
     for other in opened[1:]:
         _check_same(opened[0], other)
-    entries = {name: _merged_type(name, opened[: len(files)]) for name in opened[0].tensors}
+    parents = opened[: len(files)]
+    entries = {name: _merged_type(name, parents) for name in opened[0].tensors}
     header, order = _header(entries)
     with replaced(target, MERGED) as file:
-        file.write(with_metadata(header, "merged", {"method": method, "weights": mix}))
+        file.write(with_metadata(header, "merged", {"method": method, "weights": merge_weights}))
         for done, name in enumerate(order):
-            values = [_finite(checkpoint, name) for checkpoint in opened]
-            means = _means(opened[: len(files)], name)
-            merged = _merge_one(values, means, mix, method, scaling, density)
+            tensors = [_finite(checkpoint, name) for checkpoint in opened]
+            means = _means(parents, name)
+            merged = _merge_one(tensors, means, merge_weights, chosen, options)
             file.write(_as_stored(merged, entries[name], name, target))
             if progress:
                 progress(done + 1, len(order))
     return target
+
+
+def _base_of(method: str, base: str | os.PathLike[str] | None) -> list[Path]:
+    """The source checkpoint as a list of one, or no path where the method does not read it."""
+    if not METHODS[method].needs_base:
+        return []
+    if base is None:
+        raise MergeError(f"found no source checkpoint; {method} needs one: give it as base")
+    return [Path(base)]
 
 
 def _merged_type(name: str, models: Sequence[Checkpoint]) -> Stored:
@@ -176,7 +174,7 @@ def _as_stored(merged: Array, stored: Stored, name: str, target: Path) -> bytes:
     if not np.isfinite(values).all() or (stored.dtype == "BF16" and _endless(data)):
         raise MergeError(
             f"{target}: found merged values of {name} beyond what {stored.dtype} holds; needed a "
-            "smaller --scaling, or parents in float32"
+            "smaller scaling, or parents in float32"
         )
     return np.ascontiguousarray(data).tobytes()
 
@@ -187,46 +185,23 @@ def _endless(bits: Array) -> bool:
 
 
 def _merge_one(
-    values: list[Array],
+    tensors: list[Array],
     means: list[Array] | None,
-    mix: list[float],
-    method: str,
-    scaling: float,
-    density: float,
+    merge_weights: list[float],
+    method: MergeMethod,
+    options: MethodOptions,
 ) -> Array:
-    models = values[: len(mix)]
-    if models[0].dtype.kind != "f":
-        return models[0]  # counters and tables; the first model's
+    """The merged tensor of one name; the base's, where it is read, is the last of ``tensors``."""
+    count = len(merge_weights)
+    if tensors[0].dtype.kind != "f":
+        return tensors[0]  # counters and tables: the first model's
     if means is not None:
-        return matched_variance(models, means, mix, np.float64)
-    if method == "mean" or values[0].ndim == 0 or values[0].size == 0:
-        return weighted_mean(models, mix, np.float64)
-    origin = values[-1].astype(np.float64)
-    vectors = [model - origin for model in models]
-    if method == "task-arithmetic":
-        change = sum(m * v for m, v in zip(mix, vectors, strict=True))
-    else:
-        change = _ties(vectors, mix, density)
-    merged: Array = origin + scaling * change
-    return merged
-
-
-def _ties(vectors: list[Array], mix: list[float], density: float) -> Array:
-    """Trim, elect a sign, and average those that agree with it."""
-    trimmed = []
-    for vector in vectors:
-        size = np.abs(vector)
-        kept = max(1, round(density * vector.size))
-        threshold = np.partition(size.ravel(), vector.size - kept)[vector.size - kept]
-        trimmed.append(np.where(size >= threshold, vector, 0.0))
-    elected = np.sign(sum(m * v for m, v in zip(mix, trimmed, strict=True)))
-    total, share = np.zeros_like(trimmed[0]), np.zeros_like(trimmed[0])
-    for m, vector in zip(mix, trimmed, strict=True):
-        agrees = (np.sign(vector) == elected) & (vector != 0)
-        total += np.where(agrees, m * vector, 0.0)
-        share += np.where(agrees, m, 0.0)
-    result: Array = total / np.where(share > 0, share, 1.0)
-    return result
+        return matched_variance(tensors[:count], means, merge_weights, np.float64)
+    wide = float64(tensors)
+    if wide[0].ndim == 0 or wide[0].size == 0:
+        method = MEAN
+    base = wide[count] if method.needs_base else None
+    return method.merge(wide[:count], merge_weights, base, options)
 
 
 def _check_same(mine: Checkpoint, theirs: Checkpoint) -> None:

@@ -1,10 +1,10 @@
 """Statistics of a merged model from a few unlabelled images, through ONNX Runtime.
 
 Averaging models moves the means and variances that their BatchNorms normalise by. Where a
-bundle keeps BatchNorm apart (``--fold steps``, or method ``float``) they are measured again:
-a variant of the graph normalises by the batch's own moments, so that one pass yields those of
-all layers, each behind corrected ones. Activation steps are then searched anew on what the
-corrected network computes. Codes stay as they are; nothing is trained.
+bundle keeps BatchNorm separately (it was folded into the scales, or the method is ``float``) they
+are measured again: a variant of the graph normalises by the batch's own moments, so that one pass
+yields those of all layers, each after corrected ones. Activation scales are then searched again on
+what the corrected network computes. Codes stay as they are; nothing is trained.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ..numerics.spec import QuantSpec
 __all__ = ["moved", "re_estimate"]
 
 Array = npt.NDArray[Any]
-# Channels that BatchNorm all but switches off say nothing of their own moments.
+# A channel with a smaller BatchNorm gain shows nothing of its own moments.
 _BLIND = 1e6 * SMALLEST_GAIN
 _SAMPLES = 1 << 14
 
@@ -45,16 +45,16 @@ def re_estimate(
     output: str | os.PathLike[str],
     seed: int = 0,
 ) -> Bundle:
-    """Write ``bundle`` again with BatchNorm moments and activation steps of ``images``.
+    """Write ``bundle`` again with BatchNorm moments and activation scales of ``images``.
 
     Args:
-        bundle: A merged bundle, its fold in the steps or of method ``float``.
+        bundle: A merged bundle with BatchNorm folded into the scales, or of method ``float``.
         images: Inputs (N, C, H, W) of each domain; all of them make one batch.
         output: Folder of the new bundle.
-        seed: Which values of the activations are looked at.
+        seed: Seed of the sample of activations that scales are searched on.
 
     Raises:
-        MergeError: The bundle keeps no BatchNorm apart.
+        MergeError: The bundle keeps no BatchNorm separately.
         DataError: Fewer than two images, or images that the graph does not take.
         CheckFailed: The new graph gives no finite output for a golden input.
     """
@@ -76,10 +76,10 @@ def moved(
     images: Mapping[str, npt.NDArray[np.float32]],
     seed: int = 0,
 ) -> dict[str, Array]:
-    """``tensors`` with new moments and activation steps; ``bundle`` gives graph and entries.
+    """``tensors`` with new moments and activation scales; ``bundle`` gives graph and entries.
 
-    A step changes by the ratio of the steps that a search finds on the network's activations
-    behind and before the new moments, so that what calibration learned of it stays.
+    Each activation scale is multiplied by (scale found with the new statistics) / (scale found
+    with the old ones), which preserves what calibration learned.
 
     Raises:
         MergeError, DataError: See :func:`re_estimate`.
@@ -91,14 +91,14 @@ def moved(
     moments = _moments(bundle, {**tensors, **_folded(bundle, tensors)}, x)
     if not moments:
         raise MergeError(
-            f"{bundle.path}: found no BatchNorm kept apart; re-estimation needs bundles that "
-            "were calibrated with --fold steps (or --method float)"
+            f"{bundle.path}: found no BatchNorm kept apart; re-estimation needs bundles that were "
+            "calibrated with BatchNorm folded into the steps, or with the method float"
         )
     result = {**tensors, **moments}
     result |= _folded(bundle, result)
-    before = _activation_steps(bundle, tensors, x, seed)
-    for name, step in _activation_steps(bundle, result, x, seed).items():
-        result[name] = (tensors[name] * (step / before[name])).astype(np.float32)
+    before = _activation_scales(bundle, tensors, x, seed)
+    for name, scale in _activation_scales(bundle, result, x, seed).items():
+        result[name] = (tensors[name] * (scale / before[name])).astype(np.float32)
     sites = bias_sites(bundle.graph_ir())
     manifest = bundle.manifest
     return result | fitted(result, sites, shifts(manifest.tensors), manifest.folds)
@@ -106,9 +106,9 @@ def moved(
 
 def _folded(bundle: Bundle, tensors: Mapping[str, Array]) -> dict[str, Array]:
     """Scales and biases as their BatchNorms give them."""
-    found: dict[str, Array] = {}
+    folded: dict[str, Array] = {}
     for fold in bundle.manifest.folds.values():
-        found[fold.scale], found[fold.bias] = graph_tensors(
+        folded[fold.scale], folded[fold.bias] = graph_tensors(
             tensors[fold.raw_scale],
             tensors[fold.gamma],
             tensors[fold.beta],
@@ -117,7 +117,7 @@ def _folded(bundle: Bundle, tensors: Mapping[str, Array]) -> dict[str, Array]:
             fold.eps,
             None if fold.raw_bias is None else tensors[fold.raw_bias],
         )
-    return found
+    return folded
 
 
 def _moments(bundle: Bundle, tensors: Mapping[str, Array], x: Array) -> dict[str, Array]:
@@ -128,9 +128,9 @@ def _moments(bundle: Bundle, tensors: Mapping[str, Array], x: Array) -> dict[str
     if not probes:
         return {}
     model.graph.outputs.extend(value for probe in probes for value in (probe.mean, probe.variance))
-    _, *found = _runner(model, bundle, tensors)(x)
+    _, *measured = _runner(model, bundle, tensors)(x)
     result = {}
-    for probe, mean, variance in zip(probes, found[::2], found[1::2], strict=True):
+    for probe, mean, variance in zip(probes, measured[::2], measured[1::2], strict=True):
         seen = probe.factor > _BLIND
         # The graph measures factor * (x - old mean) + shift.
         real = tensors[probe.mean_name] + (mean.ravel() - probe.shift) / probe.factor
@@ -142,7 +142,7 @@ def _moments(bundle: Bundle, tensors: Mapping[str, Array], x: Array) -> dict[str
 
 @dataclass(frozen=True)
 class _Probe:
-    """Outputs with the moments of factor * (x - mean) + shift, and the tensors they renew."""
+    """Graph outputs with the moments of factor * (x - mean) + shift, and the tensors to replace."""
 
     mean: ir.Value
     variance: ir.Value
@@ -153,7 +153,7 @@ class _Probe:
 
 
 def _probe_folds(model: ir.Model, bundle: Bundle, tensors: Mapping[str, Array]) -> list[_Probe]:
-    """Behind every layer that carries a BatchNorm, normalise by the batch."""
+    """After every layer with a folded BatchNorm, insert nodes that normalise by the batch."""
     probes = []
     for fold in bundle.manifest.folds.values():
         (use,) = model.graph.initializers[fold.bias].uses()
@@ -189,7 +189,7 @@ def _probe_norms(model: ir.Model, tensors: Mapping[str, Array]) -> list[_Probe]:
         ir.convenience.replace_all_uses_with(
             node.outputs[0], norm.result, replace_graph_outputs=True
         )
-        # x itself is measured: its mean moves by what it is away from the old one.
+        # x itself is measured: its mean moves by its distance from the old one.
         one = np.ones(gamma.shape)
         probes.append(_Probe(norm.mean, norm.variance, names[2], names[3], one, mean))
     return probes
@@ -217,11 +217,11 @@ def _normalise(x: ir.Value, gamma: Array, beta: Array, eps: Array) -> _Norm:
         ir.node("Constant", [], {"value": ir.tensor(v.astype(np.float32).reshape(shape))})
         for v in (eps, gamma, beta)
     ]
-    made: list[ir.Node] = []
+    nodes: list[ir.Node] = []
 
     def add(op: str, *inputs: ir.Value) -> ir.Value:
-        made.append(ir.node(op, list(inputs)))
-        return made[-1].outputs[0]
+        nodes.append(ir.node(op, list(inputs)))
+        return nodes[-1].outputs[0]
 
     mean = add("ReduceMean", x, axes.outputs[0])
     away = add("Sub", x, mean)
@@ -230,13 +230,13 @@ def _normalise(x: ir.Value, gamma: Array, beta: Array, eps: Array) -> _Norm:
     spread = add("Sqrt", add("Add", variance, terms[0].outputs[0]))
     scaled = add("Mul", add("Div", away, spread), terms[1].outputs[0])
     add("Add", scaled, terms[2].outputs[0])
-    return _Norm([axes, *terms, *made], mean, variance)
+    return _Norm([axes, *terms, *nodes], mean, variance)
 
 
-def _activation_steps(
+def _activation_scales(
     bundle: Bundle, tensors: Mapping[str, Array], x: Array, seed: int
 ) -> dict[str, Array]:
-    """Steps by search on the values that the quantizers meet, activations unquantized."""
+    """Scales by search on the values that the quantizers read, activations unquantized."""
     model = bundle.graph_ir()
     sources = _drop_quantizers(model)
     if not sources:
@@ -258,7 +258,7 @@ def _activation_steps(
 
 
 def _drop_quantizers(model: ir.Model) -> dict[str, ir.Value]:
-    """Let activations pass unquantized; returns what each step's quantizer read."""
+    """Remove the quantizers in place; returns what each one read, by the name of its scale."""
     sources: dict[str, ir.Value] = {}
     for node in [n for n in model.graph if n.op_type == "QuantizeLinear"]:
         source, scale = node.inputs[:2]

@@ -1,12 +1,12 @@
 """Codes of a weighted mean of quantized weights.
 
-``nearest``   to the nearest code;
-``noise``     after a draw of the parents' rounding errors, but only where the sum is
+``nearest``   rounds to the nearest code;
+``noise``     rounds after a draw of the parents' rounding errors, but only where the sum is
               ambiguous, so that ties are not all broken one way (paper section 4.3);
-``advanced``  many such draws: the first, replaced by any later one that points from every
-              parent more nearly towards the real midpoint.
+``advanced``  takes many such draws and keeps the first, replaced by any later one that points
+              from every parent more nearly towards the real midpoint.
 
-Ambiguous means: two parents at equal weights whose codes have an odd sum. Any other mix has
+Ambiguous means: two parents at equal weights whose codes have an odd sum. Other merge weights have
 no exact ties; there a position is ambiguous when the scaled sum lies within
 ``TIE_DISTANCE`` of a half.
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +31,21 @@ import numpy.typing as npt
 from ..numerics import quantization
 from ..numerics.spec import QuantSpec
 
-__all__ = ["ROUNDINGS", "TIE_DISTANCE", "Merged", "ambiguous", "merge_codes", "round_up_share"]
+__all__ = [
+    "ROUNDINGS",
+    "TIE_DISTANCE",
+    "MergedCodes",
+    "Rounding",
+    "ambiguous",
+    "merge_codes",
+    "round_target",
+    "round_up_share",
+]
 
-ROUNDINGS = ("nearest", "noise", "advanced")
 TIE_DISTANCE = 0.25
 # Weights at a time: the tosses of one piece stay in a core's cache.
 _PIECE = 1 << 14
-# Errors of a parent with a smaller share of the step are not told apart from none.
+# Errors of a parent with a smaller share of the scale are treated as exact.
 _SMALLEST_SHARE = 1e-4
 
 Array = npt.NDArray[Any]
@@ -45,8 +53,45 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Merged:
-    """Codes of one tensor, and how they came about.
+class Rounding:
+    """A way to round the merged weights, as the table ``ROUNDINGS`` holds it.
+
+    Attributes:
+        summary: One line for the command's help.
+        draws: The number of draws that are made, from the number of candidates asked for.
+        choose: The index of the draw that is taken, from the draws' cosines (draws, parents);
+            -1 for the codes of rounding to nearest.
+    """
+
+    summary: str
+    draws: Callable[[int], int]
+    choose: Callable[[Floats], int]
+
+    @property
+    def tosses(self) -> bool:
+        """Whether ambiguous positions are decided by draws."""
+        return self.draws(1) > 0
+
+
+def _best(cosines: Floats) -> int:
+    """The first draw, replaced by any later one whose cosines are all larger."""
+    best = 0
+    for i, row in enumerate(cosines):
+        if (row > cosines[best]).all():
+            best = i
+    return best
+
+
+ROUNDINGS: dict[str, Rounding] = {
+    "nearest": Rounding("round to the nearest code", lambda candidates: 0, lambda cosines: -1),
+    "noise": Rounding("one draw decides ties", lambda candidates: 1, lambda cosines: 0),
+    "advanced": Rounding("the best of several draws", lambda candidates: candidates, _best),
+}
+
+
+@dataclass(frozen=True)
+class MergedCodes:
+    """Codes of one tensor, and statistics of their rounding.
 
     Attributes:
         codes: int8, shape of the parents' codes.
@@ -67,50 +112,50 @@ def merge_codes(
     codes: Sequence[Array],
     scales: Sequence[Array],
     scale: Array,
-    mix: Sequence[float],
+    merge_weights: Sequence[float],
     spec: QuantSpec,
     rounding: str = "advanced",
     candidates: int = 100,
     seed: Sequence[int] = (0,),
-) -> Merged:
-    """Codes of the weighted mean of ``scales[i] * codes[i]`` on the step ``scale``.
+) -> MergedCodes:
+    """Codes of the weighted mean of ``scales[i] * codes[i]``, rounded with ``scale``.
 
     Args:
         codes: Parents' codes, one shape.
-        scales: Parents' steps, () or (codes.shape[spec.axis],).
-        scale: Merged step, shape of ``scales[0]``.
-        mix: Weights of the parents, sum 1.
+        scales: Parents' scales, () or (codes.shape[spec.axis],).
+        scale: Merged scale, shape of ``scales[0]``.
+        merge_weights: One per parent, sum 1.
         spec: Range and axis of the codes.
-        rounding: One of ``ROUNDINGS``.
+        rounding: Name of one of ``ROUNDINGS``.
         candidates: Draws of ``advanced``.
-        seed: Of the draws; any numbers >= 0.
+        seed: Seed of the draws: any numbers >= 0.
 
     Source:
         Shin et al., ICML 2025, section 4.3.
     """
-    draws = {"nearest": 0, "noise": 1, "advanced": candidates}[rounding]
+    draws = ROUNDINGS[rounding].draws(candidates)
     result = np.empty(codes[0].shape, np.int8)
-    sums = _Sums(mix, draws)
+    sums = _Sums(merge_weights, draws)
     stream = np.random.Generator(np.random.SFC64(np.random.SeedSequence(list(seed))))
     opened = []
     for piece in _pieces(codes, scales, scale, spec, result, _PIECE if draws else 4 * _PIECE):
-        part = _round(piece, mix, spec, draws > 0)
+        part = _round(piece, merge_weights, spec, draws > 0)
         piece.target[...] = part.nearest
         tosses = toss(stream, part.chances, draws)
         sums.add(part, tosses)
         if draws:
             opened.append((piece.target, part.open, part.low, np.packbits(tosses, axis=1)))
-    chosen = sums.choose() if rounding == "advanced" else draws - 1
+    cosines = sums.cosines()
+    chosen = ROUNDINGS[rounding].choose(cosines[:-1])
     changed = 0
     if chosen >= 0:
-        for target, where, low, packed in opened:
+        for target, mask, low, packed in opened:
             up = np.unpackbits(packed[chosen], count=len(low))
             decided = np.minimum(low + up.astype(np.int8), spec.hi).clip(spec.lo).astype(np.int8)
-            changed += int((decided != target[where]).sum())
-            target[where] = decided
+            changed += int((decided != target[mask]).sum())
+            target[mask] = decided
     size = max(result.size, 1)
-    cosines = sums.cosines()
-    return Merged(
+    return MergedCodes(
         codes=result,
         ambiguous=sums.open / size,
         changed=changed / size,
@@ -119,16 +164,49 @@ def merge_codes(
     )
 
 
-def ambiguous(codes: Sequence[Array], scaled: Array, mix: Sequence[float]) -> npt.NDArray[np.bool_]:
+def round_target(
+    target: Array, parents: Sequence[Array], scale: Array, spec: QuantSpec
+) -> MergedCodes:
+    """Codes nearest to merged weights that a method other than the weighted mean gave.
+
+    Args:
+        target: Merged real weights, shape of the codes.
+        parents: Real weights of the parents, of the same shape.
+        scale: Merged scale, () or (target.shape[spec.axis],).
+        spec: Range and axis of the codes.
+    """
+    wide = quantization.along(scale.astype(np.float64), target.ndim, spec.axis)
+    scaled = target / wide
+    codes = np.rint(scaled).clip(spec.lo, spec.hi).astype(np.int8)
+    near_half = np.abs(scaled - np.floor(scaled) - 0.5) <= TIE_DISTANCE
+    cosines = tuple(_cosine(codes * wide - real, target - real) for real in parents)
+    return MergedCodes(
+        codes=codes,
+        ambiguous=float(near_half.mean()) if near_half.size else 0.0,
+        changed=0.0,
+        cosines=cosines,
+        nearest_cosines=cosines,
+    )
+
+
+def _cosine(a: Floats, b: Floats) -> float:
+    """|cos| of the angle between two tensors; 1 where one of them is zero."""
+    norm = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(abs(np.vdot(a, b))) / norm if norm > 0 else 1.0
+
+
+def ambiguous(
+    codes: Sequence[Array], scaled: Array, merge_weights: Sequence[float]
+) -> npt.NDArray[np.bool_]:
     """Where rounding is a toss-up (see the module's text).
 
     Args:
         codes: Parents' integer codes.
-        scaled: Weighted sum of the real weights over the merged step, same shape.
-        mix: Weights of the parents.
+        scaled: Weighted sum of the real weights, divided by the merged scale; same shape.
+        merge_weights: One per parent, sum 1.
     """
     odd: npt.NDArray[np.bool_]
-    if len(codes) == 2 and mix[0] == mix[1]:
+    if len(codes) == 2 and merge_weights[0] == merge_weights[1]:
         odd = ((codes[0] ^ codes[1]) & 1).astype(bool)
         return odd
     odd = np.abs(scaled - np.floor(scaled) - 0.5) <= TIE_DISTANCE
@@ -140,7 +218,7 @@ def round_up_share(fraction: Floats, shares: Sequence[Floats | float]) -> Floats
 
     Args:
         fraction: x - floor(x), in [0, 1).
-        shares: Width of each parent's error in merged steps, mix_i * s_i / s; they add to 1.
+        shares: Width of each parent's error in merged scales, mix_i * s_i / s; they add to 1.
 
     Returns:
         P(sum of shares_i * v_i <= fraction - 1/2) with v_i uniform on [-1/2, 1/2], shape of
@@ -182,11 +260,11 @@ def toss(
 
 @dataclass
 class _Piece:
-    """Some channels or some weights of one; steps broadcast against the codes."""
+    """Some channels or some weights of one; scales broadcast against the codes."""
 
     codes: list[Array]
-    steps: list[Floats]
-    step: Floats
+    scales: list[Floats]
+    scale: Floats
     target: npt.NDArray[np.int8]
 
 
@@ -219,21 +297,21 @@ def _pieces(
     height = max(1, most * len(out) // result.size)
     for first in range(0, len(out), height):
         cut = slice(first, first + height)
-        steps = [c[cut] for c in columns]
-        yield _Piece([r[cut] for r in rows], steps[:-1], steps[-1], out[cut])
+        scales = [c[cut] for c in columns]
+        yield _Piece([r[cut] for r in rows], scales[:-1], scales[-1], out[cut])
 
 
 @dataclass
-class _Rounded:
+class _RoundedPiece:
     """A piece rounded to nearest, and what is open in it.
 
     Attributes:
         nearest: Codes, float64.
         real: Real weights of the parents, float64.
         middle: Their weighted mean.
-        step: Merged step.
+        scale: Merged scale.
         open: Mask of the ambiguous positions.
-        low: floor(middle / step) there, int8, not yet saturated to the codes' range.
+        low: floor(middle / scale) there, int8, not yet saturated to the codes' range.
         chances: Probability of the next code there, in units of 1 / 65536.
         rise: What that code adds to the real weight there; 0 where both saturate.
         low_real: The real weight of the saturated ``low``.
@@ -242,7 +320,7 @@ class _Rounded:
     nearest: Floats
     real: list[Floats]
     middle: Floats
-    step: Floats
+    scale: Floats
     open: npt.NDArray[np.bool_]
     low: npt.NDArray[np.int8]
     chances: npt.NDArray[np.uint16]
@@ -250,21 +328,23 @@ class _Rounded:
     low_real: Floats
 
 
-def _round(piece: _Piece, mix: Sequence[float], spec: QuantSpec, tosses: bool) -> _Rounded:
-    real = [s * q for s, q in zip(piece.steps, piece.codes, strict=True)]
-    middle = mix[0] * real[0]
-    for share, values in zip(mix[1:], real[1:], strict=True):
+def _round(
+    piece: _Piece, merge_weights: Sequence[float], spec: QuantSpec, tosses: bool
+) -> _RoundedPiece:
+    real = [s * q for s, q in zip(piece.scales, piece.codes, strict=True)]
+    middle = merge_weights[0] * real[0]
+    for share, values in zip(merge_weights[1:], real[1:], strict=True):
         middle += share * values
-    scaled = middle / piece.step
+    scaled = middle / piece.scale
     nearest = np.rint(scaled).clip(spec.lo, spec.hi)
-    mask = ambiguous(piece.codes, scaled, mix)
+    mask = ambiguous(piece.codes, scaled, merge_weights)
     if not tosses:
         empty = np.zeros(0)
-        return _Rounded(
+        return _RoundedPiece(
             nearest=nearest,
             real=real,
             middle=middle,
-            step=piece.step,
+            scale=piece.scale,
             open=mask,
             low=empty.astype(np.int8),
             chances=empty.astype(np.uint16),
@@ -273,22 +353,22 @@ def _round(piece: _Piece, mix: Sequence[float], spec: QuantSpec, tosses: bool) -
         )
     shape = nearest.shape
     floor = np.floor(scaled[mask])
-    widths = [m * s / piece.step for m, s in zip(mix, piece.steps, strict=True)]
+    widths = [m * s / piece.scale for m, s in zip(merge_weights, piece.scales, strict=True)]
     shares = [w if w.ndim == 0 else np.broadcast_to(w, shape)[mask] for w in widths]
     chance = round_up_share(scaled[mask] - floor, shares)
-    step = np.broadcast_to(piece.step, shape)[mask]
+    scale = np.broadcast_to(piece.scale, shape)[mask]
     low = floor.clip(spec.lo, spec.hi)
-    return _Rounded(
+    return _RoundedPiece(
         nearest=nearest,
         real=real,
         middle=middle,
-        step=piece.step,
+        scale=piece.scale,
         open=mask,
         # One below the range at most, and one more never leaves int8.
         low=floor.clip(-128, 126).astype(np.int8),
         chances=np.rint(chance * 65536).clip(0, 65535).astype(np.uint16),
-        rise=((floor + 1).clip(spec.lo, spec.hi) - low) * step,
-        low_real=low * step,
+        rise=((floor + 1).clip(spec.lo, spec.hi) - low) * scale,
+        low_real=low * scale,
     )
 
 
@@ -300,9 +380,9 @@ class _Sums:
     rise * r_i and rise^2 + 2 rise * low: one column per parent and one more.
     """
 
-    def __init__(self, mix: Sequence[float], draws: int) -> None:
-        parents = len(mix)
-        self.mix = np.array(mix)
+    def __init__(self, merge_weights: Sequence[float], draws: int) -> None:
+        parents = len(merge_weights)
+        self._merge_weights = np.array(merge_weights)
         self.open = 0
         # The last row is ``nearest``.
         self._linear = np.zeros((draws + 1, parents + 1))
@@ -310,10 +390,10 @@ class _Sums:
         self._nearest = np.zeros((2, parents))
         self._draws = draws
 
-    def add(self, part: _Rounded, tosses: npt.NDArray[np.bool_]) -> None:
+    def add(self, part: _RoundedPiece, tosses: npt.NDArray[np.bool_]) -> None:
         """Add a piece: what is settled, and what the tosses decide."""
         self.open += int(part.open.sum())
-        chosen = part.nearest * part.step
+        chosen = part.nearest * part.scale
         for i, real in enumerate(part.real):
             away, aim = (chosen - real).ravel(), (part.middle - real).ravel()
             self._nearest[:, i] += away @ aim, away @ away
@@ -334,18 +414,9 @@ class _Sums:
         """(candidates + 1, parents); the last row is that of ``nearest``."""
         dots, squares = self._nearest
         linear = self._linear - self._linear[-1]
-        dots = dots + linear[:, :-1] @ self.mix[:, None] - linear[:, :-1]
+        dots = dots + linear[:, :-1] @ self._merge_weights[:, None] - linear[:, :-1]
         squares = squares + linear[:, -1:] - 2 * linear[:, :-1]
         norms = np.sqrt(np.maximum(squares, 0) * self._aim)
         safe = np.where(norms > 0, norms, 1.0)
         result: Floats = np.where(norms > 0, np.abs(dots) / safe, 1.0)
         return result
-
-    def choose(self) -> int:
-        """The candidate that the filter ends with; the first one starts it."""
-        cosines = self.cosines()[:-1]
-        best = 0
-        for i, found in enumerate(cosines):
-            if (found > cosines[best]).all():
-                best = i
-        return best

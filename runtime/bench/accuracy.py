@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...calibration_data.readers.folder import ImageSet
+from ...calibration_data.readers import ImageSet
 from ...calibration_data.readers.street_scenes import IGNORE, Scenes
 from ...errors import DataError
 from ...formats.bench_result import Accuracy, harmonic_mean

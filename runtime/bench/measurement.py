@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...calibration_data.readers.folder import Wanted, numbered, read
+from ...calibration_data.readers import Wanted, numbered, read
 from ...calibration_data.readers.street_scenes import find_scenes, is_scenes
 from ...errors import DataError
 from ...formats.bench_result import Accuracy, BenchResult, Energy, Latency, harmonic_mean

@@ -23,7 +23,7 @@ from hdrq_deploy.adaptation.adapt import (
 )
 from hdrq_deploy.calibration_data.digits import make_checkpoints
 from hdrq_deploy.calibration_data.models import resnet14, streetnet
-from hdrq_deploy.calibration_data.readers.folder import ImageSet
+from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.calibration_data.readers.street_scenes import IGNORE
 from hdrq_deploy.calibration_data.streets import make_checkpoints as make_street_checkpoints
 from hdrq_deploy.cli import adapt as command

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 
@@ -223,7 +222,6 @@ def test_float_bundles_keep_the_model(make: Any, work: Path, inputs: Any) -> Non
         expected = model(torch.from_numpy(inputs)).numpy()
     session = reference_session.unfused_session(bundle.path / "model.onnx")
     np.testing.assert_allclose(session.run(None, {"input": inputs})[0], expected, atol=1e-5)
-    assert isinstance(session, onnxruntime.InferenceSession)
 
 
 def test_without_weights_the_factory_s_own_are_calibrated(work: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hdrq_deploy.calibration_data.readers.folder import ImageSet, Wanted, numbered, read
+from hdrq_deploy.calibration_data.readers import ImageSet, Wanted, numbered, read
 from hdrq_deploy.cli import bench
 from hdrq_deploy.errors import DataError, EngineError
 from hdrq_deploy.exporters import export
@@ -174,7 +174,7 @@ def test_files_that_are_no_archive(tmp_path: Path) -> None:
         assert "bad.npz: " in str(caught.value) and "\n" not in str(caught.value), name
         assert "allow_pickle" not in str(caught.value)
     (tmp_path / "x.npy").write_bytes(buffer.getvalue())
-    with pytest.raises(DataError, match=r"found a file .npy; needed an image folder .* or an .npz"):
+    with pytest.raises(DataError, match=r"found a file .npy; .* an image folder .* or an .npz"):
         read(tmp_path / "x.npy")
     (tmp_path / "DATA.NPZ").write_bytes(whole)
     assert len(read(tmp_path / "DATA.NPZ")) == 6

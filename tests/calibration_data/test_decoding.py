@@ -16,8 +16,8 @@ import pytest
 from PIL import Image, features
 
 from hdrq_deploy import calibrate
+from hdrq_deploy.calibration_data.readers import Wanted, decoding, read
 from hdrq_deploy.calibration_data.readers.decoding import decode, images_of
-from hdrq_deploy.calibration_data.readers.folder import Wanted, decoding, read
 from hdrq_deploy.calibration_data.readers.street_scenes import find_scenes
 from hdrq_deploy.cli import calibrate as calibrate_command
 from hdrq_deploy.errors import DataError, EngineError
@@ -389,7 +389,7 @@ def test_damaged_files_get_one_line(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"{name}: cannot be decoded") as caught:
             read(tmp_path)
         assert "BytesIO" not in str(caught.value) and "\n" not in str(caught.value)
-        assert "--skip-corrupt" in str(caught.value)
+        assert "skip corrupt images" in str(caught.value)
         (tmp_path / name).unlink()
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(DataError, match="gone.png: cannot be decoded .No such file"):

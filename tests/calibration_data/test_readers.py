@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from hdrq_deploy.calibration import calibrate
-from hdrq_deploy.calibration_data.readers import folder
-from hdrq_deploy.calibration_data.readers.folder import Wanted, read
+from hdrq_deploy.calibration_data.readers import Wanted, folder, read
 from hdrq_deploy.cli import calibrate as calibrate_command
 from hdrq_deploy.cli import emit
 from hdrq_deploy.errors import DataError
@@ -66,10 +65,10 @@ def test_reading_is_the_same_in_memory_and_in_a_mapped_file(
 _COUNT = """
 import json, resource, sys
 from pathlib import Path
-from hdrq_deploy.calibration_data.readers import folder
+from hdrq_deploy.calibration_data.readers import Wanted, folder, read
 folder._IN_MEMORY = 64 << 20
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-found = folder.read(sys.argv[1], folder.Wanted((224, 224)))
+found = read(sys.argv[1], Wanted((224, 224)))
 sha = found.sha256
 names = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
 print(json.dumps({"images": len(found.x), "mb": found.x.nbytes / 1e6, "sha": sha,

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from hdrq_deploy.calibration import calibrate
-from hdrq_deploy.calibration_data.readers.folder import Wanted, read
+from hdrq_deploy.calibration_data.readers import Wanted, read
 from hdrq_deploy.calibration_data.readers.street_scenes import (
     CITYSCAPES,
     PALETTE,

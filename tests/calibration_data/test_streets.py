@@ -14,7 +14,7 @@ from hdrq_deploy import merge
 from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.calibration_data import streets
 from hdrq_deploy.calibration_data.models import streetnet
-from hdrq_deploy.calibration_data.readers.folder import Wanted
+from hdrq_deploy.calibration_data.readers import Wanted
 from hdrq_deploy.calibration_data.readers.street_scenes import find_scenes
 from hdrq_deploy.calibration_data.streets.make_checkpoints import CHECKPOINTS, load, mean_iou
 from hdrq_deploy.errors import DataError

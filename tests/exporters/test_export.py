@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -99,17 +100,21 @@ def test_the_reference_implementation_of_onnx_computes_the_same(
     assert reference_session.compare(expected, got)["relative_rms"] < 2e-2
 
 
-def test_four_bit_weights_halve_the_file(make: Any, tmp_path: Path) -> None:
+def test_four_bit_weights_take_half_a_byte_in_the_engine(make: Any, tmp_path: Path) -> None:
     sizes = {}
     for bits in (4, 8):
-        bundle = make("Attention", wbits=bits)
-        data = export(bundle, tmp_path / str(bits), "ort")
-        model = onnx.load(str(data / "model.onnx"), load_external_data=False)
-        kinds = {i.name: i.data_type for i in model.graph.initializer}
-        sizes[bits] = (bundle.path / "weights.safetensors").stat().st_size
-        wanted = onnx.TensorProto.INT4 if bits == 4 else onnx.TensorProto.INT8
-        assert kinds["qkv.weight_codes"] == wanted
-    assert sizes[4] < sizes[8]
+        engine = export(make("Attention", wbits=bits), tmp_path / str(bits), "ort")
+        model = onnx.load(str(engine / "model.onnx"), load_external_data=False)
+        large = {i.name: i for i in model.graph.initializer if i.external_data}
+        kinds = {name: tensor.data_type for name, tensor in large.items()}
+        four = onnx.TensorProto.INT4 if bits == 4 else onnx.TensorProto.INT8
+        # The first layer keeps 8 bits.
+        assert kinds == {"patch.weight_codes": onnx.TensorProto.INT8, "qkv.weight_codes": four}
+        sizes[bits] = (engine / "model.onnx.data").stat().st_size
+        expected = math.prod(large["patch.weight_codes"].dims)
+        expected += math.prod(large["qkv.weight_codes"].dims) * bits // 8
+        assert expected <= sizes[bits] < expected + 64  # the start of a tensor may be aligned
+    assert 32 * 96 // 2 - 64 < sizes[8] - sizes[4] < 32 * 96 // 2 + 64
 
 
 def test_a_layer_that_runs_in_float_fails_the_export() -> None:

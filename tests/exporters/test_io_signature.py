@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from hdrq_deploy.calibration import calibrate
-from hdrq_deploy.calibration_data.readers.folder import Wanted, read
+from hdrq_deploy.calibration_data.readers import Wanted, read
 from hdrq_deploy.errors import EngineError, ExportError
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.exporters.export import lowered

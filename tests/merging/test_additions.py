@@ -134,7 +134,7 @@ def test_moments_are_those_of_the_images(
 def test_bundles_without_a_batch_norm_of_their_own_are_not_re_estimated(
     make: Any, inputs: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(MergeError, match="--fold steps"):
+    with pytest.raises(MergeError, match="folded into the steps"):
         re_estimate(make(), {"night": inputs}, tmp_path / "r.hdrq")
     with pytest.raises(HdrqError, match="2 or more"):
         re_estimate(make(fold="steps"), {"night": inputs[:1]}, tmp_path / "r.hdrq")
@@ -223,7 +223,7 @@ def test_checkpoints_that_do_not_fit_are_refused(
         ([first, str(tmp_path / "odd.safetensors")], "conv.weight"),
         ([first, str(tmp_path / "junk.safetensors")], "cannot be read as safetensors"),
         ([first], "two or more"),
-        ([first, str(paths[1]), "--method", "ties"], "--base SOURCE"),
+        ([first, str(paths[1]), "--method", "ties"], "give it as base"),
         ([first, str(paths[1]), "--weights", "0.5", "0.6"], "sum 1.1"),
         ([first, str(paths[1]), "--weights", "auto"], "works on bundles"),
         ([first, str(paths[1]), "--weights", "half", "half"], "one number per bundle"),

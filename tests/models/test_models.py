@@ -19,7 +19,7 @@ from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.calibration.activation_cache import Caches
 from hdrq_deploy.calibration.loading import load_model, load_state
 from hdrq_deploy.calibration.recipe import Options
-from hdrq_deploy.calibration_data.readers.folder import ImageSet
+from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.errors import ModelError
 from hdrq_deploy.exporters import export
 

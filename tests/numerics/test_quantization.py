@@ -32,7 +32,9 @@ def test_int4_packing_is_that_of_onnx(shape: tuple[int, ...]) -> None:
     tensor = helper.make_tensor("w", TensorProto.INT4, shape, codes.reshape(-1).tolist())
     packed = pack_int4(codes)
     stored = onnx.numpy_helper.to_array(tensor)
-    np.testing.assert_array_equal(stored.astype(np.int8), unpack_int4(packed, shape))
+    np.testing.assert_array_equal(stored.astype(np.int8), codes)
+    assert packed.tobytes() == bytes(tensor.int32_data)  # ONNX's own packing, one byte an entry
+    assert packed.tobytes() == onnx.numpy_helper.from_array(stored).raw_data
     np.testing.assert_array_equal(unpack_int4(packed, shape), codes)
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from hdrq_deploy import Bundle, calibrate
-from hdrq_deploy.calibration_data.readers.folder import ImageSet, numbered, read
+from hdrq_deploy.calibration_data.readers import ImageSet, numbered, read
 from hdrq_deploy.cli import analyze, bench, sensitivity
 from hdrq_deploy.errors import DataError, EngineError
 from hdrq_deploy.experiments.tasks import office_home

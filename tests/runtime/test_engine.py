@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from hdrq_deploy import calibrate
-from hdrq_deploy.calibration_data.readers.folder import Wanted
+from hdrq_deploy.calibration_data.readers import Wanted
 from hdrq_deploy.errors import EngineError
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.runtime import Engine, load_engine

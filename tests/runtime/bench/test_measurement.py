@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hdrq_deploy.calibration_data.readers.folder import ImageSet
+from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.calibration_data.readers.street_scenes import IGNORE
 from hdrq_deploy.cli import bench as command
 from hdrq_deploy.errors import DataError, EngineError
 from hdrq_deploy.exporters import GraphOptions, export
-from hdrq_deploy.formats.bench_result import BenchResult, Speedup
+from hdrq_deploy.formats.bench_result import BenchResult
 from hdrq_deploy.runtime import Engine, benchmark, load_engine
 from hdrq_deploy.runtime.bench.accuracy import accuracy, confusion
 from hdrq_deploy.runtime.bench.environment import Watch, environment, read
@@ -93,7 +93,9 @@ def test_phases_are_parts_of_the_whole(engines: dict[str, Path]) -> None:
     whole = np.array(result.phases["end_to_end"].samples)
     parts = np.array(result.phases["compute"].samples)
     assert (parts < whole).all() and "array in, answer out" in result.phases["end_to_end"].what
-    assert result.overhead_us is not None and 0 < result.overhead_us < 1e6
+    # Clock and loop without the network: more than nothing, much less than a call with it.
+    assert result.overhead_us is not None
+    assert 0.05 < result.overhead_us < 0.5 * 1000 * np.median(parts)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +177,7 @@ def test_the_interval_is_students() -> None:
         for a, b in np.exp(0.05 * rng.standard_normal((400, 2, 10)))
     )
     assert missed < 40
-    assert isinstance(found, Speedup)
+    assert found.against == "base" and found.ratio == pytest.approx(np.exp(logs.mean()))
 
 
 class Answers(Engine):

@@ -20,7 +20,7 @@ from PIL import Image
 
 from hdrq_deploy import Bundle
 from hdrq_deploy.calibration import calibrate
-from hdrq_deploy.calibration_data.readers.folder import Wanted
+from hdrq_deploy.calibration_data.readers import Wanted
 from hdrq_deploy.cli import emit as command
 from hdrq_deploy.errors import DataError, EngineError
 from hdrq_deploy.exporters import GraphOptions, export

@@ -1,0 +1,96 @@
+"""What a merge method is: a function of one parameter's tensors, and what it needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import MergeError
+
+__all__ = ["Floats", "MergeFunction", "MergeMethod", "MethodOptions"]
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """Numbers that merge methods read; each is also a flag of ``hdrq-merge``.
+
+    Attributes:
+        scaling: Factor of the merged task vector; finite.
+        density: Share of each task vector that ``ties`` keeps, above 0 and up to 1.
+
+    Raises:
+        MergeError: A number is out of its range.
+    """
+
+    scaling: float = field(default=1.0, metadata={"help": "factor of the task vector"})
+    density: float = field(default=0.2, metadata={"help": "share that ties keeps"})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1 or not math.isfinite(self.scaling):
+            raise MergeError(
+                f"found density={self.density}, scaling={self.scaling}; needed a density above 0, "
+                "up to 1, and a finite scaling"
+            )
+
+
+class MergeFunction(Protocol):
+    """Merges the tensors that several models have for one parameter; NumPy only."""
+
+    def __call__(
+        self,
+        tensors: Sequence[Floats],
+        merge_weights: Sequence[float],
+        base: Floats | None,
+        options: MethodOptions,
+    ) -> Floats:
+        """The merged tensor, float64, of the parameter's shape.
+
+        Args:
+            tensors: One per model, float64, all of one shape. The function does not change them.
+            merge_weights: One per model, >= 0, sum 1.
+            base: The source model's tensor where the method asked for it, else None.
+            options: See :class:`MethodOptions`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """A merge method, as the table :data:`hdrq_deploy.merging.methods.METHODS` holds it.
+
+    A method that needs no source checkpoint also merges bundles: it is given the weights that
+    the codes stand for, and its result is rounded to codes again.
+
+    Attributes:
+        merge: Called once for every floating-point parameter, except for BatchNorm's running
+            variances (their moments are matched) and for tensors of one element or none (their
+            weighted mean is taken).
+        summary: One line for the command's help.
+        needs_base: Whether the method reads the source checkpoint.
+        options: Names of the :class:`MethodOptions` that the method reads.
+        is_mean: Whether the result is the weighted mean. Codes are rounded with noise only then:
+            the probabilities are those of a weighted mean.
+    """
+
+    merge: MergeFunction
+    summary: str
+    needs_base: bool = False
+    options: tuple[str, ...] = ()
+    is_mean: bool = False
+
+    @property
+    def merges_bundles(self) -> bool:
+        """Whether bundles can be merged: they do not hold the source weights."""
+        return not self.needs_base
+
+
+def float64(tensors: Sequence[npt.NDArray[Any]]) -> list[Floats]:
+    """The tensors as a merge method takes them."""
+    return [np.asarray(tensor, np.float64) for tensor in tensors]
