@@ -45,7 +45,10 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "calibrate.tensors": "calibration.tensors",
     "calibration_data.arrays": "calibration_data.readers.arrays",
     "calibration_data.decoding": "calibration_data.readers.decoding",
-    "calibration_data.make_checkpoints": "calibration_data.digits.make_checkpoints",
+    "calibration_data.make_checkpoints": (
+        "calibration_data.digits.make_checkpoints",
+        "calibration_data.training",
+    ),
     "calibration_data.make_street_checkpoints": "calibration_data.streets.make_checkpoints",
     "calibration_data.street": "calibration_data.readers.street_scenes",
     "calibration_data.streetscape": "calibration_data.streets.drawing",

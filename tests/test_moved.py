@@ -30,12 +30,18 @@ def old_module(old: str, monkeypatch: pytest.MonkeyPatch) -> Any:
         return importlib.import_module(f"hdrq_deploy.{old}")
 
 
+# A script's own function, which is a method of Training now.
+GONE = {"calibration_data.make_checkpoints.publish"}
+
+
 @pytest.mark.parametrize("old", MOVED)
 def test_an_old_path_has_its_names_and_warns(old: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = old_module(old, monkeypatch)
     new = [importlib.import_module(f"hdrq_deploy.{target}") for target in targets(old)]
     assert old in NAMES or module is new[0]
     for name in NAMES.get(old, ()):
+        if f"{old}.{name}" in GONE:
+            continue
         today = RENAMED.get(f"{old}.{name}", name)
         holders = [part for part in new if hasattr(part, today)]
         assert holders, f"hdrq_deploy.{old}.{name} is in none of {targets(old)}"
