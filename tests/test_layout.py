@@ -107,7 +107,7 @@ def test_functions_can_be_read_at_once(name: str) -> None:
         ("precision.json", {"hdrq_deploy.formats.engine_folder"}),
         ("model.plan", {"hdrq_deploy.formats.engine_folder"}),
         ("model.onnx.data", {"hdrq_deploy.formats.engine_folder"}),
-        ("golden.safetensors", {"hdrq_deploy.formats.records"}),
+        ("golden.safetensors", {"hdrq_deploy.formats.golden_inputs"}),
         ("weights.safetensors", {"hdrq_deploy.formats.bundle"}),
     ],
 )

@@ -31,7 +31,7 @@ from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.exporters import first_run as apart
 from hdrq_deploy.formats.atomic_files import sha256_file
 from hdrq_deploy.formats.records import Tolerances
-from hdrq_deploy.graph import reference_session
+from hdrq_deploy.graph import model_files, reference_session
 from hdrq_deploy.mixing.domain_mixer import DomainMixer
 from hdrq_deploy.runtime import load_engine, once
 
@@ -558,10 +558,7 @@ def test_an_export_that_went_wrong_is_not_written(
     abits: int,
 ) -> None:
     """The lowering is broken: what it saves is tampered with before anybody has read it."""
-    import importlib
-
-    module = importlib.import_module("hdrq_deploy.exporters.export")
-    saved = module.graph.save
+    saved = model_files.save
 
     def save(model: Any, path: Path) -> None:
         saved(model, path)
@@ -571,7 +568,7 @@ def test_an_export_that_went_wrong_is_not_written(
         onnx.save(proto, str(path))
 
     bundle = heads("Mask", wbits, abits)
-    monkeypatch.setattr(module.graph, "save", save)
+    monkeypatch.setattr(model_files, "save", save)
     words = [str(bundle.path), "--engine", engine, "-o", str(tmp_path / "e"), "--compute", "fp32"]
     words += ["--no-build"] if engine == "trt-rtx" else []
     assert export_command.main(words) == 3

@@ -24,6 +24,8 @@ import pytest
 from hdrq_deploy.exporters import trt_worker
 from hdrq_deploy.runtime import tensorrt as runtime
 
+pytestmark = pytest.mark.network
+
 WHEELS = {
     "10.3": "tensorrt-cu12-bindings==10.3.0",
     "10.13": "tensorrt-cu12-bindings==10.13.3.9",
