@@ -28,10 +28,12 @@ from torch import Tensor, nn
 
 from hdrq_deploy.calibration import calibrate, fake_quantized
 from hdrq_deploy.calibration.blocks import find_blocks
-from hdrq_deploy.calibration.capture import capture, fold_batch_norm, fold_constants
+from hdrq_deploy.calibration.capture import capture
+from hdrq_deploy.calibration.fold_batch_norm import fold_batch_norm, fold_constants
 from hdrq_deploy.calibration.loading import load_model
 from hdrq_deploy.calibration.placement import plan_quantizers
 from hdrq_deploy.calibration.recipe import Options
+from hdrq_deploy.calibration.request import Quantization
 from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.runtime.bench.environment import environment
@@ -132,7 +134,7 @@ def examine(name: str, side: int, count: int, iters: int, folder: Path) -> dict[
     kept = fold_batch_norm(found)
     with torch.no_grad():
         folded = torch.cat([found.module(part) for part in x.split(8)])  # type: ignore[no-untyped-call]
-    plan = plan_quantizers(found, 8, 8, False, "int8")
+    plan = plan_quantizers(found, Quantization(8, 8))
     blocks = find_blocks(found)
     row: dict[str, Any] = {
         "model": name,

@@ -31,13 +31,17 @@ import torch
 from torch import Tensor, nn
 
 from hdrq_deploy.calibration import reconstruction as ours
+from hdrq_deploy.calibration.block_module import BlockModule, block_module, quantizers_of
 from hdrq_deploy.calibration.blocks import find_blocks, is_tensor
-from hdrq_deploy.calibration.capture import Capture, capture, fold_batch_norm, fold_constants
+from hdrq_deploy.calibration.capture import Capture, capture
 from hdrq_deploy.calibration.fake_quantizers import ActivationQuantizer, Mode, WeightQuantizer
+from hdrq_deploy.calibration.fold_batch_norm import fold_batch_norm, fold_constants
 from hdrq_deploy.calibration.loading import load_model
 from hdrq_deploy.calibration.noise import Draws
 from hdrq_deploy.calibration.placement import Plan, plan_quantizers
+from hdrq_deploy.calibration.preparation import Preparation
 from hdrq_deploy.calibration.recipe import Options
+from hdrq_deploy.calibration.request import Quantization
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.numerics.spec import QuantSpec
 from hdrq_deploy.runtime.bench.environment import environment
@@ -89,14 +93,14 @@ class PlainActivation(ActivationQuantizer):
 
 def plain_calibrate(found: Capture, plan: Plan, images: Tensor, options: Options) -> list[float]:
     """The reference procedure; seconds of every iteration."""
-    result = ours.quantizers_of(found, plan, torch.device("cpu"))
+    result = quantizers_of(found, plan, torch.device("cpu"))
     for name, weight in result.weights.items():
         weight.__class__ = PlainWeight
         result.weights[name] = weight
     for activation in result.activations.values():
         activation.__class__ = PlainActivation
     blocks = find_blocks(found)
-    modules = [ours._build(found, plan, block, result) for block in blocks]
+    modules = [block_module(found, plan, block, result) for block in blocks]
     start = next(n for n in found.graph.nodes if n.op == "placeholder" and is_tensor(n))
 
     def prefix(count: int, mode: Mode) -> dict[Any, Tensor]:
@@ -134,7 +138,7 @@ def plain_calibrate(found: Capture, plan: Plan, images: Tensor, options: Options
 
 
 def _plain_learn(
-    module: ours.BlockModule,
+    module: BlockModule,
     real: list[Tensor],
     coded: list[Tensor],
     targets: list[Tensor],
@@ -143,9 +147,9 @@ def _plain_learn(
     sources = [(q, q.original + 0.01) for q in module.weights]
     change = options.step_change
     weights = [{"params": [q.latent], "rate": options.lr} for q in module.weights]
-    weights += [ours._step_group(q.scale, options.lr, change) for q in module.weights]
+    weights += [ours._scale_group(q.scale, options.lr, change) for q in module.weights]
     optimizers = [(torch.optim.Adam(weights), options.warmup)] if weights else []
-    steps = [ours._step_group(q.scale, options.act_lr, change) for q in module.activations]
+    steps = [ours._scale_group(q.scale, options.act_lr, change) for q in module.activations]
     if steps:
         optimizers.append((torch.optim.Adam(steps), 0.0))
     seconds = []
@@ -199,7 +203,7 @@ def our_calibrate(
 
     ours._learn = timed
     try:
-        ours.reconstruct(found, plan, images, options, base)
+        ours.reconstruct(Preparation(found, plan, find_blocks(found), base), images, options)
     finally:
         ours._learn = learn
     return seconds
@@ -215,7 +219,7 @@ def prepared(name: str, side: int, model: nn.Module | None = None) -> tuple[Capt
     found = capture(model, torch.randn(2, 3, side, side))
     fold_constants(found)
     fold_batch_norm(found)
-    return found, plan_quantizers(found, 4, 4, False, "int8")
+    return found, plan_quantizers(found, Quantization(4, 4))
 
 
 def noise(repeats: int = 15) -> list[dict[str, Any]]:
@@ -304,7 +308,8 @@ def one_chain(depth: int, count: int, iters: int) -> dict[str, Any]:
     images = torch.randn(count, 3, 32, 32)
     before = peak_bytes()
     began = time.perf_counter()
-    ours.reconstruct(found, plan, images, Options.of("hdrq", iters=iters, lr=1e-3), base)
+    model = Preparation(found, plan, find_blocks(found), base)
+    ours.reconstruct(model, images, Options.of("hdrq", iters=iters, lr=1e-3))
     seconds = time.perf_counter() - began
     after = peak_bytes()
     return {
@@ -333,7 +338,8 @@ def one_memory(cache_gb: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         caches = Caches(round(cache_gb * 1e9), Path(scratch))
         options = Options.of("hdrq", iters=2, batch=32, distance=0.0, keep_best=False)
-        ours.reconstruct(found, plan, images, options, caches=caches)
+        model = Preparation(found, plan, find_blocks(found))
+        ours.reconstruct(model, images, options, caches=caches)
     peak = peak_bytes() / 1e9
     return {
         "model": "timm:resnet50", "images": 256, "side": 224, "batch": 32, "cache_gb": cache_gb,

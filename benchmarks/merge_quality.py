@@ -333,7 +333,8 @@ def evaluate_folded_float(out: Path) -> Iterator[dict[str, Any]]:
     """Float weights with BatchNorm folded, averaged: the paper's upper row."""
     import torch
 
-    from hdrq_deploy.calibration.capture import capture, fold_batch_norm, fold_constants
+    from hdrq_deploy.calibration.capture import capture
+    from hdrq_deploy.calibration.fold_batch_norm import fold_batch_norm, fold_constants
     from hdrq_deploy.calibration_data.digits.make_checkpoints import load
 
     found = {}

@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..calibration.capture import single_output
+from ..calibration.devices import torch_device
+from ..calibration.inputs import own_wanted
 from ..calibration.loading import load_model, load_state, state_sha256
-from ..calibration.pipeline import own_wanted, torch_device
 from ..calibration_data.readers import ImageSet, Wanted, read
 from ..calibration_data.readers.street_scenes import IGNORE
 from ..errors import DataError, ModelError, SpecError

@@ -12,11 +12,19 @@ from torch import Tensor
 from ..errors import ModelError
 from ..formats.atomic_files import mapped_file
 
-__all__ = ["Caches", "Rows"]
+__all__ = ["Caches", "Rows", "run_batch"]
+
+# Images per forward pass when nothing is learned: so many, and values of the input, at most.
+_RUN_BATCH, _RUN_VALUES = 32, 1 << 23
 
 # After so many bytes of a mapped file were touched its pages leave the process again.
 _RESIDENT = 256 << 20
 _REMEDY = "pass fewer --images, or raise --cache-gb"
+
+
+def run_batch(images: Tensor) -> int:
+    """Images (N, ...) per forward pass when nothing is learned."""
+    return max(1, min(_RUN_BATCH, _RUN_VALUES // max(images[0].numel(), 1)))
 
 
 class Rows:

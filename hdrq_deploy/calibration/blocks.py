@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .capture import Capture, attribute
+from .capture import Capture
 from .placement import HEAVY
+from .tensors import attribute
 
 __all__ = ["MOST_HEAVY", "Block", "find_blocks", "rows_per_image", "scalar_value"]
 
@@ -54,17 +55,17 @@ def _is_list(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (list, tuple))
 
 
-def find_blocks(found: Capture, most_heavy: int = MOST_HEAVY) -> list[Block]:
+def find_blocks(capture: Capture, most_heavy: int = MOST_HEAVY) -> list[Block]:
     """Cut a captured graph into blocks, in order; every compute node is in exactly one.
 
     Args:
-        found: A captured model, on the CPU.
+        capture: A captured model, on the CPU.
         most_heavy: A block with more convolutions and products than this is split where it
             can be.
     """
-    graph = found.graph
+    graph = capture.graph
     nodes = [n for n in graph.nodes if n.op not in {"placeholder", "output", "get_attr"}]
-    by_image = _kept_by_image(found)
+    by_image = _kept_by_image(capture)
     alive = _alive_after(graph, nodes)
     whole = [i for i, live in enumerate(alive) if live <= by_image]
     bounds = _heavy_runs(nodes, [i for i in whole if len(alive[i]) == 1])
@@ -73,22 +74,22 @@ def find_blocks(found: Capture, most_heavy: int = MOST_HEAVY) -> list[Block]:
 
 
 @torch.no_grad()
-def _kept_by_image(found: Capture) -> set[fx.Node]:
+def _kept_by_image(capture: Capture) -> set[fx.Node]:
     """Tensors whose axis 0 holds the images, the rows of one image together."""
-    example = found.example[:2].cpu()
+    example = capture.example[:2].cpu()
     noise = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
     # The two must differ, and blank images would not.
     pair = example + 0.1 * (example.std() + 1e-3) * noise
     there: dict[fx.Node, Any] = {}
     back: dict[fx.Node, Any] = {}
-    nodes = list(found.graph.nodes)
+    nodes = list(capture.graph.nodes)
     last_use = {arg: i for i, node in enumerate(nodes) for arg in node.all_input_nodes}
     kept = set()
     for i, node in enumerate(nodes):
         if node.op == "output":
             break
         for values, x in ((there, pair), (back, pair.flip(0))):
-            values[node] = _compute(found.module, node, values, x)
+            values[node] = _compute(capture.module, node, values, x)
         if _leads_with_batch(node) and _follows_swap(there[node], back[node]):
             kept.add(node)
         for arg in node.all_input_nodes:

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import io
 import logging
-import operator
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -24,7 +23,8 @@ from torch import Tensor, fx, nn
 
 from ..errors import ModelError
 from ..numerics.batchnorm_fold import gain as fold_gain
-from .rewrites import module_path, rewrite
+from .nodes import module_path
+from .rewrites import rewrite
 from .tensors import attribute, free_name, set_attribute
 
 __all__ = [
@@ -55,7 +55,6 @@ TRANSPOSED = {
 }
 LINEAR = {aten.linear.default}
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default}
-_BATCH_NORMS = {aten._native_batch_norm_legit_no_training.default, aten.batch_norm.default}
 _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alias.default}
 # What libraries call the prediction among several outputs, the surest name first.
 _PREDICTIONS = (
@@ -94,8 +93,8 @@ class Fold:
     @property
     def gain(self) -> Tensor:
         """Factor of each output channel, (C,) float32."""
-        found = fold_gain(self.gamma.numpy(), self.variance.numpy(), self.eps)
-        return torch.from_numpy(found).float()
+        gain = fold_gain(self.gamma.numpy(), self.variance.numpy(), self.eps)
+        return torch.from_numpy(gain).float()
 
 
 class Capture:
@@ -152,16 +151,16 @@ def capture(model: nn.Module, example: Tensor) -> Capture:
         raise ModelError(f"torch.export cannot capture the model {_refusal(error)}") from error
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
-    found = _with_own_names(module, example, model.state_dict())
-    _drop_buffer_writes(found.graph)
-    _remove_dropout(found.graph)
-    _remove_input_copy(found.graph)
-    _relax_views(found.graph)
-    _check_precision(found.graph)
-    rewrite(found.module)
-    found.graph.eliminate_dead_code()
-    found.module.recompile()
-    return found
+    result = _with_own_names(module, example, model.state_dict())
+    _drop_buffer_writes(result.graph)
+    _remove_dropout(result.graph)
+    _remove_input_copy(result.graph)
+    _relax_views(result.graph)
+    _check_precision(result.graph)
+    rewrite(result.module)
+    result.graph.eliminate_dead_code()
+    result.module.recompile()
+    return result
 
 
 def run_model(model: nn.Module, x: Tensor) -> Tensor:
@@ -246,9 +245,9 @@ def _named_output(values: dict[str, Any]) -> Tensor:
             return tensors[name]
     if len(tensors) == 1:
         return next(iter(tensors.values()))
-    found = ", ".join(list(tensors)[:6]) or "no tensor"
+    names = ", ".join(list(tensors)[:6]) or "no tensor"
     raise ModelError(
-        f"the model returns {found}, and nothing says which is the prediction; needed one tensor, "
+        f"the model returns {names}, and nothing says which is the prediction; needed one tensor, "
         "or one that is called logits or out: return the prediction alone"
     )
 
@@ -373,174 +372,3 @@ def _relax_views(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target in {aten.view.default, aten._unsafe_view.default}:
             node.target = aten.reshape.default
-
-
-def fold_constants(found: Capture) -> None:
-    """Evaluate every node that depends on parameters alone (weight norm, bias tables)."""
-    graph = found.graph
-    constant: set[fx.Node] = set()
-    values: dict[fx.Node, Any] = {}
-    for node in list(graph.nodes):
-        if node.op == "get_attr" or (
-            node.op == "call_function"
-            and node.all_input_nodes
-            and all(arg in constant for arg in node.all_input_nodes)
-        ):
-            constant.add(node)
-            values[node] = _evaluate(found.module, node, values)
-    folded = 0
-    for node in list(graph.nodes):
-        users = [user for user in node.users if user not in constant]
-        if node not in constant or node.op == "get_attr" or not users:
-            continue
-        value = values[node]
-        if not isinstance(value, Tensor):
-            continue
-        path = node.meta.get("hdrq_module", "")
-        name = free_name(found.module, f"{path}.folded_{folded}" if path else f"folded_{folded}")
-        folded += 1
-        set_attribute(found.module, name, value.detach().clone())
-        with graph.inserting_before(node):
-            got = graph.get_attr(name)
-        got.meta.update(node.meta)
-        for user in users:
-            user.replace_input_with(node, got)
-    graph.eliminate_dead_code()
-    found.module.recompile()
-
-
-def _evaluate(module: nn.Module, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    if node.op == "get_attr":
-        return attribute(module, str(node.target))
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: values[arg])
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
-
-
-def fold_batch_norm(found: Capture) -> list[str]:
-    """Fold each BatchNorm into the convolution or linear that alone feeds it.
-
-    Returns:
-        Module paths of the BatchNorms that stay (nothing weighted before them).
-    """
-    graph, kept = found.graph, []
-    for norm in [node for node in graph.nodes if node.target in _BATCH_NORMS]:
-        if not _foldable(norm):
-            kept.append(module_path(norm))
-            continue
-        source = norm.args[0]
-        assert isinstance(source, fx.Node)
-        _fold_one(found, norm, source)
-    graph.eliminate_dead_code()
-    found.module.recompile()
-    return kept
-
-
-def _foldable(norm: fx.Node) -> bool:
-    source = norm.args[0]
-    if not (isinstance(source, fx.Node) and _has_own_statistics(norm)):
-        return False
-    if source.target not in CONVOLUTIONS | TRANSPOSED | LINEAR or len(source.users) != 1:
-        return False
-    weight = source.args[1]
-    # A 3-D linear output has its channels last, BatchNorm reads axis 1.
-    plain = source.target not in LINEAR or source.meta["val"].ndim == 2
-    return plain and _read_once(weight)
-
-
-def _has_own_statistics(norm: fx.Node) -> bool:
-    """Mean and variance are buffers, not those of the batch or computed from the input."""
-    given = [arg for arg in norm.args[1:5] if arg is not None]
-    stored = all(isinstance(arg, fx.Node) and arg.op == "get_attr" for arg in given)
-    if norm.args[3] is None or norm.args[4] is None or not stored:
-        return False
-    if norm.target is aten.batch_norm.default:
-        return not norm.args[5]
-    return all(user.target is operator.getitem and user.args[1] == 0 for user in norm.users)
-
-
-def _read_once(got: Any) -> bool:
-    """A parameter that one node alone reads."""
-    if not (isinstance(got, fx.Node) and got.op == "get_attr"):
-        return False
-    readers = [
-        user
-        for node in got.graph.nodes
-        if node.op == "get_attr" and node.target == got.target
-        for user in node.users
-    ]
-    return len(readers) == 1
-
-
-def _fold_one(found: Capture, norm: fx.Node, source: fx.Node) -> None:
-    module, graph = found.module, found.graph
-    gamma, beta, mean, variance = (
-        attribute(module, str(arg.target)).double() if isinstance(arg, fx.Node) else None
-        for arg in norm.args[1:5]
-    )
-    assert mean is not None and variance is not None
-    eps = (
-        norm.args[6]
-        if norm.target is aten._native_batch_norm_legit_no_training.default
-        else norm.args[7]
-    )
-    assert isinstance(eps, (int, float))
-    spread = torch.sqrt(variance + eps)
-    gain = (torch.ones_like(spread) if gamma is None else gamma) / spread
-    weight_node = source.args[1]
-    assert isinstance(weight_node, fx.Node)
-    name = str(weight_node.target)
-    weight = attribute(module, name)
-    axis = _output_axis(source)
-    groups = weight.shape[axis] and len(gain) // weight.shape[axis]
-    shape = [1] * weight.ndim
-    shape[axis] = -1
-    if groups > 1:  # grouped transposed convolution: (in, out / groups, ...)
-        per_group = gain.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
-        factor = per_group.reshape(*per_group.shape, *[1] * (weight.ndim - 2))
-    else:
-        factor = gain.reshape(shape)
-    set_attribute(module, name, (weight.double() * factor).to(weight.dtype))
-    bias_node = source.args[2] if len(source.args) > 2 else None
-    old = attribute(module, str(bias_node.target)) if isinstance(bias_node, fx.Node) else None
-    bias = (0 if beta is None else beta) + ((0 if old is None else old) - mean) * gain
-    bias_name = _bias_name(module, name, bias_node)
-    if source.target not in TRANSPOSED:
-        sign = torch.where(gain < 0, -1.0, 1.0).to(weight.dtype)
-        one = torch.ones_like(mean)
-        found.folds[name] = Fold(
-            raw=weight * sign.reshape(shape),
-            sign=sign,
-            gamma=((one if gamma is None else gamma) * sign).float(),
-            beta=(0 * one if beta is None else beta).float(),
-            mean=(mean * sign).float(),
-            variance=variance.float(),
-            eps=float(eps),
-            raw_bias=None if old is None else old * sign,
-            bias_name=bias_name,
-        )
-    set_attribute(module, bias_name, bias.to(weight.dtype))
-    with graph.inserting_before(source):
-        bias_got = graph.get_attr(bias_name)
-    bias_got.meta["val"] = bias.to(weight.dtype)
-    source.args = (source.args[0], source.args[1], bias_got, *source.args[3:])
-    if norm.target is aten.batch_norm.default:
-        norm.replace_all_uses_with(source)
-    else:
-        for user in list(norm.users):
-            assert user.target is operator.getitem and user.args[1] == 0
-            user.replace_all_uses_with(source)
-            graph.erase_node(user)
-    graph.erase_node(norm)
-
-
-def _bias_name(module: nn.Module, weight: str, bias: Any) -> str:
-    """The layer's own bias; a new tensor where it has none or shares it with another reader."""
-    if _read_once(bias):
-        return str(bias.target)
-    stem = weight.removesuffix("weight")
-    return free_name(module, f"{stem}bias" if stem != weight else f"{weight}_bias")
-
-
-def _output_axis(node: fx.Node) -> int:
-    return 1 if node.target in TRANSPOSED else 0

@@ -12,7 +12,7 @@ from ..comparison.taps import Shows
 from ..errors import ModelError
 from ..formats.bundle import Bundle
 from .module_tap import TorchTap
-from .pipeline import fake_quantized
+from .rebuilding import fake_quantized
 
 __all__ = ["torch_stage"]
 

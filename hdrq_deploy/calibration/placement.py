@@ -24,8 +24,10 @@ from torch import fx
 
 from ..errors import ModelError
 from ..numerics.spec import QuantSpec
-from .capture import CONVOLUTIONS, LINEAR, PRODUCTS, TRANSPOSED, Capture, attribute, module_path
-from .tensors import free_name
+from .capture import CONVOLUTIONS, LINEAR, PRODUCTS, TRANSPOSED, Capture
+from .nodes import module_path
+from .request import Quantization
+from .tensors import attribute, free_name
 
 __all__ = ["ActivationSite", "LayerSite", "Plan", "plan_quantizers"]
 
@@ -106,13 +108,17 @@ class Plan:
     activations: list[ActivationSite] = field(default_factory=list)
 
 
-def plan_quantizers(found: Capture, wbits: int, abits: int, per_channel: bool, grid: str) -> Plan:
+def plan_quantizers(capture: Capture, codes: Quantization) -> Plan:
     """Apply the module's rules.
+
+    Args:
+        capture: The folded model.
+        codes: Bits, granularity and grid.
 
     Raises:
         ModelError: The graph holds nothing to quantize.
     """
-    heavy = [node for node in found.graph.nodes if node.target in HEAVY]
+    heavy = [node for node in capture.graph.nodes if node.target in HEAVY]
     quantized = [node for node in heavy if node.target not in TRANSPOSED]
     weighted = [node for node in quantized if _weight_node(node) is not None]
     if not weighted:
@@ -125,20 +131,22 @@ def plan_quantizers(found: Capture, wbits: int, abits: int, per_channel: bool, g
     for node in heavy:
         weight = _weight_node(node)
         wide = weight is not None and str(weight.target) in ends
-        plan.layers.append(_layer_site(found, node, 8 if wide else wbits, per_channel))
-    bits = _operand_bits(quantized, weighted[-1], abits)
+        plan.layers.append(
+            _layer_site(capture, node, 8 if wide else codes.wbits, codes.per_channel)
+        )
+    bits = _operand_bits(quantized, weighted[-1], codes.abits)
     for node in heavy:
         if node.target in CONVOLUTIONS:
             end = _behind_activation(node)
             if end not in bits and not _reaches_output(end):
                 bits[end] = 8
-    never_negative = nonnegative_nodes(found.graph)
+    never_negative = nonnegative_nodes(capture.graph)
     taken: set[str] = set()
-    for node in found.graph.nodes:
+    for node in capture.graph.nodes:
         if node in bits:
-            spec = QuantSpec.activation(bits[node], node in never_negative, grid)
+            spec = QuantSpec.activation(bits[node], node in never_negative, codes.grid)
             path = "input" if node.op == "placeholder" else module_path(node)
-            name = free_name(found.module, f"{path}.act_scale", taken)
+            name = free_name(capture.module, f"{path}.act_scale", taken)
             taken.add(name)
             plan.activations.append(ActivationSite(node, name, path, spec))
     return plan
@@ -209,11 +217,11 @@ def _weight_node(node: fx.Node) -> fx.Node | None:
     return candidate if isinstance(candidate, fx.Node) and candidate.op == "get_attr" else None
 
 
-def _layer_site(found: Capture, node: fx.Node, bits: int, per_channel: bool) -> LayerSite:
+def _layer_site(capture: Capture, node: fx.Node, bits: int, per_channel: bool) -> LayerSite:
     weight = _weight_node(node)
     if weight is None or node.target in TRANSPOSED:
         return LayerSite(node, module_path(node), None, None)
-    value = attribute(found.module, str(weight.target))
+    value = attribute(capture.module, str(weight.target))
     axis = _channel_axis(node, value) if per_channel else None
     path = module_path(node) if node.meta.get("hdrq_module") else str(weight.target)
     return LayerSite(node, path, str(weight.target), QuantSpec.weight(bits, axis))

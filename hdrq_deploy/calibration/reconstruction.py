@@ -1,133 +1,67 @@
 """Block-wise reconstruction: the float and the quantized activations pushed forward once.
 
 For each block in order: the float block's outputs on float inputs are the targets; the
-quantized block learns weights and steps to meet them; then both sets of activations move on
+quantized block learns weights and scales to meet them; then both sets of activations move on
 to the next block. No prefix is ever run again, so the cost is linear in depth. A finished
-block is stored, so that a stopped run goes on behind it.
+block is stored, so that a stopped run resumes after it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..errors import ModelError
-from .activation_cache import Caches, Rows
-from .blocks import MOST_HEAVY, Block, find_blocks, is_tensor, rows_per_image, scalar_value
-from .capture import Capture, attribute, module_path, set_attribute
+from .activation_cache import Caches, Rows, run_batch
+from .block_module import (
+    BlockModule,
+    Quantizers,
+    block_module,
+    block_state,
+    quantizers_of,
+    restore_block,
+)
+from .blocks import Block, is_tensor, rows_per_image
+from .capture import Capture
 from .fake_quantizers import ActivationQuantizer, Mode, WeightQuantizer
+from .nodes import module_path
 from .noise import Draws
-from .placement import Plan
+from .preparation import Preparation
 from .recipe import Options
 from .resume import Partial
+from .tensors import attribute
 
-__all__ = ["Quantized", "quantizers_of", "reconstruct"]
+__all__ = ["reconstruct"]
 
 Report = Callable[[int, int, str], None]
-# Images per forward pass when nothing is learned: so many, and values of the input, at most.
-_RUN_BATCH, _RUN_VALUES = 32, 1 << 23
-
-
-def run_batch(images: Tensor) -> int:
-    """Images (N, ...) per forward pass when nothing is learned."""
-    return max(1, min(_RUN_BATCH, _RUN_VALUES // max(images[0].numel(), 1)))
-
-
-@dataclass
-class Quantized:
-    """What calibration learned, by the names used in the bundle."""
-
-    weights: dict[str, WeightQuantizer]
-    activations: dict[str, ActivationQuantizer]
-    blocks: list[dict[str, Any]]
-
-
-class BlockModule(nn.Module):
-    """A block of the graph as a module, quantizers included."""
-
-    def __init__(self, block: Block, body: fx.GraphModule, scalars: list[fx.Node]) -> None:
-        super().__init__()
-        self.block = block
-        self.body = body
-        self.scalars = scalars
-        modules = list(body.modules())
-        self.weights: list[WeightQuantizer] = [m for m in modules if isinstance(m, WeightQuantizer)]
-        self.activations: list[ActivationQuantizer] = [
-            m for m in modules if isinstance(m, ActivationQuantizer)
-        ]
-
-    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
-        """Tensors of ``block.inputs`` to tensors of ``block.outputs``."""
-        batch = len(inputs[0]) // rows_per_image(self.block.inputs[0])
-        shapes = [scalar_value(node, batch) for node in self.scalars]
-        outputs: list[Tensor] = self.body(*inputs, *shapes)
-        return outputs
-
-    def set_mode(self, weights: Mode, activations: Mode | None = None, drop: float = 0.0) -> None:
-        """Set every quantizer of the block; activations as weights where nothing is said."""
-        for weight in self.weights:
-            weight.mode = weights
-        for activation in self.activations:
-            activation.mode = weights if activations is None else activations
-            activation.drop = drop
-
-
-def quantizers_of(
-    found: Capture, plan: Plan, device: torch.device, fold: str = "weights"
-) -> Quantized:
-    """Untrained quantizers for every site of ``plan``; weight steps by search.
-
-    Args:
-        found: The folded model.
-        plan: Where quantizers go.
-        device: Where they compute.
-        fold: ``weights``, or ``steps`` to quantize the weights before the fold.
-    """
-    weights: dict[str, WeightQuantizer] = {}
-    for site in plan.layers:
-        if site.weight is None or site.spec is None or site.weight in weights:
-            continue
-        folded = found.folds.get(site.weight) if fold == "steps" else None
-        value = attribute(found.module, site.weight) if folded is None else folded.raw
-        gain = None if folded is None else folded.gain.to(device)
-        weights[site.weight] = WeightQuantizer(value.to(device), site.spec, gain)
-    activations = {
-        site.name: ActivationQuantizer(site.spec, site.name, device) for site in plan.activations
-    }
-    return Quantized(weights, activations, [])
+# A quantizer of a weight and the source model's weight, which it stays close to.
+Sources = list[tuple[WeightQuantizer, Tensor]]
 
 
 def reconstruct(
-    found: Capture,
-    plan: Plan,
+    model: Preparation,
     images: Tensor,
     options: Options,
-    base: Capture | None = None,
-    fold: str = "weights",
     seed: int = 0,
     device: torch.device | None = None,
     caches: Caches | None = None,
     partial: Partial | None = None,
     progress: Report | None = None,
-) -> Quantized:
-    """Learn all quantizers of a captured model.
+) -> Quantizers:
+    """Learn all quantizers of a prepared model.
 
     Args:
-        found: The folded, adapted model.
-        plan: Where quantizers go.
+        model: The folded model with its quantizers placed; it is moved to ``device``.
         images: Calibration inputs (N, ...).
         options: What is learned, and how.
-        base: The folded source model, for the distance term.
-        fold: Where BatchNorm goes, ``weights`` or ``steps``.
-        seed: Seed of every draw.
-        device: Where to compute.
-        caches: Keeps the activations between blocks; in memory by default.
-        partial: Finished blocks of a stopped run; this run's are added.
+        seed: Seed of every random number.
+        device: Where to compute; the CPU by default.
+        caches: Holds the activations between blocks; in memory by default.
+        partial: Finished blocks of a stopped run; this run's blocks are added.
         progress: Called with (steps done, steps in all, block name).
 
     Raises:
@@ -137,80 +71,122 @@ def reconstruct(
     Source:
         Shin et al., ICML 2025, sections 4.1 and 4.2; block order and caches as in BRECQ.
     """
-    device = device or torch.device("cpu")
-    caches = caches or Caches(1 << 62)
-    blocks = find_blocks(found, 1 if options.granularity == "layer" else MOST_HEAVY)
-    found.module.to(device)
-    result = quantizers_of(found, plan, device, fold)
-    draws = Draws(seed, device)
-    start = next(n for n in found.graph.nodes if n.op == "placeholder" and is_tensor(n))
-    batch = run_batch(images)
-    first = caches.rows(len(images), images.shape[1:])
-    first.write(0, images)
-    kept: dict[fx.Node, tuple[Rows, Rows]] = {start: (first, first)}
-    last_use = {n: i for i, block in enumerate(blocks) for n in block.inputs}
+    device, caches = device or torch.device("cpu"), caches or Caches(1 << 62)
+    work = _Reconstruction(model, images, options, Draws(seed, device), device, caches)
     per_block = options.iters if options.learner != "none" else 1
-    for index, block in enumerate(blocks):
-        module = _build(found, plan, block, result).to(device)
+    count = len(model.blocks)
+    for index, block in enumerate(model.blocks):
         name = module_path(block.heavy[0]) if block.heavy else f"block {index}"
-        real = [kept[node][0] for node in block.inputs]
-        mixed = [kept[node][1] for node in block.inputs]
-        run = _Run(module, options, device, caches, batch)
+
+        def report(i: int, done: int = index, label: str = name) -> None:
+            if progress:
+                progress(done * per_block + i, count * per_block, label)
+
+        work.settle(index, name, partial, report)
+        report(per_block)
+    return work.quantizers
+
+
+class _Reconstruction:
+    """The quantizers of a model, and the activations in front of its next block."""
+
+    def __init__(
+        self,
+        model: Preparation,
+        images: Tensor,
+        options: Options,
+        draws: Draws,
+        device: torch.device,
+        caches: Caches,
+    ) -> None:
+        assert model.plan is not None
+        capture = model.capture
+        capture.module.to(device)
+        self.quantizers = quantizers_of(capture, model.plan, device)
+        self._model, self._plan, self._options = model, model.plan, options
+        self._draws, self._device, self._caches = draws, device, caches
+        self._batch = run_batch(images)
+        self._last_use = {n: i for i, block in enumerate(model.blocks) for n in block.inputs}
+        start = next(n for n in capture.graph.nodes if n.op == "placeholder" and is_tensor(n))
+        first = caches.rows(len(images), images.shape[1:])
+        first.write(0, images)
+        # Of every tensor that is still read: float activations, and the quantized network's.
+        self._rows: dict[fx.Node, tuple[Rows, Rows]] = {start: (first, first)}
+
+    def settle(
+        self, index: int, name: str, partial: Partial | None, report: Callable[[int], None]
+    ) -> None:
+        """Learn one block, or read it from ``partial``, and move the activations past it."""
+        block = self._model.blocks[index]
+        module = block_module(self._model.capture, self._plan, block, self.quantizers)
+        module = module.to(self._device)
+        real = [self._rows[node][0] for node in block.inputs]
+        mixed = [self._rows[node][1] for node in block.inputs]
+        run = _BlockRun(module, real, mixed, self._options, self._device, self._caches, self._batch)
         stored = partial.load(index) if partial else None
         if stored:
-            targets = run.float_outputs(real)
-            _restore(module, result, stored.tensors)
+            targets = run.float_outputs()
+            restore_block(module, self.quantizers, stored.tensors)
             record = stored.record
         else:
-            targets = run.float_outputs(real, observe=True)
+            targets = run.float_outputs(observe=True)
             _check_finite(targets, block, name, run.batch)
+            self._draws.restart(index)
             record = {"name": name, "layers": len(block.heavy), "outputs": len(block.outputs)}
-
-            def report(i: int, done: int = index, label: str = name) -> None:
-                if progress:
-                    progress(done * per_block + i, len(blocks) * per_block, label)
-
-            draws.restart(index)
-            sources = _source_weights(module, found, base, result.weights, fold)
-            record |= _settle(run, real, mixed, targets, sources, draws, report)
-        spent = [node for node in block.inputs if last_use[node] == index]
+            record |= _settle(run, targets, self._sources(module), self._draws, report)
+        spent = [node for node in block.inputs if self._last_use[node] == index]
         for node in spent:
-            if kept[node][0] is not kept[node][1]:
-                kept[node][0].free()
-        outputs = run.quantized_outputs(mixed)
+            if self._rows[node][0] is not self._rows[node][1]:
+                self._rows[node][0].free()
+        outputs = run.quantized_outputs()
         if not stored:
             record["loss_after"] = run.loss(outputs, targets)
             if partial:
-                partial.save(index, _state(module, result), record)
-        result.blocks.append(record)
+                partial.save(index, block_state(module, self.quantizers), record)
+        self.quantizers.blocks.append(record)
         for node, target, output in zip(block.outputs, targets, outputs, strict=True):
-            kept[node] = (target, output)
+            self._rows[node] = (target, output)
         for node in spent:
-            kept.pop(node)[1].free()
-        if progress:
-            progress((index + 1) * per_block, len(blocks) * per_block, name)
-    return result
+            self._rows.pop(node)[1].free()
+
+    def _sources(self, module: BlockModule) -> Sources:
+        """The source model's weight for every latent weight of the block."""
+        if self._model.source is None:
+            return []
+        names = {id(quantizer): name for name, quantizer in self.quantizers.weights.items()}
+        pairs = [
+            (q, _source_weight(names[id(q)], self._model.capture, self._model.source))
+            for q in module.weights
+        ]
+        return [(q, value.to(q.scale.device)) for q, value in pairs if q.frozen is None]
+
+
+def _source_weight(name: str, capture: Capture, source: Capture) -> Tensor:
+    """The source model's weight as the model in ``capture`` quantizes it."""
+    own, origin = capture.folds.get(name), source.folds.get(name)
+    if own is None or origin is None:
+        return attribute(source.module, name)
+    turned = origin.sign * own.sign
+    return origin.raw * turned.reshape(-1, *[1] * (origin.raw.ndim - 1))
 
 
 def _settle(
-    run: _Run,
-    real: list[Rows],
-    mixed: list[Rows],
+    run: _BlockRun,
     targets: list[Rows],
-    sources: list[tuple[WeightQuantizer, Tensor]],
+    sources: Sources,
     draws: Draws,
     report: Callable[[int], None],
 ) -> dict[str, Any]:
     """Learn one block and freeze it; its error before, and whether learning was kept."""
     module, options = run.module, run.options
     open_weights = run.open_weights
-    before = run.round_loss(mixed, targets)
+    before = run.round_loss(targets)
     record: dict[str, Any] = {"loss_before": before, "learned": False}
     if options.learner != "none" and open_weights:
         first = [(q.scale, q.scale.detach().clone()) for q in run.open_quantizers]
-        _learn(run, open_weights, real, mixed, targets, sources, draws, report)
+        _learn(run, targets, sources, draws, report)
         record["learned"] = True
-        if options.keep_best and not run.round_loss(mixed, targets) <= before:
+        if options.keep_best and not run.round_loss(targets) <= before:
             record["learned"] = False
             for scale, value in first:
                 scale.data.copy_(value)
@@ -223,53 +199,66 @@ def _settle(
     return record
 
 
-class _Run:
-    """Passes of one block over all calibration images."""
+class _BlockRun:
+    """Passes of one block over all calibration images.
+
+    Args:
+        module: The block.
+        real: Its inputs in the float network.
+        mixed: Its inputs in the quantized network.
+        options: What is learned, and how.
+        device: Where to compute.
+        caches: Makes room for the outputs.
+        batch: Images per pass where nothing is learned.
+    """
 
     def __init__(
         self,
         module: BlockModule,
+        real: list[Rows],
+        mixed: list[Rows],
         options: Options,
         device: torch.device,
         caches: Caches,
         batch: int,
     ) -> None:
-        self.module, self.options, self.device, self.caches = module, options, device, caches
-        self.batch = batch
+        self.module, self.real, self.mixed = module, real, mixed
+        self.options, self.device, self.batch = options, device, batch
+        self._caches = caches
         self.open_weights = [q for q in module.weights if q.frozen is None]
         self.open_activations = [q for q in module.activations if not q.settled]
 
     @property
     def open_quantizers(self) -> list[WeightQuantizer | ActivationQuantizer]:
-        """Those whose steps are still learned."""
+        """Those whose scales are still learned."""
         return [*self.open_weights, *self.open_activations]
 
-    def float_outputs(self, real: list[Rows], observe: bool = False) -> list[Rows]:
-        """Outputs of the float block; while ``observe``, steps of activations are found."""
+    def float_outputs(self, observe: bool = False) -> list[Rows]:
+        """Outputs of the float block; while ``observe``, scales of activations are found."""
         watched = self.open_activations if observe else []
         for quantizer in watched:
             quantizer.start_observing()
         self.module.set_mode(Mode.OFF)
-        outputs = self._collect(real)
+        outputs = self._collect(self.real)
         for quantizer in watched:
             quantizer.finish_observing()
         return outputs
 
-    def quantized_outputs(self, mixed: list[Rows]) -> list[Rows]:
+    def quantized_outputs(self) -> list[Rows]:
         """Outputs of the rounded block on the quantized network's activations."""
         self.module.set_mode(Mode.ROUND)
-        return self._collect(mixed)
+        return self._collect(self.mixed)
 
-    def round_loss(self, mixed: list[Rows], targets: list[Rows]) -> float:
+    def round_loss(self, targets: list[Rows]) -> float:
         """Error of the rounded block on the quantized network's activations."""
         self.module.set_mode(Mode.ROUND)
         total = 0.0
-        for (first, last), outputs in self._outputs(mixed):
+        for (first, last), outputs in self._outputs(self.mixed):
             total += self._part_loss(first, last, outputs, targets)
-        return total / len(mixed[0])
+        return total / len(self.mixed[0])
 
     def loss(self, outputs: list[Rows], targets: list[Rows]) -> float:
-        """The same error of outputs that are there already."""
+        """The same error of outputs that were computed before."""
         total = 0.0
         for first, last in self._batches(len(targets[0])):
             parts = [rows.read(first, last) for rows in outputs]
@@ -297,7 +286,7 @@ class _Run:
             if not collected:
                 nodes = zip(self.module.block.outputs, outputs, strict=True)
                 collected = [
-                    self.caches.rows(len(inputs[0]), output.shape[1:], rows_per_image(node))
+                    self._caches.rows(len(inputs[0]), output.shape[1:], rows_per_image(node))
                     for node, output in nodes
                 ]
             for rows, output in zip(collected, outputs, strict=True):
@@ -313,87 +302,15 @@ def _parts(count: int, most: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + most, count)
 
 
-def _state(module: BlockModule, result: Quantized) -> dict[str, Tensor]:
-    """What a finished block has learned, by the names of its weights and steps."""
-    names = {id(q): n for n, q in (*result.weights.items(), *result.activations.items())}
-    state = {}
-    for weight in module.weights:
-        state[f"codes {names[id(weight)]}"] = weight.codes().cpu()
-        state[f"scale {names[id(weight)]}"] = weight.scale.detach().cpu()
-    for activation in module.activations:
-        state[f"act {names[id(activation)]}"] = activation.scale.detach().cpu()
-    return state
-
-
-@torch.no_grad()
-def _restore(module: BlockModule, result: Quantized, state: dict[str, Tensor]) -> None:
-    names = {id(q): n for n, q in (*result.weights.items(), *result.activations.items())}
-    for weight in module.weights:
-        name = names[id(weight)]
-        weight.freeze(state[f"codes {name}"], state[f"scale {name}"])
-    for activation in module.activations:
-        activation.scale.copy_(state[f"act {names[id(activation)]}"])
-        activation.settled = True
-
-
-def _build(found: Capture, plan: Plan, block: Block, result: Quantized) -> BlockModule:
-    """Copy the block's nodes into a graph of their own, with quantizers in place."""
-    sites = {site.source: site for site in plan.activations}
-    members = set(block.nodes)
-    graph, modules = fx.Graph(), nn.ModuleDict()
-    copies: dict[fx.Node, fx.Node] = {}
-
-    def add(quantizer: nn.Module, *args: fx.Node) -> fx.Node:
-        key = next((k for k, m in modules.items() if m is quantizer), f"q{len(modules)}")
-        modules[key] = quantizer
-        return graph.call_module(key, args)
-
-    for node in block.inputs:
-        copies[node] = graph.placeholder(node.name)
-    outside = [a for n in block.nodes for a in n.all_input_nodes if a not in members]
-    scalars = [
-        node for node in dict.fromkeys(outside) if node.op != "get_attr" and not is_tensor(node)
-    ]
-    for node in scalars:
-        copies[node] = graph.placeholder(node.name)
-    for node in block.inputs:
-        if node.op == "placeholder" and node in sites:
-            copies[node] = add(result.activations[sites[node].name], copies[node])
-    for node in dict.fromkeys(outside):
-        if node.op != "get_attr":
-            continue
-        target = str(node.target)
-        if target in result.weights:
-            copies[node] = add(result.weights[target])
-        else:
-            copies[node] = graph.get_attr(target)
-    for node in block.nodes:
-        copies[node] = graph.node_copy(node, lambda arg: copies[arg])
-        if node in sites:
-            copies[node] = add(result.activations[sites[node].name], copies[node])
-    graph.output([copies[node] for node in block.outputs])
-    parameters = nn.Module()
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            target = str(node.target)
-            set_attribute(parameters, target, attribute(found.module, target))
-    for key, quantizer in modules.items():
-        parameters.add_module(key, quantizer)
-    return BlockModule(block, fx.GraphModule(parameters, graph), scalars)
-
-
 def _learn(
-    run: _Run,
-    weights: list[WeightQuantizer],
-    real: list[Rows],
-    mixed: list[Rows],
+    run: _BlockRun,
     targets: list[Rows],
-    sources: list[tuple[WeightQuantizer, Tensor]],
+    sources: Sources,
     draws: Draws,
     report: Callable[[int], None],
 ) -> None:
     """Optimise one block, as HDRQ does or with AdaRound's rounding variables."""
-    module, options, device = run.module, run.options, run.device
+    module, options, weights = run.module, run.options, run.open_weights
     adaround = options.learner == "adaround"
     for weight in weights:
         weight.draws = draws
@@ -402,7 +319,7 @@ def _learn(
     if adaround:
         for weight in weights:
             weight.start_adaround()
-    optimizers = _optimizers(run, weights)
+    optimizers = _optimizers(run)
     noisy = 0 if options.noise == "off" else round(options.iters * options.noise_fraction)
     floors = [(q.scale, q.scale.detach() * 1e-3) for q in run.open_quantizers]
     for i in range(options.iters):
@@ -412,25 +329,32 @@ def _learn(
         if i in {0, noisy}:
             later = Mode.SOFT if adaround else Mode.ROUND
             module.set_mode(Mode(options.noise) if i < noisy else later, None, options.drop_prob)
-        rows = draws.rows(len(real[0]), options.batch)
-        inputs = [
-            _mix(clean, coded, rows, options.input_prob, draws, device)
-            for clean, coded in zip(real, mixed, strict=True)
-        ]
-        loss = torch.zeros((), device=device)
-        for output, target in zip(module(inputs), targets, strict=True):
-            loss = loss + _error(output, target.take(rows).to(device))
-        for quantizer, source in sources:
-            loss = loss + options.distance * torch.linalg.vector_norm(quantizer.latent - source)
+        loss = _batch_loss(run, targets, sources, draws)
         if adaround and i >= options.iters * options.warmup:
             loss = loss + options.round_weight * _undecided(weights, i, options)
         loss.backward()  # type: ignore[no-untyped-call]
         for optimizer, _ in optimizers:
             optimizer.step()
-        with torch.no_grad():  # a step must stay positive
+        with torch.no_grad():  # a scale must stay positive
             for scale, floor in floors:
                 torch.maximum(scale, floor, out=scale.data)
         report(i + 1)
+
+
+def _batch_loss(run: _BlockRun, targets: list[Rows], sources: Sources, draws: Draws) -> Tensor:
+    """Error of the block on one random batch, and the distance of its weights to the source."""
+    options, device = run.options, run.device
+    rows = draws.rows(len(run.real[0]), options.batch)
+    inputs = [
+        _mix(clean, coded, rows, options.input_prob, draws, device)
+        for clean, coded in zip(run.real, run.mixed, strict=True)
+    ]
+    loss = torch.zeros((), device=device)
+    for output, target in zip(run.module(inputs), targets, strict=True):
+        loss = loss + _error(output, target.take(rows).to(device))
+    for quantizer, source in sources:
+        loss = loss + options.distance * torch.linalg.vector_norm(quantizer.latent - source)
+    return loss
 
 
 def _mix(
@@ -454,54 +378,28 @@ def _undecided(weights: list[WeightQuantizer], i: int, options: Options) -> Tens
     return torch.stack(parts).sum()
 
 
-def _optimizers(
-    run: _Run, weights: list[WeightQuantizer]
-) -> list[tuple[torch.optim.Optimizer, float]]:
-    """One Adam for the weights with warm-up, one for the steps of activations without."""
-    options = run.options
+def _optimizers(run: _BlockRun) -> list[tuple[torch.optim.Optimizer, float]]:
+    """One Adam for the weights with warm-up, one for the scales of activations without."""
+    options, weights = run.options, run.open_weights
     if options.learner == "adaround":
         groups = [{"params": [q.rounding], "rate": options.lr} for q in weights]
         warmup = 0.0
     else:
         groups = [{"params": [q.latent], "rate": options.lr} for q in weights]
-        groups += [_step_group(q.scale, options.lr, options.step_change) for q in weights]
+        groups += [_scale_group(q.scale, options.lr, options.step_change) for q in weights]
         warmup = options.warmup
-    made: list[tuple[torch.optim.Optimizer, float]] = [
+    optimizers: list[tuple[torch.optim.Optimizer, float]] = [
         (torch.optim.Adam(groups, lr=options.lr, fused=True), warmup)
     ]
-    steps = [
-        _step_group(q.scale, options.act_lr, options.step_change) for q in run.open_activations
+    scales = [
+        _scale_group(q.scale, options.act_lr, options.step_change) for q in run.open_activations
     ]
-    if steps:
-        made.append((torch.optim.Adam(steps, lr=options.act_lr, fused=True), 0.0))
-    return made
+    if scales:
+        optimizers.append((torch.optim.Adam(scales, lr=options.act_lr, fused=True), 0.0))
+    return optimizers
 
 
-def _source_weights(
-    module: BlockModule,
-    found: Capture,
-    base: Capture | None,
-    weights: dict[str, WeightQuantizer],
-    fold: str,
-) -> list[tuple[WeightQuantizer, Tensor]]:
-    """The source model's weight for every latent weight of the block."""
-    names = {id(quantizer): name for name, quantizer in weights.items()}
-    sources: list[tuple[WeightQuantizer, Tensor]] = []
-    for quantizer in module.weights if base is not None else []:
-        assert base is not None
-        name = names[id(quantizer)]
-        own, origin = found.folds.get(name), base.folds.get(name)
-        if fold == "steps" and own is not None and origin is not None:
-            turned = origin.sign * own.sign
-            value = origin.raw * turned.reshape(-1, *[1] * (origin.raw.ndim - 1))
-        else:
-            value = attribute(base.module, name)
-        if quantizer.frozen is None:
-            sources.append((quantizer, value.to(quantizer.scale.device)))
-    return sources
-
-
-def _step_group(scale: nn.Parameter, rate: float, change: float) -> dict[str, Any]:
+def _scale_group(scale: nn.Parameter, rate: float, change: float) -> dict[str, Any]:
     """Adam moves a parameter by about its rate, so the rate bounds the change."""
     bound = change * float(scale.detach().min()) if change > 0 else rate
     return {"params": [scale], "rate": min(rate, bound)}

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch import fx
 
 from ..errors import ModelError
-from .tensors import free_name, set_attribute
+from .attention import spell_out_attention
+from .nodes import add_node, module_path
 
-__all__ = ["module_path", "rewrite"]
+__all__ = ["rewrite"]
 
 aten = torch.ops.aten
 
@@ -62,13 +61,8 @@ def rewrite(module: fx.GraphModule) -> None:
         elif node.target in _CLAMPS:
             _clamp_with_floats(node)
         elif node.target is aten.scaled_dot_product_attention.default:
-            _spell_out_attention(module, node)
+            spell_out_attention(module, node)
     _put_constants_right(module)
-
-
-def module_path(node: fx.Node) -> str:
-    """Path of the module this node came from, or the node's own name."""
-    return str(node.meta.get("hdrq_module") or node.name)
 
 
 def _spell_out_pooling(node: fx.Node) -> None:
@@ -84,10 +78,10 @@ def _spell_out_pooling(node: fx.Node) -> None:
     with node.graph.inserting_before(node):
         if pools is _AVERAGE_POOLS and set(outputs) == {1}:
             axes = list(range(-len(outputs), 0))
-            result = _call(node, aten.mean.dim, source, axes, True)
+            result = add_node(node, aten.mean.dim, source, axes, True)
         elif all(i % o == 0 for i, o in zip(inputs, outputs, strict=True)):
             kernel = [i // o for i, o in zip(inputs, outputs, strict=True)]
-            result = _call(node, pools[len(outputs)], source, kernel, kernel)
+            result = add_node(node, pools[len(outputs)], source, kernel, kernel)
         else:
             result = source
             for axis, (extent, parts) in enumerate(zip(inputs, outputs, strict=True)):
@@ -112,10 +106,10 @@ def _pool_axis(node: fx.Node, source: fx.Node, axis: int, extent: int, parts: in
     pooled = []
     for i in range(parts):
         first, last = i * extent // parts, -(-(i + 1) * extent // parts)
-        part = _call(node, aten.slice.Tensor, source, axis, first, last)
+        part = add_node(node, aten.slice.Tensor, source, axis, first, last)
         reduce = aten.mean.dim if average else aten.amax.default
-        pooled.append(_call(node, reduce, part, [axis], True))
-    return _call(node, aten.cat.default, pooled, axis)
+        pooled.append(add_node(node, reduce, part, [axis], True))
+    return add_node(node, aten.cat.default, pooled, axis)
 
 
 def _name_squeezed_axes(node: fx.Node) -> None:
@@ -146,16 +140,16 @@ def _spell_out_bilinear(node: fx.Node) -> None:
     if not all(isinstance(extent, int) for extent in lead[1:]):
         raise ModelError(f"{module_path(node)}: a bilinear layer needs inputs of a fixed size")
     with node.graph.inserting_before(node):
-        turned = _call(node, aten.permute.default, weight, [0, 2, 1])
-        flat = _call(node, aten.reshape.default, turned, [out * right, left])
-        wide = _call(node, aten.linear.default, first, flat)
-        shaped = _call(node, aten.reshape.default, wide, [-1, *lead[1:], out, right])
-        products = _call(
-            node, aten.mul.Tensor, shaped, _call(node, aten.unsqueeze.default, second, -2)
+        turned = add_node(node, aten.permute.default, weight, [0, 2, 1])
+        flat = add_node(node, aten.reshape.default, turned, [out * right, left])
+        wide = add_node(node, aten.linear.default, first, flat)
+        shaped = add_node(node, aten.reshape.default, wide, [-1, *lead[1:], out, right])
+        products = add_node(
+            node, aten.mul.Tensor, shaped, add_node(node, aten.unsqueeze.default, second, -2)
         )
-        result = _call(node, aten.sum.dim_IntList, products, [-1])
+        result = add_node(node, aten.sum.dim_IntList, products, [-1])
         if rest and rest[0] is not None:
-            result = _call(node, aten.add.Tensor, result, rest[0])
+            result = add_node(node, aten.add.Tensor, result, rest[0])
     node.replace_all_uses_with(result)
     node.graph.erase_node(node)
 
@@ -179,8 +173,8 @@ def _put_constants_right(module: fx.GraphModule) -> None:
 
 def _turn(module: fx.GraphModule, node: fx.Node, left: Any, right: Any) -> None:
     with module.graph.inserting_before(node):
-        turned = _call(node, aten.transpose.int, right, -2, -1)
-        weight = _call(node, aten.transpose.int, left, -2, -1)
+        turned = add_node(node, aten.transpose.int, right, -2, -1)
+        weight = add_node(node, aten.transpose.int, left, -2, -1)
         # Its shape is known; torch 2.11 cannot compute it for a batch that is a symbol.
         product = module.graph.call_function(node.target, (turned, weight))  # type: ignore[arg-type]
         product.meta = {**node.meta, "val": node.meta["val"].transpose(-2, -1)}
@@ -188,73 +182,3 @@ def _turn(module: fx.GraphModule, node: fx.Node, left: Any, right: Any) -> None:
         result.meta = dict(node.meta)
     node.replace_all_uses_with(result)
     module.graph.erase_node(node)
-
-
-def _spell_out_attention(module: fx.GraphModule, node: fx.Node) -> None:
-    """Scaled dot product attention as product, softmax, product.
-
-    Source:
-        pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention
-    """
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    query, key, value = given["query"], given["key"], given["value"]
-    if given.get("enable_gqa"):
-        raise ModelError(
-            f"{module_path(node)}: grouped-query attention is not supported; "
-            "repeat keys and values in the model"
-        )
-    width = query.meta["val"].shape[-1]
-    scale = given.get("scale")
-    scale = 1 / math.sqrt(width) if scale is None else scale
-    mask = given.get("attn_mask")
-    if given.get("is_causal"):
-        mask = _causal_mask(module, node, query, key)
-    with node.graph.inserting_before(node):
-        transposed = _call(node, aten.transpose.int, key, -2, -1)
-        scores = _call(node, aten.matmul.default, query, transposed)
-        scores = _call(node, aten.mul.Tensor, scores, scale)
-        if mask is not None:
-            if mask.meta["val"].dtype == torch.bool:
-                mask = _call(node, aten.where.Scalar, mask, 0.0, -math.inf)
-            scores = _call(node, aten.add.Tensor, scores, mask)
-        shares = _call(node, aten.softmax.int, scores, -1)
-        result = _call(node, aten.matmul.default, shares, value)
-    result.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(result)
-    node.graph.erase_node(node)
-
-
-def _causal_mask(module: fx.GraphModule, node: fx.Node, query: fx.Node, key: fx.Node) -> fx.Node:
-    rows, columns = query.meta["val"].shape[-2], key.meta["val"].shape[-2]
-    if not (isinstance(rows, int) and isinstance(columns, int)):
-        raise ModelError(f"{module_path(node)}: causal attention needs a fixed length")
-    mask = torch.zeros(rows, columns).masked_fill(
-        torch.ones(rows, columns).tril().logical_not(), -math.inf
-    )
-    name = free_name(module, f"causal_mask_{rows}_{columns}")
-    set_attribute(module, name, mask)
-    with node.graph.inserting_before(node):
-        got = node.graph.get_attr(name)
-    got.meta["val"] = mask
-    return got
-
-
-def _call(like: fx.Node, target: Any, *args: Any) -> fx.Node:
-    """A new node whose module path is that of ``like`` and whose shapes are propagated."""
-    node = like.graph.call_function(target, args)
-    node.meta["hdrq_module"] = like.meta.get("hdrq_module", "")
-    values = fx.node.map_arg(args, lambda arg: arg.meta["val"])
-    fakes = (v for v in pytree.tree_leaves(values) if isinstance(v, torch._subclasses.FakeTensor))
-    mode = next((v.fake_mode for v in fakes), None)
-    if mode is None:
-        node.meta["val"] = target(*values)
-        return node
-
-    def fake(value: Any) -> Any:
-        real = isinstance(value, Tensor) and not isinstance(value, torch._subclasses.FakeTensor)
-        return mode.from_tensor(value) if real else value
-
-    with mode:
-        node.meta["val"] = target(*pytree.tree_map(fake, values))
-    return node

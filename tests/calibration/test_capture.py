@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hdrq_deploy.calibration import calibrate
-from hdrq_deploy.calibration import calibrate as pipeline_module
+from hdrq_deploy.calibration import calibrate, preparation
 from hdrq_deploy.calibration.blocks import find_blocks
 from hdrq_deploy.calibration.capture import Capture, capture, single_output
+from hdrq_deploy.calibration.fold_batch_norm import folded
 from hdrq_deploy.calibration.loading import load_model, load_state
-from hdrq_deploy.calibration.pipeline import _prepared
 from hdrq_deploy.calibration.placement import nonnegative_nodes, plan_quantizers
+from hdrq_deploy.calibration.request import Quantization
 from hdrq_deploy.calibration.tensors import attribute, free_name
 from hdrq_deploy.cli import calibrate as command
 from hdrq_deploy.errors import CheckFailed, ModelError
@@ -368,8 +368,8 @@ def test_names_and_shared_weights_hold_with_batchnorm_in_the_scales(
 
 
 def test_a_weight_that_is_first_and_inner_layer_keeps_eight_bits(folder: Path) -> None:
-    found = _prepared(capture(trained("Twice"), torch.rand(2, *SHAPE)))
-    plan = plan_quantizers(found, 4, 8, True, "int8")
+    found = folded(capture(trained("Twice"), torch.rand(2, *SHAPE)))
+    plan = plan_quantizers(found, Quantization(4, 8, True))
     bits = {site.weight: set() for site in plan.layers}  # type: ignore[var-annotated]
     for site in plan.layers:
         assert site.spec is not None
@@ -378,8 +378,8 @@ def test_a_weight_that_is_first_and_inner_layer_keeps_eight_bits(folder: Path) -
 
 
 def test_every_constant_operand_of_a_product_is_a_weight(folder: Path) -> None:
-    found = _prepared(capture(trained("Left"), torch.rand(2, *SHAPE)))
-    plan = plan_quantizers(found, 8, 8, True, "int8")
+    found = folded(capture(trained("Left"), torch.rand(2, *SHAPE)))
+    plan = plan_quantizers(found, Quantization(8, 8, True))
     assert len(plan.layers) == 4
     assert all(site.spec is not None for site in plan.layers)
     assert [site.spec.axis for site in plan.layers] == [0, 1, None, 0]  # type: ignore[union-attr]
@@ -551,8 +551,7 @@ def test_a_wrong_capture_is_found_and_named(
         found.module.recompile()
         return found
 
-    monkeypatch.setattr(pipeline_module, "capture", wrong)
-    monkeypatch.setattr(pipeline_module, "_captures", {})
+    monkeypatch.setattr(preparation, "capture", wrong)
     monkeypatch.setattr(Capture, "clone_with", lambda self, state: _copied(self))
     torch.manual_seed(3)
     with pytest.raises(CheckFailed, match=r"differs from the model|gives shape") as failure:
@@ -655,7 +654,7 @@ def test_a_tensor_is_unsigned_only_where_it_can_never_be_negative(name: str) -> 
 @pytest.mark.parametrize("name", ["TimeMajor", "Interleaved", "Twice"])
 def test_blocks_are_cut_only_where_images_are_rows(folder: Path, name: str) -> None:
     """Brute force: every tensor between blocks, of each image alone and of all together."""
-    found = _prepared(capture(trained(name), torch.rand(2, *SHAPE)))
+    found = folded(capture(trained(name), torch.rand(2, *SHAPE)))
     blocks = find_blocks(found)
     kinds = ("conv2d", "linear", "matmul", "bmm", "mm")
     kinds = tuple(f"aten.{kind}." for kind in kinds)

@@ -14,12 +14,14 @@ from hdrq_deploy import Bundle
 from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.calibration.activation_cache import Caches
 from hdrq_deploy.calibration.blocks import find_blocks
-from hdrq_deploy.calibration.capture import capture, fold_batch_norm, fold_constants
+from hdrq_deploy.calibration.capture import capture
 from hdrq_deploy.calibration.fake_quantizers import fake_quantize, search_scale
+from hdrq_deploy.calibration.fold_batch_norm import fold_batch_norm, fold_constants
 from hdrq_deploy.calibration.loading import load_model
 from hdrq_deploy.calibration.noise import Draws
 from hdrq_deploy.calibration.placement import plan_quantizers
 from hdrq_deploy.calibration.recipe import Options
+from hdrq_deploy.calibration.request import Quantization
 from hdrq_deploy.checks.stages import compare_stages
 from hdrq_deploy.errors import HdrqError, ModelError, SpecError
 from hdrq_deploy.graph import reference_session
@@ -48,7 +50,7 @@ def test_blocks_hold_every_heavy_node_once_and_split_at_long_skips(work: Path) -
         found = capture(load_model(f"tiny_models:{name}"), torch.rand(2, 3, 16, 16))
         fold_constants(found)
         fold_batch_norm(found)
-        plan = plan_quantizers(found, 4, 8, False, "int8")
+        plan = plan_quantizers(found, Quantization(4, 8))
         blocks = find_blocks(found)
         assert [n for b in blocks for n in b.heavy] == [site.node for site in plan.layers]
 
@@ -95,7 +97,7 @@ def test_architectures_are_captured_and_cut(
     cut = find_blocks(found)
     assert blocks is None or len(cut) == blocks
     assert max(len(block.heavy) for block in cut) <= most
-    plan = plan_quantizers(found, 4, 8, False, "int8")
+    plan = plan_quantizers(found, Quantization(4, 8))
     left = [site for site in plan.layers if site.weight is not None and site.spec is None]
     assert left == []
 

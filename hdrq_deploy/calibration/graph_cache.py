@@ -1,0 +1,45 @@
+"""Graphs that the domains of one model share, so that a model is captured once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..formats.bundle_manifest import Layer
+    from .capture import Capture
+
+__all__ = ["GraphCache"]
+
+
+class GraphCache:
+    """The last captured graph and the last ONNX graph.
+
+    Whoever calibrates several domains makes one and passes it to every calibration; without it
+    a calibration shares nothing. A copy in another process begins empty. Results do not depend
+    on it.
+    """
+
+    def __init__(self) -> None:
+        self._captured: tuple[str, Capture] | None = None
+        self._written: tuple[str, tuple[bytes, list[Layer]]] | None = None
+
+    def __reduce__(self) -> Any:
+        return GraphCache, ()
+
+    def captured(self, key: str) -> Capture | None:
+        """The captured graph of ``key``, or None."""
+        return self._captured[1] if self._captured and self._captured[0] == key else None
+
+    def keep(self, key: str, capture: Capture) -> None:
+        """Hold ``capture`` instead of the graph before it."""
+        self._captured = (key, capture)
+
+    def written(
+        self, key: str, write: Callable[[], tuple[bytes, list[Layer]]]
+    ) -> tuple[bytes, list[Layer]]:
+        """The ONNX graph of ``key`` and its layers; ``write`` makes them where they are new."""
+        if self._written is None or self._written[0] != key:
+            self._written = None
+            self._written = (key, write())
+        return self._written[1]

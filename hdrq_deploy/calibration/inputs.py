@@ -1,0 +1,103 @@
+"""What a calibration starts from: the model, its checkpoints and the images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration_data.readers import ImageSet, Wanted, read
+from ..errors import DataError
+from ..formats.atomic_files import check_output
+from ..formats.file_kinds import BUNDLE, PARTIAL
+from .capture import run_model
+from .devices import torch_device
+from .loading import is_lazy, load_model, load_state, put_state
+from .request import CalibrationRequest
+from .resume import partial_of
+
+__all__ = ["CalibrationInputs", "load", "own_wanted"]
+
+
+@dataclass(frozen=True)
+class CalibrationInputs:
+    """A model with the weights of its domain, and the domain's images.
+
+    Attributes:
+        target: Absolute path of the bundle.
+        device: Where to learn.
+        network: The user's module, with ``state``.
+        state: The adapted weights.
+        base: The source weights, or None.
+        dataset: The calibration images.
+        images: The same as a tensor (N, C, H, W).
+    """
+
+    target: Path
+    device: torch.device
+    network: nn.Module
+    state: Mapping[str, Tensor]
+    base: Mapping[str, Tensor] | None
+    dataset: ImageSet
+    images: Tensor
+
+
+def load(request: CalibrationRequest) -> CalibrationInputs:
+    """Read model, checkpoints and images.
+
+    Raises:
+        HdrqError: One of them cannot be read, they do not fit each other, or the output may
+            not be written.
+    """
+    target = check_output(request.output, BUNDLE, request.inputs)
+    check_output(partial_of(target), PARTIAL, request.inputs)
+    device = torch_device(request.device)
+    network = load_model(request.model)
+    wanted = own_wanted(network, request.wanted)
+    # Lazy modules have no parameters before they have seen an image; others fail early.
+    dataset = _read(request, wanted) if is_lazy(network) else None
+    if dataset is not None:
+        run_model(network, torch.from_numpy(dataset.x[:2]))
+    own = {name: value.clone() for name, value in network.state_dict().items()}
+    base = load_state(network, request.base, "source") if request.base else None
+    state = load_state(network, request.weights, "adapted") if request.weights else own
+    put_state(network, state)
+    dataset = _read(request, wanted) if dataset is None else dataset
+    _check_count(request, len(dataset.x))
+    images = torch.from_numpy(dataset.x)
+    return CalibrationInputs(target, device, network, state, base, dataset, images)
+
+
+def _read(request: CalibrationRequest, wanted: Wanted) -> ImageSet:
+    if isinstance(request.data, ImageSet):
+        return request.data
+    return read(request.data, wanted, request.images, request.seed, request.skip_corrupt)
+
+
+def _check_count(request: CalibrationRequest, count: int) -> None:
+    needed = max(2, request.learning.batch if request.learns else 2)
+    if count < needed:
+        name = "the data" if isinstance(request.data, ImageSet) else request.data
+        raise DataError(
+            f"{name}: found {count} images; needed {needed} or more (one batch): add images"
+            + (" or choose a smaller batch" if request.learns else "")
+        )
+
+
+def own_wanted(network: nn.Module, wanted: Wanted | None) -> Wanted:
+    """``wanted`` with what it leaves open filled from a timm model's own configuration."""
+    wanted = wanted or Wanted()
+    config = getattr(network, "pretrained_cfg", None) or {}
+    if not config.get("input_size"):
+        return wanted
+    return Wanted(
+        wanted.size or tuple(config["input_size"][1:]),
+        wanted.mean or tuple(config["mean"]),
+        wanted.std or tuple(config["std"]),
+        wanted.channels or config["input_size"][0],
+        wanted.resize,
+        wanted.ignore_case,
+    )

@@ -1,0 +1,104 @@
+"""Learning of a prepared model, and the record of the run that bundle and resume read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from .activation_cache import Caches
+from .block_module import Quantizers
+from .inputs import CalibrationInputs
+from .loading import state_sha256
+from .preparation import Preparation
+from .reconstruction import reconstruct
+from .request import CalibrationRequest
+from .resume import Partial
+
+__all__ = ["RunRecord", "learn"]
+
+_LIBRARIES = ("hdrq-deploy", "torch", "onnx", "onnxruntime", "onnxscript", "numpy")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a calibration's bytes depend on, beside its codes and its method.
+
+    Attributes:
+        hashes: Of source weights, adapted weights and images.
+        options: How it learned, on how many images, where and with how many threads.
+        versions: Of this package and the libraries that compute.
+    """
+
+    hashes: dict[str, Any]
+    options: dict[str, Any]
+    versions: dict[str, str]
+
+    @classmethod
+    def of(cls, request: CalibrationRequest, inputs: CalibrationInputs) -> RunRecord:
+        """The record of a run that begins."""
+        domain = request.domain
+        return cls(
+            hashes={
+                "source_sha256": state_sha256(inputs.base or inputs.state),
+                "adapted_sha256": {domain: state_sha256(inputs.state)},
+                "data_sha256": {domain: inputs.dataset.sha256},
+            },
+            options={
+                "images": len(inputs.images),
+                "device": str(inputs.device),
+                "threads": torch.get_num_threads(),
+                **asdict(request.learning),
+            },
+            versions={name: version(name) for name in _LIBRARIES},
+        )
+
+
+def learn(
+    request: CalibrationRequest,
+    inputs: CalibrationInputs,
+    preparation: Preparation,
+    record: RunRecord,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> tuple[Quantizers, Partial]:
+    """Learn all quantizers, block by block; resume where the request says so.
+
+    Returns:
+        The quantizers, and the finished blocks on disk, to be closed when the bundle is written.
+
+    Raises:
+        SpecError: The unfinished blocks belong to another run.
+        ModelError: NaN or infinity appears in a block's activations.
+        DataError: No room for the activations.
+    """
+    codes = request.quantization
+    run = {
+        "model": request.model,
+        "method": request.method,
+        "fold": request.fold,
+        "seed": request.seed,
+        "versions": record.versions,
+        "grid": codes.grid,
+        "wbits": codes.wbits,
+        "abits": codes.abits,
+        "per_channel": codes.per_channel,
+        **record.options,
+        **record.hashes,
+    }
+    partial = Partial.open(inputs.target, run, request.resume)
+    caches = Caches(round(request.cache_gb * 1e9), partial.folder)
+    quantizers = reconstruct(
+        preparation,
+        inputs.images,
+        request.learning,
+        request.seed,
+        inputs.device,
+        caches,
+        partial,
+        progress,
+    )
+    preparation.capture.module.cpu()
+    return quantizers, partial

@@ -1,0 +1,110 @@
+"""From a loaded model to the folded graph, its quantizers' places and its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckFailed
+from .activation_cache import run_batch
+from .blocks import MOST_HEAVY, Block, find_blocks
+from .capture import Capture, capture
+from .fold_batch_norm import fold_constants, folded
+from .graph_cache import GraphCache
+from .inputs import CalibrationInputs
+from .module_check import check_capture, restored_buffers
+from .placement import Plan, plan_quantizers
+from .request import CalibrationRequest
+
+__all__ = ["Preparation", "prepare"]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is learned from.
+
+    Attributes:
+        capture: The folded graph with the adapted weights.
+        plan: Where quantizers go; None for a float bundle.
+        blocks: What is learned together, in order.
+        source: The folded graph with the source weights, for the distance term.
+        agreement: How far the graph is from the user's module, for the manifest.
+    """
+
+    capture: Capture
+    plan: Plan | None
+    blocks: Sequence[Block] = ()
+    source: Capture | None = None
+    agreement: Mapping[str, Any] = field(default_factory=dict)
+
+
+def prepare(
+    request: CalibrationRequest, inputs: CalibrationInputs, graphs: GraphCache
+) -> Preparation:
+    """Capture the model, check the graph against it, fold BatchNorm and place quantizers.
+
+    Seeds torch's random numbers with the request's seed.
+
+    Raises:
+        ModelError: The model cannot be captured, or holds nothing to quantize.
+        CheckFailed: The captured graph disagrees with the model.
+    """
+    torch.manual_seed(request.seed)
+    options, quantization = request.learning, request.quantization
+    largest = max(run_batch(inputs.images), options.batch if request.learns else 1)
+    real = request.method == "float"
+    graph, agreement = _captured(
+        request.model, inputs.network, inputs.state, inputs.images, largest, real, graphs
+    )
+    own = graph.clone_with(inputs.state)
+    if real:
+        fold_constants(own)
+        return Preparation(own, None, agreement=agreement)
+    into_scales = quantization.scales_carry_batch_norm
+    source = folded(graph.clone_with(inputs.base), into_scales) if inputs.base else None
+    own = folded(own, into_scales)
+    plan = plan_quantizers(own, quantization)
+    blocks = find_blocks(own, 1 if options.granularity == "layer" else MOST_HEAVY)
+    return Preparation(own, plan, blocks, source, agreement)
+
+
+def _captured(
+    name: str,
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    images: Tensor,
+    largest: int,
+    real: bool,
+    graphs: GraphCache,
+) -> tuple[Capture, dict[str, Any]]:
+    """The model's graph, checked against the model itself.
+
+    Domains of one model share a graph and bring their own weights; one that does not compute
+    what this network computes is captured anew.
+    """
+    example = images[:2]
+    key = f"{name} {tuple(example.shape)} {network}"
+
+    def checked(graph: Capture) -> dict[str, Any]:
+        own, prepared = graph.clone_with(state), graph.clone_with(state)
+        if real:
+            fold_constants(prepared)
+        else:
+            folded(prepared)
+        return check_capture(network, prepared, own, images, largest)
+
+    known = graphs.captured(key)
+    if known is not None:
+        try:
+            return known, checked(known)
+        except CheckFailed:  # a network of the same name and layers, but another forward()
+            pass
+    with restored_buffers(network):
+        graph = capture(network, example)
+    agreement = checked(graph)
+    graphs.keep(key, graph)
+    return graph, agreement

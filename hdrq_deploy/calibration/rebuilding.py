@@ -1,0 +1,80 @@
+"""Models of bundles and checkpoints built again in torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..formats.bundle import Bundle
+from .block_module import quantizers_of
+from .bundle_model import BundleModel, emit_float, emit_quantized
+from .capture import capture, run_model
+from .fold_batch_norm import fold_constants, folded
+from .loading import is_lazy, load_model, load_state
+from .placement import plan_quantizers
+from .request import Quantization
+
+__all__ = ["fake_quantized", "folded_weights"]
+
+
+def fake_quantized(bundle: Bundle, example: Tensor) -> nn.Module:
+    """The torch model that computes with a bundle's codes, for comparison with engines.
+
+    Args:
+        bundle: Calibrated or merged; its ``model`` must be importable here.
+        example: Two inputs (2, C, H, W).
+
+    Raises:
+        ModelError: The model of that name now has another graph than the bundle.
+    """
+    manifest = bundle.manifest
+    model = _bundle_model(bundle, example)
+    tensors = bundle.tensors()
+    if set(tensors) != set(model.entries):
+        raise ModelError(
+            f"{manifest.model} now has other tensors than {bundle.path}; needed the version of "
+            "the model that was calibrated"
+        )
+    values = {name: torch.from_numpy(tensors[name].copy()) for name in manifest.graph_tensors}
+    model.module.load_state_dict(values)
+    return model.module
+
+
+def _bundle_model(bundle: Bundle, example: Tensor) -> BundleModel:
+    """The bundle's model with other numbers: what its tensors are, and its graph."""
+    manifest, scheme = bundle.manifest, bundle.manifest.scheme
+    graph = capture(load_model(manifest.model), example)
+    if manifest.method == "float":
+        fold_constants(graph)
+        return emit_float(graph)
+    assert scheme.wbits and scheme.abits and scheme.grid
+    codes = Quantization.of(
+        scheme.wbits, scheme.abits, scheme.per_channel, scheme.grid, scheme.fold
+    )
+    folded(graph, codes.scales_carry_batch_norm)
+    plan = plan_quantizers(graph, codes)
+    return emit_quantized(graph, plan, quantizers_of(graph, plan, torch.device("cpu")))
+
+
+def folded_weights(model: str, weights: str | Path, example: Any) -> dict[str, Any]:
+    """A checkpoint's tensors by the names of the folded graph, as NumPy arrays.
+
+    Args:
+        model: As in :func:`.pipeline.calibrate`.
+        weights: Checkpoint of that model.
+        example: Two inputs (2, C, H, W).
+
+    Raises:
+        ModelError: Model or checkpoint cannot be loaded, or do not fit each other.
+    """
+    network = load_model(model)
+    if is_lazy(network):
+        run_model(network, torch.as_tensor(example))
+    load_state(network, weights, "source")
+    graph = folded(capture(network, torch.as_tensor(example)))
+    state = graph.module.state_dict()
+    return {name: value.detach().cpu().numpy() for name, value in state.items()}

@@ -1,0 +1,123 @@
+"""What a calibration is asked for, checked when it is made; needs no torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..calibration_data.readers import ImageSet, Wanted
+from ..errors import SpecError
+from ..formats.atomic_files import check_name
+from ..numerics.spec import GRIDS, check_bits, check_seed
+from .recipe import FOLDS, Options
+
+__all__ = ["CalibrationRequest", "Quantization"]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Codes of weights and activations.
+
+    Attributes:
+        wbits: Bits of the weights, 2 to 8; the first and the last layer keep 8.
+        abits: Bits of the activations that heavy layers read, 2 to 8.
+        per_channel: One weight scale per output channel instead of one per tensor.
+        grid: ``int8`` or ``paper`` (see ``spec.activation_range``).
+        scales_carry_batch_norm: BatchNorm is folded into the weight scales, one per channel,
+            instead of into the weights, so that a merge averages it separately.
+
+    Raises:
+        SpecError: A value is out of range.
+    """
+
+    wbits: int = 8
+    abits: int = 8
+    per_channel: bool = False
+    grid: str = "int8"
+    scales_carry_batch_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.grid not in GRIDS:
+            raise SpecError(f"found grid {self.grid!r}; choose one of {', '.join(GRIDS)}")
+        check_bits(self.wbits, "wbits")
+        check_bits(self.abits, "abits")
+        if self.scales_carry_batch_norm and not self.per_channel:
+            raise SpecError(
+                "found one weight scale per tensor; scales that carry BatchNorm need one per "
+                "channel"
+            )
+
+    @classmethod
+    def of(cls, wbits: int, abits: int, per_channel: bool, grid: str, fold: str) -> Quantization:
+        """The codes that options and manifests name; ``fold`` ``steps`` implies per channel.
+
+        Raises:
+            SpecError: A value is out of range.
+        """
+        if fold not in FOLDS:
+            raise SpecError(f"found fold {fold!r}; choose one of {', '.join(FOLDS)}")
+        carried = fold == "steps"
+        return cls(wbits, abits, per_channel or carried, grid, carried)
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """One calibration; the attributes are the arguments of :func:`.pipeline.calibrate`.
+
+    Raises:
+        SpecError: A value is out of range, or the distance term has no source checkpoint.
+    """
+
+    model: str
+    data: str | Path | ImageSet
+    domain: str
+    output: str | os.PathLike[str]
+    weights: str | Path | None = None
+    base: str | Path | None = None
+    method: str = "hdrq"
+    wbits: int = 8
+    abits: int = 8
+    per_channel: bool = False
+    grid: str = "int8"
+    fold: str = "weights"
+    options: Options | None = None
+    images: int | None = 1024
+    wanted: Wanted | None = None
+    skip_corrupt: bool = False
+    seed: int = 0
+    device: str = "auto"
+    resume: bool = False
+    cache_gb: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_name(self.domain)
+        check_seed(self.seed)
+        Options.of(self.method)
+        _ = self.quantization
+        if self.learning.distance > 0 and self.base is None:
+            raise SpecError(
+                "found no source checkpoint; the distance term keeps the weights close to those "
+                "that all domains started from: give base, or set distance to 0"
+            )
+
+    @property
+    def learning(self) -> Options:
+        """How to learn; by default as ``method`` does."""
+        return self.options or Options.of(self.method)
+
+    @property
+    def learns(self) -> bool:
+        """Whether weights are learned, and images needed for a batch."""
+        return self.learning.learner != "none"
+
+    @property
+    def quantization(self) -> Quantization:
+        """The codes of weights and activations."""
+        return Quantization.of(self.wbits, self.abits, self.per_channel, self.grid, self.fold)
+
+    @property
+    def inputs(self) -> list[str | Path | None]:
+        """Files and folders that are read, which the output must not replace."""
+        data = None if isinstance(self.data, ImageSet) else self.data
+        return [data, self.weights, self.base]
