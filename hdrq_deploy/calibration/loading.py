@@ -1,4 +1,4 @@
-"""Models and checkpoints, from the names that ``--model``, ``--weights`` and ``--base`` take."""
+"""Models and checkpoints, from the names of models and the paths of checkpoints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import hashlib
 import importlib
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..formats.checkpoints import bare_names, shot_parts, torch_state
 
-__all__ = ["is_lazy", "load_checkpoint", "load_model", "load_state", "put_state", "state_sha256"]
+__all__ = [
+    "current_folder_importable",
+    "is_lazy",
+    "load_checkpoint",
+    "load_model",
+    "load_state",
+    "put_state",
+    "state_sha256",
+]
 
 # What DataParallel, torch.compile and Lightning put before every key.
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")
@@ -37,47 +46,64 @@ def load_model(name: str) -> nn.Module:
     kind, _, rest = name.partition(":")
     if not rest:
         raise ModelError(
-            f"found --model {name!r}; needed PKG.MOD:FACTORY, timm:NAME, torchvision:NAME or "
+            f"found model {name!r}; needed PKG.MOD:FACTORY, timm:NAME, torchvision:NAME or "
             "transformers:NAME"
         )
     if kind == "timm":
-        return _built(name, lambda: _need("timm").create_model(rest, pretrained=False))
+        return _build(name, lambda: _need("timm").create_model(rest, pretrained=False))
     if kind == "torchvision":
-        return _built(name, lambda: _torchvision(rest))
+        return _build(name, lambda: _torchvision(rest))
     if kind == "transformers":
-        return _built(name, lambda: _transformers(rest))
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # console scripts do not search the current folder
+        return _build(name, lambda: _transformers(rest))
+    with current_folder_importable():
+        try:
+            factory = getattr(importlib.import_module(kind), rest)
+        except (ImportError, AttributeError) as error:
+            raise ModelError(
+                f"cannot import the model {name} ({error}); run from the folder that holds the "
+                "module, or install it"
+            ) from error
+        except (Exception, SystemExit) as error:  # a user's module may raise anything
+            raise ModelError(
+                f"model {name}: importing {kind} failed ({_told(error)}); needed a module that "
+                "can be imported: put what runs in it behind if __name__ == '__main__'"
+            ) from error
+        return _build(name, factory)
+
+
+@contextmanager
+def current_folder_importable() -> Iterator[None]:
+    """Modules of the current folder can be imported; afterwards ``sys.path`` is as it was.
+
+    Python searches the current folder for scripts and modules, but not for console scripts. A
+    user's model may import its neighbours in ``forward``, so whoever runs one keeps this open.
+    """
+    added = "" not in sys.path
+    if added:
+        sys.path.insert(0, "")
     try:
-        factory = getattr(importlib.import_module(kind), rest)
-    except (ImportError, AttributeError) as error:
-        raise ModelError(
-            f"cannot import --model {name} ({error}); run from the folder that holds the "
-            "module, or install it"
-        ) from error
-    except (Exception, SystemExit) as error:  # a user's module may raise anything
-        raise ModelError(
-            f"--model {name}: importing {kind} failed ({_told(error)}); needed a module that can "
-            "be imported: put what runs in it behind if __name__ == '__main__'"
-        ) from error
-    return _built(name, factory)
+        yield
+    finally:
+        # What the user's module itself has added stays.
+        if added and "" in sys.path:
+            sys.path.remove("")
 
 
-def _built(name: str, factory: Callable[[], Any]) -> nn.Module:
+def _build(name: str, factory: Callable[[], Any]) -> nn.Module:
     try:
         model = factory()
     except ModelError:
         raise
     except (Exception, SystemExit) as error:  # a user's factory may raise anything
-        raise ModelError(f"--model {name} failed: {_told(error)}") from error
+        raise ModelError(f"model {name} failed: {_told(error)}") from error
     model = _unwrapped(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError(
-            f"--model {name} gave a ScriptModule, whose graph cannot be captured; needed the torch "
+            f"model {name} gave a ScriptModule, whose graph cannot be captured; needed the torch "
             "module that it was scripted or traced from"
         )
     if not isinstance(model, nn.Module):
-        raise ModelError(f"--model {name} gave a {type(model).__name__}; needed a torch module")
+        raise ModelError(f"model {name} gave a {type(model).__name__}; needed a torch module")
     # Engines compute from float32; half and double models are brought to it first.
     return model.float().eval()
 
@@ -224,7 +250,7 @@ def load_state(model: nn.Module, path: str | Path, what: str) -> dict[str, Tenso
     if problems:
         raise ModelError(
             f"{path}: the {what} checkpoint does not fit the model: {', '.join(problems)}; "
-            "adapted and source model must both be of the --model architecture"
+            "adapted and source model must both be of the architecture that model names"
         )
     for key, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value).all():

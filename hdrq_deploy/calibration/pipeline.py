@@ -12,6 +12,7 @@ from .devices import torch_threads
 from .graph_cache import GraphCache
 from .inputs import load
 from .learning import RunRecord, learn
+from .loading import current_folder_importable
 from .preparation import prepare
 from .rebuilding import fake_quantized, folded_weights
 from .recipe import Options
@@ -120,12 +121,13 @@ def run_calibration(
         HdrqError, CheckFailed: As :func:`calibrate`.
     """
     graphs = graphs or GraphCache()
-    inputs = load(request)
-    preparation = prepare(request, inputs, graphs)
-    record = RunRecord.of(request, inputs)
-    if preparation.plan is None:
-        return write(request, inputs, preparation, None, record, graphs)
-    quantizers, partial = learn(request, inputs, preparation, record, progress)
-    bundle = write(request, inputs, preparation, quantizers, record, graphs)
-    partial.close()
-    return bundle
+    with current_folder_importable():
+        inputs = load(request)
+        preparation = prepare(request, inputs, graphs)
+        record = RunRecord.of(request, inputs)
+        if preparation.plan is None:
+            return write(request, inputs, preparation, None, record, graphs)
+        quantizers, partial = learn(request, inputs, preparation, record, progress)
+        bundle = write(request, inputs, preparation, quantizers, record, graphs)
+        partial.close()
+        return bundle

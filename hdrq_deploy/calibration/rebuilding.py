@@ -14,7 +14,7 @@ from .block_module import quantizers_of
 from .bundle_model import BundleModel, emit_float, emit_quantized
 from .capture import capture, run_model
 from .fold_batch_norm import fold_constants, folded
-from .loading import is_lazy, load_model, load_state
+from .loading import current_folder_importable, is_lazy, load_model, load_state
 from .placement import plan_quantizers
 from .request import Quantization
 
@@ -32,7 +32,8 @@ def fake_quantized(bundle: Bundle, example: Tensor) -> nn.Module:
         ModelError: The model of that name now has another graph than the bundle.
     """
     manifest = bundle.manifest
-    model = _bundle_model(bundle, example)
+    with current_folder_importable():
+        model = _bundle_model(bundle, example)
     tensors = bundle.tensors()
     if set(tensors) != set(model.entries):
         raise ModelError(
@@ -71,10 +72,11 @@ def folded_weights(model: str, weights: str | Path, example: Any) -> dict[str, A
     Raises:
         ModelError: Model or checkpoint cannot be loaded, or do not fit each other.
     """
-    network = load_model(model)
-    if is_lazy(network):
-        run_model(network, torch.as_tensor(example))
-    load_state(network, weights, "source")
-    graph = folded(capture(network, torch.as_tensor(example)))
+    with current_folder_importable():
+        network = load_model(model)
+        if is_lazy(network):
+            run_model(network, torch.as_tensor(example))
+        load_state(network, weights, "source")
+        graph = folded(capture(network, torch.as_tensor(example)))
     state = graph.module.state_dict()
     return {name: value.detach().cpu().numpy() for name, value in state.items()}

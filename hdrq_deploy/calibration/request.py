@@ -91,7 +91,7 @@ class CalibrationRequest:
     cache_gb: float = 1.0
 
     def __post_init__(self) -> None:
-        check_name(self.domain)
+        check_name(self.domain, "domain")
         check_seed(self.seed)
         Options.of(self.method)
         _ = self.quantization

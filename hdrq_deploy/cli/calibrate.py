@@ -10,7 +10,9 @@ from typing import Any
 from .start import importing, run
 
 with importing("hdrq-calibrate"):
+    from ..calibration.graph_cache import GraphCache
     from ..calibration.recipe import FOLDS, GRANULARITIES, LEARNERS, METHODS, NOISES, Recipe
+    from ..calibration.request import CalibrationRequest
     from ..errors import ModelError, SpecError
     from ..experiments.bundles import forget, inputs_of, make_bundle
     from ..formats.atomic_files import (
@@ -131,7 +133,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         raise SpecError(f"found --cache-gb {args.cache_gb}; needed 0 or more")
     try:
         with importing("hdrq-calibrate"):
-            from ..calibration import calibrate
+            from ..calibration.pipeline import run_calibration
     except ImportError as error:
         raise ModelError(
             f"calibration needs {error.name}, which is not installed: "
@@ -151,31 +153,28 @@ def _calibrate(args: argparse.Namespace) -> int:
     }
     if len(each) == 1:
         with progress_bar(f"calibrate {args.domain[0]}") as progress:
-            bundle = calibrate(**{**common, **each[0], "output": args.output}, progress=progress)
+            request = CalibrationRequest(**{**common, **each[0], "output": args.output})
+            bundle = run_calibration(request, progress=progress)
         print(bundle.path)
         return 0
     out = Path(args.output).absolute()
     make_directory(out)
-    work = []
+    work, targets, graphs = [], [], GraphCache()
     for own in each:
         target = out / f"{own['domain']}.hdrq"
+        request = CalibrationRequest(**_absolute({**common, **own, "output": target}))
         if not args.resume:
             forget(target)
-        work.append(
-            Job(
-                own["domain"],
-                make_bundle,
-                _absolute({**common, **own, "output": target}),
-            )
-        )
+        work.append(Job(own["domain"], make_bundle, {"request": request, "graphs": graphs}))
+        targets.append(target)
     threads = threads_of(args.threads, args.workers, args.ray, args.gpus)
     with (
         progress_lines("calibrate") as report,
         open_pool(args.workers, threads, args.ray, out, args.gpus) as pool,
     ):
         run_jobs(work, pool, report)
-    for job in work:
-        print(job.arguments["output"])
+    for target in targets:
+        print(target)
     return 0
 
 

@@ -7,11 +7,14 @@ checkpoints and images. Where it is equal and the bundle whole, the bundle is ke
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..calibration.graph_cache import GraphCache
+from ..calibration.request import CalibrationRequest
+from ..calibration_data.readers import ImageSet
 from ..errors import HdrqError, SpecError
 from ..formats.atomic_files import remove_file, remove_folder, write_bytes
 from ..formats.bundle import Bundle
@@ -19,25 +22,35 @@ from ..formats.file_kinds import CELL_INPUTS, PARTIAL
 
 __all__ = ["forget", "inputs_of", "is_merged", "make_bundle", "stamp"]
 
+# Arguments of a calibration that are recorded as they are.
+_PLAIN = (
+    "model", "domain", "method", "wbits", "abits", "per_channel", "grid", "fold", "seed", "images",
+    "skip_corrupt", "device",
+)  # fmt: skip
 
-def make_bundle(**arguments: Any) -> None:
-    """Calibrate where that was not done yet; go on behind the last block of the same run.
+
+def make_bundle(request: CalibrationRequest, graphs: GraphCache | None = None) -> None:
+    """Calibrate where the bundle is missing or stale; resume the same run where it was stopped.
 
     Args:
-        arguments: Keyword arguments of ``calibrate``.
-    """
-    from ..calibration import calibrate
+        request: What to calibrate, ``data`` as a path; its ``resume`` is not looked at.
+        graphs: Shared by the domains of one model.
 
-    record, inputs = inputs_of(arguments["output"]), _inputs(arguments)
-    if record.is_file() and record.read_bytes() == inputs and _is_whole(arguments["output"]):
+    Raises:
+        HdrqError: As :func:`hdrq_deploy.calibration.calibrate`.
+    """
+    from ..calibration.pipeline import run_calibration
+
+    output = Path(request.output)
+    record, inputs = inputs_of(output), _inputs(request)
+    if _recorded(record) == inputs and _is_whole(output):
         return
     remove_file(record, CELL_INPUTS)
-    given = {**arguments, "resume": True}
     try:
-        calibrate(**given)
+        run_calibration(replace(request, resume=True), graphs)
     except SpecError:  # unfinished blocks of another run
-        calibrate(**{**given, "resume": False})
-    write_bytes(record, inputs, CELL_INPUTS)
+        run_calibration(replace(request, resume=False), graphs)
+    write_bytes(record, (json.dumps(inputs, indent=1) + "\n").encode(), CELL_INPUTS)
 
 
 def _is_whole(path: Path) -> bool:
@@ -80,11 +93,26 @@ def inputs_of(output: Path) -> Path:
     return output.with_name(f".{output.name}.inputs.json")
 
 
-def _inputs(arguments: Mapping[str, Any]) -> bytes:
-    plain = {"model", "domain", "method", "wbits", "abits", "per_channel", "grid", "fold", "seed"}
-    plain |= {"images", "skip_corrupt", "device"}
-    record = {key: arguments[key] for key in sorted(plain & set(arguments))}
+def _inputs(request: CalibrationRequest) -> dict[str, Any]:
+    """What a bundle is made from, as JSON gives it back."""
+    record: dict[str, Any] = {key: getattr(request, key) for key in _PLAIN}
     for key in ("options", "wanted"):
-        record[key] = asdict(arguments[key]) if arguments.get(key) is not None else None
-    record |= {key: stamp(arguments.get(key)) for key in ("data", "weights", "base")}
-    return (json.dumps(record, indent=1) + "\n").encode()
+        value = getattr(request, key)
+        record[key] = None if value is None else asdict(value)
+    assert not isinstance(request.data, ImageSet)
+    record |= {"data": stamp(request.data), "weights": stamp(request.weights)}
+    record["base"] = stamp(request.base)
+    plain: dict[str, Any] = json.loads(json.dumps(record))
+    return plain
+
+
+def _recorded(path: Path) -> dict[str, Any] | None:
+    """What the record beside a bundle says; a key that it leaves out had its default."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    defaults = {field.name: field.default for field in fields(CalibrationRequest)}
+    return {**{key: defaults[key] for key in _PLAIN}, **record}

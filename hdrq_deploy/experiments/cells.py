@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..calibration.graph_cache import GraphCache
 from ..calibration.recipe import Options
+from ..calibration.request import CalibrationRequest
 from ..calibration_data.readers import Wanted, read
 from ..exporters import export
 from ..formats.atomic_files import scratch_folder, write_bytes
@@ -32,37 +34,47 @@ CANDIDATES = 30  # as in the paper
 def jobs(grid: Grid, out: Path, device: str, threads: int) -> Iterator[Job]:
     """All work of a grid: calibrations first, then what reads them."""
     common = {"task": grid.task, "out": out, "device": device, "threads": threads}
+    graphs = GraphCache()
     for run in grid.runs():
         names = {domain: run.single(domain) for domain in grid.domains}
         for domain, name in names.items():
-            yield Job(name, calibrate_cell, {**common, "run": run, "domain": domain})
+            own = {"run": run, "domain": domain, "graphs": graphs}
+            yield Job(name, calibrate_cell, {**common, **own})
         for merge in grid.merges(run):
             after = tuple(names[member] for member in merge.members)
             yield Job(merge.name, merge_cells, {**common, "merge": merge}, after)
 
 
-def calibrate_cell(task: Task, out: Path, device: str, threads: int, run: Run, domain: str) -> None:
+def calibrate_cell(
+    task: Task,
+    out: Path,
+    device: str,
+    threads: int,
+    run: Run,
+    domain: str,
+    graphs: GraphCache | None = None,
+) -> None:
     """The bundle of one domain, and its engine's accuracy there."""
     cell = run.single(domain)
     where = next(d for d in task.domains if d.name == domain)
-    arguments: dict[str, Any] = {
-        "model": task.model,
-        "data": where.images,
-        "domain": domain,
-        "output": bundle_path(out, cell),
-        "weights": where.weights,
-        "base": task.source,
-        "method": run.method,
-        "wbits": run.wbits,
-        "abits": run.abits,
-        "fold": "steps" if run.setting == "ours" else "weights",
-        "options": Options.of(run.method, **task.learning.get(run.method, {})),
-        "images": task.images,
-        "wanted": task.wanted,
-        "seed": run.seed,
-        "device": device,
-    }
-    make_bundle(**arguments)
+    request = CalibrationRequest(
+        model=task.model,
+        data=where.images,
+        domain=domain,
+        output=bundle_path(out, cell),
+        weights=where.weights,
+        base=task.source,
+        method=run.method,
+        wbits=run.wbits,
+        abits=run.abits,
+        fold="steps" if run.setting == "ours" else "weights",
+        options=Options.of(run.method, **task.learning.get(run.method, {})),
+        images=task.images,
+        wanted=task.wanted,
+        seed=run.seed,
+        device=device,
+    )
+    make_bundle(request, graphs)
     _measure(task, out, cell, (domain,), device, threads, {"setting": run.setting})
 
 
