@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from hdrq_deploy.adaptation.adapt import Recipe, adapt
+from hdrq_deploy.adaptation.adapt import AdaptationOptions, adapt
 from hdrq_deploy.calibration_data import digits, streets
 from hdrq_deploy.calibration_data.digits import make_checkpoints as on_digits
 from hdrq_deploy.calibration_data.models import resnet14, streetnet
@@ -37,7 +37,7 @@ STREET_SCENES = 200
 
 def benchmark(
     name: str,
-    recipe: Recipe,
+    recipe: AdaptationOptions,
     domains: Sequence[str],
     source: Path,
     build: Callable[[], torch.nn.Module],
@@ -81,12 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     rows = [
         benchmark(
-            "resnet14", Recipe(epochs=3, lr=3e-2, flip=False), digits.TARGETS,
+            "resnet14", AdaptationOptions(epochs=3, lr=3e-2, flip=False), digits.TARGETS,
             on_digits.CHECKPOINTS / "fonts.safetensors", resnet14,
             lambda domain: on_digits.tensors(domain, "train")[0].numpy(), on_digits.accuracy,
         ),
         benchmark(
-            "streetnet", Recipe(epochs=3, batch=8, lr=1e-2), streets.TARGETS,
+            "streetnet", AdaptationOptions(epochs=3, batch=8, lr=1e-2), streets.TARGETS,
             on_streets.CHECKPOINTS / "clean.safetensors", streetnet,
             lambda domain: (
                 on_streets.tensors(domain, "train")[0][:STREET_SCENES].float() / 255

@@ -13,9 +13,9 @@ from .graph_cache import GraphCache
 from .inputs import load
 from .learning import RunRecord, learn
 from .loading import current_folder_importable
+from .methods import Options
 from .preparation import prepare
 from .rebuilding import fake_quantized, folded_weights
-from .recipe import Options
 from .request import CalibrationRequest
 from .writing import write
 
@@ -57,7 +57,7 @@ def calibrate(
         weights: Adapted checkpoint; without it the factory's own weights are used.
         base: Source checkpoint that all domains were adapted from; needed by the distance
             term of ``hdrq``.
-        method: One of ``recipe.METHODS``.
+        method: A row of :data:`.methods.METHODS`.
         wbits: Bits of the weights, 2 to 8; first and last layer keep 8.
         abits: Bits of the activations that heavy layers read, 2 to 8.
         per_channel: One weight scale per output channel instead of one per tensor (the paper).

@@ -56,7 +56,7 @@ def prepare(
     torch.manual_seed(request.seed)
     options, quantization = request.learning, request.quantization
     largest = max(run_batch(inputs.images), options.batch if request.learns else 1)
-    real = request.method == "float"
+    real = not request.quantizes
     graph, agreement = _captured(
         request.model, inputs.network, inputs.state, inputs.images, largest, real, graphs
     )

@@ -28,10 +28,10 @@ from .block_module import (
 from .blocks import Block, is_tensor, rows_per_image
 from .capture import Capture
 from .fake_quantizers import ActivationQuantizer, Mode, WeightQuantizer
+from .methods import Options
 from .nodes import module_path
 from .noise import Draws
 from .preparation import Preparation
-from .recipe import Options
 from .resume import Partial
 from .tensors import attribute
 

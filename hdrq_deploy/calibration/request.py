@@ -10,7 +10,7 @@ from ..calibration_data.readers import ImageSet, Wanted
 from ..errors import SpecError
 from ..formats.atomic_files import check_name
 from ..numerics.spec import GRIDS, check_bits, check_seed
-from .recipe import FOLDS, Options
+from .methods import FOLDS, METHODS, Options
 
 __all__ = ["CalibrationRequest", "Quantization"]
 
@@ -110,6 +110,11 @@ class CalibrationRequest:
     def learns(self) -> bool:
         """Whether weights are learned, and images needed for a batch."""
         return self.learning.learner != "none"
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether weights and activations become codes; all but ``float`` do it."""
+        return METHODS[self.method].quantizes
 
     @property
     def quantization(self) -> Quantization:

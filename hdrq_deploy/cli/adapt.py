@@ -63,12 +63,12 @@ def _adapt(args: argparse.Namespace) -> int:
     check_scratch()
     try:
         with importing("hdrq adapt"):
-            from ..adaptation.adapt import Recipe, adapt
+            from ..adaptation.adapt import AdaptationOptions, adapt
     except ImportError as error:
         raise ModelError(
             f"adaptation needs {error.name}: pip install 'hdrq-deploy[calibrate]'"
         ) from error
-    recipe = Recipe(
+    options = AdaptationOptions(
         args.epochs,
         args.batch,
         args.lr,
@@ -83,7 +83,7 @@ def _adapt(args: argparse.Namespace) -> int:
             args.data,
             args.output,
             args.weights,
-            recipe,
+            options,
             args.images,
             wanted_of(args),
             args.seed,

@@ -11,7 +11,8 @@ from .start import importing, run
 
 with importing("hdrq-calibrate"):
     from ..calibration.graph_cache import GraphCache
-    from ..calibration.recipe import FOLDS, GRANULARITIES, LEARNERS, METHODS, NOISES, Recipe
+    from ..calibration.methods import FOLDS, GRANULARITIES, LEARNERS, METHODS, NOISES
+    from ..calibration.recipe import Recipe
     from ..calibration.request import CalibrationRequest
     from ..errors import ModelError, SpecError
     from ..experiments.bundles import forget, inputs_of, make_bundle
@@ -57,7 +58,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     p.add_argument("--domain", required=True, nargs="+", help="name of the domain")
     p.add_argument("--recipe", help="YAML or JSON with any of the settings below; flags win")
-    p.add_argument("--method", choices=METHODS, help="hdrq if nothing else is said")
+    p.add_argument("--method", choices=METHODS, help=_methods())
     p.add_argument("--wbits", type=int, help="bits of weights, 2 to 8 (8)")
     p.add_argument("--abits", type=int, help="bits of activations, 2 to 8 (8)")
     p.add_argument(
@@ -114,6 +115,11 @@ def arguments() -> argparse.ArgumentParser:
         help="undo a block whose error rose (yes)",
     )
     return p
+
+
+def _methods() -> str:
+    rows = "; ".join(f"{name}: {row.summary}" for name, row in METHODS.items())
+    return f"{rows} (hdrq)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

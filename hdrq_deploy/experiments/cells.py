@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.graph_cache import GraphCache
-from ..calibration.recipe import Options
+from ..calibration.methods import Options
 from ..calibration.request import CalibrationRequest
 from ..calibration_data.readers import Wanted, read
 from ..exporters import export

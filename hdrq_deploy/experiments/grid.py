@@ -10,7 +10,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from ..calibration.recipe import METHODS
+from ..calibration.methods import METHODS
 from ..errors import SpecError
 from ..numerics.spec import check_bits, check_seed
 from .tasks import Task
@@ -103,8 +103,8 @@ class Grid:
 
     def __post_init__(self) -> None:
         for method in self.methods:
-            if method not in METHODS or method == "float":
-                known = ", ".join(m for m in METHODS if m != "float")
+            if method not in METHODS or not METHODS[method].quantizes:
+                known = ", ".join(name for name, row in METHODS.items() if row.quantizes)
                 raise SpecError(f"found method {method!r}; choose among {known} (float is there)")
         if self.rounding_seeds < 1:
             raise SpecError(f"found {self.rounding_seeds} rounding seeds; needed 1 or more")

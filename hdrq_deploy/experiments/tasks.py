@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.recipe import METHODS
+from ..calibration.methods import METHODS
 from ..calibration_data import digits, streets
 from ..calibration_data.readers import Wanted
 from ..calibration_data.readers.decoding import folders_of
@@ -89,7 +89,7 @@ class Task:
     def calibrated_with(self, **changes: Any) -> Task:
         """The task with options of every learning method changed; None changes nothing."""
         given = {key: value for key, value in changes.items() if value is not None}
-        methods = [name for name, options in METHODS.items() if options.learner != "none"]
+        methods = [name for name, row in METHODS.items() if row.options.learner != "none"]
         return replace(self, learning={m: {**self.learning.get(m, {}), **given} for m in methods})
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from hdrq_deploy.adaptation.adapt import (
-    Recipe,
+    AdaptationOptions,
     adapt,
     centroid_labels,
     confident_labels,
@@ -84,7 +84,7 @@ def test_a_classifier_learns_its_domain(tmp_path: Path) -> None:
     source = make_checkpoints.load("fonts")
     before = make_checkpoints.accuracy(source, "handwriting")
     target = tmp_path / "handwriting.safetensors"
-    recipe = Recipe(epochs=2, lr=3e-2, flip=False)
+    recipe = AdaptationOptions(epochs=2, lr=3e-2, flip=False)
     weights = make_checkpoints.CHECKPOINTS / "fonts.safetensors"
     adapt(f"{MODELS}:resnet14", image_set(x[:3000]), target, weights, recipe)
     model = resnet14()
@@ -103,7 +103,7 @@ def test_a_segmentation_model_learns_its_domain(tmp_path: Path) -> None:
     before = make_street_checkpoints.mean_iou(make_street_checkpoints.load("clean"), "dusk")
     target = tmp_path / "dusk.safetensors"
     weights = make_street_checkpoints.CHECKPOINTS / "clean.safetensors"
-    recipe = Recipe(epochs=2, batch=8)
+    recipe = AdaptationOptions(epochs=2, batch=8)
     adapt(f"{MODELS}:streetnet", image_set(x[:80].float() / 255), target, weights, recipe)
     model = streetnet()
     model.load_state_dict(load_file(target))
@@ -117,7 +117,7 @@ class Stop(Exception):
 def test_a_stopped_adaptation_goes_on_to_the_same_bytes(work: Path, tmp_path: Path) -> None:
     images = np.load(work / "data.npz")["x"]
     weights = work / "Tiny-base.safetensors"
-    recipe = Recipe(epochs=3, batch=16, lr=1e-2, pull=1e-3)
+    recipe = AdaptationOptions(epochs=3, batch=16, lr=1e-2, pull=1e-3)
 
     def stop(done: int, _: int, __: str) -> None:
         if done == 5:  # in the second epoch
@@ -130,7 +130,7 @@ def test_a_stopped_adaptation_goes_on_to_the_same_bytes(work: Path, tmp_path: Pa
     with pytest.raises(Stop):
         adapt("tiny_models:Tiny", image_set(images), target, weights, recipe, progress=stop)
     assert not target.exists()
-    other = Recipe(epochs=3, batch=16, lr=2e-2, pull=1e-3)
+    other = AdaptationOptions(epochs=3, batch=16, lr=2e-2, pull=1e-3)
     with pytest.raises(SpecError, match="a run of other options"):
         adapt("tiny_models:Tiny", image_set(images), target, weights, other, resume=True)
     with pytest.raises(SpecError, match="a run of other options, images or checkpoint"):
@@ -167,13 +167,19 @@ def test_what_cannot_be_adapted(work: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"needed a .safetensors file"):
         adapt("tiny_models:Tiny", image_set(images), tmp_path / "a.pt", weights)
     with pytest.raises(DataError, match="does not take images of shape .1, 16, 16."):
-        adapt("tiny_models:Tiny", image_set(images[:, :1]), target, weights, Recipe(batch=16))
+        adapt(
+            "tiny_models:Tiny",
+            image_set(images[:, :1]),
+            target,
+            weights,
+            AdaptationOptions(batch=16),
+        )
     with pytest.raises(SpecError, match="found share 20 50"):
-        Recipe(share=(20, 50))
+        AdaptationOptions(share=(20, 50))
     with pytest.raises(SpecError, match="found lr=nan"):
-        Recipe(lr=float("nan"))
-    recipe = Recipe(epochs=1, batch=16, lr=1e30)
-    with pytest.raises(ModelError, match="found NaN in the weights after epoch 1.*smaller --lr"):
+        AdaptationOptions(lr=float("nan"))
+    recipe = AdaptationOptions(epochs=1, batch=16, lr=1e30)
+    with pytest.raises(ModelError, match="found NaN in the weights after epoch 1.*smaller lr"):
         adapt("tiny_models:Tiny", image_set(images), target, weights, recipe)
 
 
@@ -190,15 +196,15 @@ def test_the_command_writes_what_calibration_reads(
         k: v.shape for k, v in base.items()
     }
     assert command.main([*argv, "--batch", "99", "-o", str(target)]) == 2
-    assert "pass a smaller --batch" in capsys.readouterr().err
+    assert "choose a smaller batch" in capsys.readouterr().err
 
 
 def test_flipping_mirrors_labels_with_their_images() -> None:
-    from hdrq_deploy.adaptation.adapt import _again
+    from hdrq_deploy.adaptation.self_training import changed_photos
 
     x = torch.rand(16, 3, 4, 6)
     labels = (functional.avg_pool2d(x, 1)[:, 0] * 200).to(torch.uint8)
-    seen, chosen = _again(x, labels, True, torch.Generator().manual_seed(0))
+    seen, chosen = changed_photos(x, labels, True, torch.Generator().manual_seed(0))
     mirrored = [torch.equal(a, b.flip(1)) for a, b in zip(chosen, labels, strict=True)]
     assert 0 < sum(mirrored) < 16
     for image, label, was, flipped in zip(seen, chosen, x, mirrored, strict=True):
@@ -207,3 +213,9 @@ def test_flipping_mirrors_labels_with_their_images() -> None:
         # Contrast and brightness keep the order of values, so image and label stay in step.
         values = label.flatten().numpy()[order].astype(int)
         assert (np.diff(values) >= 0).all(), flipped
+
+
+def test_the_old_name_of_the_options_warns() -> None:
+    with pytest.warns(DeprecationWarning, match="Recipe is now AdaptationOptions"):
+        from hdrq_deploy.adaptation.adapt import Recipe
+    assert Recipe is AdaptationOptions
