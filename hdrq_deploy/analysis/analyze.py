@@ -38,7 +38,7 @@ class Settings:
         seeds: Rounding seeds of ``noise`` and ``advanced``.
         candidates: Draws of ``advanced``.
         products: Products with the Hessian for its top eigenvalue, and again for its trace.
-        seed: Of every draw.
+        seed: Seed of every random number.
     """
 
     points: int = 11
@@ -72,7 +72,7 @@ def analyze(
         data: Inputs and labels of every domain.
         base: The source model's weights as the bundles' graph reads them, where they are
             known; distances are taken to them.
-        settings: How fine.
+        settings: How fine to look.
         progress: Called with (parts done, parts in all, part).
 
     Returns:
@@ -185,10 +185,10 @@ class _Work:
             assert scale is not None
             value = middle[name].clone()
             for end, share in zip(ends, mix, strict=True):
-                step = torch.from_numpy(np.array(self.merger.parents[end].tensor(scale)))
-                if axis is not None and step.ndim:
-                    step = step.reshape([-1 if k == axis else 1 for k in range(value.ndim)])
-                value += share * step * (torch.rand(value.shape, generator=generator) - 0.5)
+                unit = torch.from_numpy(np.array(self.merger.parents[end].tensor(scale)))
+                if axis is not None and unit.ndim:
+                    unit = unit.reshape([-1 if k == axis else 1 for k in range(value.ndim)])
+                value += share * unit * (torch.rand(value.shape, generator=generator) - 0.5)
             result[name] = value
         return result
 
@@ -233,7 +233,7 @@ class _Work:
             for r in ("nearest", "advanced")
         }
         like = self.merger.parents[0]
-        merged = {r: real_weights(like, found) for r, found in tensors.items()}
+        merged = {r: real_weights(like, values) for r, values in tensors.items()}
         first, second = self.real[0], self.real[1]
         middle = {n: (first[n] + second[n]) / 2 for n in first}
         right = {n: (second[n] - first[n]) / 2 for n in first}
@@ -312,8 +312,8 @@ def _mixed(pair: Merger, mix: Sequence[float]) -> Weights:
         raw = fold.raw_scale if fold else entry.scale
         total: Array = np.zeros(entry.shape)
         for parent, share in zip(pair.parents, mix, strict=True):
-            step = quantization.along(parent.tensor(raw).astype(np.float64), total.ndim, entry.axis)
-            total = total + share * step * parent.tensor(name)
+            unit = quantization.along(parent.tensor(raw).astype(np.float64), total.ndim, entry.axis)
+            total = total + share * unit * parent.tensor(name)
         if fold:
             ratio = floats[fold.scale].astype(np.float64) / floats[fold.raw_scale]
             total = total * quantization.along(ratio, total.ndim, entry.axis)

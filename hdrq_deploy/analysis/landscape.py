@@ -106,7 +106,7 @@ class Landscape:
         return self._scores(lambda x: functional_call(self._real, dict(weights), (x,)))
 
     def quantized(self, tensors: Mapping[str, Array]) -> Scores:
-        """Codes and steps of a bundle or a merge, activations quantized."""
+        """Codes and scales of a bundle or a merge, activations quantized."""
         own = self._quantized.state_dict()
         state = {name: torch.from_numpy(np.array(tensors[name])) for name in own}
         self._quantized.load_state_dict(state)
@@ -164,8 +164,8 @@ def _product(loss: Callable[[Weights], Tensor], at: Weights, names: list[str]) -
     flat = torch.cat([g.reshape(-1) for g in grads])
 
     def times(direction: Tensor) -> Tensor:
-        found = torch.autograd.grad(flat, list(free.values()), direction, retain_graph=True)
-        return torch.cat([g.reshape(-1) for g in found]).detach()
+        product = torch.autograd.grad(flat, list(free.values()), direction, retain_graph=True)
+        return torch.cat([g.reshape(-1) for g in product]).detach()
 
     return times, flat.numel()
 
@@ -180,11 +180,11 @@ def top_eigenvalue(
     """Largest eigenvalue of the Hessian of ``loss`` by Lanczos iteration.
 
     Args:
-        loss: Of all tensors, by name.
-        at: Where.
+        loss: The loss as a function of all tensors, by name.
+        at: The tensors at which the Hessian is taken.
         names: Tensors that the Hessian is taken by.
         steps: Products with the Hessian.
-        seed: Of the first direction.
+        seed: Seed of the first direction.
 
     Source:
         Golub and Van Loan, Matrix Computations, section 10.1, with full reorthogonalization.
@@ -196,15 +196,15 @@ def top_eigenvalue(
     diagonal: list[float] = []
     beside: list[float] = []
     for _ in range(min(steps, size)):
-        found = times(basis[-1])
-        diagonal.append(float(found @ basis[-1]))
+        product = times(basis[-1])
+        diagonal.append(float(product @ basis[-1]))
         for known in basis:
-            found = found - (found @ known) * known
-        length = float(found.norm())
+            product = product - (product @ known) * known
+        length = float(product.norm())
         if length < 1e-10:
             break
         beside.append(length)
-        basis.append(found / length)
+        basis.append(product / length)
     inner = beside[: len(diagonal) - 1]
     matrix = np.diag(diagonal) + np.diag(inner, 1) + np.diag(inner, -1)
     return float(np.linalg.eigvalsh(matrix)[-1])
@@ -224,8 +224,8 @@ def trace(
     """
     times, size = _product(loss, at, names)
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    estimates = []
     for _ in range(draws):
         signs = torch.randint(2, (size,), generator=generator).float() * 2 - 1
-        found.append(float(signs @ times(signs)))
-    return float(np.mean(found))
+        estimates.append(float(signs @ times(signs)))
+    return float(np.mean(estimates))

@@ -19,7 +19,7 @@ _RUN_BATCH, _RUN_VALUES = 32, 1 << 23
 
 # After so many bytes of a mapped file were touched its pages leave the process again.
 _RESIDENT = 256 << 20
-_REMEDY = "pass fewer --images, or raise --cache-gb"
+_REMEDY = "calibrate with fewer images, or hold more in memory (cache_gb)"
 
 
 def run_batch(images: Tensor) -> int:

@@ -48,7 +48,7 @@ class BlockModule(nn.Module):
         return outputs
 
     def set_mode(self, weights: Mode, activations: Mode | None = None, drop: float = 0.0) -> None:
-        """Set every quantizer of the block; activations as weights where nothing is said."""
+        """Set every quantizer of the block; ``activations`` as ``weights`` by default."""
         for weight in self.weights:
             weight.mode = weights
         for activation in self.activations:
@@ -80,7 +80,7 @@ def quantizers_of(capture: Capture, plan: Plan, device: torch.device) -> Quantiz
 
 
 def block_state(module: BlockModule, result: Quantizers) -> dict[str, Tensor]:
-    """What a finished block has learned, by the names of its weights and steps."""
+    """What a finished block has learned, by the names of its weights and scales."""
     names = {id(q): n for n, q in (*result.weights.items(), *result.activations.items())}
     state = {}
     for weight in module.weights:

@@ -25,7 +25,7 @@ from .tensors import attribute
 __all__ = ["MOST_HEAVY", "Block", "find_blocks", "rows_per_image", "scalar_value"]
 
 MOST_HEAVY = 8
-# Of the RMS; a product sums in another order when the rows move.
+# Relative to the RMS: a product sums in another order when the rows move.
 _SWAP_TOLERANCE = 1e-4
 
 
@@ -67,9 +67,9 @@ def find_blocks(capture: Capture, most_heavy: int = MOST_HEAVY) -> list[Block]:
     nodes = [n for n in graph.nodes if n.op not in {"placeholder", "output", "get_attr"}]
     by_image = _kept_by_image(capture)
     alive = _alive_after(graph, nodes)
-    whole = [i for i, live in enumerate(alive) if live <= by_image]
-    bounds = _heavy_runs(nodes, [i for i in whole if len(alive[i]) == 1])
-    bounds = [part for b in bounds for part in _split(nodes, alive, set(whole), most_heavy, *b)]
+    cuttable = [i for i, live in enumerate(alive) if live <= by_image]
+    bounds = _heavy_runs(nodes, [i for i in cuttable if len(alive[i]) == 1])
+    bounds = [part for b in bounds for part in _split(nodes, alive, set(cuttable), most_heavy, *b)]
     return [_block(nodes, first, last) for first, last in bounds]
 
 
@@ -80,22 +80,22 @@ def _kept_by_image(capture: Capture) -> set[fx.Node]:
     noise = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
     # The two must differ, and blank images would not.
     pair = example + 0.1 * (example.std() + 1e-3) * noise
-    there: dict[fx.Node, Any] = {}
-    back: dict[fx.Node, Any] = {}
+    straight: dict[fx.Node, Any] = {}
+    swapped: dict[fx.Node, Any] = {}
     nodes = list(capture.graph.nodes)
     last_use = {arg: i for i, node in enumerate(nodes) for arg in node.all_input_nodes}
-    kept = set()
+    by_image = set()
     for i, node in enumerate(nodes):
         if node.op == "output":
             break
-        for values, x in ((there, pair), (back, pair.flip(0))):
+        for values, x in ((straight, pair), (swapped, pair.flip(0))):
             values[node] = _compute(capture.module, node, values, x)
-        if _leads_with_batch(node) and _follows_swap(there[node], back[node]):
-            kept.add(node)
+        if _leads_with_batch(node) and _follows_swap(straight[node], swapped[node]):
+            by_image.add(node)
         for arg in node.all_input_nodes:
             if last_use[arg] == i:
-                del there[arg], back[arg]
-    return kept
+                del straight[arg], swapped[arg]
+    return by_image
 
 
 def _compute(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], x: Tensor) -> Any:
@@ -119,12 +119,12 @@ def _leads_with_batch(node: fx.Node) -> bool:
     return rows > 0 and all(scalar(first, n) == n * rows for n in (2, 3, 5))
 
 
-def _follows_swap(there: Tensor, back: Tensor) -> bool:
+def _follows_swap(straight: Tensor, swapped: Tensor) -> bool:
     """Whether swapping two images swapped the two halves of the rows."""
-    rows = len(there) // 2
-    swapped = torch.cat([there[rows:], there[:rows]]).double()
-    away = (swapped - back.double()).norm()
-    return bool(away <= _SWAP_TOLERANCE * swapped.norm())
+    rows = len(straight) // 2
+    expected = torch.cat([straight[rows:], straight[:rows]]).double()
+    away = (expected - swapped.double()).norm()
+    return bool(away <= _SWAP_TOLERANCE * expected.norm())
 
 
 def _alive_after(graph: fx.Graph, nodes: list[fx.Node]) -> list[set[fx.Node]]:
@@ -167,7 +167,7 @@ def _heavy_runs(nodes: list[fx.Node], cuts: list[int]) -> list[tuple[int, int]]:
 def _split(
     nodes: list[fx.Node],
     alive: list[set[fx.Node]],
-    whole: set[int],
+    cuttable: set[int],
     most: int,
     first: int,
     last: int,
@@ -177,9 +177,9 @@ def _split(
         return [(first, last)]
     middle = heavy[len(heavy) // 2]
     quarter = len(heavy) // 4
-    inside = [i for i in range(heavy[quarter], heavy[-quarter - 1]) if i in whole]
+    inside = [i for i in range(heavy[quarter], heavy[-quarter - 1]) if i in cuttable]
     if not inside:
-        inside = [i for i in range(heavy[0], heavy[-1]) if i in whole]
+        inside = [i for i in range(heavy[0], heavy[-1]) if i in cuttable]
     if not inside:
         return [(first, last)]
     # The fewest live tensors; then late (behind activation and quantizer), near the middle.
@@ -188,8 +188,8 @@ def _split(
         key=lambda i: (len(alive[i]), nodes[i + 1].target not in HEAVY, abs(i - middle)),
     )
     return [
-        *_split(nodes, alive, whole, most, first, best + 1),
-        *_split(nodes, alive, whole, most, best + 1, last),
+        *_split(nodes, alive, cuttable, most, first, best + 1),
+        *_split(nodes, alive, cuttable, most, best + 1, last),
     ]
 
 

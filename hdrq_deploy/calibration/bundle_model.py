@@ -39,7 +39,7 @@ class BundleModel:
     Attributes:
         module: Computes from codes; its ``state_dict`` holds what the graph reads.
         entries: What each tensor is.
-        folds: BatchNorms carried by steps, by the name of the codes.
+        folds: BatchNorms that scales carry, by the name of the codes.
         aside: Tensors that only a merge reads.
         codes: Names of the codes by the name of the weight that they stand for.
     """
@@ -186,7 +186,7 @@ def _keep_fold(
 
 
 def emit_float(capture: Capture) -> BundleModel:
-    """The unquantized model, BatchNorm kept apart so that a merge can match its moments."""
+    """The unquantized model, with BatchNorm kept separate so that a merge can match its moments."""
     return _finish(BundleModel(copy.deepcopy(capture.module).cpu(), {}))
 
 

@@ -1,7 +1,7 @@
 """From a module to a flat graph: export, fold constants and BatchNorm, spell out attention.
 
 ``torch.export`` gives the graph of any model that has no data-dependent control flow. All
-later steps (placement, blocks, ONNX) read this graph; none knows the model's classes.
+later stages (placement, blocks, ONNX) read this graph; none knows the model's classes.
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ def run_model(model: nn.Module, x: Tensor) -> Tensor:
     except Exception as error:  # a user's forward may raise anything
         raise ModelError(
             f"the model does not take an input of shape {tuple(x.shape)} "
-            f"({type(error).__name__}: {_first_line(error)}); check channels and size of --data, "
-            "or pass --size"
+            f"({type(error).__name__}: {_first_line(error)}); check the images' channels and size, "
+            "or choose another size"
         ) from error
     return single_output(output)
 
@@ -265,10 +265,10 @@ def _refusal(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     entered = next((i for i, f in enumerate(frames) if f.filename.startswith(library)), 0)
     inside = [f for f in frames[entered:] if not f.filename.startswith(library)]
-    where = ""
+    place = ""
     if inside:
         last = inside[-1]
-        where = f"at {last.filename}:{last.lineno} in {last.name} ({last.line}) "
+        place = f"at {last.filename}:{last.lineno} in {last.name} ({last.line}) "
     text = _first_line(error)
     if "Constraints violated" in str(error) or "onstraint" in text:
         advice = (
@@ -281,7 +281,7 @@ def _refusal(error: BaseException) -> str:
         )
     else:
         advice = "rewrite this part of the model so that torch.export takes it"
-    return f"{where}({text}); {advice}"
+    return f"{place}({text}); {advice}"
 
 
 def _first_line(error: BaseException) -> str:
@@ -344,7 +344,7 @@ def _check_precision(graph: fx.Graph) -> None:
 def _drop_buffer_writes(graph: fx.Graph) -> None:
     """Counters and running means that forward() writes are no part of an engine.
 
-    Whether the output depends on them is for :mod:`.fidelity` to find out.
+    Whether the output depends on them is found out by :mod:`.module_check`.
     """
     for node in list(graph.nodes):
         if node.target is aten.copy_.default and not node.users:

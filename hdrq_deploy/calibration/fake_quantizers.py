@@ -1,4 +1,4 @@
-"""Fake quantization with learned steps, rounding noise and element-wise dropping."""
+"""Fake quantization with learned scales, rounding noise and element-wise dropping."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _SKETCH, _NEAR = 1 << 15, 8
 
 
 def search_scale(x: Tensor, spec: QuantSpec, candidates: int = 100, power: float = 2.4) -> Tensor:
-    """The step that minimises mean |x_hat - x|^power over ``candidates`` ranges.
+    """The scale that minimises mean |x_hat - x|^power over ``candidates`` ranges.
 
     Args:
         x: Values; with ``spec.axis`` set, one search per index of that axis.
@@ -45,7 +45,7 @@ def search_scale(x: Tensor, spec: QuantSpec, candidates: int = 100, power: float
         power: Exponent of the error.
 
     Returns:
-        Steps > 0, shape () or (x.shape[axis],).
+        Scales > 0, shape () or (x.shape[axis],).
 
     Source:
         Initialisation of BRECQ and QDrop (Li et al., ICLR 2021; Wei et al., ICLR 2022).
@@ -66,7 +66,7 @@ def search_scale(x: Tensor, spec: QuantSpec, candidates: int = 100, power: float
         tried = tried[max(0, near - _NEAR) : near + _NEAR + 1]
     scores = _range_errors(rows, widest, spec, tried, candidates, power)
     best = widest * (tried.to(rows.device)[scores.argmin(0)] + 1) / candidates
-    # A tensor of zeros has no range; any normal step represents it.
+    # A tensor of zeros has no range; any normal scale represents it.
     best = torch.where(best > 1e-20, best, torch.full_like(best, 1e-6))
     return best.squeeze(0) if spec.axis is None else best
 
@@ -81,10 +81,10 @@ def _range_errors(
         width = max(1, _CHUNK // min(len(rows), _CHUNK))
         for first in range(0, rows.shape[1], width):
             part = rows[first_row : first_row + _CHUNK, first : first + width]
-            steps = widest[first_row : first_row + _CHUNK, None]
+            scales = widest[first_row : first_row + _CHUNK, None]
             for k, i in enumerate(tried.tolist()):
-                step = steps * ((i + 1) / candidates)
-                error = (part / step).round_().clamp_(spec.lo, spec.hi).mul_(step).sub_(part)
+                scale = scales * ((i + 1) / candidates)
+                error = (part / scale).round_().clamp_(spec.lo, spec.hi).mul_(scale).sub_(part)
                 scores[k, first_row : first_row + _CHUNK] += error.abs_().pow_(power).sum(1)
     return scores
 
@@ -130,13 +130,13 @@ class _FakeQuantize(torch.autograd.Function):
         if shifted is None:
             codes.round_()
         if scale.ndim == 0:
-            step = coded.flatten().dot(codes.flatten()) - inside.flatten().dot(u.flatten())
+            grad_scale = coded.flatten().dot(codes.flatten()) - inside.flatten().dot(u.flatten())
         else:
             axes = [i for i, size in enumerate(scale.shape) if size == 1]
-            step = (coded * codes).sum(axes, keepdim=True)
-            step -= (inside * u).sum(axes, keepdim=True)
+            grad_scale = (coded * codes).sum(axes, keepdim=True)
+            grad_scale -= (inside * u).sum(axes, keepdim=True)
         grad_x = inside if keep is None else inside.addcmul_(grad, keep)
-        return grad_x, step * ctx.factor, None, None, None, None
+        return grad_x, grad_scale * ctx.factor, None, None, None, None
 
 
 def fake_quantize(
@@ -151,11 +151,11 @@ def fake_quantize(
 
     Args:
         x: Real values, any shape.
-        scale: Steps that broadcast against ``x``.
+        scale: Scales that broadcast against ``x``.
         spec: Range of the codes.
-        noise: In steps, shape of ``x``.
+        noise: Noise in units of the scale, shape of ``x``.
         keep: 1.0 where an element stays real, else 0.0; shape of ``x``.
-        factor: Of the gradient of ``scale``.
+        factor: Factor of the gradient of ``scale``.
 
     Source:
         LSQ (Esser et al., ICLR 2020); noise: Shin et al., ICML 2025, section 4.1; keep:
@@ -167,9 +167,9 @@ def fake_quantize(
 
 
 class WeightQuantizer(nn.Module):
-    """A latent weight and its step, and what AdaRound adds to them.
+    """A latent weight and its scale, and what AdaRound adds to them.
 
-    ``gain``, one per output channel, multiplies the quantized weight; it is how steps carry
+    ``gain``, one per output channel, multiplies the quantized weight; it is how scales carry
     a folded BatchNorm. ``freeze`` turns what was learned into codes.
     """
 
@@ -190,7 +190,7 @@ class WeightQuantizer(nn.Module):
 
     def start_adaround(self) -> None:
         """Add the variable that learns up or down, at the weight's own fraction."""
-        u = self.original / self._steps().detach()
+        u = self.original / self._scale().detach()
         share = ((u - u.floor()) - _STRETCH_LOW) / (_STRETCH_HIGH - _STRETCH_LOW)
         self.rounding = nn.Parameter(torch.logit(share))
 
@@ -210,15 +210,15 @@ class WeightQuantizer(nn.Module):
         if self.mode is Mode.OFF:
             return original
         if self.frozen is not None:
-            return self.frozen.to(original.dtype) * self._steps()
+            return self.frozen.to(original.dtype) * self._scale()
         if self.mode is Mode.SOFT:
-            steps = self._steps().detach()
-            codes = (original / steps).floor() + self.soft()
-            return codes.clamp(self.spec.lo, self.spec.hi) * steps
+            scale = self._scale().detach()
+            codes = (original / scale).floor() + self.soft()
+            return codes.clamp(self.spec.lo, self.spec.hi) * scale
         if self.rounding is not None:
-            return self.codes().to(original.dtype) * self._steps()
-        noise = _noise(self.mode, self.latent, self._steps(), self.spec, self.draws)
-        return fake_quantize(self.latent, self._steps(), self.spec, noise)
+            return self.codes().to(original.dtype) * self._scale()
+        noise = _noise(self.mode, self.latent, self._scale(), self.spec, self.draws)
+        return fake_quantize(self.latent, self._scale(), self.spec, noise)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
@@ -226,15 +226,15 @@ class WeightQuantizer(nn.Module):
         if self.frozen is not None:
             return self.frozen
         if self.rounding is not None:
-            real = (self.original / self._steps()).floor() + (self.soft() >= 0.5)
+            real = (self.original / self._scale()).floor() + (self.soft() >= 0.5)
         else:
-            real = torch.round(self.latent / self._steps())
+            real = torch.round(self.latent / self._scale())
         codes: Tensor = real.clamp(self.spec.lo, self.spec.hi).to(torch.int8)
         return codes
 
     @torch.no_grad()
     def freeze(self, codes: Tensor | None = None, scale: Tensor | None = None) -> None:
-        """Settle on codes and step: those learned, or those given."""
+        """Settle on codes and scale: those learned, or those given."""
         self.frozen = self.codes() if codes is None else codes.to(self.latent.device)
         if scale is not None:
             self.scale.copy_(scale)
@@ -242,16 +242,16 @@ class WeightQuantizer(nn.Module):
         self.latent.data = self.latent.data.new_empty(0)
 
     def reset(self) -> None:
-        """Forget what was learned of the weight; the step is the caller's."""
+        """Forget what was learned of the weight; the scale is the caller's."""
         self.rounding = None
         self.latent.data.copy_(self.original)
 
-    def _steps(self) -> Tensor:
+    def _scale(self) -> Tensor:
         return _along(self.scale, self.original.ndim, self.spec.axis)
 
 
 class ActivationQuantizer(nn.Module):
-    """One learned step; ``drop`` is the share of elements that stay real (QDrop)."""
+    """One learned scale; ``drop`` is the share of elements that stay real (QDrop)."""
 
     def __init__(self, spec: QuantSpec, name: str, device: torch.device) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ class ActivationQuantizer(nn.Module):
 
     @torch.no_grad()
     def finish_observing(self) -> None:
-        """Set the step from the samples."""
+        """Set the scale from the samples."""
         assert self.samples
         self.scale.copy_(search_scale(torch.cat(self.samples), self.spec))
         self.samples = None
@@ -310,5 +310,5 @@ def _thin(x: Tensor, most: int = 1 << 13) -> Tensor:
     """At most about ``most`` values, evenly spread, with the extremes."""
     flat = x.reshape(-1)
     every = max(1, flat.numel() // most)
-    # An odd stride does not fall in step with channel or row lengths.
+    # An odd stride does not coincide with channel or row lengths.
     return torch.cat([flat[:: every | 1], flat.amax()[None], flat.amin()[None]])

@@ -28,9 +28,9 @@ class RunRecord:
     """What a calibration's bytes depend on, beside its codes and its method.
 
     Attributes:
-        hashes: Of source weights, adapted weights and images.
+        hashes: Hashes of source weights, adapted weights and images.
         options: How it learned, on how many images, where and with how many threads.
-        versions: Of this package and the libraries that compute.
+        versions: Versions of this package and of the libraries that compute.
     """
 
     hashes: dict[str, Any]

@@ -65,7 +65,7 @@ def load_model(name: str) -> nn.Module:
             ) from error
         except (Exception, SystemExit) as error:  # a user's module may raise anything
             raise ModelError(
-                f"model {name}: importing {kind} failed ({_told(error)}); needed a module that "
+                f"model {name}: importing {kind} failed ({_one_line(error)}); needed a module that "
                 "can be imported: put what runs in it behind if __name__ == '__main__'"
             ) from error
         return _build(name, factory)
@@ -95,8 +95,8 @@ def _build(name: str, factory: Callable[[], Any]) -> nn.Module:
     except ModelError:
         raise
     except (Exception, SystemExit) as error:  # a user's factory may raise anything
-        raise ModelError(f"model {name} failed: {_told(error)}") from error
-    model = _unwrapped(model)
+        raise ModelError(f"model {name} failed: {_one_line(error)}") from error
+    model = _unwrap(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError(
             f"model {name} gave a ScriptModule, whose graph cannot be captured; needed the torch "
@@ -108,7 +108,7 @@ def _build(name: str, factory: Callable[[], Any]) -> nn.Module:
     return model.float().eval()
 
 
-def _unwrapped(model: Any) -> Any:
+def _unwrap(model: Any) -> Any:
     """What DataParallel, DistributedDataParallel or torch.compile was put around."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -119,7 +119,7 @@ def _unwrapped(model: Any) -> Any:
             return model
 
 
-def _told(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     """An exception in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
@@ -141,13 +141,15 @@ def _need(module: str) -> Any:
 def _torchvision(name: str) -> nn.Module:
     models = _need("torchvision").models
     # Models with a backbone of its own weights would fetch them.
-    whole = models.get_model_builder(name).__module__.startswith("torchvision.models.segmentation")
-    built: nn.Module = models.get_model(
-        name, weights=None, **({"weights_backbone": None} if whole else {})
+    segments = models.get_model_builder(name).__module__.startswith(
+        "torchvision.models.segmentation"
     )
-    if whole:
-        built.map_checkpoint = _without_auxiliary  # type: ignore[assignment]
-    return built
+    model: nn.Module = models.get_model(
+        name, weights=None, **({"weights_backbone": None} if segments else {})
+    )
+    if segments:
+        model.map_checkpoint = _without_auxiliary  # type: ignore[assignment]
+    return model
 
 
 def _without_auxiliary(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -162,8 +164,8 @@ def _transformers(name: str) -> nn.Module:
     tasks = (library.AutoModelForSemanticSegmentation, library.AutoModelForImageClassification)
     for task in tasks:
         if type(config) in task._model_mapping:
-            built: nn.Module = task.from_config(config)
-            return built
+            model: nn.Module = task.from_config(config)
+            return model
     raise ModelError(f"transformers:{name} is no image classification or segmentation model")
 
 
@@ -171,7 +173,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors or torch checkpoint (never unpickling code).
 
     Where a file holds several state_dicts, the log says which was taken: averaged (EMA) weights
-    where they are whole, as timm does.
+    where they are complete, as timm does.
 
     Raises:
         ModelError: Missing, unreadable, no tensors inside, or values beyond float32.
@@ -278,14 +280,14 @@ def _fitted(
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
     """``load_state_dict`` of a state whose keys and shapes fit, whatever the model makes of it."""
-    whole = OrderedDict(state)
+    values = OrderedDict(state)
     # Overrides read versions from here (torchvision's MNASNet); the keys are the model's own.
-    whole._metadata = getattr(model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
+    values._metadata = getattr(model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
     try:
-        model.load_state_dict(whole, strict=False)
+        model.load_state_dict(values, strict=False)
     except Exception as error:  # a model may override it and raise anything
         raise ModelError(
-            f"{path}: the model's load_state_dict failed ({_told(error)}); needed a checkpoint "
+            f"{path}: the model's load_state_dict failed ({_one_line(error)}); needed a checkpoint "
             "that this version of the model takes: save it again from the model"
         ) from error
 

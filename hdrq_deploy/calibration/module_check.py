@@ -46,7 +46,7 @@ def check_capture(
             The first module whose output differs is named.
         ModelError: The module's output is not finite, or changes from call to call.
     """
-    found: dict[str, float] = {}
+    differences: dict[str, float] = {}
     for size in sorted({1, 2, largest} & set(range(1, len(images) + 1))):
         x = images[:size]
         with restored_buffers(model):
@@ -55,15 +55,15 @@ def check_capture(
         _check_finite(model, expected, x)
         _check_steady(expected, again, size)
         got = _run_graph(prepared, x)
-        apart = _apart(expected, got)
-        if not apart <= MOST_APART:
+        away = _difference(expected, got)
+        if not away <= MOST_APART:
             with restored_buffers(model):
                 again = run_model(model, x)
             _check_steady(expected, again, size)
-            where = _first_difference(model, captured, x)
-            raise CheckFailed(_explained(expected, got, apart, size, where, found))
-        found[str(size)] = apart
-    return {"relative_rms": found}
+            place = _first_difference(model, captured, x)
+            raise CheckFailed(_explained(expected, got, away, size, place, differences))
+        differences[str(size)] = away
+    return {"relative_rms": differences}
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def _check_finite(model: nn.Module, output: Tensor, x: Tensor) -> None:
 
 
 def _check_steady(first: Tensor, again: Tensor, size: int) -> None:
-    if not _apart(first, again) <= MOST_APART:
+    if not _difference(first, again) <= MOST_APART:
         raise CheckFailed(
             f"the model's own output changes from call to call at batch {size}; needed the same "
             "output for the same images: pass training=self.training to dropout, and draw no "
@@ -111,7 +111,7 @@ def _check_steady(first: Tensor, again: Tensor, size: int) -> None:
         )
 
 
-def _apart(expected: Tensor, got: Tensor | str) -> float:
+def _difference(expected: Tensor, got: Tensor | str) -> float:
     """RMS of the difference over RMS of ``expected``; the share that differs for integers."""
     if isinstance(got, str) or expected.shape != got.shape:
         return float("inf")
@@ -126,9 +126,9 @@ def _apart(expected: Tensor, got: Tensor | str) -> float:
 def _explained(
     expected: Tensor,
     got: Tensor | str,
-    apart: float,
+    away: float,
     size: int,
-    where: str,
+    place: str,
     agreed: dict[str, float],
 ) -> str:
     if isinstance(got, str):
@@ -136,7 +136,7 @@ def _explained(
     elif got.shape != expected.shape:
         what = f"gives shape {tuple(got.shape)} where the model gives {tuple(expected.shape)}"
     else:
-        what = f"differs from the model by {apart:.3g} of its output (relative RMS)"
+        what = f"differs from the model by {away:.3g} of its output (relative RMS)"
     advice = "rewrite that part of the model with plain tensor operations"
     if agreed or size == 1:
         advice = (
@@ -144,7 +144,7 @@ def _explained(
             "without an axis)"
         )
     return (
-        f"the captured graph {what} at batch {size}, first in {where}; needed at most "
+        f"the captured graph {what} at batch {size}, first in {place}; needed at most "
         f"{MOST_APART:g}: {advice}"
     )
 
@@ -179,7 +179,7 @@ def _outputs(
     """Path and (first) output tensor of every module inside ``model``, in the order of their ends.
 
     Args:
-        model: Its buffers are restored.
+        model: The module; its buffers are restored.
         x: Inputs (N, ...).
         keep: Makes what is kept of an output.
     """

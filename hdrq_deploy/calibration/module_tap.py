@@ -23,18 +23,18 @@ class TorchTap:
     """See :class:`hdrq_deploy.comparison.taps.Ran`.
 
     Args:
-        module: As ``emit`` makes it.
-        steps: Of the activations, by name.
-        layers: In the order of the graph. Of those that ONNX writes as a product and an
-            addition the bias cannot be told apart, and they are not shown.
+        module: The model of :mod:`.bundle_model`.
+        scales: Activation scales, by name.
+        layers: All layers in the order of the graph. Those that ONNX writes as a product and an
+            addition are not shown: their output without the bias is not known here.
     """
 
     name = "PyTorch"
 
     def __init__(
-        self, module: fx.GraphModule, steps: Mapping[str, float], layers: Sequence[Layer]
+        self, module: fx.GraphModule, scales: Mapping[str, float], layers: Sequence[Layer]
     ) -> None:
-        self._module, self._steps = module, steps
+        self._module, self._scales = module, scales
         heavy = [node for node in module.graph.nodes if node.target in HEAVY]
         self._layers = {
             node: layer.node
@@ -46,16 +46,16 @@ class TorchTap:
         """A batch (N, C, H, W) float32."""
         codes: dict[str, Array] = {}
         layers: dict[str, Array] = {}
-        names, steps = self._layers, self._steps
+        names, scales = self._layers, self._scales
 
         class Recorder(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
                 result = super().run_node(n)
                 if n.target is torch.ops.hdrq.quantize_dequantize.default:
-                    step = n.args[1]
-                    assert isinstance(step, fx.Node)
-                    name = str(step.target)
-                    codes[name] = np.rint(result.numpy() / steps[name]).astype(np.int16)
+                    scale = n.args[1]
+                    assert isinstance(scale, fx.Node)
+                    name = str(scale.target)
+                    codes[name] = np.rint(result.numpy() / scales[name]).astype(np.int16)
                 elif n in names:
                     layers[names[n]] = result.numpy().copy()  # what follows may change it
                 return result

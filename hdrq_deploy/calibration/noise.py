@@ -36,7 +36,7 @@ class Draws:
     def __init__(self, seed: int, device: torch.device) -> None:
         self._seed = seed
         self._device = device
-        self._kept: dict[str, Tensor] = {}
+        self._numbers: dict[str, Tensor] = {}
         self._offsets = random.Random(seed)
 
     def restart(self, block: int) -> None:
@@ -66,18 +66,18 @@ class Draws:
 
         Args:
             x: Real values.
-            scale: Steps that broadcast against ``x``.
+            scale: Scales that broadcast against ``x``.
             spec: Range of the codes.
 
         Returns:
-            Noise in steps, shape of ``x``.
+            Noise in units of the scale, shape of ``x``.
 
         Source:
             Shin et al., ICML 2025, section 4.1.
         """
         flat = (x if scale.ndim == 0 else x / scale).reshape(-1)
         some = flat
-        if flat.numel() > POOL:  # at random places: a stride may fall in step with rows
+        if flat.numel() > POOL:  # at random places: a stride may coincide with rows
             (places,) = self._pieces("place", self._places, POOL)
             some = flat[(places * flat.numel()).long()]
         if scale.ndim == 0:
@@ -116,10 +116,10 @@ class Draws:
         self, kind: str, make: Callable[[torch.Generator], Tensor], count: int
     ) -> Iterator[Tensor]:
         """``count`` numbers of a kind, in windows from fresh offsets."""
-        if kind not in self._kept:
+        if kind not in self._numbers:
             generator = torch.Generator().manual_seed(self._seed)
-            self._kept[kind] = make(generator).to(self._device)
-        numbers = self._kept[kind]
+            self._numbers[kind] = make(generator).to(self._device)
+        numbers = self._numbers[kind]
         for begin in range(0, count, _PIECE):
             length = min(_PIECE, count - begin)
             first = self._offsets.randrange(SIZE - length + 1)

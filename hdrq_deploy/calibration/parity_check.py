@@ -33,5 +33,5 @@ def torch_stage(bundle: Bundle, example: Array) -> Shows:
     if not isinstance(module, fx.GraphModule):
         raise ModelError("found no graph in the rebuilt model; build the bundle again")
     manifest = bundle.manifest
-    steps = {a.scale: float(bundle.tensor(a.scale)) for a in manifest.activations}
-    return TorchTap(module, steps, manifest.layers)
+    scales = {a.scale: float(bundle.tensor(a.scale)) for a in manifest.activations}
+    return TorchTap(module, scales, manifest.layers)

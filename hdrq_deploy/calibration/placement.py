@@ -79,7 +79,7 @@ _JOINS = {aten.add.Tensor, aten.mul.Tensor, aten.maximum.default}
 
 @dataclass(frozen=True)
 class ActivationSite:
-    """A quantizer behind node ``source``; ``name`` is that of its step in the bundle."""
+    """A quantizer behind node ``source``; ``name`` is that of its scale in the bundle."""
 
     source: fx.Node
     name: str
@@ -228,7 +228,7 @@ def _layer_site(capture: Capture, node: fx.Node, bits: int, per_channel: bool) -
 
 
 def _channel_axis(node: fx.Node, weight: torch.Tensor) -> int | None:
-    """The axis of the output channels, where engines take one step per channel."""
+    """The axis of the output channels, where engines take one scale per channel."""
     if node.target in PRODUCTS:
         return weight.ndim - 1 if weight.ndim == 2 else None
     return 0

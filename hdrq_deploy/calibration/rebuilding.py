@@ -65,7 +65,7 @@ def folded_weights(model: str, weights: str | Path, example: Any) -> dict[str, A
     """A checkpoint's tensors by the names of the folded graph, as NumPy arrays.
 
     Args:
-        model: As in :func:`.pipeline.calibrate`.
+        model: Name of the model, as for :func:`.pipeline.calibrate`.
         weights: Checkpoint of that model.
         example: Two inputs (2, C, H, W).
 

@@ -204,8 +204,8 @@ class _BlockRun:
 
     Args:
         module: The block.
-        real: Its inputs in the float network.
-        mixed: Its inputs in the quantized network.
+        real: The block's inputs in the float network.
+        mixed: The block's inputs in the quantized network.
         options: What is learned, and how.
         device: Where to compute.
         caches: Makes room for the outputs.

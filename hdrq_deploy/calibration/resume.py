@@ -1,7 +1,7 @@
-"""Finished blocks of a calibration that has not ended, so that it can go on.
+"""Finished blocks of a calibration that has not ended, so that it can be resumed.
 
 Beside ``night.hdrq`` lies ``night.hdrq.partial/`` while a calibration runs: ``run.json``
-says of which run, and ``block-0003.safetensors`` holds the codes and steps of one block.
+says of which run, and ``block-0003.safetensors`` holds the codes and scales of one block.
 Files are written whole or not at all, and the folder goes when the bundle is there.
 """
 
@@ -41,7 +41,7 @@ class Stored:
 
 
 def partial_of(output: Path) -> Path:
-    """Where the finished blocks of a bundle to be are kept."""
+    """The folder of the finished blocks of a bundle that is not written yet."""
     return output.with_name(f"{output.name}.partial")
 
 
@@ -53,17 +53,17 @@ class Partial:
 
     @classmethod
     def open(cls, output: Path, run: dict[str, Any], resume: bool) -> Partial:
-        """Start anew, or go on where ``resume`` says so.
+        """Start anew, or resume where ``resume`` says so.
 
         Args:
-            output: The bundle to be; the folder is its sibling.
-            run: All that the result depends on; a run goes on only where it is equal.
-            resume: Keep the blocks that are there.
+            output: The bundle that the run will write; the folder is its sibling.
+            run: All that the result depends on; a run is resumed only where it is equal.
+            resume: Keep the finished blocks.
 
         Raises:
-            SpecError: The blocks that are there belong to another run; the first difference
-                is named.
-            BundleError: What says which run they belong to cannot be read.
+            SpecError: The finished blocks belong to another run; the first difference is
+                named.
+            BundleError: The record of their run cannot be read.
             HdrqError: The folder is not ours, or cannot be made.
         """
         folder = partial_of(output)
@@ -76,8 +76,8 @@ class Partial:
                 if before.get(key) != run.get(key):
                     raise SpecError(
                         f"{folder}: found a run with {key} {before.get(key)!r}, asked "
-                        f"{run.get(key)!r}; --resume needs the same options and data: repeat "
-                        "them, or leave out --resume to start anew"
+                        f"{run.get(key)!r}; resume needs the same options and data: repeat "
+                        "them, or start anew without resume"
                     )
             return cls(folder)
         remove_folder(folder, PARTIAL)
@@ -108,13 +108,13 @@ class Partial:
 
     def save(self, index: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Keep a finished block."""
-        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        values = {name: tensor.contiguous() for name, tensor in tensors.items()}
         text = json.dumps(record)
-        meta = {"record": text, "sha256": _digest(whole, text)}
-        write_bytes(self._path(index), save(whole, meta))
+        meta = {"record": text, "sha256": _digest(values, text)}
+        write_bytes(self._path(index), save(values, meta))
 
     def close(self) -> None:
-        """Remove the folder; the bundle is there. What others put into it stays, and it too."""
+        """Remove the folder when the bundle is written; it stays where it holds files of others."""
         with contextlib.suppress(HdrqError):
             remove_folder(self.folder, PARTIAL)
 
@@ -124,14 +124,14 @@ class Partial:
 
 def _read_run(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / _RUN).read_text())
-        if not isinstance(found, dict):
-            raise ValueError(f"a {type(found).__name__}")
+        record = json.loads((folder / _RUN).read_text())
+        if not isinstance(record, dict):
+            raise ValueError(f"a {type(record).__name__}")
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(
-            f"{folder / _RUN}: cannot be read ({error}); leave out --resume to start anew"
+            f"{folder / _RUN}: cannot be read ({error}); start anew without resume"
         ) from error
-    return found
+    return record
 
 
 def _digest(tensors: dict[str, Tensor], record: str) -> str:

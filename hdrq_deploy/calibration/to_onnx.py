@@ -71,7 +71,7 @@ def onnx_graph(
     """``model.onnx`` with every tensor of ``entries`` as external data, and its layers.
 
     Args:
-        model: As the bundle holds it.
+        model: The model as the bundle holds it.
         example: Two inputs (2, C, H, W).
         capture: The folded model, for the names of its layers.
         plan: Where quantizers are.

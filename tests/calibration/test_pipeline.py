@@ -267,7 +267,7 @@ def test_mistakes_get_one_line(work: Path, tmp_path: Path) -> None:
         ({"weights": work / "Wide-night.safetensors"}, f"adapted checkpoint {wide}"),
         ({"base": work / "Wide-base.safetensors"}, f"source checkpoint {wide}"),
         ({"base": work / "Net-base.safetensors"}, r"missing \(first: stem.weight\).*unexpected"),
-        ({"base": None}, "pass --base"),
+        ({"base": None}, "give base"),
         ({"wbits": 1}, "found wbits=1"),
         ({"abits": 9}, "found abits=9"),
         ({"method": "magic"}, "choose one of"),
@@ -357,7 +357,7 @@ def test_activations_beyond_the_budget_go_to_mapped_files(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(HdrqError, match="no room for .* fewer --images, or raise --cache-gb"):
+    with pytest.raises(HdrqError, match="no room for .* fewer images, or hold more in memory"):
         caches.rows(10, torch.Size([8]))
 
 

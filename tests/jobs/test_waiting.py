@@ -47,7 +47,7 @@ def spoken(code: str, **setting: str) -> str:
 )
 def test_torchs_own_libgomp_has_the_setting(setting: dict[str, str], spins: str) -> None:
     said = spoken(CALIBRATE, **setting)
-    assert "hdrq-calibrate: cannot import --model nothing_of_the_kind:Net" in said
+    assert "hdrq-calibrate: cannot import the model nothing_of_the_kind:Net" in said
     found = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", said)
     assert found and set(found) == {spins}
 
