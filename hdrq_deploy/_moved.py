@@ -29,17 +29,17 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "calibrate": "calibration",
     "calibrate.blocks": "calibration.blocks",
     "calibrate.caches": "calibration.activation_cache",
-    "calibrate.capture": "calibration.capture",
+    "calibrate.capture": ("calibration.capture", "calibration.fold_batch_norm"),
     "calibrate.draws": "calibration.noise",
-    "calibrate.emit": "calibration.to_onnx",
+    "calibrate.emit": ("calibration.to_onnx", "calibration.bundle_model"),
     "calibrate.fakequant": "calibration.fake_quantizers",
     "calibrate.fidelity": "calibration.module_check",
     "calibrate.parity": "calibration.parity_check",
     "calibrate.pipeline": "calibration.pipeline",
     "calibrate.placement": "calibration.placement",
     "calibrate.progress": "calibration.resume",
-    "calibrate.reconstruct": "calibration.reconstruction",
-    "calibrate.rewrites": "calibration.rewrites",
+    "calibrate.reconstruct": ("calibration.reconstruction", "calibration.block_module"),
+    "calibrate.rewrites": ("calibration.rewrites", "calibration.nodes"),
     "calibrate.source": "calibration.loading",
     "calibrate.tap": "calibration.module_tap",
     "calibrate.tensors": "calibration.tensors",
@@ -84,7 +84,7 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "protocol.pictures": "experiments.comparison_sheets",
     "protocol.table": "experiments.table",
     "protocol.tasks": "experiments.tasks",
-    "recipe": "calibration.recipe",
+    "recipe": ("calibration.recipe", "calibration.methods"),
     "reference": "graph.reference_session",
     "runtime.accuracy": "runtime.bench.accuracy",
     "runtime.compare": "runtime.bench.compare",
@@ -105,7 +105,12 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "waiting": "jobs.waiting",
 }
 # Old path and name of what is called otherwise now, to its name in the new module.
-RENAMED: dict[str, str] = {"frames.pixels": "to_frames"}
+RENAMED: dict[str, str] = {
+    "adapt.Recipe": "AdaptationOptions",
+    "calibrate.emit.Emitted": "BundleModel",
+    "calibrate.reconstruct.Quantized": "Quantizers",
+    "frames.pixels": "to_frames",
+}
 
 
 def targets(old: str) -> tuple[str, ...]:

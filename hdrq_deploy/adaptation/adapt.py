@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -30,10 +28,11 @@ from ..errors import DataError, ModelError, SpecError
 from ..formats.atomic_files import check_output, remove_file, write_bytes
 from ..formats.file_kinds import ADAPTED, ADAPTING
 from ..numerics.spec import check_seed
+from ..typing import Progress
 from .options import AdaptationOptions
 from .self_training import SelfTraining, confident_labels
 from .shot import Shot, centroid_labels, information
-from .training import Progress, Training
+from .training import Training
 
 __all__ = ["AdaptationOptions", "adapt", "centroid_labels", "confident_labels", "information"]
 
@@ -129,14 +128,3 @@ def _training(
         )
     kind = SelfTraining if example.ndim == 4 else Shot
     return kind(network, x, options, seed, device)
-
-
-def __getattr__(name: str) -> Any:
-    if name != "Recipe":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(
-        "Recipe is now AdaptationOptions; the old name works until version 0.3",
-        DeprecationWarning,
-        stacklevel=2,
-    )
-    return AdaptationOptions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,10 @@ from ..calibration.capture import single_output
 from ..errors import ModelError, SpecError
 from ..formats.atomic_files import replaced
 from ..formats.file_kinds import ADAPTING
+from ..typing import Progress
 from .options import AdaptationOptions
 
-__all__ = ["Progress", "Training"]
-
-Progress = Callable[[int, int, str], None]
+__all__ = ["Training"]
 
 
 class Training(ABC):

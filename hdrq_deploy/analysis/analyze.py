@@ -9,7 +9,6 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,12 +18,10 @@ from ..formats.bundle_manifest import weight_name
 from ..merging import Merger
 from ..numerics import quantization
 from ..runtime.bench.measurement import harmonic_mean
+from ..typing import Array, Progress
 from .landscape import Landscape, Scores, Weights, real_weights, top_eigenvalue, trace
 
 __all__ = ["Settings", "analyze"]
-
-Array = npt.NDArray[Any]
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
@@ -21,12 +20,12 @@ from ..calibration import fake_quantized
 from ..errors import DataError, ModelError
 from ..formats.bundle import Bundle
 from ..numerics import quantization
+from ..typing import Array
 
 __all__ = ["Landscape", "Scores", "real_weights", "top_eigenvalue", "trace"]
 
 _BATCH = 64
 
-Array = npt.NDArray[Any]
 Weights = dict[str, Tensor]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from ..typing import Progress
 from .activation_cache import Caches
 from .block_module import Quantizers
 from .inputs import CalibrationInputs
@@ -62,7 +62,7 @@ def learn(
     inputs: CalibrationInputs,
     preparation: Preparation,
     record: RunRecord,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Quantizers, Partial]:
     """Learn all quantizers, block by block; resume where the request says so.
 

@@ -6,17 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import fx
 
 from ..comparison.taps import Ran
 from ..formats.bundle_manifest import Layer
+from ..typing import Array
 from .placement import HEAVY
 
 __all__ = ["TorchTap"]
-
-Array = npt.NDArray[Any]
 
 
 class TorchTap:

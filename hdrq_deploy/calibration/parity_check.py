@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy.typing as npt
 import torch
 from torch import fx
 
 from ..comparison.taps import Shows
 from ..errors import ModelError
 from ..formats.bundle import Bundle
+from ..typing import Array
 from .module_tap import TorchTap
 from .rebuilding import fake_quantized
 
 __all__ = ["torch_stage"]
-
-Array = npt.NDArray[Any]
 
 
 def torch_stage(bundle: Bundle, example: Array) -> Shows:

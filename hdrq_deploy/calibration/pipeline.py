@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from ..calibration_data.readers import ImageSet, Wanted
 from ..formats.bundle import Bundle
+from ..typing import Progress
 from .devices import torch_threads
 from .graph_cache import GraphCache
 from .inputs import load
@@ -20,8 +20,6 @@ from .request import CalibrationRequest
 from .writing import write
 
 __all__ = ["calibrate", "fake_quantized", "folded_weights", "run_calibration", "torch_threads"]
-
-Progress = Callable[[int, int, str], None]
 
 
 def calibrate(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import ModelError
+from ..typing import Progress
 from .activation_cache import Caches, Rows, run_batch
 from .block_module import (
     BlockModule,
@@ -37,7 +38,6 @@ from .tensors import attribute
 
 __all__ = ["reconstruct"]
 
-Report = Callable[[int, int, str], None]
 # A quantizer of a weight and the source model's weight, which it stays close to.
 Sources = list[tuple[WeightQuantizer, Tensor]]
 
@@ -50,7 +50,7 @@ def reconstruct(
     device: torch.device | None = None,
     caches: Caches | None = None,
     partial: Partial | None = None,
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> Quantizers:
     """Learn all quantizers of a prepared model.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,8 @@ def test_flipping_mirrors_labels_with_their_images() -> None:
         assert (np.diff(values) >= 0).all(), flipped
 
 
-def test_the_old_name_of_the_options_warns() -> None:
-    with pytest.warns(DeprecationWarning, match="Recipe is now AdaptationOptions"):
-        from hdrq_deploy.adaptation.adapt import Recipe
+def test_the_old_name_of_the_options_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "hdrq_deploy.adapt", raising=False)
+    with pytest.warns(DeprecationWarning, match="hdrq_deploy.adapt is now"):
+        from hdrq_deploy.adapt import Recipe
     assert Recipe is AdaptationOptions
