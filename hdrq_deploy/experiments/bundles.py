@@ -1,14 +1,14 @@
 """Bundles that are made once: again only where what they are made from has changed.
 
-Beside ``night.hdrq`` lies ``.night.hdrq.inputs.json``: options, and path, size and time of the
-checkpoints and images. Where it is equal and the bundle whole, the bundle is kept.
+Beside ``night.hdrq`` lies ``.night.hdrq.inputs.json``: options, versions, and path, size and time
+of the checkpoints and images. Where it is equal and the bundle is valid, the bundle stays.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +16,47 @@ from ..errors import HdrqError, SpecError
 from ..formats.atomic_files import remove_file, remove_folder, write_bytes
 from ..formats.bundle import Bundle
 from ..formats.file_kinds import CELL_INPUTS, PARTIAL
+from ..formats.staleness import CALIBRATION, change_since, code_of, plain, stamp, versions_of
 
-__all__ = ["forget", "inputs_of", "is_merged", "make_bundle", "stamp"]
+__all__ = ["forget", "inputs_of", "is_merged", "make_bundle", "record_ingredients"]
+
+# Arguments that name what is read, and those that say only where and how the work is done.
+_READ = ("data", "weights", "base")
+_PLACES = {"output", "resume", "progress", "cache_gb"}
+_log = logging.getLogger("hdrq_deploy")
 
 
 def make_bundle(**arguments: Any) -> None:
-    """Calibrate where that was not done yet; go on behind the last block of the same run.
+    """Calibrate where the bundle is missing or stale; resume after the last block of this run.
 
     Args:
         arguments: Keyword arguments of ``calibrate``.
     """
     from ..calibration import calibrate
 
-    record, inputs = inputs_of(arguments["output"]), _inputs(arguments)
-    if record.is_file() and record.read_bytes() == inputs and _is_whole(arguments["output"]):
-        return
+    output, ingredients = Path(arguments["output"]), _ingredients(arguments)
+    record = inputs_of(output)
+    if record.is_file():
+        change = change_since(record, ingredients)
+        if not change and _is_valid(output):
+            return
+        _log.info("%s: calibrated again, %s", output, change or "it is damaged")
     remove_file(record, CELL_INPUTS)
     given = {**arguments, "resume": True}
     try:
         calibrate(**given)
     except SpecError:  # unfinished blocks of another run
         calibrate(**{**given, "resume": False})
-    write_bytes(record, inputs, CELL_INPUTS)
+    record_ingredients(output, ingredients)
 
 
-def _is_whole(path: Path) -> bool:
+def record_ingredients(output: Path, ingredients: Mapping[str, Any]) -> None:
+    """Write beside a bundle what it was made from."""
+    text = json.dumps({"kind": CELL_INPUTS.kind, **ingredients}, indent=1)
+    write_bytes(inputs_of(output), f"{text}\n".encode(), CELL_INPUTS)
+
+
+def _is_valid(path: Path) -> bool:
     try:
         Bundle.open(path)
     except HdrqError:
@@ -64,27 +80,17 @@ def is_merged(path: Path, parents: Sequence[Bundle]) -> bool:
     return recorded == [parent.manifest_sha256 for parent in parents]
 
 
-def stamp(path: str | Path | None) -> list[Any] | None:
-    """Path, files, bytes and time of the last change of a file or of all files of a folder."""
-    if path is None:
-        return None
-    path = Path(path)
-    files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
-    found = [f.stat() for f in files if f.exists()]
-    newest = max((f.st_mtime_ns for f in found), default=0)
-    return [str(path.absolute()), len(found), sum(f.st_size for f in found), newest]
-
-
 def inputs_of(output: Path) -> Path:
     """The file beside a bundle that says what it was made from."""
     return output.with_name(f".{output.name}.inputs.json")
 
 
-def _inputs(arguments: Mapping[str, Any]) -> bytes:
-    plain = {"model", "domain", "method", "wbits", "abits", "per_channel", "grid", "fold", "seed"}
-    plain |= {"images", "skip_corrupt", "device"}
-    record = {key: arguments[key] for key in sorted(plain & set(arguments))}
-    for key in ("options", "wanted"):
-        record[key] = asdict(arguments[key]) if arguments.get(key) is not None else None
-    record |= {key: stamp(arguments.get(key)) for key in ("data", "weights", "base")}
-    return (json.dumps(record, indent=1) + "\n").encode()
+def _ingredients(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a bundle depends on: every argument but where it is written, libraries and code."""
+    options = {name: value for name, value in arguments.items() if name not in _PLACES}
+    return {
+        **{name: stamp(arguments.get(name)) for name in _READ},
+        "versions": versions_of("torch", "onnx", "onnxruntime", "onnxscript", "numpy", "pillow"),
+        "code": code_of(*CALIBRATION),
+        **{name: plain(value) for name, value in sorted(options.items()) if name not in _READ},
+    }
