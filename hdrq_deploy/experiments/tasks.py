@@ -202,7 +202,7 @@ def is_written(name: str, out: Path) -> bool:
     folder, kind = made_data(name)
     if (out / folder / _EARLIER).is_file():
         return True
-    return (check_output(out / folder, kind, flag="--out") / kind.marker).is_file()
+    return (check_output(out / folder, kind, label="out") / kind.marker).is_file()
 
 
 def write_made(name: str, out: Path, progress: Progress = no_progress) -> None:
