@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from ..errors import CheckFailed, EngineError, ExportError
 from ..formats.atomic_files import (
     check_output,
     new_directory,
-    sha256_bytes,
 )
 from ..formats.bundle import Bundle
 from ..formats.bundle_manifest import Layer
@@ -40,6 +37,7 @@ from ..formats.engine_folder import (
     write_manifest,
 )
 from ..formats.file_kinds import ENGINE
+from ..formats.staleness import code_of, first_change
 from ..graph import model_files
 from ..graph.patterns import check_patterns
 from . import precision
@@ -254,7 +252,7 @@ def _ingredients(
         "graph": options.model_dump(mode="json"),
         "allow_float": list(allow_float),
         "hdrq-deploy": version("hdrq-deploy"),
-        "exporter": _own_sha256(),
+        "exporter": code_of("exporters"),
         "onnx": onnx.__version__,
     }
     if engine == "ort":
@@ -266,13 +264,6 @@ def _ingredients(
     return found
 
 
-@cache
-def _own_sha256() -> str:
-    """Hash of this package's code: an edit of a lowering makes every engine stale."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    return sha256_bytes(b"".join(source.read_bytes() for source in sources))[:12]
-
-
 def _is_fresh(target: Path, wanted: Mapping[str, Any], say: Callable[[str], None]) -> bool:
     """Whether the engine at ``target`` was made of just this; says so, or what changed."""
     if not (target / MANIFEST).is_file():
@@ -282,7 +273,7 @@ def _is_fresh(target: Path, wanted: Mapping[str, Any], say: Callable[[str], None
     except EngineError:
         say(f"{target}: built again, its manifest is of another version")
         return False
-    changed = _difference(manifest.options, wanted)
+    changed = first_change(manifest.options, wanted)
     if changed:
         say(f"{target}: built again, {changed}")
         return False
@@ -292,20 +283,6 @@ def _is_fresh(target: Path, wanted: Mapping[str, Any], say: Callable[[str], None
         return False
     say(f"{target}: up to date")
     return True
-
-
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str:
-    """The first thing that changed, or ""."""
-    for name in {**before, **now}:
-        old, new = before.get(name), now.get(name)
-        if old == new:
-            continue
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            return _difference(old, new, f"{path}{name} ")
-        if name == "bundle":
-            return "the bundle changed"
-        return f"{path}{name} changed from {json.dumps(old)} to {json.dumps(new)}"
-    return ""
 
 
 def _check_onnx(path: Path) -> None:

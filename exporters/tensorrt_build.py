@@ -129,7 +129,7 @@ def build(
     lint(onnx)
     profiles = {name: profile(name, shape, options) for name, shape in ports.items()}
     if options.timing_cache is not None:
-        check_output(options.timing_cache, TIMING_CACHE, flag="--timing-cache")
+        check_output(options.timing_cache, TIMING_CACHE, label="timing_cache")
     with scratch_folder() as scratch:
         answer = scratch / "answer.json"
         job = scratch / "job.json"

@@ -26,6 +26,7 @@ from ..formats.atomic_files import (
     write_bytes,
 )
 from ..formats.file_kinds import PARTIAL
+from ..formats.staleness import CALIBRATION, code_of, first_change
 
 __all__ = ["Partial", "Stored", "partial_of"]
 
@@ -57,7 +58,8 @@ class Partial:
 
         Args:
             output: The bundle that the run will write; the folder is its sibling.
-            run: All that the result depends on; a run is resumed only where it is equal.
+            run: All that the result depends on; the code of this package is added. A run is
+                resumed only where it is equal.
             resume: Keep the finished blocks.
 
         Raises:
@@ -68,17 +70,17 @@ class Partial:
         """
         folder = partial_of(output)
         check_output(folder, PARTIAL)
+        run = {**run, "code": code_of(*CALIBRATION)}
         text = json.dumps({**run, "kind": PARTIAL.kind}, indent=1, sort_keys=True)
         if resume and (folder / _RUN).is_file():
             before = _read_run(folder)
             before.pop("kind", None)
-            for key in sorted({*before, *run}):
-                if before.get(key) != run.get(key):
-                    raise SpecError(
-                        f"{folder}: found a run with {key} {before.get(key)!r}, asked "
-                        f"{run.get(key)!r}; resume needs the same options and data: repeat "
-                        "them, or start anew without resume"
-                    )
+            change = first_change(before, run)
+            if change:
+                raise SpecError(
+                    f"{folder}: found blocks of another run ({change}); resume needs the same "
+                    "options, data and versions: repeat them, or start anew"
+                )
             return cls(folder)
         remove_folder(folder, PARTIAL)
         make_directory(folder)
@@ -129,7 +131,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
             raise ValueError(f"a {type(record).__name__}")
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(
-            f"{folder / _RUN}: cannot be read ({error}); start anew without resume"
+            f"{folder / _RUN}: cannot be read ({error}); start anew, without resume"
         ) from error
     return record
 

@@ -146,12 +146,12 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _check_outputs(args: argparse.Namespace, data: dict[str, str]) -> None:
     inputs = [*args.engines, args.reference, *data.values()]
-    kinds = (("--json", BENCH_JSON), ("--csv", BENCH_CSV), ("--html", BENCH_HTML))
-    given = [(getattr(args, flag[2:]), kind, flag) for flag, kind in kinds]
-    check_outputs([(path, kind, flag) for path, kind, flag in given if path is not None], inputs)
+    kinds = (("json", BENCH_JSON), ("csv", BENCH_CSV), ("html", BENCH_HTML))
+    given = [(getattr(args, name), kind, name) for name, kind in kinds]
+    check_outputs([(path, kind, name) for path, kind, name in given if path is not None], inputs)
     if args.draw is not None:
         files = [(name, PICTURE) for domain in data for name in picture_names(domain)]
-        check_container(args.draw, files, inputs, "--draw")
+        check_container(args.draw, files, inputs, "draw")
 
 
 def _names(paths: Sequence[str]) -> list[str]:

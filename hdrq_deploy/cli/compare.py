@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     if args.json is not None:
-        check_output(args.json, COMPARE_JSON, [args.base, args.new], "--json")
+        check_output(args.json, COMPARE_JSON, [args.base, args.new], "json")
     base, new = read_result(args.base), read_result(args.new)
     changes = compare(base, new, args.tolerance, args.confidence)
     show(changes, args.confidence)

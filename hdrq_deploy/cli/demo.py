@@ -104,7 +104,7 @@ class _Demo:
         self.checkpoints = TRAINING.folder(out / "checkpoints")
         self.commands: list[str] = []
         self.started = time.monotonic()
-        check_container(out, list(self._outputs()), flag="--out")
+        check_container(out, list(self._outputs()), label="out")
         check_scratch()
 
     def _outputs(self) -> Iterator[tuple[str, Kind]]:

@@ -148,8 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     cache = args.timing_cache
-    caches = [] if cache is None else [(cache, TIMING_CACHE, "--timing-cache")]
-    check_outputs([(args.output, ENGINE, "-o"), *caches], [args.bundle])
+    caches = [] if cache is None else [(cache, TIMING_CACHE, "timing_cache")]
+    check_outputs([(args.output, ENGINE, "output"), *caches], [args.bundle])
     check_scratch()
     graph = GraphOptions(
         compute=args.compute,

@@ -173,7 +173,7 @@ def _check_outputs(args: argparse.Namespace, grid: Grid) -> None:
         outputs += [(Path(name), PICTURE) for name in names]
     places = [(str(path), kind) for path, kind in outputs]
     places += made_checkpoints(args.protocol) if args.made else []
-    check_container(args.out, places, [args.data, args.checkpoints], "--out")
+    check_container(args.out, places, [args.data, args.checkpoints], "out")
     if args.made:
         is_written(args.protocol, args.out)
 

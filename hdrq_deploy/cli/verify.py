@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _verify(args: argparse.Namespace) -> int:
     inputs = [args.bundle, args.engine, *paths_of(args.data)]
     if args.json is not None:
-        check_output(args.json, VERIFY_JSON, inputs, "--json")
+        check_output(args.json, VERIFY_JSON, inputs, "json")
     check_scratch()
     verification = verify(
         args.bundle,

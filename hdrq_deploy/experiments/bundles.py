@@ -1,14 +1,15 @@
 """Bundles that are made once: again only where what they are made from has changed.
 
-Beside ``night.hdrq`` lies ``.night.hdrq.inputs.json``: options, and path, size and time of the
-checkpoints and images. Where it is equal and the bundle whole, the bundle is kept.
+Beside ``night.hdrq`` lies ``.night.hdrq.inputs.json``: options, versions, and path, size and time
+of the checkpoints and images. Where it is equal and the bundle is valid, the bundle stays.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ from ..errors import HdrqError, SpecError
 from ..formats.atomic_files import remove_file, remove_folder, write_bytes
 from ..formats.bundle import Bundle
 from ..formats.file_kinds import CELL_INPUTS, PARTIAL
+from ..formats.staleness import CALIBRATION, change_since, code_of, plain, stamp, versions_of
 
-__all__ = ["forget", "inputs_of", "is_merged", "make_bundle", "stamp"]
+__all__ = ["forget", "inputs_of", "is_merged", "make_bundle", "record_ingredients"]
 
-# Arguments of a calibration that are recorded as they are.
-_PLAIN = (
-    "model", "domain", "method", "wbits", "abits", "per_channel", "grid", "fold", "seed", "images",
-    "skip_corrupt", "device",
-)  # fmt: skip
+# Arguments that name what is read, and those that say only where and how the work is done.
+_READ = ("data", "weights", "base")
+_PLACES = {"output", "resume", "cache_gb"}
+_log = logging.getLogger("hdrq_deploy")
 
 
 def make_bundle(request: CalibrationRequest, graphs: GraphCache | None = None) -> None:
@@ -41,19 +42,28 @@ def make_bundle(request: CalibrationRequest, graphs: GraphCache | None = None) -
     """
     from ..calibration.pipeline import run_calibration
 
-    output = Path(request.output)
-    record, inputs = inputs_of(output), _inputs(request)
-    if _recorded(record) == inputs and _is_whole(output):
-        return
+    output, ingredients = Path(request.output), _ingredients(request)
+    record = inputs_of(output)
+    if record.is_file():
+        change = change_since(record, ingredients)
+        if not change and _is_valid(output):
+            return
+        _log.info("%s: calibrated again, %s", output, change or "it is damaged")
     remove_file(record, CELL_INPUTS)
     try:
         run_calibration(replace(request, resume=True), graphs)
     except SpecError:  # unfinished blocks of another run
         run_calibration(replace(request, resume=False), graphs)
-    write_bytes(record, (json.dumps(inputs, indent=1) + "\n").encode(), CELL_INPUTS)
+    record_ingredients(output, ingredients)
 
 
-def _is_whole(path: Path) -> bool:
+def record_ingredients(output: Path, ingredients: Mapping[str, Any]) -> None:
+    """Write beside a bundle what it was made from."""
+    text = json.dumps({"kind": CELL_INPUTS.kind, **ingredients}, indent=1)
+    write_bytes(inputs_of(output), f"{text}\n".encode(), CELL_INPUTS)
+
+
+def _is_valid(path: Path) -> bool:
     try:
         Bundle.open(path)
     except HdrqError:
@@ -77,42 +87,18 @@ def is_merged(path: Path, parents: Sequence[Bundle]) -> bool:
     return recorded == [parent.manifest_sha256 for parent in parents]
 
 
-def stamp(path: str | Path | None) -> list[Any] | None:
-    """Path, files, bytes and time of the last change of a file or of all files of a folder."""
-    if path is None:
-        return None
-    path = Path(path)
-    files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
-    found = [f.stat() for f in files if f.exists()]
-    newest = max((f.st_mtime_ns for f in found), default=0)
-    return [str(path.absolute()), len(found), sum(f.st_size for f in found), newest]
-
-
 def inputs_of(output: Path) -> Path:
     """The file beside a bundle that says what it was made from."""
     return output.with_name(f".{output.name}.inputs.json")
 
 
-def _inputs(request: CalibrationRequest) -> dict[str, Any]:
-    """What a bundle is made from, as JSON gives it back."""
-    record: dict[str, Any] = {key: getattr(request, key) for key in _PLAIN}
-    for key in ("options", "wanted"):
-        value = getattr(request, key)
-        record[key] = None if value is None else asdict(value)
+def _ingredients(request: CalibrationRequest) -> dict[str, Any]:
+    """All that a bundle depends on: the request but for its place, libraries and code."""
     assert not isinstance(request.data, ImageSet)
-    record |= {"data": stamp(request.data), "weights": stamp(request.weights)}
-    record["base"] = stamp(request.base)
-    plain: dict[str, Any] = json.loads(json.dumps(record))
-    return plain
-
-
-def _recorded(path: Path) -> dict[str, Any] | None:
-    """What the record beside a bundle says; a key that it leaves out had its default."""
-    try:
-        record = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict):
-        return None
-    defaults = {field.name: field.default for field in fields(CalibrationRequest)}
-    return {**{key: defaults[key] for key in _PLAIN}, **record}
+    names = sorted({field.name for field in fields(request)} - _PLACES - {*_READ})
+    return {
+        **{name: stamp(getattr(request, name)) for name in _READ},
+        "versions": versions_of("torch", "onnx", "onnxruntime", "onnxscript", "numpy", "pillow"),
+        "code": code_of(*CALIBRATION),
+        **{name: plain(getattr(request, name)) for name in names},
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,17 +18,19 @@ from ..exporters import export
 from ..formats.atomic_files import scratch_folder, write_bytes
 from ..formats.bundle import Bundle
 from ..formats.file_kinds import CELL_ROW
+from ..formats.staleness import change_since, code_of, first_change, stamp, versions_of
 from ..jobs.pool import Job
 from ..merging import Merger, choose_weights, re_estimate
 from ..runtime.bench.accuracy import Labelled, accuracy, classes_of
 from ..runtime.bench.measurement import labelled
 from ..runtime.engine import Engine, open_engine, read_manifest
-from .bundles import is_merged, make_bundle, stamp
+from .bundles import inputs_of, is_merged, make_bundle, record_ingredients
 from .grid import Grid, Merge, Run, bundle_path, read_row, row_path
 from .tasks import Domain, Task
 
 __all__ = ["engine_of", "jobs", "labelled_set"]
 
+_log = logging.getLogger("hdrq_deploy")
 CANDIDATES = 30  # as in the paper
 
 
@@ -82,7 +85,12 @@ def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) 
     """The merged bundles of one way, and their engines' accuracies."""
     parents = [Bundle.open(bundle_path(out, merge.run.single(m))) for m in merge.members]
     targets = [bundle_path(out, merge.cell(draw)) for draw in range(merge.draws)]
-    missing = [draw for draw, path in enumerate(targets) if not is_merged(path, parents)]
+    ingredients = [_merge_ingredients(task, merge, parents, draw) for draw in range(merge.draws)]
+    missing = [
+        draw
+        for draw, path in enumerate(targets)
+        if change_since(inputs_of(path), ingredients[draw]) or not is_merged(path, parents)
+    ]
     if missing:
         mix, record = _mix(task, merge, parents)
         auto = merge.way == "auto"
@@ -91,9 +99,27 @@ def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) 
             rounding = "advanced" if auto else merge.way
             merger = Merger(parents, rounding, CANDIDATES, draw)
             _write(merger, targets[draw], mix, record, renewed, threads)
+            record_ingredients(targets[draw], ingredients[draw])
     for draw in range(merge.draws):
         extra = {"setting": merge.run.setting, "way": merge.way, "draw": draw}
         _measure(task, out, merge.cell(draw), merge.members, device, threads, extra)
+
+
+def _merge_ingredients(
+    task: Task, merge: Merge, parents: list[Bundle], draw: int
+) -> dict[str, Any]:
+    """All that a merged bundle depends on."""
+    images = {d.name: stamp(d.images) for d in task.domains if d.name in merge.members}
+    counts = {"mix_images": task.mix_images, "renew_images": task.renew_images}
+    return {
+        "parents": [parent.manifest_sha256 for parent in parents],
+        **({"data": images, **counts} if merge.way == "auto" else {}),
+        "way": merge.way,
+        "draw": draw,
+        "candidates": CANDIDATES,
+        "versions": versions_of("numpy", "onnx", "onnxruntime"),
+        "code": code_of("merging"),
+    }
 
 
 def _mix(task: Task, merge: Merge, parents: list[Bundle]) -> tuple[list[float], dict[str, Any]]:
@@ -143,10 +169,15 @@ def _measure(
     origin = {
         "bundle": bundle.manifest_sha256,
         "tests": {d.name: [*(stamp(d.test) or ()), task.split, d.image_size] for d in tests},
+        "versions": versions_of("numpy", "onnx", "onnxruntime", "pillow"),
+        "code": code_of("exporters", "runtime"),
     }
     before = read_row(out, cell)
-    if before and {key: before.get(key) for key in origin} == json.loads(json.dumps(origin)):
-        return
+    if isinstance(before, dict):
+        change = first_change({key: before[key] for key in origin if key in before}, origin)
+        if not change:
+            return
+        _log.info("%s: measured again, %s", cell, change)
     with engine_of(bundle, _engine_device(device), threads) as engine:
         found = accuracy(engine, {d.name: labelled_set(engine, task, d) for d in tests})
     row = {

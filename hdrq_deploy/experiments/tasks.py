@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..calibration_data.readers.decoding import folders_of
 from ..errors import DataError, ModelError
 from ..formats.atomic_files import FolderKind, Kind, check_output, new_directory, write_record
 from ..formats.file_kinds import DIGITS, STREETS
+from ..formats.staleness import change_since, code_of, versions_of
 from ..typing import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ __all__ = [
     "write_made",
 ]
 
+_log = logging.getLogger("hdrq_deploy")
 OFFICE_HOME = ("Art", "Clipart", "Product", "Real World")
 SEGMENTATION = ("cityscapes", "idd", "bdd100k")
 _IMAGENET = Wanted(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -199,11 +202,11 @@ def is_written(name: str, out: Path) -> bool:
     folder, kind = made_data(name)
     if (out / folder / _EARLIER).is_file():
         return True
-    return (check_output(out / folder, kind, flag="--out") / kind.marker).is_file()
+    return (check_output(out / folder, kind, label="out") / kind.marker).is_file()
 
 
 def write_made(name: str, out: Path, progress: Progress = no_progress) -> None:
-    """Write what :func:`made` describes, where it is not there yet.
+    """Write what :func:`made` describes, where it is missing or stale.
 
     Args:
         name: The protocol.
@@ -215,13 +218,32 @@ def write_made(name: str, out: Path, progress: Progress = no_progress) -> None:
     """
     folder, kind = made_data(name)
     data = out / folder
-    if not is_written(name, out):
+    splits = ["calibration", "test"]
+    module = "digits.images" if kind is DIGITS else "streets.drawing"
+    record = {
+        "splits": splits,
+        "versions": versions_of("numpy", "pillow", "scikit-learn"),
+        "code": code_of(f"calibration_data.{module}"),
+    }
+    change = _change(name, out, record)
+    if change:
+        _log.info("%s: made, %s", data, change)
         benchmark: Any = digits if kind is DIGITS else streets
         with new_directory(data, kind, sync=False) as new:
-            benchmark.write(new, benchmark.TARGETS, ("calibration", "test"))
-            write_record(new, kind, {"splits": ["calibration", "test"]})
+            benchmark.write(new, benchmark.TARGETS, tuple(splits))
+            write_record(new, kind, record)
     training = _training(name)
     training.train_missing(training.folder(_own_checkpoints(data)), progress)
+
+
+def _change(name: str, out: Path, record: Mapping[str, Any]) -> str:
+    """Why the data of a protocol are to be made; "" where they are up to date."""
+    folder, kind = made_data(name)
+    if not is_written(name, out):
+        return "they are missing"
+    if (out / folder / _EARLIER).is_file():
+        return ""
+    return change_since(out / folder / kind.marker, record)
 
 
 def made_checkpoints(name: str) -> list[tuple[str, Kind]]:

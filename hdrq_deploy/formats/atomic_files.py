@@ -29,6 +29,7 @@ from ..errors import DataError, HdrqError
 __all__ = [
     "FileKind",
     "FolderKind",
+    "Kind",
     "check_container",
     "check_name",
     "check_output",
@@ -166,8 +167,8 @@ Kind = FolderKind | FileKind
 
 def _entries(folder: Path, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Relative name and type of all that is in a folder; links are not followed."""
-    with os.scandir(folder / prefix) as found:
-        for entry in sorted(found, key=lambda e: e.name):
+    with os.scandir(folder / prefix) as entries:
+        for entry in sorted(entries, key=lambda e: e.name):
             name = f"{prefix}{entry.name}"
             if entry.is_symlink():
                 yield name, "link"
@@ -189,12 +190,12 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def check_name(name: str, what: str = "--domain") -> str:
+def check_name(name: str, what: str = "`domain`") -> str:
     """A domain's name, which may become part of a file name.
 
     Args:
         name: What was given.
-        what: The flag, for the error.
+        what: The parameter, for the error.
 
     Raises:
         HdrqError: Not 1 to 64 of the characters that every file system takes.
@@ -213,7 +214,7 @@ def check_output(
     path: str | os.PathLike[str],
     kind: Kind,
     inputs: Iterable[str | os.PathLike[str] | None] = (),
-    flag: str = "-o",
+    label: str = "output",
 ) -> Path:
     """Whether an output may be written, before any work; nothing is created.
 
@@ -221,7 +222,7 @@ def check_output(
         path: Where to.
         kind: What is to be written there.
         inputs: What is read; None is left out. The output must be apart from all of it.
-        flag: The option, for the error.
+        label: Name of the parameter, for the error.
 
     Returns:
         The absolute path.
@@ -230,9 +231,9 @@ def check_output(
         HdrqError: The place is taken by something that is not ours and of this kind, is a link,
             equal to an input, inside or around it, too long, or cannot be written to.
     """
-    target = _place(path, flag)
-    _check_apart(target, inputs, flag)
-    _check_free(target, kind, flag)
+    target = _place(path, label)
+    _check_apart(target, inputs, label)
+    _check_free(target, kind, label)
     return target
 
 
@@ -240,15 +241,15 @@ def check_outputs(
     outputs: Sequence[tuple[str | os.PathLike[str], Kind, str]],
     inputs: Iterable[str | os.PathLike[str] | None] = (),
 ) -> None:
-    """:func:`check_output` of several (path, kind, flag), which must be apart from each other."""
+    """:func:`check_output` of several (path, kind, label); they must be apart from each other."""
     inputs = list(inputs)
-    for i, (path, kind, flag) in enumerate(outputs):
-        check_output(path, kind, inputs, flag)
+    for i, (path, kind, label) in enumerate(outputs):
+        check_output(path, kind, inputs, label)
         for other, _, name in outputs[:i]:
             if _overlap(os.path.realpath(path), os.path.realpath(other)):
                 raise HdrqError(
-                    f"found {flag} {path} and {name} {other} in one place; needed two: choose "
-                    f"another {flag}"
+                    f"found `{label}` {path} and `{name}` {other} in one place; needed two: "
+                    f"choose another `{label}`"
                 )
 
 
@@ -256,7 +257,7 @@ def check_container(
     path: str | os.PathLike[str],
     outputs: Sequence[tuple[str, Kind]],
     inputs: Iterable[str | os.PathLike[str] | None] = (),
-    flag: str = "-o",
+    label: str = "output",
 ) -> Path:
     """Whether several outputs may be written into a folder that may hold other things too.
 
@@ -264,7 +265,7 @@ def check_container(
         path: The folder.
         outputs: Name inside it and kind of every output.
         inputs: What is read.
-        flag: The option, for the error.
+        label: Name of the parameter, for the error.
 
     Returns:
         The absolute path.
@@ -273,33 +274,33 @@ def check_container(
         HdrqError: See :func:`check_output`.
     """
     inputs = list(inputs)
-    folder = _place(path, flag)
+    folder = _place(path, label)
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        found = "a link" if folder.is_symlink() else "a file"
-        raise HdrqError(f"found {found} at {folder}; needed a folder: choose another {flag}")
+        obstacle = "a link" if folder.is_symlink() else "a file"
+        raise HdrqError(f"found {obstacle} at {folder}; needed a folder: choose another `{label}`")
     for name, kind in outputs:
         target = folder / name
         for between in list(target.parents)[: name.count("/")]:
             if between.is_symlink() or (between.exists() and not between.is_dir()):
-                found = "a link" if between.is_symlink() else "a file"
+                obstacle = "a link" if between.is_symlink() else "a file"
                 raise HdrqError(
-                    f"found {found} at {between}; needed a folder: choose another {flag}"
+                    f"found {obstacle} at {between}; needed a folder: choose another `{label}`"
                 )
-        check_output(target, kind, inputs, flag)
+        check_output(target, kind, inputs, label)
     return folder
 
 
-def _place(path: str | os.PathLike[str], flag: str) -> Path:
+def _place(path: str | os.PathLike[str], label: str) -> Path:
     """The absolute path, where a file system could hold it."""
     text = os.fspath(path)
     target = Path(text).absolute()
     if not text or target.name in {"", ".."}:
-        raise HdrqError(f"found {flag} {text!r}; needed the name of a file or folder to write")
-    whole, name = len(os.fsencode(target)), len(os.fsencode(target.name))
+        raise HdrqError(f"found `{label}` {text!r}; needed the name of a file or folder to write")
+    length, name = len(os.fsencode(target)), len(os.fsencode(target.name))
     longest = max(len(os.fsencode(part)) for part in target.parts)
-    if whole > _LONGEST_PATH or longest > 255 or name > _longest_name(target) - _ADDED:
+    if length > _LONGEST_PATH or longest > 255 or name > _longest_name(target) - _ADDED:
         raise HdrqError(
-            f"found {flag} with a name of {longest} bytes in a path of {whole}; needed at most "
+            f"found `{label}` with a name of {longest} bytes in a path of {length}; needed at most "
             f"{_longest_name(target) - _ADDED} and {_LONGEST_PATH}: choose a shorter one"
         )
     return target
@@ -313,16 +314,16 @@ def _longest_name(path: Path) -> int:
     return 255
 
 
-def _check_apart(target: Path, inputs: Iterable[str | os.PathLike[str] | None], flag: str) -> None:
+def _check_apart(target: Path, inputs: Iterable[str | os.PathLike[str] | None], label: str) -> None:
     mine = os.path.realpath(target)
     for given in inputs:
         if given is None:
             continue
-        where = _overlap(mine, os.path.realpath(given))
-        if where:
+        relation = _overlap(mine, os.path.realpath(given))
+        if relation:
             raise HdrqError(
-                f"found {flag} {target} {where} the input {os.fspath(given)}; needed a place apart "
-                f"from all inputs: choose another {flag}"
+                f"found `{label}` {target} {relation} the input {os.fspath(given)}; needed a place "
+                f"apart from all inputs: choose another `{label}`"
             )
 
 
@@ -339,41 +340,41 @@ def _overlap(a: str, b: str) -> str:
     return "around" if Path(a) in Path(b).parents else ""
 
 
-def _check_free(target: Path, kind: Kind, flag: str = "-o") -> None:
+def _check_free(target: Path, kind: Kind, label: str = "output") -> None:
     """Nothing there, or ours and of this kind, in a folder that can be written to."""
-    _check_ancestor(target.parent, flag)
+    _check_ancestor(target.parent, label)
     try:
         about = target.lstat()
     except FileNotFoundError:
         return
     folder = isinstance(kind, FolderKind)
-    found = ""
+    obstacle = ""
     if stat.S_ISLNK(about.st_mode):
-        found = "a link"
+        obstacle = "a link"
     elif folder and not stat.S_ISDIR(about.st_mode):
-        found = "a file"
+        obstacle = "a file"
     elif not folder and not stat.S_ISREG(about.st_mode):
-        found = "a folder" if stat.S_ISDIR(about.st_mode) else "a special file"
+        obstacle = "a folder" if stat.S_ISDIR(about.st_mode) else "a special file"
     elif folder and _overlap(os.path.realpath(target), str(Path.cwd())) in {"equal to", "around"}:
-        found = "the folder that this command runs in"
-    found = found or kind.stranger(target)
-    if found:
+        obstacle = "the folder that this command runs in"
+    obstacle = obstacle or kind.stranger(target)
+    if obstacle:
         what = f"an earlier {kind.name if isinstance(kind, FileKind) else kind.kind}"
         what = f"an empty folder or {what}" if folder else what
         raise HdrqError(
-            f"found {found} at {target}; needed nothing, {what} there: choose another {flag}, or "
-            "move it away"
+            f"found {obstacle} at {target}; needed nothing, {what} there: choose another "
+            f"`{label}`, or move it away"
         )
 
 
-def _check_ancestor(folder: Path, flag: str) -> None:
+def _check_ancestor(folder: Path, label: str) -> None:
     """The nearest folder that is there is one, and can be written to."""
     while not os.path.lexists(folder):
         folder = folder.parent
     if not folder.is_dir():
-        raise HdrqError(f"found no folder at {folder}; needed one: choose another {flag}")
+        raise HdrqError(f"found no folder at {folder}; needed one: choose another `{label}`")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise HdrqError(f"found no write permission in {folder}; choose another {flag}")
+        raise HdrqError(f"found no write permission in {folder}; choose another `{label}`")
 
 
 def _sync(path: Path) -> None:
@@ -441,7 +442,7 @@ def explained(path: Path) -> Iterator[None]:
             raise HdrqError(line) from error  # of another place, such as TMPDIR
         raise HdrqError(
             f"cannot write {path} ({error.strerror}); nothing was changed: free space or choose "
-            "another -o"
+            "another `output`"
         ) from error
 
 
@@ -451,10 +452,10 @@ def environment_error(error: OSError) -> str | None:
     if needed is None:
         return None
     name = error.filename
-    where = f" at {os.fsdecode(name)}" if isinstance(name, (str, bytes, os.PathLike)) else ""
-    if len(where) > 200:
-        where = f"{where[:197]}..."
-    return f"found {(error.strerror or str(error)).lower()}{where}; {needed}"
+    place = f" at {os.fsdecode(name)}" if isinstance(name, (str, bytes, os.PathLike)) else ""
+    if len(place) > 200:
+        place = f"{place[:197]}..."
+    return f"found {(error.strerror or str(error)).lower()}{place}; {needed}"
 
 
 def make_directory(path: Path) -> None:
@@ -526,9 +527,11 @@ def _swap(new: Path, path: Path, kind: FolderKind) -> None:
     ours = False
     try:
         path.replace(old)
-        found = kind.stranger(old)  # what came in the meantime is not deleted
-        if found:
-            raise HdrqError(f"found {found} at {path}; nothing was changed: choose another -o")
+        stranger = kind.stranger(old)  # what came in the meantime is not deleted
+        if stranger:
+            raise HdrqError(
+                f"found {stranger} at {path}; nothing was changed: choose another `output`"
+            )
         ours = True
         new.rename(path)
     except BaseException:
@@ -573,9 +576,11 @@ def check_parent(path: Path) -> None:
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise HdrqError(f"cannot create {parent} ({error.strerror}): choose another -o") from error
+        raise HdrqError(
+            f"cannot create {parent} ({error.strerror}): choose another `output`"
+        ) from error
     if not os.access(parent, os.W_OK):
-        raise HdrqError(f"found no write permission in {parent}: choose another -o")
+        raise HdrqError(f"found no write permission in {parent}: choose another `output`")
 
 
 def _umask() -> int:
@@ -599,9 +604,9 @@ def check_scratch() -> None:
             file.write(bytes(1 << 16))
             file.flush()
     except OSError as error:
-        where = f"TMPDIR={given}" if given else "the folder for temporary files"
+        place = f"TMPDIR={given}" if given else "the folder for temporary files"
         raise HdrqError(
-            f"found {where} that cannot be written to ({error.strerror}); free some space there, "
+            f"found {place} that cannot be written to ({error.strerror}); free some space there, "
             "or set TMPDIR to another folder"
         ) from error
 
@@ -619,7 +624,7 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def mapped_file(
-    size: int, what: str, folder: Path | None = None, remedy: str = "pass fewer --images"
+    size: int, what: str, folder: Path | None = None, remedy: str = "pass fewer `images`"
 ) -> mmap.mmap:
     """``size`` bytes of a file without a name, which vanishes with the process.
 

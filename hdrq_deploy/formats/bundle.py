@@ -72,9 +72,9 @@ class Bundle:
         folder = Path(path)
         file = folder / MANIFEST
         if not file.is_file():
-            found = "a file" if folder.is_file() else "nothing" if not folder.exists() else "no"
+            state = "a file" if folder.is_file() else "nothing" if not folder.exists() else "no"
             raise BundleError(
-                f"{folder}: found {found} {MANIFEST if found == 'no' else 'there'}; needed a "
+                f"{folder}: found {state} {MANIFEST if state == 'no' else 'there'}; needed a "
                 "bundle folder as hdrq-calibrate or hdrq-merge writes it"
             )
         try:
@@ -94,7 +94,7 @@ class Bundle:
         tensors: Mapping[str, Array],
         graph: bytes,
         golden: Mapping[str, Array] | None = None,
-        check: Callable[[Bundle], None] = lambda made: None,
+        check: Callable[[Bundle], None] = lambda bundle: None,
     ) -> Bundle:
         """Write a whole bundle or nothing.
 
@@ -122,9 +122,9 @@ class Bundle:
             for name, data in contents.items():
                 write_bytes(folder / name, data)
             write_bytes(folder / MANIFEST, manifest.to_json())
-            made = cls(folder, manifest)
-            made.validate()
-            check(made)
+            bundle = cls(folder, manifest)
+            bundle.validate()
+            check(bundle)
         return cls(target, manifest)
 
     @classmethod
@@ -134,7 +134,7 @@ class Bundle:
         like: Bundle,
         fill: Callable[[Callable[[str, Array], None]], Manifest],
         golden: Mapping[str, Array] | None = None,
-        check: Callable[[Bundle], None] = lambda made: None,
+        check: Callable[[Bundle], None] = lambda bundle: None,
     ) -> Bundle:
         """Write a bundle with the layout and graph of another, tensor by tensor.
 
@@ -174,10 +174,10 @@ class Bundle:
             }
             manifest = manifest.model_copy(update={"files": files})
             write_bytes(folder / MANIFEST, manifest.to_json())
-            made = cls(folder, manifest)
-            made._check_graph(spans)
-            made._check_scales()
-            check(made)
+            bundle = cls(folder, manifest)
+            bundle._check_graph(spans)
+            bundle._check_scales()
+            check(bundle)
         return cls(target, manifest)
 
     @property
@@ -269,10 +269,10 @@ class Bundle:
         self._check_same(set(spans), set(self.manifest.tensors), WEIGHTS)
         for name, entry in self.manifest.tensors.items():
             shape = ((int(np.prod(entry.shape)) + 1) // 2,) if entry.packed else entry.shape
-            found = (spans[name].dtype, spans[name].shape)
-            if found != (_STORED.get(entry.dtype), shape):
+            given = (spans[name].dtype, spans[name].shape)
+            if given != (_STORED.get(entry.dtype), shape):
                 raise self._error(
-                    WEIGHTS, f"{name} is {found[0]} {found[1]}, manifest {entry.dtype} {shape}"
+                    WEIGHTS, f"{name} is {given[0]} {given[1]}, manifest {entry.dtype} {shape}"
                 )
         self._check_graph(spans)
         self._check_scales()
@@ -286,9 +286,9 @@ class Bundle:
             f"{self.path / file}: {problem}; the bundle is damaged, copy or make it again"
         )
 
-    def _check_same(self, found: set[str], needed: set[str], file: str) -> None:
-        if found != needed:
-            missing, extra = sorted(needed - found)[:1], sorted(found - needed)[:1]
+    def _check_same(self, given: set[str], needed: set[str], file: str) -> None:
+        if given != needed:
+            missing, extra = sorted(needed - given)[:1], sorted(given - needed)[:1]
             raise self._error(file, f"tensors missing {missing or 'none'}, extra {extra or 'none'}")
 
     def _check_file(self, name: str) -> None:
@@ -302,10 +302,10 @@ class Bundle:
             raise self._error(
                 name, f"found {file.stat().st_size} bytes, manifest says {record.bytes}"
             )
-        found = sha256_file(file)
-        if found != record.sha256:
+        digest = sha256_file(file)
+        if digest != record.sha256:
             raise self._error(
-                name, f"found sha256 {found[:12]}, manifest says {record.sha256[:12]}"
+                name, f"found sha256 {digest[:12]}, manifest says {record.sha256[:12]}"
             )
 
     def _check_graph(self, spans: Mapping[str, Span]) -> None:
@@ -325,7 +325,7 @@ class Bundle:
 
     def _check_pointer(self, name: str, initializer: onnx.TensorProto, span: Span) -> None:
         entry, place = self.manifest.tensors[name], onnx_file.pointer(initializer)
-        found = (
+        target = (
             place.get("location"),
             onnx_file.number(place.get("offset", ""), 0),
             onnx_file.number(place.get("length", ""), -1),
@@ -333,21 +333,21 @@ class Bundle:
             tuple(initializer.dims),
         )
         needed = (WEIGHTS, span.offset, span.length, _ONNX[entry.dtype], entry.shape)
-        if found != needed:
-            raise ValueError(f"{name} points to {found}, weights have {needed}")
+        if target != needed:
+            raise ValueError(f"{name} points to {target}, weights have {needed}")
 
     def _check_scales(self) -> None:
         for name, entry in self.manifest.tensors.items():
             if "scale" in entry.role:
                 scale = self.tensor(name)
                 if not (np.isfinite(scale).all() and (scale > 0).all()):
-                    raise self._error(WEIGHTS, f"{name} holds a step that is not > 0")
+                    raise self._error(WEIGHTS, f"{name} holds a scale that is not > 0")
             elif entry.role == "codes" and entry.scale not in self.manifest.tensors:
                 raise self._error(MANIFEST, f"{name} names no scale tensor")
 
 
 def _check_quantizers(model: onnx.ModelProto) -> None:
-    """Activations are quantized as a calibration writes it: step and zero point, then perhaps Clip.
+    """Activations are quantized as a calibration writes it: with scale and zero point, then Clip.
 
     Raises:
         ValueError: Names the first node that is not.
@@ -359,7 +359,7 @@ def _check_quantizers(model: onnx.ModelProto) -> None:
         reads_codes = node.op_type == "DequantizeLinear" and node.input[0] not in weights
         narrows = node.op_type == "Clip" and node.input[0] in quantized
         if (quantizes or reads_codes or narrows) and not (len(node.input) == 3 and all(node.input)):
-            what = "bounds" if narrows else "step and zero point"
+            what = "bounds" if narrows else "scale and zero point"
             raise ValueError(f"{node.name} has no {what}")
         if quantizes:
             quantized.add(node.output[0])

@@ -32,7 +32,7 @@ class Tensor(Frozen):
     """One tensor of ``weights.safetensors``.
 
     ``shape`` is that of the codes; 4-bit codes are stored packed, as uint8 of half the
-    length. ``scale`` names the tensor with the steps of these codes.
+    length. ``scale`` names the tensor with the scales of these codes.
     """
 
     role: Role
@@ -45,7 +45,7 @@ class Tensor(Frozen):
     scale: str | None = None
 
     @model_validator(mode="after")
-    def _whole(self) -> Tensor:
+    def _check(self) -> Tensor:
         if any(side < 0 for side in self.shape) or math.prod(self.shape) > MOST_ELEMENTS:
             raise ValueError(f"found a tensor of shape {self.shape}")
         if self.axis is not None and not 0 <= self.axis < len(self.shape):
@@ -87,7 +87,7 @@ def weight_name(codes: str) -> str:
 
 
 class FoldRecord(Frozen):
-    """A BatchNorm carried by the steps of one weight (``hdrq_deploy.numerics.batchnorm_fold``).
+    """A BatchNorm carried by the scales of one weight (``hdrq_deploy.numerics.batchnorm_fold``).
 
     All fields but ``eps`` name tensors. ``scale`` and ``bias`` are what the graph reads; they
     follow from the others, which a merge averages.
@@ -111,7 +111,7 @@ class FoldRecord(Frozen):
 
 
 class Activation(Frozen):
-    """One quantized activation: where it is, its codes, the tensor with its step."""
+    """One quantized activation: where it is, its codes, the tensor with its scale."""
 
     scale: str
     module: str
@@ -174,16 +174,16 @@ class Manifest(Frozen):
     files: Files = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _whole(self) -> Manifest:
+    def _check(self) -> Manifest:
         if math.prod(self.input_shape) > MOST_ELEMENTS:
             raise ValueError(f"found inputs of shape {self.input_shape}")
         for name, entry in self.tensors.items():
             if entry.role == "codes":
-                self._check_step(name, entry)
+                self._check_scale(name, entry)
         for name, fold in self.folds.items():
             self._check_fold(name, fold)
         for activation in self.activations:
-            self._need(activation.scale, (), f"the step of {activation.module}")
+            self._need(activation.scale, (), f"the scale of {activation.module}")
         for layer in self.layers:
             if layer.weight is not None:
                 self._need(layer.weight, None, f"the weight of {layer.module}")
@@ -192,13 +192,13 @@ class Manifest(Frozen):
     def _need(self, name: str, shape: tuple[int, ...] | None, what: str) -> Tensor:
         entry = self.tensors.get(name)
         if entry is None or (shape is not None and entry.shape != shape):
-            found = "no tensor" if entry is None else f"a tensor of shape {entry.shape}"
-            raise ValueError(f"found {found} {name!r} for {what}")
+            state = "no tensor" if entry is None else f"a tensor of shape {entry.shape}"
+            raise ValueError(f"found {state} {name!r} for {what}")
         return entry
 
-    def _check_step(self, name: str, entry: Tensor) -> None:
+    def _check_scale(self, name: str, entry: Tensor) -> None:
         shape = () if entry.axis is None else (entry.shape[entry.axis],)
-        self._need(str(entry.scale), shape, f"the steps of {name}")
+        self._need(str(entry.scale), shape, f"the scales of {name}")
 
     def _check_fold(self, name: str, fold: FoldRecord) -> None:
         codes = self._need(name, None, "a fold")
@@ -228,8 +228,8 @@ class Manifest(Frozen):
             return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the whole file"
+            field = ".".join(str(part) for part in first["loc"]) or "the whole file"
             raise BundleError(
-                f"{origin}: found a manifest that does not fit schema {SCHEMA} at {where} "
+                f"{origin}: found a manifest that does not fit schema {SCHEMA} at {field} "
                 f"({first['msg'].lower()}); make the bundle again with this version"
             ) from error

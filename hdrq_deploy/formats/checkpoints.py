@@ -248,10 +248,10 @@ def _loaded(path: Path) -> Any:
 
 def _refusal(path: Path, text: str, kind: str) -> str:
     """Why a torch file is not read; never torch's own advice to run the code in it."""
-    found = re.search(r"(?:GLOBAL|class) ([\w.]+)", text)
-    if found and "llowed" in text:
+    match = re.search(r"(?:GLOBAL|class) ([\w.]+)", text)
+    if match and "llowed" in text:
         return (
-            f"{path}: found a {found[1]} beside the tensors, and restoring it can run code; needed "
+            f"{path}: found a {match[1]} beside the tensors, and restoring it can run code; needed "
             "tensors alone: where you trust the file, load it and save its state_dict again, "
             "torch.save(model.state_dict(), PATH)"
         )
@@ -316,12 +316,12 @@ def _leaves(
 
 def _only_child(loaded: Mapping[Any, Any]) -> dict[tuple[str, ...], Mapping[Any, Any]]:
     """The one entry that holds tensors by name, whatever it is called."""
-    found: dict[tuple[str, ...], Mapping[Any, Any]] = {
+    children: dict[tuple[str, ...], Mapping[Any, Any]] = {
         (str(key),): value
         for key, value in loaded.items()
         if isinstance(value, Mapping) and _tensors(value)
     }
-    return found if len(found) == 1 else {}
+    return children if len(children) == 1 else {}
 
 
 def _tensors(loaded: Mapping[Any, Any]) -> dict[str, Any]:
@@ -336,15 +336,15 @@ def bare_names(names: Iterable[str]) -> dict[str, str]:
     ``_orig_mod.`` of ``torch.compile`` wherever it stands.
     """
     given = list(names)
-    found = {name.replace("_orig_mod.", ""): name for name in given}
-    if len(found) < len(given):  # two would be called the same
-        found = {name: name for name in given}
-    while found:
-        wrapped = [name for name in found if name.startswith("module.")]
-        if not wrapped or set(found) - set(wrapped) - {"n_averaged"}:
+    bare = {name.replace("_orig_mod.", ""): name for name in given}
+    if len(bare) < len(given):  # two would be called the same
+        bare = {name: name for name in given}
+    while bare:
+        wrapped = [name for name in bare if name.startswith("module.")]
+        if not wrapped or set(bare) - set(wrapped) - {"n_averaged"}:
             break
-        found = {name.removeprefix("module."): found[name] for name in wrapped}
-    return found
+        bare = {name.removeprefix("module."): bare[name] for name in wrapped}
+    return bare
 
 
 def _check_values(name: str, value: Any, path: Path) -> None:

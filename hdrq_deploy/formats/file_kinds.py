@@ -1,4 +1,4 @@
-"""Every folder and file that a command writes, and how it is told from the user's own.
+"""Every folder and file that a command writes, and the mark that tells it from the user's own.
 
 A folder holds a JSON record that names its kind and its files. A JSON file has a ``kind``; other
 files bear a mark where their format has room for one: a safetensors file in its metadata, a page
@@ -59,7 +59,7 @@ EMITTED = {
     target: FolderKind(f"hdrq-emit-{target}", "hdrq-emit.json")
     for target in ("triton", "deepstream", "ros2")
 }
-# Its blocks come one by one; what a killed process left of one lies beside it.
+# Blocks are written one by one; a killed process leaves a temporary file beside them.
 PARTIAL = FolderKind(
     "hdrq-partial",
     "run.json",
@@ -71,11 +71,14 @@ STREETS = FolderKind("hdrq-streets", "hdrq-data.json")
 
 
 def _json_kind(kind: str, name: str, keys: set[str] | None = None) -> FileKind:
-    """A JSON object of this kind, or several in a list; ``keys`` tell one without a kind."""
+    """A JSON object of this kind, or a list of them.
+
+    ``keys`` identify a record of an earlier version, which had no ``kind``.
+    """
 
     def is_ours(path: Path) -> bool:
-        found = read_json(path)
-        parts = found if isinstance(found, list) else [found]
+        record = read_json(path)
+        parts = record if isinstance(record, list) else [record]
         return bool(parts) and all(is_part(part) for part in parts)
 
     def is_part(part: Any) -> bool:
@@ -99,7 +102,7 @@ def _html_kind(command: str) -> FileKind:
 
 
 def _text_kind(pattern: str, name: str) -> FileKind:
-    """A text that begins with a line, or lines, of ours."""
+    """A text file whose first line, or lines, are ours."""
     begins = re.compile(pattern.encode(), re.DOTALL)
     return FileKind(name, lambda path: begins.match(_head(path)) is not None)
 
@@ -123,7 +126,10 @@ def _checkpoint_kind(key: str, name: str) -> FileKind:
 
 
 def _is_adapting(path: Path) -> bool:
-    """An adaptation that has not ended: torch's archive of our four entries; never unpickled."""
+    """Whether a file is an unfinished adaptation: a torch archive with our four entries.
+
+    The archive is never unpickled.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             (name,) = (n for n in archive.namelist() if n.endswith("data.pkl"))

@@ -80,7 +80,7 @@ class Preprocessing(Frozen):
     resize: tuple[Side, Side] | None = None
 
     @model_validator(mode="after")
-    def _whole(self) -> Preprocessing:
+    def _check(self) -> Preprocessing:
         if not len(self.mean) == len(self.std) == self.channels or min(self.std) <= 0:
             raise ValueError(
                 f"found mean {self.mean[:4]} and std {self.std[:4]} for {self.channels} channels"

@@ -155,7 +155,7 @@ def test_finished_blocks_are_not_learned_again(
 
 def test_other_options_do_not_go_on_with_these_blocks(work: Path, tmp_path: Path) -> None:
     stop_after(work, tmp_path / "a.hdrq", 1)
-    with pytest.raises(HdrqError, match="a run with seed 0, asked 1; resume needs the same"):
+    with pytest.raises(HdrqError, match="option seed: 0, now 1.; resume needs the same"):
         tiny(work, tmp_path / "a.hdrq", seed=1)
     (block,) = (tmp_path / "a.hdrq.partial").glob("block-*")
     block.write_bytes(block.read_bytes()[:-4])

@@ -216,7 +216,7 @@ def test_a_second_export_is_left_alone_and_a_stale_one_says_why(make: Any, tmp_p
     assert said == []
     assert again(make()) == first and "up to date" in said[0]
     second = again(make(), options=GraphOptions(exact=False))
-    assert second != first and "graph exact changed from true to false" in said[0]
+    assert second != first and "option graph exact: true, now false" in said[0]
     assert again(make(domain="day"), options=GraphOptions(exact=False)) != second
     assert "the bundle changed" in said[0]
     (folder / "precision.json").write_text("{}")

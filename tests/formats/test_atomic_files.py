@@ -250,8 +250,8 @@ def test_outputs_lie_apart_from_inputs(tmp_path: Path) -> None:
     with pytest.raises(HdrqError, match="equal to"):
         check_output(tmp_path / "b.json", kinds.VERIFY_JSON, [tmp_path / "a.json"])
     assert check_output(tmp_path / "data2", KIND, [data]) == tmp_path / "data2"
-    with pytest.raises(HdrqError, match="--csv .* and --json .* in one place"):
-        same = [(tmp_path / "o", kinds.BENCH_JSON, "--json"), (tmp_path / "o", KIND, "--csv")]
+    with pytest.raises(HdrqError, match="`csv` .* and `json` .* in one place"):
+        same = [(tmp_path / "o", kinds.BENCH_JSON, "json"), (tmp_path / "o", KIND, "csv")]
         check_outputs(same)
 
 

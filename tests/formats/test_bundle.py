@@ -58,7 +58,7 @@ def test_manifests_of_another_schema_and_wrong_steps_are_refused(make: Any, tmp_
     bundle = make()
     tensors = {**bundle.tensors(), "input.act_scale": bundle.tensor("input.act_scale") * 0}
     graph = (bundle.path / "model.onnx").read_bytes()
-    with pytest.raises(BundleError, match="input.act_scale holds a step that is not > 0"):
+    with pytest.raises(BundleError, match="input.act_scale holds a scale that is not > 0"):
         Bundle.write(tmp_path / "zero.hdrq", bundle.manifest, tensors, graph)
     assert not (tmp_path / "zero.hdrq").exists()
     with pytest.raises(BundleError, match="nothing there"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import shutil
 from pathlib import Path
@@ -27,44 +26,6 @@ from hdrq_deploy.runtime.engine import LIBRARIES
 
 ROOT = Path(__file__).resolve().parents[2]
 CORPUS = ROOT / "tests" / "corpus" / "schema-1"
-# Who may write the name of a file of a bundle or an engine folder.
-OWNERS = {
-    "manifest.json": {"records.py"},
-    "precision.json": {"engine_folder.py"},
-    "model.plan": {"engine_folder.py"},
-    "model.onnx.data": {"engine_folder.py"},
-    "golden.safetensors": {"golden_inputs.py"},
-    "weights.safetensors": {"bundle.py"},
-}
-
-
-def constants(path: Path) -> list[str]:
-    """Texts in a module, docstrings left out."""
-    tree = ast.parse(path.read_text())
-    docs = {
-        id(node.body[0].value)
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        and node.body
-        and isinstance(node.body[0], ast.Expr)
-    }
-    return [
-        node.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs
-    ]
-
-
-@pytest.mark.parametrize("room", ["hdrq_deploy", "exporters", "runtime", "calibration_data"])
-def test_every_name_of_a_file_has_one_owner(room: str) -> None:
-    strangers = [
-        f"{path.relative_to(ROOT)}: {name}"
-        for path in sorted((ROOT / room).rglob("*.py"))
-        for text in constants(path)
-        for name, owners in OWNERS.items()
-        if name in text and not (path.parent.name == "formats" and path.name in owners)
-    ]
-    assert not strangers
 
 
 def test_the_kinds_are_those_that_can_be_exported_and_run() -> None:

@@ -433,7 +433,7 @@ def test_quantizers_without_a_zero_point(
     del node.input[2:]
     node.input.extend([] if last is None else [last])
     rehash(copy, "model.onnx", model.SerializeToString())
-    with pytest.raises(BundleError, match="has no step and zero point"):
+    with pytest.raises(BundleError, match="has no scale and zero point"):
         Bundle.open(copy)
 
 

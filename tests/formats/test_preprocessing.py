@@ -11,8 +11,8 @@ import onnx_ir as ir
 import pytest
 from PIL import Image
 
+from hdrq_deploy.calibration_data.readers import Wanted, read
 from hdrq_deploy.calibration_data.readers.decoding import decode
-from hdrq_deploy.calibration_data.readers.folder import Wanted, read
 from hdrq_deploy.calibration_data.readers.street_scenes import Scenes, find_scenes
 from hdrq_deploy.comparison import golden
 from hdrq_deploy.exporters import GraphOptions
@@ -24,7 +24,7 @@ from hdrq_deploy.formats.preprocessing import (
     to_input,
 )
 from hdrq_deploy.formats.records import Preprocessing
-from hdrq_deploy.graph.qdq import serialized
+from hdrq_deploy.graph.model_files import serialized
 from hdrq_deploy.graph.reference_session import unfused_session
 from hdrq_deploy.runtime.predictions import network_input
 

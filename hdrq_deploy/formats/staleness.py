@@ -1,0 +1,208 @@
+"""Whether an artefact is up to date: one rule for all that is made once and kept.
+
+An artefact keeps a record of what it was made from: its inputs, its options, the versions of the
+libraries, and a hash of the code of this package that makes it. It is stale where the record of
+today differs, and :func:`first_change` says in words where. A record that is missing, or of an
+older form that lacks an entry, makes the artefact stale too.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, is_dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .atomic_files import read_json
+
+__all__ = [
+    "CALIBRATION",
+    "change_since",
+    "code_of",
+    "first_change",
+    "plain",
+    "stamp",
+    "versions_of",
+]
+
+_PACKAGE = "hdrq_deploy"
+# Rooms whose code makes bundles, the models of this package included.
+CALIBRATION = ("calibration", "models", "calibration_data.models")
+# Entries whose values are hashes or stamps, which are not for reading.
+_CONTENTS = {
+    "adapted_sha256": "the adapted checkpoint",
+    "base": "the source checkpoint",
+    "bundle": "the bundle",
+    "code": "the code of hdrq-deploy",
+    "data": "the images",
+    "data_sha256": "the images",
+    "exporter": "the code of hdrq-deploy",
+    "parents": "the parents",
+    "source_sha256": "the source checkpoint",
+    "tests": "the test images",
+    "weights": "the adapted checkpoint",
+}
+# Entries that are said by their bare name; any other one is an option.
+_BARE = {"device", "hdrq-deploy", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "versions"}
+
+
+def first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first difference of two records in words, or "" where they are equal.
+
+    >>> first_change({"data": [1, 2], "seed": 0}, {"data": [1, 3], "seed": 1})
+    'the images changed'
+    >>> first_change({"seed": 0}, {"seed": 1})
+    'option seed: 0, now 1'
+    """
+    return _difference(json.loads(json.dumps(before)), json.loads(json.dumps(now)), ())
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any], path: tuple[str, ...]) -> str:
+    for name in {**now, **before}:
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if name == "versions" and name not in before:
+            return "versions were not recorded"
+        if name in _CONTENTS and not path:
+            return f"{_CONTENTS[name]} changed"
+        if isinstance(old, dict) and isinstance(new, dict):
+            return _difference(old, new, (*path, name))
+        words = " ".join((*path, name)).removeprefix("versions ")
+        kind = "" if (*path, name)[0] in _BARE else "option "
+        return f"{kind}{words}: {_shown(old)}, now {_shown(new)}"
+    return ""
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else "none" if value is None else json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def change_since(record: Path, now: Mapping[str, Any]) -> str:
+    """The first difference between a record on disk and today's; "" for an artefact up to date."""
+    before = read_json(record)
+    if not isinstance(before, dict):
+        return "no record says what it was made from"
+    return first_change({k: v for k, v in before.items() if k not in {"kind", "files"}}, now)
+
+
+def plain(value: Any) -> Any:
+    """Options as JSON holds them: records become mappings, paths texts."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(name): plain(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def stamp(path: str | Path | None) -> list[Any] | None:
+    """Path, files, bytes and time of the last change of a file or of all files of a folder."""
+    if path is None:
+        return None
+    path = Path(path)
+    files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
+    stats = [f.stat() for f in files if f.exists()]
+    newest = max((s.st_mtime_ns for s in stats), default=0)
+    return [str(path.absolute()), len(stats), sum(s.st_size for s in stats), newest]
+
+
+def versions_of(*packages: str) -> dict[str, str | None]:
+    """Versions of this package and of others, by name; None for what is not installed."""
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    return {name: installed(name) for name in ("hdrq-deploy", *packages)}
+
+
+@cache
+def code_of(*rooms: str) -> str:
+    """Hash of all modules in rooms of this package, and of all that those import from it.
+
+    Args:
+        rooms: Names below ``hdrq_deploy``, such as ``exporters`` or ``calibration_data.digits``.
+    """
+    digest = hashlib.sha256()
+    for module, path in sorted(_closure(rooms).items()):
+        digest.update(f"{module}\0{_source_sha256(path)}\0".encode())
+    return digest.hexdigest()[:12]
+
+
+def _closure(rooms: tuple[str, ...]) -> dict[str, Path]:
+    """Modules and their files: those inside the rooms, and what they import at any depth.
+
+    Imports inside functions count; what is imported by a computed name does not, unless it lies
+    in the same room.
+    """
+    modules: dict[str, Path] = {}
+    waiting = [f"{_PACKAGE}.{name}" for room in rooms for name in _inside(room)]
+    while waiting:
+        name = waiting.pop()
+        path = _file(name)
+        if path is None or name in modules:
+            continue
+        modules[name] = path
+        waiting += _imported(path, name)
+        # A package runs its __init__ before its modules; the outermost one only names doors.
+        parent = name.rpartition(".")[0]
+        if parent != _PACKAGE:
+            waiting.append(parent)
+    return modules
+
+
+def _inside(room: str) -> Iterator[str]:
+    """The room and all modules below it."""
+    yield room
+    path = _file(f"{_PACKAGE}.{room}")
+    if path is not None and path.name == "__init__.py":
+        for file in path.parent.rglob("*.py"):
+            parts = file.relative_to(path.parent).with_suffix("").parts
+            yield ".".join((room, *(part for part in parts if part != "__init__")))
+
+
+@cache
+def _file(module: str) -> Path | None:
+    """The file of a module of this package; nothing of it is run."""
+    package, *parts = module.split(".")
+    if package != _PACKAGE or not parts:
+        return None
+    spec = importlib.util.find_spec(f"{package}.{parts[0]}")
+    if spec is None or spec.origin is None:
+        return None
+    origin = Path(spec.origin)
+    place = origin.parent.joinpath(*parts[1:])
+    if len(parts) == 1:
+        return origin
+    files = (place / "__init__.py", place.with_name(f"{place.name}.py"))
+    return next((file for file in files if file.is_file()), None)
+
+
+@cache
+def _imported(path: Path, name: str) -> list[str]:
+    """What a module may import from this package; names of attributes are among them."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    names = []
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            origin = ".".join(part for part in (base, node.module) if part)
+            names += [origin, *(f"{origin}.{alias.name}" for alias in node.names)]
+    return [name for name in names if name.startswith(f"{_PACKAGE}.")]
+
+
+def _source_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
