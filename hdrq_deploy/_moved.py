@@ -83,7 +83,7 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "protocol.cells": "experiments.cells",
     "protocol.fresh": "experiments.bundles",
     "protocol.grid": "experiments.grid",
-    "protocol.jobs": "jobs.pool",
+    "protocol.jobs": ("jobs.pool", "jobs.job", "jobs.ray_cluster"),
     "protocol.pictures": "experiments.comparison_sheets",
     "protocol.table": "experiments.table",
     "protocol.tasks": "experiments.tasks",

@@ -13,6 +13,7 @@ with importing("hdrq-calibrate"):
     from ..calibration.recipe import FOLDS, GRANULARITIES, LEARNERS, METHODS, NOISES, Recipe
     from ..errors import ModelError, SpecError
     from ..experiments.bundles import forget, inputs_of, make_bundle
+    from ..experiments.threads import calibration_threads
     from ..formats.atomic_files import (
         Kind,
         check_container,
@@ -22,7 +23,8 @@ with importing("hdrq-calibrate"):
         make_directory,
     )
     from ..formats.file_kinds import BUNDLE, CELL_INPUTS, PARTIAL
-    from ..jobs.pool import Job, open_pool, run_jobs
+    from ..jobs.job import Job, run_jobs
+    from ..jobs.pool import open_pool
     from ..numerics.spec import GRIDS
     from .common import (
         image_flags,
@@ -166,6 +168,7 @@ def _calibrate(args: argparse.Namespace) -> int:
                 own["domain"],
                 make_bundle,
                 _absolute({**common, **own, "output": target}),
+                limit_threads=calibration_threads,
             )
         )
     threads = threads_of(args.threads, args.workers, args.ray, args.gpus)

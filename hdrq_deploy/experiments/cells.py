@@ -15,7 +15,7 @@ from ..exporters import export
 from ..formats.atomic_files import scratch_folder, write_bytes
 from ..formats.bundle import Bundle
 from ..formats.file_kinds import CELL_ROW
-from ..jobs.pool import Job
+from ..jobs.job import Job
 from ..merging import Merger, choose_weights, re_estimate
 from ..runtime.bench.accuracy import Labelled, accuracy, classes_of
 from ..runtime.bench.measurement import labelled
@@ -23,6 +23,7 @@ from ..runtime.engine import Engine, open_engine, read_manifest
 from .bundles import is_merged, make_bundle, stamp
 from .grid import Grid, Merge, Run, bundle_path, read_row, row_path
 from .tasks import Domain, Task
+from .threads import calibration_threads
 
 __all__ = ["engine_of", "jobs", "labelled_set"]
 
@@ -35,7 +36,8 @@ def jobs(grid: Grid, out: Path, device: str, threads: int) -> Iterator[Job]:
     for run in grid.runs():
         names = {domain: run.single(domain) for domain in grid.domains}
         for domain, name in names.items():
-            yield Job(name, calibrate_cell, {**common, "run": run, "domain": domain})
+            arguments = {**common, "run": run, "domain": domain}
+            yield Job(name, calibrate_cell, arguments, limit_threads=calibration_threads)
         for merge in grid.merges(run):
             after = tuple(names[member] for member in merge.members)
             yield Job(merge.name, merge_cells, {**common, "merge": merge}, after)
