@@ -30,7 +30,7 @@ from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.merging import Merger
 from hdrq_deploy.merging.weight_search import Network, simplex
-from hdrq_deploy.mixing.domain_mixer import DomainMixer
+from hdrq_deploy.mixing import DomainMixer
 from hdrq_deploy.runtime.bench.environment import environment
 
 MODEL = "timm:resnet50"

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hdrq_deploy.errors import DataError, HdrqError
-from hdrq_deploy.mixing.domain_mixer import DomainMixer
+from hdrq_deploy.mixing import DomainMixer
 from hdrq_deploy.runtime import Prediction, load_engine
 
 Array = npt.NDArray[Any]

@@ -50,7 +50,10 @@ MOVED: dict[str, str | tuple[str, ...]] = {
         "calibration_data.training",
     ),
     "calibration_data.make_street_checkpoints": "calibration_data.streets.make_checkpoints",
-    "calibration_data.street": "calibration_data.readers.street_scenes",
+    "calibration_data.street": (
+        "calibration_data.readers.street_scenes",
+        "calibration_data.readers.run_ahead",
+    ),
     "calibration_data.streetscape": "calibration_data.streets.drawing",
     "checkpoints": "formats.checkpoints",
     "exporters.apart": "exporters.first_run",
@@ -68,7 +71,7 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "kinds": ("formats.file_kinds", "formats.safetensors_layout"),
     "manifest": ("formats.bundle_manifest", "formats.engine_folder", "formats.records"),
     "merge": "merging",
-    "merge.bundles": "merging.bundles",
+    "merge.bundles": ("merging.bundles", "merging.merge_weights", "merging.methods.mean"),
     "merge.checkpoints": "merging.float_checkpoints",
     "merge.mixing": "merging.weight_search",
     "merge.reestimate": "merging.re_estimate",
@@ -80,7 +83,7 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "protocol.cells": "experiments.cells",
     "protocol.fresh": "experiments.bundles",
     "protocol.grid": "experiments.grid",
-    "protocol.jobs": "jobs.pool",
+    "protocol.jobs": ("jobs.pool", "jobs.job", "jobs.ray_cluster"),
     "protocol.pictures": "experiments.comparison_sheets",
     "protocol.table": "experiments.table",
     "protocol.tasks": "experiments.tasks",
@@ -110,6 +113,9 @@ RENAMED: dict[str, str] = {
     "calibrate.emit.Emitted": "BundleModel",
     "calibrate.reconstruct.Quantized": "Quantizers",
     "frames.pixels": "to_frames",
+    "merge.bundles.check_mix": "check_merge_weights",
+    "merge.mixing.Mix": "ChosenWeights",
+    "merge.rounding.Merged": "MergedCodes",
 }
 
 

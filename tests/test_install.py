@@ -38,7 +38,7 @@ def seconds():
 import_s = seconds()
 from hdrq_deploy import merge
 from hdrq_deploy.exporters import export
-from hdrq_deploy.mixing.domain_mixer import DomainMixer
+from hdrq_deploy.mixing import DomainMixer
 from hdrq_deploy.runtime import benchmark, load_engine
 
 night, day, data, out = map(pathlib.Path, sys.argv[1:])

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ...errors import DataError
 from .base import ImageSet, Reader, Selection, Wanted
 
-__all__ = ["ARRAYS"]
+__all__ = ["ARRAYS", "labels_of", "read_arrays"]
 
 Array = npt.NDArray[Any]
 _SAVE = "write it with numpy.savez(FILE, x=x, y=y)"
@@ -27,7 +27,7 @@ def _reads(path: Path) -> bool:
 
 
 def _read(path: Path, wanted: Wanted, selection: Selection) -> ImageSet:
-    x, y = _arrays_of(path, wanted.channels)
+    x, y = read_arrays(path, wanted.channels)
     rows = selection.rows(len(x))
     return ImageSet(np.ascontiguousarray(x[rows]), None if y is None else y[rows], None, None)
 
@@ -35,7 +35,7 @@ def _read(path: Path, wanted: Wanted, selection: Selection) -> ImageSet:
 ARRAYS = Reader("an .npz with x (N,C,H,W float32) and y (N,)", _reads, _read)
 
 
-def _arrays_of(path: Path, channels: int | None = None) -> tuple[Array, Array | None]:
+def read_arrays(path: Path, channels: int | None = None) -> tuple[Array, Array | None]:
     """``x`` (N, ...) as float32 and ``y``, or None where there is none; other arrays stay unread.
 
     Args:
@@ -52,7 +52,7 @@ def _arrays_of(path: Path, channels: int | None = None) -> tuple[Array, Array | 
                 f"{path}: found arrays {sorted(file.files)[:12]}; needed x and, for labels, y"
             )
         x = _inputs(file["x"], path, channels)
-        y = _labels_of(file["y"], len(x), path) if "y" in file.files else None
+        y = labels_of(file["y"], len(x), path) if "y" in file.files else None
     return x, y
 
 
@@ -101,7 +101,7 @@ def _inputs(x: Array, path: Path, channels: int | None) -> Array:
     return real
 
 
-def _labels_of(y: Array, count: int, where: object) -> Array:
+def labels_of(y: Array, count: int, where: object) -> Array:
     """Labels (N,), or (N, H, W) of every pixel, as int64.
 
     A second axis of one entry is dropped. Rows (N, C) with a single 1 among zeros are the place

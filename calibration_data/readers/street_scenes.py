@@ -43,6 +43,7 @@ __all__ = [
     "Scenes",
     "find_scenes",
     "is_scenes",
+    "scene_images",
 ]
 
 Array = npt.NDArray[Any]
@@ -281,14 +282,14 @@ def find_scenes(root: str | Path, split: str = "val") -> Scenes:
 
 def _read(folder: Path, wanted: Wanted, selection: Selection) -> ImageSet:
     """Images alone; whoever measures reads the labels with :func:`find_scenes`."""
-    images = read_files(folder, [(file, -1) for file in _unlabelled(folder)], wanted, selection)
+    images = read_files(folder, [(file, -1) for file in scene_images(folder)], wanted, selection)
     return replace(images, y=None)
 
 
 STREET_SCENES = Reader("street scenes (a folder with images and labels)", is_scenes, _read)
 
 
-def _unlabelled(root: Path) -> list[Path]:
+def scene_images(root: Path) -> list[Path]:
     """Images for calibration: those of the split ``train`` where there is one.
 
     Raises:

@@ -16,6 +16,7 @@ with importing("hdrq-calibrate"):
     from ..calibration.request import CalibrationRequest
     from ..errors import ModelError, SpecError
     from ..experiments.bundles import forget, inputs_of, make_bundle
+    from ..experiments.threads import calibration_threads
     from ..formats.atomic_files import (
         Kind,
         check_container,
@@ -25,7 +26,8 @@ with importing("hdrq-calibrate"):
         make_directory,
     )
     from ..formats.file_kinds import BUNDLE, CELL_INPUTS, PARTIAL
-    from ..jobs.pool import Job, open_pool, run_jobs
+    from ..jobs.job import Job, run_jobs
+    from ..jobs.pool import open_pool
     from ..numerics.spec import GRIDS
     from .common import (
         image_flags,
@@ -171,7 +173,10 @@ def _calibrate(args: argparse.Namespace) -> int:
         request = CalibrationRequest(**_absolute({**common, **own, "output": target}))
         if not args.resume:
             forget(target)
-        work.append(Job(own["domain"], make_bundle, {"request": request, "graphs": graphs}))
+        arguments = {"request": request, "graphs": graphs}
+        work.append(
+            Job(own["domain"], make_bundle, arguments, limit_threads=calibration_threads)
+        )
         targets.append(target)
     threads = threads_of(args.threads, args.workers, args.ray, args.gpus)
     with (

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..calibration_data.readers import Wanted
 from ..errors import HdrqError
 from ..formats.atomic_files import check_name
-from ..jobs.pool import reach
+from ..jobs.ray_cluster import reach
 from ..numerics.spec import check_seed
 from .start import Parser, run, shortened
 

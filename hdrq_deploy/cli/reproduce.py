@@ -45,7 +45,8 @@ with importing("hdrq reproduce"):
         REPRODUCE_JSON,
         REPRODUCE_TABLE,
     )
-    from ..jobs.pool import open_pool, run_jobs
+    from ..jobs.job import run_jobs
+    from ..jobs.pool import open_pool
     from ..runtime.bench.environment import environment
     from .bench import print_table
     from .common import parser, progress_lines, seed_number, threads_of, where_flags

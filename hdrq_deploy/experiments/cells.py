@@ -19,7 +19,7 @@ from ..formats.atomic_files import scratch_folder, write_bytes
 from ..formats.bundle import Bundle
 from ..formats.file_kinds import CELL_ROW
 from ..formats.staleness import change_since, code_of, first_change, stamp, versions_of
-from ..jobs.pool import Job
+from ..jobs.job import Job
 from ..merging import Merger, choose_weights, re_estimate
 from ..runtime.bench.accuracy import Labelled, accuracy, classes_of
 from ..runtime.bench.measurement import labelled
@@ -27,6 +27,7 @@ from ..runtime.engine import Engine, open_engine, read_manifest
 from .bundles import inputs_of, is_merged, make_bundle, record_ingredients
 from .grid import Grid, Merge, Run, bundle_path, read_row, row_path
 from .tasks import Domain, Task
+from .threads import calibration_threads
 
 __all__ = ["engine_of", "jobs", "labelled_set"]
 
@@ -41,8 +42,8 @@ def jobs(grid: Grid, out: Path, device: str, threads: int) -> Iterator[Job]:
     for run in grid.runs():
         names = {domain: run.single(domain) for domain in grid.domains}
         for domain, name in names.items():
-            own = {"run": run, "domain": domain, "graphs": graphs}
-            yield Job(name, calibrate_cell, {**common, **own})
+            arguments = {**common, "run": run, "domain": domain, "graphs": graphs}
+            yield Job(name, calibrate_cell, arguments, limit_threads=calibration_threads)
         for merge in grid.merges(run):
             after = tuple(names[member] for member in merge.members)
             yield Job(merge.name, merge_cells, {**common, "merge": merge}, after)

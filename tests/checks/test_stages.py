@@ -32,7 +32,7 @@ from hdrq_deploy.exporters import first_run as apart
 from hdrq_deploy.formats.atomic_files import sha256_file
 from hdrq_deploy.formats.records import Tolerances
 from hdrq_deploy.graph import model_files, reference_session
-from hdrq_deploy.mixing.domain_mixer import DomainMixer
+from hdrq_deploy.mixing import DomainMixer
 from hdrq_deploy.runtime import load_engine, once
 
 BITS = ((8, 8), (3, 3))
@@ -649,18 +649,18 @@ def test_a_merge_that_gives_no_numbers_is_not_written(
 def test_a_mix_is_checked_and_a_wrong_one_is_never_run(
     make: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    import hdrq_deploy.mixing.domain_mixer as module
+    import hdrq_deploy.mixing.ort_builder as module
 
     parents = [make(domain=name, fold="steps") for name in ("night", "day")]
     with DomainMixer(parents, options=GraphOptions(**options)) as mixer:
         before = mixer(inputs)
-        real = module._Session.__call__
+        real = module.OrtSession.__call__
 
         def wrong(self: Any, x: Any) -> Any:
             output = real(self, x)
             return (output + 1) % 4 if output.dtype.kind == "i" else 1.5 * output
 
-        monkeypatch.setattr(module._Session, "__call__", wrong)
+        monkeypatch.setattr(module.OrtSession, "__call__", wrong)
         if options.get("exact", True):
             with pytest.raises(CheckFailed, match="bundle to engine"):
                 mixer.set({"night": 0.9, "day": 0.1}).result(60)

@@ -27,7 +27,8 @@ from hdrq_deploy.experiments.grid import Grid, Run, bundle_path, parse_bits, row
 from hdrq_deploy.experiments.table import cells, header, markdown, rows
 from hdrq_deploy.experiments.tasks import Domain, Task, office_home, segmentation
 from hdrq_deploy.formats.bundle import Bundle
-from hdrq_deploy.jobs.pool import Job, open_pool, run_jobs
+from hdrq_deploy.jobs.job import Job, run_jobs
+from hdrq_deploy.jobs.pool import open_pool
 
 ROOT = Path(__file__).resolve().parents[2]
 LEARNING = {"iters": 20, "batch": 8, "lr": 1e-3}
@@ -255,7 +256,7 @@ def test_a_killed_process_is_replaced(tmp_path: Path) -> None:
 
 def test_workers_that_are_killed_again_and_again_are_given_up(tmp_path: Path) -> None:
     work = [Job("a", suicide, {"mark": tmp_path / "none" / "a", "kills": True})]
-    killed = pytest.raises(HdrqError, match="4 workers killed.*fewer --workers")
+    killed = pytest.raises(HdrqError, match="4 workers killed.*fewer workers")
     with killed, open_pool(2, 1, None, tmp_path) as pool:
         run_jobs(work, pool)
 
@@ -307,7 +308,7 @@ def test_a_ray_address_that_does_not_answer(
 
 def test_tasks_that_fit_no_node(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    message = "found no node with 999 CPU and 0 GPU.*fewer --threads"
+    message = "found no node with 999 CPU and 0 GPU.*fewer threads"
     with pytest.raises(HdrqError, match=message), open_pool(1, 999, "local", tmp_path):
         pass
     assert not list(tmp_path.iterdir())

@@ -30,7 +30,7 @@ from hdrq_deploy.formats.bundle_manifest import Layer
 from hdrq_deploy.graph import reference_session
 from hdrq_deploy.graph.biases import LARGEST, bias_sites, fitted, shifts, smallest_scale, whole_bias
 from hdrq_deploy.merging.re_estimate import re_estimate
-from hdrq_deploy.mixing.domain_mixer import DomainMixer
+from hdrq_deploy.mixing import DomainMixer
 
 Make = Callable[..., Bundle]
 

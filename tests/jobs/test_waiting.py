@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hdrq_deploy.jobs.pool import Job, open_pool, run_jobs
+from hdrq_deploy.jobs.job import Job, run_jobs
+from hdrq_deploy.jobs.pool import open_pool
 from hdrq_deploy.runtime.ort import session_options
 
 ROOT = Path(__file__).resolve().parents[2]

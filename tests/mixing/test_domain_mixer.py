@@ -14,7 +14,7 @@ from hdrq_deploy import Bundle, merge
 from hdrq_deploy.errors import DataError, EngineError, MergeError
 from hdrq_deploy.exporters import export
 from hdrq_deploy.merging import Merger, choose_weights
-from hdrq_deploy.mixing.domain_mixer import DomainMixer
+from hdrq_deploy.mixing import DomainMixer
 from hdrq_deploy.runtime import load_engine
 
 NAMES = ("night", "day", "snow")

@@ -20,7 +20,7 @@ import pytest
 
 from hdrq_deploy.errors import EngineError, HdrqError
 from hdrq_deploy.exporters import export
-from hdrq_deploy.mixing.domain_mixer import DomainMixer
+from hdrq_deploy.mixing import DomainMixer
 from hdrq_deploy.runtime import Engine, load_engine
 from hdrq_deploy.runtime.engine import Pending
 

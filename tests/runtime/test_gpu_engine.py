@@ -28,7 +28,7 @@ from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.exporters.options import BuildOptions
 from hdrq_deploy.formats.atomic_files import sha256_file
 from hdrq_deploy.formats.records import FileRecord
-from hdrq_deploy.mixing.domain_mixer import DomainMixer
+from hdrq_deploy.mixing import DomainMixer
 from hdrq_deploy.runtime import load_engine
 from hdrq_deploy.runtime.cuda import Cuda, Stream, device_array
 from hdrq_deploy.runtime.engine import read_manifest
@@ -647,7 +647,7 @@ def test_domains_are_mixed_on_a_gpu(
         set_plan(export(bundle, target, "onnx", options=options["options"]))
         return target
 
-    monkeypatch.setattr("hdrq_deploy.mixing.domain_mixer.export", build)
+    monkeypatch.setattr("hdrq_deploy.mixing.tensorrt_builder.export", build)
     monkeypatch.setattr(TensorRtEngine, "refittable", refit != "never")
     if refit == "refused":
         monkeypatch.setattr(sys.modules["tensorrt"].Refitter, "refit_cuda_engine", lambda _: False)
@@ -678,7 +678,7 @@ def test_domains_are_mixed_on_a_gpu(
             assert mixer.mix == grid[(3 * i) % 5]
         stop.set()
         camera.join()
-        folder = Path(mixer._maker._scratch.name)  # type: ignore[attr-defined]
+        folder = Path(mixer._engines._scratch.name)  # type: ignore[attr-defined]
     assert wrong == [] and seen[0] > 12 and not folder.exists()
     assert len(built) <= 4 if refit == "works" else len(built) >= 10
 
