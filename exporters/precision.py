@@ -217,6 +217,6 @@ def check(report: PrecisionReport, allowed: Sequence[str]) -> None:
             f"found {len(lost)} of {len(report.layers)} layers that {report.engine} does not run "
             f"as requested (first: {first.module}, {first.op}, asked {first.requested}, runs "
             f"{first.executed}: {first.evidence}"
-            f"{'; ' + first.reason if first.reason else ''}); change the model there or pass "
-            f"--allow-float '{first.module}'"
+            f"{'; ' + first.reason if first.reason else ''}); change the model there, or "
+            f"let it run in float (`allow_float` '{first.module}')"
         )

@@ -56,6 +56,7 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "exporters.apart": "exporters.first_run",
     "exporters.compute": "exporters.half_precision",
     "exporters.graph": ("graph.qdq", "graph.model_files"),
+    "exporters.lowering": ("exporters.lowering_ort", "exporters.lowering_portable"),
     "exporters.patterns": "graph.patterns",
     "exporters.ports": "exporters.io_signature",
     "exporters.reasons": "exporters.precision_reasons",
@@ -105,7 +106,12 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "waiting": "jobs.waiting",
 }
 # Old path and name of what is called otherwise now, to its name in the new module.
-RENAMED: dict[str, str] = {"frames.pixels": "to_frames"}
+RENAMED: dict[str, str] = {
+    "exporters.compute.SMALLEST_STEP": "SMALLEST_SCALE",
+    "exporters.trt.Built": "BuildResult",
+    "frames.pixels": "to_frames",
+    "runtime.timing.Plan": "BenchPlan",
+}
 
 
 def targets(old: str) -> tuple[str, ...]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +28,7 @@ import onnx_ir as ir
 from ..formats.bundle_manifest import FoldRecord, Tensor
 from ..numerics import quantization
 from ..numerics.batchnorm_fold import graph_tensors
+from ..typing import Array
 from .operators import QUANTIZABLE
 from .qdq import quantizer_behind, quantizer_of, transposes_weight, weight_dequantizer
 
@@ -43,7 +43,6 @@ __all__ = [
     "whole_bias",
 ]
 
-Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 # A bias code's largest magnitude; the other half of int32 is left to the sums of products.
 LARGEST = 1 << 30
