@@ -28,7 +28,8 @@ from hdrq_deploy.runtime import load_engine, ros2
 from hdrq_deploy.runtime.engine import read_manifest
 from hdrq_deploy.runtime.predictions import network_input
 from hdrq_deploy.runtime.ros2 import Perception, frame_of
-from hdrq_deploy.runtime.serving.emit import emit, ros2_files
+from hdrq_deploy.runtime.serving.emit import emit
+from hdrq_deploy.runtime.serving.ros2_files import ros2_files
 
 
 def calibrated(work: Path, target: Path, std: tuple[float, ...], model: str = "Tiny") -> Bundle:
