@@ -13,15 +13,15 @@ import time
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import DataError, EngineError, HdrqError
-from .engine import Engine, load_engine
+from ..typing import Array
+from .engine import Engine
+from .loading import load_engine
 from .predictions import Prediction
 
 __all__ = ["Perception", "frame_of", "main"]
 
-Array = npt.NDArray[Any]
 # sensor_msgs/image_encodings.hpp: channels, and their order as RGB
 _ENCODINGS = {
     "rgb8": (3, (0, 1, 2)),

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import EngineError
 from ..formats.engine_folder import PLAN, EngineManifest
+from ..typing import Array
 from .cuda import (
     DeviceArray,
     DeviceBuffer,
@@ -32,11 +32,12 @@ from .cuda import (
     device_array,
     load_cuda,
 )
-from .engine import LIBRARIES, Engine, Feeds, Pending, Phases, StillRunning, dtype_of
+from .engine import Engine, Feeds, Pending, Phases, StillRunning, dtype_of
 
-__all__ = ["LIBRARIES", "TensorRtEngine", "check_plan", "plan_version"]
+__all__ = ["LIBRARIES", "TensorRtEngine", "check_plan", "open_engine", "plan_version"]
 
-Array = npt.NDArray[Any]
+# Package and name of each library, by kind of engine.
+LIBRARIES = {"trt": ("tensorrt", "TensorRT"), "trt-rtx": ("tensorrt_rtx", "TensorRT-RTX")}
 IN_FLIGHT = 2
 _GRAPHS, _SHAPES = 8, 4
 _loggers: dict[str, Any] = {}
@@ -72,7 +73,24 @@ def check_plan(path: Path, blob: bytes, manifest: EngineManifest, installed: str
 
 
 def _again(manifest: EngineManifest) -> str:
-    return f"build it again here: hdrq-export BUNDLE --engine {manifest.engine} -o ENGINE --force"
+    return f"build it again here: export the bundle with `engine` {manifest.engine} and `force`"
+
+
+def open_engine(
+    path: Path, manifest: EngineManifest, device: str, threads: int, cuda_graph: bool
+) -> Engine:
+    """See :func:`~hdrq_deploy.runtime.loading.open_engine`.
+
+    Raises:
+        EngineError: The device is no GPU, or see :class:`TensorRtEngine`.
+    """
+    kind, _, number = device.partition(":")
+    if kind in {"cpu", "tensorrt"}:
+        raise EngineError(
+            f"{path}: found device {device!r} for a {manifest.engine} engine, which runs on an "
+            "NVIDIA GPU: choose cuda:N, or export with `engine` ort"
+        )
+    return TensorRtEngine(path, manifest, int(number or 0), cuda_graph)
 
 
 class TensorRtEngine(Engine):
@@ -101,7 +119,7 @@ class TensorRtEngine(Engine):
         except ImportError as error:
             raise EngineError(
                 f"{path}: a {title} engine, and {name} is not installed ({error}); pip install "
-                f"'hdrq-deploy[{manifest.engine}]', or export with --engine ort"
+                f"'hdrq-deploy[{manifest.engine}]', or export with `engine` ort"
             ) from error
         if PLAN not in manifest.files:
             raise EngineError(f"{path}: found no {PLAN}; {_again(manifest)}")
@@ -111,7 +129,7 @@ class TensorRtEngine(Engine):
             self._cuda = load_cuda(device)
         except EngineError as error:
             raise EngineError(
-                f"{path}: {error}; export with --engine ort to run on the CPU"
+                f"{path}: {error}; export with `engine` ort to run on the CPU"
             ) from error
         self._check_device(device)
         self._runtime = self._trt.Runtime(_logger(self._trt))
@@ -181,7 +199,7 @@ class TensorRtEngine(Engine):
         with self._turn:
             self._open()
             if not self.refittable:
-                raise EngineError(f"{self.path}: cannot be refitted; export it with --refit")
+                raise EngineError(f"{self.path}: cannot be refitted; export it with `refit`")
             self._cuda.use()
             for slot in (self._slot, *self._others):
                 slot.finish()
@@ -490,7 +508,7 @@ def _profile(engine: Any, shapes: Mapping[str, tuple[int, ...]], path: Path) -> 
     shown = ", ".join(str(shape) for shape in shapes.values())
     raise EngineError(
         f"{path}: found an input of shape {shown}; the engine was built for {'; '.join(ranges)}: "
-        "export it with other --batches or --max-shapes"
+        "export it with other `batches`, or larger `max_shapes`"
     )
 
 

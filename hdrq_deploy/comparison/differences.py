@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeGuard
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from ..errors import CheckFailed
@@ -29,9 +28,13 @@ from ..formats.bundle_manifest import Activation, Layer
 from ..formats.engine_folder import LayerPrecision
 from ..formats.records import Tolerances
 from ..numerics.sqnr import decibels
+from ..typing import Array
 from .taps import GraphTap, Ran, Shows
 
 __all__ = [
+    "EXACT",
+    "HALF",
+    "KERNEL",
     "Fidelity",
     "LayerDifference",
     "Spread",
@@ -47,7 +50,6 @@ __all__ = [
     "spread_of_ties",
 ]
 
-Array = npt.NDArray[Any]
 Batches = Callable[[], Iterator[tuple[Array, Array]]]
 # Fewer decisions than these say little of a share, and fewer values little of their largest.
 _ENOUGH = 100
@@ -98,7 +100,7 @@ HALF = Fidelity(
     tie_relative=4e-3,
     codes=5e-3,
     output=1e-2,
-    advice="half precision may be too coarse for its values, export with --compute fp32",
+    advice="half precision may be too coarse for its values, export with `compute` fp32",
 )
 KERNEL = Fidelity(kernel=True)
 
@@ -704,7 +706,7 @@ def check(
             raise CheckFailed(
                 f"found {stage.decision_flips} of {stage.decisions} decisions changed "
                 f"({stage.name}){where}; needed at most {flips:.2%}: export again, or raise "
-                "--max-flips"
+                "`max_flips`"
             )
 
 

@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
@@ -23,6 +21,7 @@ from ..graph.edits import distinct_names, drop_unused, free_operand, quantize_on
 from ..graph.model_files import with_tensors
 from ..graph.reference_session import open_session, session_options
 from ..numerics.batches import in_batches
+from ..typing import Array
 from .differences import (
     EXACT,
     HALF,
@@ -53,8 +52,6 @@ __all__ = [
     "recorded_tap",
     "whole_batches",
 ]
-
-Array = npt.NDArray[Any]
 
 
 def inputs(bundle: Bundle) -> tuple[Array, str]:

@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime
 
 from ..errors import CheckFailed
 from ..graph import reference_session
 from ..graph.operators import CLAMPS, LAYERS
+from ..typing import Array
 
 __all__ = ["GraphTap", "Ran", "Shows", "Site", "decide", "outside"]
 
-Array = npt.NDArray[Any]
 # A lowered graph holds convolutions of codes beside the layers of a bundle.
 _LAYERS = LAYERS | {"ConvInteger"}
 _STEMS = (np.dtype(np.uint8), np.dtype(np.int8))

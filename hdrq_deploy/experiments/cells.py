@@ -19,7 +19,8 @@ from ..jobs.pool import Job
 from ..merging import Merger, choose_weights, re_estimate
 from ..runtime.bench.accuracy import Labelled, accuracy, classes_of
 from ..runtime.bench.measurement import labelled
-from ..runtime.engine import Engine, open_engine, read_manifest
+from ..runtime.engine import Engine
+from ..runtime.loading import open_engine
 from .bundles import is_merged, make_bundle, stamp
 from .grid import Grid, Merge, Run, bundle_path, read_row, row_path
 from .tasks import Domain, Task

@@ -27,15 +27,17 @@ from safetensors import SafetensorError
 from ..comparison.golden import Exported, MixCheck
 from ..errors import BundleError, EngineError, HdrqError, MergeError
 from ..exporters import GraphOptions, export
-from ..exporters.export import lowered, port_of
+from ..exporters.export import lowered
+from ..exporters.io_signature import port_of
 from ..exporters.options import BuildOptions
 from ..formats.bundle import Bundle
 from ..formats.engine_folder import Port
 from ..graph.model_files import serialized
 from ..graph.reference_session import session_options, session_threads
 from ..merging import Merger, choose_weights
-from ..runtime.engine import check_input, load_engine
+from ..runtime.engine import check_input
 from ..runtime.forks import Owner
+from ..runtime.loading import load_engine
 from ..runtime.predictions import Frame, Prediction, frames_of, network_input, predictions, sizes_of
 from ..runtime.tensorrt import LIBRARIES, TensorRtEngine
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...calibration_data.readers import ImageSet
 from ...calibration_data.readers.street_scenes import IGNORE, Scenes
@@ -18,12 +16,12 @@ from ...formats.engine_folder import EngineManifest
 from ...formats.golden_inputs import GOLDEN, read_golden
 from ...formats.preprocessing import feed
 from ...numerics.batches import class_count, decides, decisions
+from ...typing import Array
 from ..engine import Engine, dtype_of
 from ..predictions import enlarge, softmax
 
 __all__ = ["Labelled", "accuracy", "classes_of", "confusion", "window_of", "windows"]
 
-Array = npt.NDArray[Any]
 Labelled = ImageSet | Scenes
 # Called with domain, number of the image, its input, its labels and what was found.
 Draw = Callable[[str, int, Array, Array, Array], None]
@@ -186,7 +184,7 @@ def window_of(engine: Engine, rows: Array) -> tuple[int, int] | None:
     if rows.shape[2] < height or rows.shape[3] < width:
         raise DataError(
             f"found images of {rows.shape[2]}x{rows.shape[3]}; the engine {engine.path} takes "
-            f"{height}x{width}: bring them to that size or a larger one (--image-size)"
+            f"{height}x{width}: bring them to that size or a larger one (`image_size`)"
         )
     return height, width
 
@@ -206,7 +204,7 @@ def _run(engine: Engine, rows: Array, pixels: bool) -> Array:
             if scores.dtype.kind != "f" or scores.ndim != 4:
                 raise DataError(
                     f"{engine.path}: found outputs of shape {scores.shape}, {scores.dtype}; "
-                    "windows need score maps to average: export without --postprocess argmax"
+                    "windows need score maps to average: export without `postprocess` argmax"
                 )
             if total is None:
                 total = np.zeros((len(rows), scores.shape[1], *rows.shape[2:]), np.float32)
@@ -233,7 +231,7 @@ def _decide(output: Array, labels: Array, engine: Engine, name: str) -> Array:
     if output.dtype.kind in "iu":
         raise DataError(
             f"{engine.path}: found label maps of {output.shape[1:]} for labels of "
-            f"{labels.shape[1:]} in {name}; export without --postprocess argmax"
+            f"{labels.shape[1:]} in {name}; export without `postprocess` argmax"
         )
     size = (labels.shape[1], labels.shape[2])
     return np.stack([enlarge(row, size).argmax(0) for row in output])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import platform
 import time
@@ -12,6 +10,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from .nvml import open_nvml
 
 __all__ = ["Reading", "Watch", "environment", "read"]
 
@@ -36,15 +36,15 @@ class Reading:
     """What the machine says of itself at one moment; None where it does not say.
 
     Attributes:
-        clock_mhz: Of the fastest core.
-        temperature_c: Of the hottest zone.
+        clock_mhz: Clock of the fastest core.
+        temperature_c: Temperature of the hottest zone.
         throttled: Throttling events so far.
         cooling: Steps of passive cooling in force: above 0 a clock is held down.
         busy_s: CPU seconds that all processes have used, stolen ones left out.
         stolen_s: CPU seconds that the hypervisor gave to others.
         own_s: CPU seconds of this process.
         at: Seconds of a clock that does not jump.
-        gpu_clock_mhz: Of the GPU's multiprocessors.
+        gpu_clock_mhz: Clock of the GPU's multiprocessors.
         gpu_reasons: Bits of NVML that say why the GPU is slower than it could be.
     """
 
@@ -101,7 +101,7 @@ class Watch:
 
     @classmethod
     def of(cls, device: str) -> Watch:
-        """Of this machine, and of the GPU where ``device`` (``cuda:N``) is one."""
+        """A watch of this machine, and of the GPU where ``device`` (``cuda:N``) is one."""
         return cls() if device == "cpu" else cls(nvml=open_nvml(), gpu=_number(device))
 
     def __enter__(self) -> Watch:
@@ -210,18 +210,6 @@ def environment(root: Path = Path("/"), device: str = "cpu") -> dict[str, Any]:
 
 def _number(device: str) -> int:
     return int(device.partition(":")[2] or 0)
-
-
-def open_nvml() -> Any:
-    """NVML, initialised; None without the package or a driver."""
-    if importlib.util.find_spec("pynvml") is None:
-        return None
-    nvml = importlib.import_module("pynvml")
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError:
-        return None
-    return nvml
 
 
 def _gpu(nvml: Any, gpu: int) -> tuple[float | None, int]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import colorsys
 import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -17,10 +15,10 @@ from ...formats.atomic_files import write_bytes
 from ...formats.engine_folder import EngineManifest
 from ...formats.file_kinds import PICTURE, PICTURE_MARK
 from ...formats.preprocessing import to_frames
+from ...typing import Array
 
 __all__ = ["PICTURES", "Pictures", "in_colours", "palette", "picture_names", "write_picture"]
 
-Array = npt.NDArray[Any]
 _GAP = 4
 # Drawn of every domain.
 PICTURES = 20

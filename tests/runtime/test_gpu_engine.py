@@ -606,7 +606,7 @@ def test_a_failed_call_leaves_the_engine_usable(
 ) -> None:
     with load_engine(folder) as engine:
         np.testing.assert_array_equal(engine(inputs[:2]), expected(inputs[:2]))
-        with pytest.raises(EngineError, match=r"built for \(1, 3, 16, 16\) to .*--max-shapes"):
+        with pytest.raises(EngineError, match=r"built for \(1, 3, 16, 16\) to .*`max_shapes`"):
             engine(np.zeros((9, 3, 16, 16), np.float32))
         np.testing.assert_array_equal(engine(inputs[:2]), expected(inputs[:2]))
         with pytest.raises(EngineError, match="found NaN"):
@@ -627,7 +627,7 @@ def test_refit_asks_for_every_weight(
         with pytest.raises(EngineError, match=rf"refused {bias} of shape \(4,\), float64"):
             engine.refit({**weights, bias: np.ones(4)})
         engine._engine.refittable = False
-        with pytest.raises(EngineError, match="--refit"):
+        with pytest.raises(EngineError, match="with `refit`"):
             engine.refit(weights)
 
 
@@ -693,7 +693,7 @@ def test_plans_of_another_version_or_device(
     ):
         load_engine(folder)
     set_plan(folder, b"garbage")
-    with pytest.raises(EngineError, match="holds no engine .*--force"):
+    with pytest.raises(EngineError, match="holds no engine .*`force`"):
         load_engine(folder)
     set_plan(folder, None, "NVIDIA L4, compute capability 8.9")
     with pytest.raises(EngineError, match=r"built for NVIDIA L4.* is Imaginary GPU.*8.7; build it"):
