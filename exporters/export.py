@@ -78,8 +78,8 @@ def export(
         engine: One of ``ENGINES``.
         batches: Smallest, best and largest batch of a TensorRT engine; ``build`` wins.
         allow_float: Patterns (fnmatch) of layers that may run in float; each names one at least.
-        options: Of the graph.
-        build: Of the builder.
+        options: Options of the graph.
+        build: Options of the builder.
         force: Build again what is there.
         only_graph: Stop at the lowered ``model.onnx``; no library is needed.
         say: Told whether an engine was there, and why it is built again; by default the log is.
@@ -142,7 +142,7 @@ def lowered(
     Args:
         bundle: What is lowered.
         engine: One of ``ENGINES``.
-        options: Of the graph.
+        options: Options of the graph.
         tensors: Taken in place of the bundle's own (a merge that is on no disk).
 
     Raises:

@@ -115,7 +115,7 @@ def build(
         engine: ``trt`` or ``trt-rtx``.
         onnx: Lowered graph.
         plan: File to write.
-        options: Of the builder.
+        options: Options of the builder.
         ports: Shape of every input by name; a dimension that is no int is free.
         progress: Called with (steps done, steps in all, what).
 

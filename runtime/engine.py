@@ -228,8 +228,8 @@ class Engine(ABC):
         single = isinstance(image, (np.ndarray, str, os.PathLike, Image.Image))
         given: Any = [image] if single else image
         frames = frames_of(given, self.manifest.preprocessing, self.path)
-        found = self.answers(self.all_rows(self.prepare(frames)), sizes_of(frames))
-        return found[0] if single else found
+        answers = self.answers(self.all_rows(self.prepare(frames)), sizes_of(frames))
+        return answers[0] if single else answers
 
     def all_rows(self, x: Array) -> Array:
         """The output of any number of rows; a fixed batch runs the last one filled up."""

@@ -189,7 +189,7 @@ class TensorRtEngine(Engine):
         """Give a running engine other weights; calls in flight are waited for.
 
         Args:
-            weights: By the initializers' names in ``model.onnx``, all that the engine has.
+            weights: Weights by the initializers' names in ``model.onnx``, all that the engine has.
 
         Raises:
             EngineError: The engine was not built with ``--refit``, or a weight is missing or
@@ -214,8 +214,8 @@ class TensorRtEngine(Engine):
                     f"(first: {missing[0]}); needed all"
                 )
             # The refitter reads these when it refits, not when it is given them.
-            kept = [np.asarray(weights[name], order="C") for name in sorted(wanted)]
-            for name, values in zip(sorted(wanted), kept, strict=True):
+            arrays = [np.asarray(weights[name], order="C") for name in sorted(wanted)]
+            for name, values in zip(sorted(wanted), arrays, strict=True):
                 if not refitter.set_named_weights(name, self._trt.Weights(values)):
                     raise EngineError(
                         f"{self.path}: refused {name} of shape {values.shape}, {values.dtype}"
@@ -302,9 +302,9 @@ class _State:
     """An execution context that keeps its shapes: a CUDA graph is tied to those.
 
     Attributes:
-        context: Of the library.
-        shapes: Of every input and output.
-        graphs: By the addresses that they hold; None after the first plain run.
+        context: Execution context of the library.
+        shapes: Shapes of every input and output.
+        graphs: CUDA graphs by the addresses that they hold; None after the first plain run.
     """
 
     context: Any
@@ -384,7 +384,7 @@ class _Slot:
         }
 
     def phases(self) -> Phases:
-        """Of the call that ended last."""
+        """Timings of the most recent completed call."""
         first, second, third, last = self._events
         return Phases(second.since(first), third.since(second), last.since(third))
 
@@ -440,21 +440,21 @@ class _Slot:
     ) -> tuple[int, ...]:
         """Make room, and tell the context where everything lies."""
         moved = False
-        found = []
+        addresses = []
         for port in self._ports:
             given = arrays.get(port.name)
             if isinstance(given, DeviceArray):
-                found.append(given.pointer)
+                addresses.append(given.pointer)
                 continue
             count = self._bytes(port)
             moved |= self._device[port.name].reserve(count)
             self._host[port.name].reserve(count)
-            found.append(self._device[port.name].pointer)
+            addresses.append(self._device[port.name].pointer)
         if moved:
             self.forget_graphs()  # they hold the old addresses
-        for port, address in zip(self._ports, found, strict=True):
+        for port, address in zip(self._ports, addresses, strict=True):
             state.context.set_tensor_address(port.name, address)
-        return tuple(found)
+        return tuple(addresses)
 
     def _compute(self, state: _State, addresses: tuple[int, ...]) -> None:
         """Enqueue the engine's work: the first time as it is, then as a graph of it."""
@@ -514,10 +514,10 @@ def _profile(engine: Any, shapes: Mapping[str, tuple[int, ...]], path: Path) -> 
 
 def _logger(trt: Any) -> Any:
     """One logger a library and process: TensorRT ignores a second one."""
-    found = _loggers.get(trt.__name__)
-    if found is None:
-        found = _loggers[trt.__name__] = _new_logger(trt)
-    return found
+    logger = _loggers.get(trt.__name__)
+    if logger is None:
+        logger = _loggers[trt.__name__] = _new_logger(trt)
+    return logger
 
 
 def _new_logger(trt: Any) -> Any:

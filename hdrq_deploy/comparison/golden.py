@@ -56,9 +56,9 @@ __all__ = [
 
 def inputs(bundle: Bundle) -> tuple[Array, str]:
     """Golden inputs of a bundle, or images that are drawn, and which of both they are."""
-    found = bundle.golden()
-    if found:
-        return found["input"], "golden inputs"
+    recorded = bundle.golden()
+    if recorded:
+        return recorded["input"], "golden inputs"
     shape = bundle.manifest.input_shape
     x = np.random.default_rng(0).random((2, *shape), dtype=np.float32)
     p = bundle.manifest.preprocessing
@@ -319,9 +319,9 @@ def check_merge(bundle: Bundle) -> None:
     model = bundle.graph()
     output = GraphTap(model, outside(model, bundle.path), "merged graph").run(x[:1]).output
     if not output.size or not np.isfinite(output).all():
-        found = "NaN or infinity" if output.size else "no values"
+        wrong = "NaN or infinity" if output.size else "no values"
         raise CheckFailed(
-            f"found {found} in the output of the merge; needed finite numbers: check the bundles "
+            f"found {wrong} in the output of the merge; needed finite numbers: check the bundles "
             "with hdrq-verify, or merge at other weights"
         )
 
@@ -331,7 +331,7 @@ class MixCheck:
 
     Args:
         bundle: Gives graph, layers and the image.
-        tensors: Of the mix.
+        tensors: Tensors of the mix.
         exported: How it is lowered.
     """
 

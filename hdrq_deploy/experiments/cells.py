@@ -14,6 +14,7 @@ from ..calibration_data.readers import Wanted, read
 from ..exporters import export
 from ..formats.atomic_files import scratch_folder, write_bytes
 from ..formats.bundle import Bundle
+from ..formats.engine_folder import read_manifest
 from ..formats.file_kinds import CELL_ROW
 from ..jobs.pool import Job
 from ..merging import Merger, choose_weights, re_estimate

@@ -23,7 +23,7 @@ from ..predictions import enlarge, softmax
 __all__ = ["Labelled", "accuracy", "classes_of", "confusion", "window_of", "windows"]
 
 Labelled = ImageSet | Scenes
-# Called with domain, number of the image, its input, its labels and what was found.
+# Called with domain, number of the image, its input, its labels and the predicted ones.
 Draw = Callable[[str, int, Array, Array, Array], None]
 _BATCH, _BINS, _TOP = 64, 15, 5
 
@@ -58,7 +58,7 @@ def accuracy(
             size first). Images larger than its input are covered by windows.
         sets: Images and labels by domain.
         reference: Another engine whose decisions are compared.
-        draw: Shown every image with its label map and the one that was found.
+        draw: Called with every image, its label map and the predicted one.
 
     Raises:
         DataError: Labels out of range or of another form than the engine's answers.
@@ -107,14 +107,14 @@ def classes_of(path: Path, manifest: EngineManifest) -> int | None:
     return None if output is None else class_count(output.shape)
 
 
-def confusion(labels: Array, found: Array, classes: int) -> Array:
-    """(classes, classes + 1) counts: row is the label, column what was found, the last for others.
+def confusion(labels: Array, predicted: Array, classes: int) -> Array:
+    """(classes, classes + 1) counts: row is the label, column the prediction, the last for others.
 
     In maps (N, H, W) pixels of label IGNORE are left out.
     """
     known = labels != IGNORE if labels.ndim == 3 else np.ones(labels.shape, bool)
     columns = classes + 1
-    pairs = labels[known].astype(np.int64) * columns + np.minimum(found[known], classes)
+    pairs = labels[known].astype(np.int64) * columns + np.minimum(predicted[known], classes)
     return np.bincount(pairs, minlength=classes * columns).reshape(classes, columns)
 
 
@@ -125,24 +125,24 @@ def _count(
     for rows, labels in images.batches(_step(engine, images)):
         pixels = labels.ndim == 3
         output = _run(engine, rows, pixels)
-        found = _decide(output, labels, engine, name)
+        predicted = _decide(output, labels, engine, name)
         if not counts.classes:
             counts.pixels = pixels
             counts.classes = _classes(output, images, engine)
             counts.table = np.zeros((counts.classes, counts.classes + 1), np.int64)
         _check_labels(labels, counts.classes, name)
-        counts.table += confusion(labels, found, counts.classes)
+        counts.table += confusion(labels, predicted, counts.classes)
         if draw is not None and counts.pixels:
             for i in range(len(rows)):
-                draw(name, counts.images + i, rows[i], labels[i], found[i])
+                draw(name, counts.images + i, rows[i], labels[i], predicted[i])
         counts.images += len(rows)
         counts.scored &= output.dtype.kind == "f"
         if output.ndim == 2 and output.dtype.kind == "f":
             _score(counts, output, labels, engine.manifest.postprocess == "softmax")
         if reference is not None:
             other = _decide(_run(reference, rows, pixels), labels, reference, name)
-            counts.flips += int((other != found).sum())
-            counts.decided += found.size
+            counts.flips += int((other != predicted).sum())
+            counts.decided += predicted.size
     return counts
 
 
@@ -277,9 +277,9 @@ def _calibration_error(counts: _Counts) -> float:
 
 
 def _per_class(table: Array, pixels: bool) -> list[float | None]:
-    hits, labelled, found = np.diag(table), table.sum(1), table.sum(0)[:-1]
-    whole = labelled + found - hits if pixels else labelled
-    return [float(h / w) if w else None for h, w in zip(hits, whole, strict=True)]
+    hits, labelled, predicted = np.diag(table), table.sum(1), table.sum(0)[:-1]
+    counted = labelled + predicted - hits if pixels else labelled
+    return [float(h / w) if w else None for h, w in zip(hits, counted, strict=True)]
 
 
 def _mean(values: list[float | None]) -> float:

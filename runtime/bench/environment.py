@@ -66,7 +66,7 @@ def read(root: Path = Path("/"), nvml: Any = None, gpu: int = 0) -> Reading:
     Args:
         root: Where ``sys`` and ``proc`` lie.
         nvml: The module, initialised, where there is a GPU.
-        gpu: Its number.
+        gpu: Number of the GPU.
     """
     busy, stolen = _cpu_seconds(root)
     clock, reasons = _gpu(nvml, gpu)
@@ -189,7 +189,7 @@ def _pair(first: float | None, last: float | None) -> list[float] | None:
 
 def environment(root: Path = Path("/"), device: str = "cpu") -> dict[str, Any]:
     """What a reader needs to judge or repeat the figures."""
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "cpu": _cpu_name(root),
         "cores": os.cpu_count(),
         "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -203,9 +203,9 @@ def environment(root: Path = Path("/"), device: str = "cpu") -> dict[str, Any]:
         **{name: _version(name) for name in _PACKAGES},
     }
     if device != "cpu":
-        found |= {name: _version(name) for name in _GPU_PACKAGES}
-        found |= _gpu_facts(_number(device))
-    return found
+        facts |= {name: _version(name) for name in _GPU_PACKAGES}
+        facts |= _gpu_facts(_number(device))
+    return facts
 
 
 def _number(device: str) -> int:
@@ -258,8 +258,8 @@ def _clock(root: Path) -> float | None:
 
 
 def _temperature(root: Path) -> float | None:
-    found = _numbers(root, "sys/class/thermal/thermal_zone*/temp")
-    return max(found) / 1000 if found else None
+    degrees = _numbers(root, "sys/class/thermal/thermal_zone*/temp")
+    return max(degrees) / 1000 if degrees else None
 
 
 def _throttled(root: Path) -> int | None:

@@ -233,7 +233,7 @@ def speedup(ours: Sequence[float], theirs: Sequence[float], against: str) -> Spe
 
     Args:
         ours: Median latency of every round, ms; two rounds or more.
-        theirs: Of the same rounds.
+        theirs: Median latency of the other engine in the same rounds, ms.
         against: Names the other engine.
     """
     logs = [math.log(b / a) for a, b in zip(ours, theirs, strict=True)]
