@@ -119,7 +119,7 @@ def compare(
         Künsch, Annals of Statistics 17 (1989): the moving-block bootstrap.
     """
     if not 0 < confidence < 1:
-        raise DataError(f"found `confidence` {confidence}; needed a share between 0 and 1")
+        raise DataError(f"found `confidence` {confidence}; needed 0 to 1, both excluded")
     if resamples < 100:
         raise DataError(f"found `resamples` {resamples}; needed 100 or more")
     if not tolerance >= 0:
