@@ -27,11 +27,11 @@ from hdrq_deploy.errors import EngineError
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.exporters.options import BuildOptions
 from hdrq_deploy.formats.atomic_files import sha256_file
+from hdrq_deploy.formats.engine_folder import read_manifest
 from hdrq_deploy.formats.records import FileRecord
 from hdrq_deploy.mixing.domain_mixer import DomainMixer
 from hdrq_deploy.runtime import load_engine
 from hdrq_deploy.runtime.cuda import Cuda, Stream, device_array
-from hdrq_deploy.runtime.engine import read_manifest
 from hdrq_deploy.runtime.tensorrt import IN_FLIGHT, TensorRtEngine, plan_version
 
 
