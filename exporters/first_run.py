@@ -8,17 +8,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
 from ..formats.atomic_files import scratch_folder
+from ..typing import Array
 
 __all__ = ["run_apart"]
 
-Array = npt.NDArray[Any]
 _DRIVERS = ("libcuda.so.1", "nvcuda.dll")
 
 

@@ -1,7 +1,7 @@
 """Everything that is not INT8 in half precision, for engines that take types as written.
 
 A strongly typed TensorRT network computes in the types of its graph: float32 around the INT8
-layers makes a float32 engine. Here tensors, steps and biases become float16, and two casts
+layers makes a float32 engine. Here tensors, scales and biases become float16, and two casts
 keep the network's inputs and outputs float32.
 """
 
@@ -13,22 +13,22 @@ import onnx_ir as ir
 from ..graph.edits import insert
 from ..graph.operators import QDQ
 
-__all__ = ["SMALLEST_STEP", "to_fp16"]
+__all__ = ["SMALLEST_SCALE", "to_fp16"]
 
-# The smallest number above 0; a smaller step would be 0, which the parser refuses.
-SMALLEST_STEP = 2.0**-24
+# The smallest number above 0; a smaller scale would be 0, which the parser refuses.
+SMALLEST_SCALE = 2.0**-24
 _LARGEST = float(np.finfo(np.float16).max)
 # Inputs that ONNX defines as float32.
 _FLOAT32_INPUTS = {"Resize": (1, 2)}
 
 
 def to_fp16(model: ir.Model) -> ir.Model:
-    """Turn every float32 tensor inside the graph into float16. In place.
+    """Turn, in place, every float32 tensor inside the graph into float16; return the graph.
 
     Values beyond float16's range (masks of -1e9, infinities) end at its last number.
     """
     graph = model.graph
-    kept = {
+    stays_float = {
         node.inputs[i]
         for node in graph
         for i in _FLOAT32_INPUTS.get(node.op_type, ())
@@ -36,11 +36,11 @@ def to_fp16(model: ir.Model) -> ir.Model:
     }
     scales = {node.inputs[1] for node in graph if node.op_type in QDQ}
     for value in graph.initializers.values():
-        if value.dtype != ir.DataType.FLOAT or value in kept or value.const_value is None:
+        if value.dtype != ir.DataType.FLOAT or value in stays_float or value.const_value is None:
             continue
         real = np.clip(value.const_value.numpy(), -_LARGEST, _LARGEST)
         if value in scales:
-            real = np.maximum(real, SMALLEST_STEP)
+            real = np.maximum(real, SMALLEST_SCALE)
         value.const_value = ir.tensor(real.astype(np.float16), name=value.name)
         value.dtype = ir.DataType.FLOAT16
     for node in graph:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from ..errors import ExportError
+from ..formats.engine_folder import Port
 from ..formats.preprocessing import as_constants
 from ..formats.records import Preprocessing
 from ..graph import reference_session
@@ -17,7 +18,7 @@ from ..graph.edits import constant, insert
 from ..graph.model_files import serialized
 from .options import GraphOptions
 
-__all__ = ["shape_ports"]
+__all__ = ["port_of", "shape_ports"]
 
 # Names of the initializers that hold what :func:`as_constants` gives.
 _OPERANDS = {"unit": "255", "centred": "mean", "scaled": "std"}
@@ -27,7 +28,7 @@ _SIZES = ("height", "width")
 def shape_ports(
     model: ir.Model, options: GraphOptions, preprocessing: Preprocessing | None
 ) -> None:
-    """Apply ``options`` to inputs and outputs. In place.
+    """Apply ``options`` to inputs and outputs, in place.
 
     Raises:
         ExportError: The graph fixes what should be free, a name is taken, or frames are asked
@@ -43,41 +44,39 @@ def shape_ports(
     if options.fold_preprocess:
         if preprocessing is None:
             raise ExportError(
-                "--fold-preprocess needs a bundle that knows its preprocessing; calibrate from "
-                "an image folder, or with --size, --mean and --std"
+                "`fold_preprocess` needs a bundle that knows its preprocessing; calibrate from an "
+                "image folder, or with `size`, `mean` and `std`"
             )
         image = _frames(model, image, preprocessing)
     if options.postprocess != "none":
         scores = _decision(model, scores, options.postprocess)
     taken = {value.name for node in model.graph for value in node.outputs}
     taken |= set(model.graph.initializers) | {image.name, scores.name}
-    for value, name, flag in (
-        (image, options.input_name, "--input-name"),
-        (scores, options.output_name, "--output-name"),
+    for value, name, option in (
+        (image, options.input_name, "input_name"),
+        (scores, options.output_name, "output_name"),
     ):
         if name is None or name == value.name:
             continue
         if name in taken:
             raise ExportError(
-                f"found {flag} {name}, a name that the graph uses inside; choose another"
+                f"found `{option}` {name}, a name that the graph uses inside; choose another"
             )
         value.name = name
 
 
 def _name_batch(model: ir.Model, image: ir.Value) -> None:
     """Call the free first dimension ``batch`` in place of the exporter's own name."""
-    found = image.shape[0] if image.shape is not None else None
-    if not isinstance(found, ir.SymbolicDim):
+    first = image.shape[0] if image.shape is not None else None
+    if not isinstance(first, ir.SymbolicDim):
         return
     values = [*model.graph.inputs, *(out for node in model.graph for out in node.outputs)]
     for value in values:
         if value.shape is not None:
-            value.shape = ir.Shape(["batch" if d == found else d for d in value.shape])
+            value.shape = ir.Shape(["batch" if d == first else d for d in value.shape])
 
 
 def _fix_batch(model: ir.Model, batch: int) -> None:
-    if batch < 1:
-        raise ExportError(f"found --batch {batch}; needed 1 or more")
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None:
             value.shape = ir.Shape([batch, *list(value.shape)[1:]])
@@ -90,7 +89,7 @@ def _fix_batch(model: ir.Model, batch: int) -> None:
 def _free_size(model: ir.Model, image: ir.Value) -> None:
     """Let height and width vary, unless an operator has written them down."""
     if image.shape is None or len(image.shape) != 4:
-        raise ExportError(f"--dynamic-size needs an input (N, C, H, W); found {image.shape}")
+        raise ExportError(f"`dynamic_size` needs an input (N, C, H, W); found {image.shape}")
     channels, height, width = (d for d in image.shape[1:] if isinstance(d, int))
     image.shape = ir.Shape([image.shape[0], channels, *_SIZES])
     for node in model.graph:
@@ -106,7 +105,7 @@ def _free_size(model: ir.Model, image: ir.Value) -> None:
     except Exception as error:  # ONNX Runtime's exceptions have no public base class
         text = " ".join(str(error).split())
         raise ExportError(
-            f"--dynamic-size: the graph fixes a size ({text[:300]}); the model must compute it "
+            f"`dynamic_size`: the graph fixes a size ({text[:300]}); the model must compute it "
             "from its input"
         ) from error
 
@@ -146,8 +145,8 @@ def _decision(model: ir.Model, scores: ir.Value, what: str) -> ir.Value:
     """Softmax or argmax over the classes, axis 1."""
     if scores.shape is not None and len(scores.shape) < 2:
         raise ExportError(
-            f"found an output of shape {tuple(map(str, scores.shape))} for --postprocess {what}; "
-            "needed scores (N, C, ...): export with --postprocess none"
+            f"found an output of shape {tuple(map(str, scores.shape))} for `postprocess` {what}; "
+            "needed scores (N, C, ...): export without it"
         )
     name = str(scores.name)
     attributes = {"axis": 1} if what == "softmax" else {"axis": 1, "keepdims": 0}
@@ -164,3 +163,12 @@ def _decision(model: ir.Model, scores: ir.Value, what: str) -> ir.Value:
         result.dtype, result.shape = ir.DataType.INT64, ir.Shape([shape[0], *shape[2:]])
     model.graph.outputs[0] = result
     return result
+
+
+def port_of(value: ir.Value, frames: bool = False) -> Port:
+    """A graph's input or output as the manifest names it; ``frames`` are (N, H, W, C)."""
+    shape = tuple(d if isinstance(d, int) else str(d) for d in (value.shape or ()))
+    layout = {4: "NHWC" if frames else "NCHW"}.get(len(shape), "")
+    return Port(
+        name=value.name or "", shape=shape, dtype=str(value.dtype or "FLOAT").lower(), layout=layout
+    )

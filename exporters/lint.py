@@ -1,7 +1,7 @@
 """Look at an ONNX file before a native parser does.
 
-TensorRT's parser accepts empty files, dies of a step that is not constant, takes unsigned
-zero points for signed ones, and runs layers in float without a word when a step lies on the
+TensorRT's parser accepts empty files, dies of a scale that is not constant, takes unsigned
+zero points for signed ones, and runs layers in float without a word when scales lie on the
 wrong axis. All of that is found here, named by node.
 """
 
@@ -21,13 +21,13 @@ from ..errors import ExportError
 from ..graph.biases import channel_axis
 from ..graph.operators import QDQ, QUANTIZABLE
 from ..graph.qdq import weight_dequantizer
-from .half_precision import SMALLEST_STEP
+from .half_precision import SMALLEST_SCALE
 
 __all__ = ["lint", "problems", "read"]
 
-# Below it a step is 0 in fp16.
+# A scale below it is 0 in its type.
 _SMALLEST = {
-    ir.DataType.FLOAT16: SMALLEST_STEP,
+    ir.DataType.FLOAT16: SMALLEST_SCALE,
     ir.DataType.FLOAT: float(np.finfo(np.float32).tiny),
 }
 _UNSUPPORTED = {"QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear", "ConvInteger"}
@@ -43,10 +43,10 @@ def lint(path: Path, tensorrt: bool = True) -> None:
     Raises:
         ExportError: The first problem, and how many there are.
     """
-    found = list(problems(read(path), tensorrt))
-    if found:
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise ExportError(f"{path.name}: {found[0]}{more}")
+    wrong = list(problems(read(path), tensorrt))
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ExportError(f"{path.name}: {wrong[0]}{more}")
 
 
 def read(path: Path) -> ir.Model:
@@ -83,15 +83,15 @@ def _check_external(path: Path, initializer: onnx.TensorProto) -> None:
     end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
     size = file.stat().st_size if file.is_file() else -1
     if size < end:
-        found = "no file" if size < 0 else f"{size} bytes"
+        present = "no file" if size < 0 else f"{size} bytes"
         raise ExportError(
             f"{path}: the data of {initializer.name} lie in {file.name} up to byte {end}, found "
-            f"{found}; keep both files together, or export again"
+            f"{present}; keep both files together, or export again"
         )
 
 
 def problems(model: ir.Model, tensorrt: bool = True) -> Iterator[str]:
-    """Everything that is wrong with a graph, one line each."""
+    """Tell everything that is wrong with a graph, one line each."""
     graph = model.graph
     names = Counter(node.name or "" for node in graph)
     tensors = set(graph.initializers) | {value.name for value in graph.inputs}
@@ -111,33 +111,33 @@ def problems(model: ir.Model, tensorrt: bool = True) -> Iterator[str]:
                 "and DequantizeLinear around a float operator"
             )
         if node.op_type in QDQ:
-            yield from (f"node {node.name} ({node.op_type}): {text}" for text in _steps(node))
+            yield from (f"node {node.name} ({node.op_type}): {text}" for text in _scales(node))
             if tensorrt:
                 yield from (f"node {node.name} ({node.op_type}): {t}" for t in _zero(node))
         elif tensorrt and node.op_type in QUANTIZABLE:
             yield from (f"node {node.name} ({node.op_type}): {text}" for text in _weight(node))
 
 
-def _steps(node: ir.Node) -> Iterator[str]:
+def _scales(node: ir.Node) -> Iterator[str]:
     scale = node.inputs[1]
     if scale is None or scale.const_value is None:
         name = scale.name if scale else "none"
-        yield f"found a step {name} that is computed; needed a constant"
+        yield f"found a scale {name} that is computed; needed a constant"
         return
     values = scale.const_value.numpy().astype(np.float64)
     smallest = _SMALLEST.get(scale.dtype or ir.DataType.FLOAT, 0.0)
     if not np.isfinite(values).all() or (values < smallest).any():
         wrong = values[~np.isfinite(values) | (values < smallest)][0]
-        yield f"found a step of {wrong:g}; needed finite steps of {smallest:g} or more"
+        yield f"found a scale of {wrong:g}; needed finite scales of {smallest:g} or more"
     if values.ndim > 2 or (values.ndim == 2 and not _attribute(node, "block_size", 0)):
-        yield f"found steps of shape {values.shape}; needed () or one per channel"
+        yield f"found scales of shape {values.shape}; needed () or one per channel"
     source = node.inputs[0]
     rank = len(source.shape) if source is not None and source.shape is not None else None
     if values.ndim == 1 and rank and source is not None and source.shape is not None:
         axis = _attribute(node, "axis", 1)
         size = source.shape[axis]
         if isinstance(size, int) and size != len(values):
-            yield f"found {len(values)} steps for {size} channels on axis {axis}"
+            yield f"found {len(values)} scales for {size} channels on axis {axis}"
 
 
 def _zero(node: ir.Node) -> Iterator[str]:
@@ -187,12 +187,12 @@ def _weight(node: ir.Node) -> Iterator[str]:
         )
     if block and quantized:
         yield (
-            "found one step per block and quantized activations; TensorRT multiplies the wrong "
-            "sums by such steps: use one step per output channel"
+            "found one scale per block and quantized activations; TensorRT multiplies the wrong "
+            "sums by such scales: use one scale per output channel"
         )
     if four and quantized and not shape:
         yield (
-            "found INT4 weights with one step and quantized activations; TensorRT needs one step "
+            "found INT4 weights with one scale and quantized activations; TensorRT needs one scale "
             "per output channel there"
         )
     if len(shape) == 1 and not block:
@@ -201,11 +201,11 @@ def _weight(node: ir.Node) -> Iterator[str]:
         wanted = channel_axis(node, rank)
         if axis != wanted:
             yield (
-                f"found steps of {codes.name} along axis {axis}; TensorRT runs this layer in "
+                f"found scales of {codes.name} along axis {axis}; TensorRT runs this layer in "
                 f"float unless they lie along axis {wanted}, the output channels"
             )
 
 
 def _attribute(node: ir.Node, name: str, default: Any) -> Any:
-    found = node.attributes.get(name)
-    return default if found is None else found.value
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.value

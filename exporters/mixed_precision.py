@@ -1,66 +1,86 @@
 """Layers whose activations stay real: 4-bit linear layers in blocks, and float ones.
 
 TensorRT and ONNX Runtime have fused kernels for INT4 weights in blocks along the input
-channels, and none for one step per output channel. A step that is repeated for every block
+channels, and none for one scale per output channel. A scale that is repeated for every block
 is the same number, so the bundle needs no other calibration.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from ..errors import ExportError
 from ..formats.bundle_manifest import Layer
 from ..graph.edits import constant, drop_unused, free_operand, insert, quantize_only
 from ..graph.operators import LINEAR
 from ..graph.patterns import check_patterns, named
 from ..graph.qdq import array, transposes_weight, weight_dequantizer
 from ..numerics.quantization import along, dequantize
+from ..typing import Array
 
 __all__ = ["BLOCKS", "keep_float", "weights_only"]
 
+_log = logging.getLogger("hdrq_deploy")
 # Block sizes that both engines' kernels take, the fastest first.
 BLOCKS = (128, 64, 32, 16)
 
 
 def weights_only(model: ir.Model, layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
-    """Rewrite the 4-bit linear layers that a pattern names. In place.
+    """Rewrite, in place, the 4-bit linear layers that a pattern names.
+
+    A layer whose weight cannot be held in blocks stays as it is; its ``reason`` and the log say
+    why.
 
     Args:
-        model: As ``graph.load`` gives it.
-        layers: The bundle's.
+        model: As :func:`~hdrq_deploy.graph.model_files.load` gives it.
+        layers: The bundle's layers.
         patterns: fnmatch patterns of module paths.
 
     Returns:
         ``layers``, those that were rewritten with ``requested`` ``int4``.
 
     Raises:
-        ExportError: A pattern names no 4-bit linear layer.
+        ExportError: A pattern names no 4-bit linear layer, or only such as cannot be rewritten.
     """
     nodes = {node.name: node for node in model.graph}
     able = {
-        layer.node: layer
+        layer.node: layer.module
         for layer in layers
         if layer.op in LINEAR and layer.weight and (layer.weight_bits or 8) <= 4
     }
-    modules = [layer.module for layer in able.values()]
-    check_patterns(
-        "--weights-only", patterns, modules, "linear layer with weights of 4 bits or fewer"
-    )
+    what = "linear layer with weights of 4 bits or fewer"
+    check_patterns("weights_only", patterns, list(able.values()), what)
+    obstacles: dict[str, str] = {}
     result = []
     for layer in layers:
-        chosen = layer.node in able and named(layer.module, patterns)
-        if chosen and _rewrite(model, nodes[layer.node]):
-            layer = layer.model_copy(update={"requested": "int4", "activation_bits": ()})
+        if layer.node in able and named(layer.module, patterns):
+            obstacle = _rewrite(model, nodes[layer.node])
+            if obstacle:
+                obstacles[layer.node] = obstacle
+                update: dict[str, Any] = {"reason": f"activations stay quantized: {obstacle}"}
+                _log.info("%s: activations stay quantized, %s", layer.module, obstacle)
+            else:
+                update = {"requested": "int4", "activation_bits": ()}
+            layer = layer.model_copy(update=update)
         result.append(layer)
+    for pattern in patterns:
+        matched = [node for node, module in able.items() if named(module, [pattern])]
+        if all(node in obstacles for node in matched):
+            raise ExportError(
+                f"found no layer of {pattern!r} (`weights_only`) that can keep real activations "
+                f"({able[matched[0]]}: {obstacles[matched[0]]}); name other layers"
+            )
     drop_unused(model)
     return result
 
 
 def keep_float(model: ir.Model, layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
-    """Let the layers that a pattern names compute in float. In place.
+    """Let, in place, the layers that a pattern names compute in float.
 
     Their weights keep the values of their codes; quantizers that serve no other layer go.
 
@@ -71,14 +91,14 @@ def keep_float(model: ir.Model, layers: Sequence[Layer], patterns: Sequence[str]
         ExportError: A pattern names no layer.
     """
     nodes = {node.name: node for node in model.graph}
-    check_patterns("--keep-float", patterns, [layer.module for layer in layers])
+    check_patterns("keep_float", patterns, [layer.module for layer in layers])
     result = []
     for layer in layers:
         if layer.requested == "int8" and named(layer.module, patterns):
             if layer.weight:
-                _settle_weight(model, nodes[layer.node])
+                _real_weight(model, nodes[layer.node])
             layer = layer.model_copy(
-                update={"requested": "float32", "reason": "kept in float by --keep-float"}
+                update={"requested": "float32", "reason": "kept in float by keep_float"}
             )
         result.append(layer)
     quantize_only(model, {layer.node for layer in result if layer.requested == "int8"})
@@ -86,38 +106,52 @@ def keep_float(model: ir.Model, layers: Sequence[Layer], patterns: Sequence[str]
     return result
 
 
-def _settle_weight(model: ir.Model, node: ir.Node) -> None:
-    """The real weight as a constant: engines would take a lone DequantizeLinear for codes."""
-    found, _ = weight_dequantizer(node.inputs[1])
-    if found is None:
+def _real_weight(model: ir.Model, node: ir.Node) -> None:
+    """Make the weight, in place, a real constant: engines take a lone DequantizeLinear for codes.
+
+    Layers that share the weight read the constant too.
+    """
+    source, _ = weight_dequantizer(node.inputs[1])
+    if source is None:  # another layer that shares the weight came first
         return
-    codes, scale = array(found.inputs[0]), array(found.inputs[1])
-    axis = found.attributes["axis"].as_int() if scale.ndim else None
+    codes, scale, axis = _codes(source)
     real = constant(model, f"{node.name}/weight_real", dequantize(codes, scale, axis))
-    found.outputs[0].replace_all_uses_with(real)
+    source.outputs[0].replace_all_uses_with(real)
 
 
-def _rewrite(model: ir.Model, node: ir.Node) -> bool:
-    """MatMul(real, DQ of INT4 blocks); False where no block size divides the input channels."""
-    found, behind_transpose = weight_dequantizer(node.inputs[1])
-    if found is None:
-        return False
-    turned = transposes_weight(node) != behind_transpose
-    codes, scale = array(found.inputs[0]), array(found.inputs[1])
-    axis = found.attributes["axis"].as_int() if scale.ndim else None
-    steps = np.broadcast_to(along(scale, codes.ndim, axis), codes.shape)
-    if turned:
-        codes, steps = codes.T, steps.T
-    # TensorRT takes a single block a column for one step per channel, and unpacks it.
+def _codes(source: ir.Node) -> tuple[Array, Array, int | None]:
+    """Codes and scales of a weight's DequantizeLinear, and the axis of the scales."""
+    codes, scale = array(source.inputs[0]), array(source.inputs[1])
+    return codes, scale, source.attributes["axis"].as_int() if scale.ndim else None
+
+
+def _rewrite(model: ir.Model, node: ir.Node) -> str:
+    """Make a layer, in place, MatMul(real, DQ of INT4 blocks); or say what keeps it from that."""
+    source, behind_transpose = weight_dequantizer(node.inputs[1])
+    if source is None:
+        return "found no quantized weight in front of it"
+    codes, scale, axis = _codes(source)
+    scales = np.broadcast_to(along(scale, codes.ndim, axis), codes.shape)
+    if transposes_weight(node) != behind_transpose:
+        codes, scales = codes.T, scales.T
+    if codes.ndim != 2 or (scales != scales[:1]).any():
+        return (
+            f"found a weight of shape {codes.shape} with scales of shape {scale.shape}; needed a "
+            "matrix with one scale, or one per output channel"
+        )
+    # TensorRT takes a single block a column for one scale per channel, and unpacks it.
     block = next((b for b in BLOCKS if codes.shape[0] % b == 0 and codes.shape[0] > b), None)
-    if block is None or codes.ndim != 2 or (steps != steps[:1]).any():
-        return False
-    name = str(found.inputs[0].name if found.inputs[0] else node.name)
+    if block is None:
+        return (
+            f"found {codes.shape[0]} input channels; needed a multiple of {BLOCKS[-1]}, "
+            f"{2 * BLOCKS[-1]} or more"
+        )
+    name = str(source.inputs[0].name if source.inputs[0] else node.name)
     packed = np.ascontiguousarray(codes).astype(np.int8)
     weight = constant(model, f"{name}_blocks", packed)
     weight.const_value = ir.tensor(packed, dtype=ir.DataType.INT4, name=weight.name)
     weight.dtype = ir.DataType.INT4
-    per_block = np.ascontiguousarray(steps[::block]).astype(np.float32)
+    per_block = np.ascontiguousarray(scales[::block]).astype(np.float32)
     real = insert(
         model,
         node,
@@ -134,4 +168,4 @@ def _rewrite(model: ir.Model, node: ir.Node) -> bool:
     if node.op_type == "Gemm":
         node.attributes.pop("transB", None)
     free_operand(model, node, 0)
-    return True
+    return ""

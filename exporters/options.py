@@ -1,18 +1,16 @@
-"""What an export is asked for beside the engine, and the trtexec command that says the same."""
+"""What an export is asked for beside the engine; options are checked when they are made."""
 
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from ..errors import ExportError
 
-__all__ = ["BuildOptions", "GraphOptions", "Shapes", "parse_shapes", "trtexec"]
+__all__ = ["BuildOptions", "GraphOptions", "Shapes", "parse_shapes", "profile"]
 
 Shape = tuple[int, ...]
 
@@ -29,10 +27,10 @@ class GraphOptions(_Frozen):
             graph are always fp32.
         weights_only: Patterns of 4-bit linear layers that keep real activations.
         keep_float: Patterns of layers that compute on real activations.
-        pack_int4: TensorRT's 4-bit linear layers with a step per channel keep INT4 weights:
+        pack_int4: TensorRT's 4-bit linear layers with a scale per channel keep INT4 weights:
             half the plan, one widening an inference.
         exact: ONNX Runtime's codes end where the calibration's did. Without it tensors that
-            are never negative use codes 128 to 255 too, at the same step: a little faster, and
+            are never negative use codes 128 to 255 too, at the same scale: a little faster, and
             not what the weights were calibrated with.
         batch: A fixed batch; None leaves it free.
         dynamic_size: Height and width of the input are free too.
@@ -40,6 +38,9 @@ class GraphOptions(_Frozen):
         output_name: New name of the output.
         fold_preprocess: The engine takes uint8 frames (N, H, W, C) and normalises them itself.
         postprocess: What is appended to the network's output (along axis 1).
+
+    Raises:
+        ExportError: The batch is below 1.
     """
 
     compute: Literal["fp16", "fp32"] = "fp16"
@@ -53,6 +54,11 @@ class GraphOptions(_Frozen):
     output_name: str | None = None
     fold_preprocess: bool = False
     postprocess: Literal["none", "softmax", "argmax"] = "none"
+
+    def model_post_init(self, _context: Any) -> None:
+        """Check the values."""
+        if self.batch is not None and self.batch < 1:
+            raise ExportError(f"found `batch` {self.batch}; needed 1 or more")
 
 
 class Shapes(_Frozen):
@@ -77,6 +83,9 @@ class BuildOptions(_Frozen):
         hardware_compatibility: ``ampere+`` or ``same-cc``: the plan runs on other GPUs too.
         dla_core: Run on this DLA core where it can, on the GPU elsewhere.
         profiling: How much the plan says of its layers; only ``detailed`` shows precisions.
+
+    Raises:
+        ExportError: A value is out of range.
     """
 
     shapes: dict[str, Shapes] = {}
@@ -90,23 +99,20 @@ class BuildOptions(_Frozen):
     dla_core: int | None = None
     profiling: Literal["detailed", "layer-names", "none"] = "detailed"
 
-    def check(self) -> None:
-        """Refuse values out of range.
-
-        Raises:
-            ExportError: Names the option, what was found and what it takes.
-        """
-        low, best, high = self.batches
-        if not 1 <= low <= best <= high:
+    def model_post_init(self, _context: Any) -> None:
+        """Check the values."""
+        ordered = len(self.batches) == 3 and list(self.batches) == sorted(self.batches)
+        if not ordered or self.batches[0] < 1:
             raise ExportError(
-                f"found --batches {low} {best} {high}; needed 1 <= smallest <= best <= largest"
+                f"found `batches` {' '.join(map(str, self.batches))}; needed three numbers, "
+                "1 <= smallest <= best <= largest"
             )
         if self.opt_level is not None and not 0 <= self.opt_level <= 5:
-            raise ExportError(f"found --opt-level {self.opt_level}; needed 0 to 5")
+            raise ExportError(f"found `opt_level` {self.opt_level}; needed 0 to 5")
         if self.workspace is not None and self.workspace < 1:
-            raise ExportError(f"found --workspace {self.workspace}; needed 1 MiB or more")
+            raise ExportError(f"found `workspace` {self.workspace}; needed 1 MiB or more")
         if self.dla_core is not None and self.dla_core < 0:
-            raise ExportError(f"found --dla-core {self.dla_core}; needed 0 or more")
+            raise ExportError(f"found `dla_core` {self.dla_core}; needed 0 or more")
         for name, shapes in self.shapes.items():
             rows = (shapes.smallest, shapes.best, shapes.largest)
             ranks = {len(row) for row in rows}
@@ -127,19 +133,19 @@ def parse_shapes(low: Sequence[str], best: Sequence[str], high: Sequence[str]) -
     profile.
 
     Raises:
-        ExportError: Another form, or an input named on one side only while others are.
+        ExportError: A text has another form.
 
     >>> parse_shapes([], ["input:1x3x32x32"], ["input:8x3x32x32"])["input"].smallest
     (1, 3, 32, 32)
     """
     sides = [dict(_shape(text) for text in side) for side in (low, best, high)]
-    names = sorted({name for side in sides for name in side})
     result = {}
-    for name in names:
-        found = [side.get(name) for side in sides]
-        middle = next(row for row in (found[1], found[0], found[2]) if row is not None)
-        smallest, largest = found[0] or middle, found[2] or middle
-        result[name] = Shapes(smallest=smallest, best=found[1] or middle, largest=largest)
+    for name in sorted({name for side in sides for name in side}):
+        smallest, middle, largest = (side.get(name) for side in sides)
+        other = next(row for row in (middle, smallest, largest) if row is not None)
+        result[name] = Shapes(
+            smallest=smallest or other, best=middle or other, largest=largest or other
+        )
     return result
 
 
@@ -148,57 +154,6 @@ def _shape(text: str) -> tuple[str, Shape]:
         raise ExportError(f"found shape {text!r}; needed NAME:1x3x224x224")
     name, dims = text.rsplit(":", 1)
     return name, tuple(int(d) for d in dims.split("x"))
-
-
-def trtexec(
-    engine: str, onnx: Path, plan: Path, build: BuildOptions, ports: Mapping[str, Sequence[Any]]
-) -> str:
-    """The trtexec command (tensorrt_rtx for TensorRT-RTX) that builds the same plan.
-
-    Args:
-        engine: ``trt`` or ``trt-rtx``.
-        onnx: Lowered graph.
-        plan: File that the command writes.
-        build: Options of the builder.
-        ports: Shape of every input by name; a dimension that is no int is free.
-
-    Source:
-        trtexec --help of TensorRT 10.13.
-    """
-    words = ["tensorrt_rtx" if engine == "trt-rtx" else "trtexec", f"--onnx={onnx}"]
-    words.append(f"--saveEngine={plan}")
-    if engine == "trt":
-        words.append("--stronglyTyped")
-    words.append(
-        f"--profilingVerbosity={build.profiling.replace('-', '_')}".replace(
-            "layer_names", "layer_names_only"
-        )
-    )
-    profiles = {name: profile(name, shape, build) for name, shape in ports.items()}
-    for flag, side in (("min", "smallest"), ("opt", "best"), ("max", "largest")):
-        texts = [
-            f"{name}:{'x'.join(map(str, getattr(shapes, side)))}"
-            for name, shapes in profiles.items()
-            if shapes is not None
-        ]
-        if texts:
-            words.append(f"--{flag}Shapes={','.join(texts)}")
-    if build.workspace is not None:
-        words.append(f"--memPoolSize=workspace:{build.workspace}M")
-    if build.opt_level is not None:
-        words.append(f"--builderOptimizationLevel={build.opt_level}")
-    if build.timing_cache is not None:
-        words.append(f"--timingCacheFile={build.timing_cache}")
-    if build.refit:
-        words.append("--refit")
-    if build.strip_weights:
-        words.append("--stripWeights")
-    if build.hardware_compatibility != "none":
-        level = {"ampere+": "ampere+", "same-cc": "sameComputeCapability"}
-        words.append(f"--hardwareCompatibilityLevel={level[build.hardware_compatibility]}")
-    if build.dla_core is not None:
-        words += [f"--useDLACore={build.dla_core}", "--allowGPUFallback"]
-    return shlex.join(words)
 
 
 def profile(name: str, shape: Sequence[Any], build: BuildOptions) -> Shapes | None:
@@ -224,8 +179,8 @@ def profile(name: str, shape: Sequence[Any], build: BuildOptions) -> Shapes | No
         return None
     if any(not isinstance(d, int) for d in shape[1:]):
         raise ExportError(
-            f"the input {name} of shape {'x'.join(map(str, shape))} has a free size; pass "
-            "--min-shapes, --opt-shapes and --max-shapes"
+            f"the input {name} of shape {'x'.join(map(str, shape))} has a free size; give "
+            "its smallest, best and largest shape"
         )
     rows = [(batch, *shape[1:]) for batch in build.batches]
     return Shapes(smallest=rows[0], best=rows[1], largest=rows[2])

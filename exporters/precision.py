@@ -164,7 +164,7 @@ def _from_trt(
 
 
 def _executed(datatypes: Sequence[str]) -> str:
-    """Of a compute layer's inputs and constants."""
+    """Precision of a layer, from the datatypes of its inputs and constants."""
     kinds = [kind.lower() for kind in datatypes]
     if len(kinds) >= 2 and all(kind.startswith("int8") for kind in kinds[:2]):
         return "int8"
@@ -190,11 +190,11 @@ def _report(engine: str, source: str, rows: Sequence[LayerPrecision]) -> Precisi
     total = Counter(row.op for row in rows)
     parts = []
     for kind in ("int8", "int4"):
-        found = Counter(row.op for row in rows if row.executed == kind)
-        if found or (kind == "int8" and any(row.requested == kind for row in rows)):
-            ops = sorted(total if kind == "int8" else found)
+        counts = Counter(row.op for row in rows if row.executed == kind)
+        if counts or (kind == "int8" and any(row.requested == kind for row in rows)):
+            ops = sorted(total if kind == "int8" else counts)
             parts.append(
-                ", ".join(f"{found[op]}/{total[op]} {op}" for op in ops) + f" {kind.upper()}"
+                ", ".join(f"{counts[op]}/{total[op]} {op}" for op in ops) + f" {kind.upper()}"
             )
     summary = "; ".join(parts)
     if not parts:
@@ -217,6 +217,6 @@ def check(report: PrecisionReport, allowed: Sequence[str]) -> None:
             f"found {len(lost)} of {len(report.layers)} layers that {report.engine} does not run "
             f"as requested (first: {first.module}, {first.op}, asked {first.requested}, runs "
             f"{first.executed}: {first.evidence}"
-            f"{'; ' + first.reason if first.reason else ''}); change the model there or pass "
-            f"--allow-float '{first.module}'"
+            f"{'; ' + first.reason if first.reason else ''}); change the model there, or "
+            f"let it run in float (`allow_float` '{first.module}')"
         )

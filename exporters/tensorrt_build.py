@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,10 +17,11 @@ from typing import IO, Any
 from ..errors import ExportError
 from ..formats.atomic_files import check_output, scratch_folder
 from ..formats.file_kinds import TIMING_CACHE
+from ..typing import Progress
 from .lint import lint
 from .options import BuildOptions, profile
 
-__all__ = ["MODULES", "Built", "build", "device", "library_version"]
+__all__ = ["MODULES", "BuildResult", "build", "device", "library_version"]
 
 MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
 _INSTALL = {
@@ -29,18 +30,16 @@ _INSTALL = {
     "trt-rtx": "pip install 'hdrq-deploy[trt-rtx]'",
 }
 
-Progress = Callable[[int, int, str], None]
-
 
 @dataclass(frozen=True)
-class Built:
-    """What the builder said.
+class BuildResult:
+    """What a build gave beside the plan.
 
     Attributes:
-        version: Of the library.
-        dump: Its layer dump, or "".
-        inspector: Its inspector's JSON, or "".
-        seconds: What the build took.
+        version: Version of the library.
+        dump: Layer dump of the builder, or "".
+        inspector: JSON of its inspector, or "".
+        seconds: Time that the build took.
         peak_bytes: Largest resident size of the builder's process.
     """
 
@@ -52,8 +51,8 @@ class Built:
 
 
 @dataclass
-class _Said:
-    """What the builder's process was last heard to be doing."""
+class _BuilderState:
+    """What the process of the builder was doing when it last reported."""
 
     stage: str = ""
     node: str = ""
@@ -76,7 +75,7 @@ def library_version(engine: str) -> str:
     module = MODULES[engine]
     if importlib.util.find_spec(module) is None:
         raise ExportError(
-            f"--engine {engine} needs the Python package {module}, which is not installed: "
+            f"`engine` {engine} needs the Python package {module}, which is not installed: "
             f"{_INSTALL[engine]}"
         )
     for name in (module, module.replace("_", "-"), f"{module}-cu12", f"{module}-cu13"):
@@ -109,14 +108,14 @@ def build(
     options: BuildOptions,
     ports: Mapping[str, Sequence[Any]],
     progress: Progress | None = None,
-) -> Built:
+) -> BuildResult:
     """Build ``plan`` from ``onnx``.
 
     Args:
         engine: ``trt`` or ``trt-rtx``.
         onnx: Lowered graph.
         plan: File to write.
-        options: Of the builder.
+        options: Options of the builder.
         ports: Shape of every input by name; a dimension that is no int is free.
         progress: Called with (steps done, steps in all, what).
 
@@ -125,7 +124,6 @@ def build(
             graph, or the builder crashed.
     """
     library_version(engine)
-    options.check()
     lint(onnx)
     profiles = {name: profile(name, shape, options) for name, shape in ports.items()}
     if options.timing_cache is not None:
@@ -147,43 +145,43 @@ def build(
         }
         job.write_text(json.dumps(fields))
         command = [sys.executable, "-m", "hdrq_deploy.exporters.trt_worker", str(job)]
-        code, said = _follow(command, progress)
+        code, state = _follow(command, progress)
         if not answer.is_file():
-            raise ExportError(_crash(engine, code, said))
+            raise ExportError(_crash(engine, code, state))
         result = json.loads(answer.read_text())
     error = result.pop("error")
     if error is not None:
         raise ExportError(f"{engine} {result['version']} refuses the graph: {error}")
-    return Built(**result)
+    return BuildResult(**result)
 
 
-def _follow(command: Sequence[str], progress: Progress | None) -> tuple[int, _Said]:
+def _follow(command: Sequence[str], progress: Progress | None) -> tuple[int, _BuilderState]:
     """Run the worker; what it says on stdout goes to ``progress``."""
-    said = _Said()
+    state = _BuilderState()
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         # Both pipes are read at once: a full one would stop the builder.
-        reader = threading.Thread(target=_collect, args=(process.stderr, said.errors))
+        reader = threading.Thread(target=_collect, args=(process.stderr, state.errors))
         reader.start()
         try:
             for line in process.stdout:
-                _hear(line, said, progress)
+                _hear(line, state, progress)
             process.wait()
         except BaseException:
             process.kill()
             raise
         finally:
             reader.join()
-    return process.returncode, said
+    return process.returncode, state
 
 
 def _collect(stream: IO[str], lines: list[str]) -> None:
     lines += [line.strip() for line in stream if line.strip()]
 
 
-def _hear(line: str, said: _Said, progress: Progress | None) -> None:
+def _hear(line: str, state: _BuilderState, progress: Progress | None) -> None:
     try:
         words = json.loads(line)
     except ValueError:  # the native library prints to stdout too
@@ -191,17 +189,17 @@ def _hear(line: str, said: _Said, progress: Progress | None) -> None:
     if not isinstance(words, dict):
         return
     if "stage" in words:
-        said.stage, said.node, said.phase = words["stage"], "", ""
-    said.node = words.get("node", said.node)
-    said.phase = words.get("phase", said.phase)
+        state.stage, state.node, state.phase = words["stage"], "", ""
+    state.node = words.get("node", state.node)
+    state.phase = words.get("phase", state.phase)
     if progress and "phase" in words:
         progress(words["done"], max(words["total"], 1), words["phase"])
 
 
-def _crash(engine: str, code: int, said: _Said) -> str:
+def _crash(engine: str, code: int, state: _BuilderState) -> str:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    last = said.errors[-1][:300] if said.errors else "no message"
+    last = state.errors[-1][:300] if state.errors else "no message"
     return (
-        f"the {engine} builder {how} while {said.place} ({last}); check that {MODULES[engine]} "
+        f"the {engine} builder {how} while {state.place} ({last}); check that {MODULES[engine]} "
         "imports and finds a GPU driver on this machine, or change the model there"
     )

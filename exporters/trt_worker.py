@@ -150,14 +150,14 @@ def _configure(trt: Any, builder: Any, config: Any, job: dict[str, Any]) -> None
     if job["opt_level"] is not None:
         config.builder_optimization_level = job["opt_level"]
     if job["refit"]:
-        config.set_flag(_flag(trt, "REFIT", "--refit"))
+        config.set_flag(_flag(trt, "REFIT", "refit"))
     if job["strip_weights"]:
-        config.set_flag(_flag(trt, "STRIP_PLAN", "--strip-weights"))
+        config.set_flag(_flag(trt, "STRIP_PLAN", "strip_weights"))
     if job["hardware_compatibility"] != "none":
         level = _COMPATIBILITY[job["hardware_compatibility"]]
         if not hasattr(trt.HardwareCompatibilityLevel, level):
             raise Refused(
-                f"--hardware-compatibility {job['hardware_compatibility']} is not known to this "
+                f"`hardware_compatibility` {job['hardware_compatibility']} is not known to this "
                 "version; leave it out, or take another"
             )
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
@@ -165,17 +165,17 @@ def _configure(trt: Any, builder: Any, config: Any, job: dict[str, Any]) -> None
         cores = builder.num_DLA_cores
         if job["dla_core"] >= cores:
             raise Refused(
-                f"found --dla-core {job['dla_core']} on a machine with {cores} DLA cores; leave "
+                f"found `dla_core` {job['dla_core']} on a machine with {cores} DLA cores; leave "
                 "it out, or build on the device"
             )
         config.default_device_type = trt.DeviceType.DLA
         config.DLA_core = job["dla_core"]
-        config.set_flag(_flag(trt, "GPU_FALLBACK", "--dla-core"))
+        config.set_flag(_flag(trt, "GPU_FALLBACK", "dla_core"))
 
 
 def _flag(trt: Any, name: str, option: str) -> Any:
     if not hasattr(trt.BuilderFlag, name):
-        raise Refused(f"{option} is not known to this version of the library; leave it out")
+        raise Refused(f"`{option}` is not known to this version of the library; leave it out")
     return getattr(trt.BuilderFlag, name)
 
 

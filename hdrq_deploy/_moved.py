@@ -59,6 +59,7 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "exporters.apart": "exporters.first_run",
     "exporters.compute": "exporters.half_precision",
     "exporters.graph": ("graph.qdq", "graph.model_files"),
+    "exporters.lowering": ("exporters.lowering_ort", "exporters.lowering_portable"),
     "exporters.patterns": "graph.patterns",
     "exporters.ports": "exporters.io_signature",
     "exporters.reasons": "exporters.precision_reasons",
@@ -112,10 +113,13 @@ RENAMED: dict[str, str] = {
     "adapt.Recipe": "AdaptationOptions",
     "calibrate.emit.Emitted": "BundleModel",
     "calibrate.reconstruct.Quantized": "Quantizers",
+    "exporters.compute.SMALLEST_STEP": "SMALLEST_SCALE",
+    "exporters.trt.Built": "BuildResult",
     "frames.pixels": "to_frames",
     "merge.bundles.check_mix": "check_merge_weights",
     "merge.mixing.Mix": "ChosenWeights",
     "merge.rounding.Merged": "MergedCodes",
+    "runtime.timing.Plan": "BenchPlan",
 }
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import EngineError
+from ..typing import Array
 
 __all__ = [
     "Cuda",
@@ -29,7 +29,6 @@ __all__ = [
     "load_cuda",
 ]
 
-Array = npt.NDArray[Any]
 _LEGACY_STREAM = 1  # cudaStreamLegacy: what an interface without a stream may be written by
 
 

@@ -1,4 +1,4 @@
-"""Load an engine folder and run it, whatever it runs on."""
+"""An engine that is loaded: what all of them share, whatever they run on."""
 
 from __future__ import annotations
 
@@ -15,30 +15,27 @@ from types import TracebackType
 from typing import Any, TypeVar, overload
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from ..calibration_data.readers.decoding import Picture
 from ..errors import EngineError
-from ..formats.engine_folder import GRAPH, KINDS, EngineManifest, Port, read_manifest
+from ..formats.engine_folder import EngineManifest, Port
 from ..numerics.batches import in_batches
+from ..typing import Array
 from .forks import Owner
 from .predictions import Frame, Prediction, frames_of, network_input, predictions, sizes_of
 
 __all__ = [
     "Engine",
+    "Feeds",
     "Pending",
     "Phases",
     "StillRunning",
     "check_input",
     "dtype_of",
-    "load_engine",
     "on_gpu",
-    "open_engine",
-    "read_manifest",
 ]
 
-Array = npt.NDArray[Any]
 Feeds = Mapping[str, Any]
 _DTYPES: dict[str, type[np.generic]] = {
     "float": np.float32,
@@ -47,8 +44,6 @@ _DTYPES: dict[str, type[np.generic]] = {
     "int32": np.int32,
     "int64": np.int64,
 }
-LIBRARIES = {"trt": ("tensorrt", "TensorRT"), "trt-rtx": ("tensorrt_rtx", "TensorRT-RTX")}
-DEVICES = "auto, cpu, cuda, cuda:N, tensorrt or tensorrt:N"
 _Self = TypeVar("_Self", bound="Engine")
 
 
@@ -233,8 +228,8 @@ class Engine(ABC):
         single = isinstance(image, (np.ndarray, str, os.PathLike, Image.Image))
         given: Any = [image] if single else image
         frames = frames_of(given, self.manifest.preprocessing, self.path)
-        found = self.answers(self.all_rows(self.prepare(frames)), sizes_of(frames))
-        return found[0] if single else found
+        answers = self.answers(self.all_rows(self.prepare(frames)), sizes_of(frames))
+        return answers[0] if single else answers
 
     def all_rows(self, x: Array) -> Array:
         """The output of any number of rows; a fixed batch runs the last one filled up."""
@@ -405,58 +400,3 @@ def _hint(shape: tuple[int, ...], port: Port) -> str:
     turned = [shape[i] for i in order]
     fits = all(isinstance(w, str) or w == g for w, g in zip(port.shape, turned, strict=True))
     return f": pass x.transpose{order}" if fits and 0 not in shape else ""
-
-
-def load_engine(
-    path: str | os.PathLike[str],
-    device: str = "auto",
-    threads: int = 0,
-    cuda_graph: bool = True,
-) -> Engine:
-    """Open an engine folder.
-
-    Args:
-        path: Folder written by ``hdrq-export``.
-        device: ``auto`` is the CPU for ``ort`` and ``onnx`` engines and the first GPU for
-            TensorRT's. ``cpu``; ``cuda`` or ``cuda:N``; ``tensorrt`` or ``tensorrt:N`` is ONNX
-            Runtime's TensorRT provider. Nothing falls back to another device.
-        threads: Threads inside an operator on the CPU; 0, one per core.
-        cuda_graph: Replay TensorRT's work as a CUDA graph, captured per shape.
-
-    Raises:
-        EngineError: Not an engine, damaged, built for another device or version, or of a kind
-            that this machine cannot run.
-    """
-    return open_engine(Path(path), read_manifest(path), device, threads, cuda_graph)
-
-
-def open_engine(
-    path: Path,
-    manifest: EngineManifest,
-    device: str = "auto",
-    threads: int = 0,
-    cuda_graph: bool = True,
-) -> Engine:
-    """:func:`load_engine` of a folder whose manifest was read, its files not hashed again."""
-    if threads < 0:
-        raise EngineError(f"found threads={threads}; needed 0 (one per core) or more")
-    kind, _, number = device.partition(":")
-    if kind not in {"auto", "cpu", "cuda", "tensorrt"} or (number and not number.isdecimal()):
-        raise EngineError(f"found device {device!r}; needed {DEVICES}")
-    if manifest.runs == GRAPH:
-        from .ort import OrtEngine
-
-        return OrtEngine(path, manifest, threads or os.cpu_count() or 1, device)
-    if manifest.runs is None:
-        raise EngineError(
-            f"{path}: found an engine of the kind {manifest.engine!r}; this version runs "
-            f"{', '.join(KINDS)}"
-        )
-    from .tensorrt import TensorRtEngine
-
-    if kind in {"cpu", "tensorrt"}:
-        raise EngineError(
-            f"{path}: found device {device!r} for a {manifest.engine} engine, which runs on an "
-            "NVIDIA GPU: cuda:N, or export with --engine ort"
-        )
-    return TensorRtEngine(path, manifest, int(number or 0), cuda_graph)

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from ..errors import EngineError
-from .engine import load_engine
+from .loading import load_engine
 
 __all__ = ["main"]
 

@@ -6,23 +6,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime
 
 from ..errors import EngineError
 from ..formats.engine_folder import GRAPH, EngineManifest
 from ..graph.reference_session import saturates, session_options
+from ..typing import Array
 from .engine import Engine, Feeds
 
-__all__ = ["OrtEngine", "saturates", "session_options"]
+__all__ = ["OrtEngine", "open_engine", "saturates", "session_options"]
 
-Array = npt.NDArray[Any]
 _PROVIDERS = {
     "auto": "CPUExecutionProvider",
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+
+
+def open_engine(
+    path: Path, manifest: EngineManifest, device: str, threads: int, cuda_graph: bool
+) -> Engine:
+    """See :func:`~hdrq_deploy.runtime.loading.open_engine`.
+
+    Raises:
+        EngineError: See :class:`OrtEngine`.
+    """
+    return OrtEngine(path, manifest, threads, device)
 
 
 class OrtEngine(Engine):

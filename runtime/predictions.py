@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from ..calibration_data.readers.decoding import Picture, cut, decode, picture_of
@@ -17,6 +16,7 @@ from ..errors import EngineError
 from ..formats.preprocessing import to_input
 from ..formats.records import Preprocessing
 from ..numerics.batches import decides
+from ..typing import Array
 
 __all__ = [
     "Frame",
@@ -29,7 +29,6 @@ __all__ = [
     "softmax",
 ]
 
-Array = npt.NDArray[Any]
 # What an application may give for one frame, and what is known of it once it was read.
 Frame = Array | Image.Image | str | os.PathLike[str]
 Taken = Array | Picture

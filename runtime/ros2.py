@@ -13,15 +13,15 @@ import time
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import DataError, EngineError, HdrqError
-from .engine import Engine, load_engine
+from ..typing import Array
+from .engine import Engine
+from .loading import load_engine
 from .predictions import Prediction
 
-__all__ = ["Perception", "frame_of", "main"]
+__all__ = ["Perception", "frame_of", "image_fields", "main"]
 
-Array = npt.NDArray[Any]
 # sensor_msgs/image_encodings.hpp: channels, and their order as RGB
 _ENCODINGS = {
     "rgb8": (3, (0, 1, 2)),
@@ -88,19 +88,31 @@ class Perception:
             DataError: An image that cannot be read.
         """
         started = time.perf_counter()
-        found = self._engine.predict(frame_of(message, self._channels))
-        assert isinstance(found, Prediction)
-        score = None if found.scores is None else float(found.scores.max())
+        prediction = self._engine.predict(frame_of(message, self._channels))
+        assert isinstance(prediction, Prediction)
+        score = None if prediction.scores is None else float(prediction.scores.max())
         stamp = message.header.stamp
         text = {
             "stamp": stamp.sec + stamp.nanosec / 1e9,
             "frame_id": message.header.frame_id,
-            "index": found.index,
-            "label": found.label,
+            "index": prediction.index,
+            "label": prediction.label,
             "score": score,
             "ms": round(1000 * (time.perf_counter() - started), 3),
         }
-        return json.dumps(text), found.mask
+        return json.dumps(text), prediction.mask
+
+
+def image_fields(mask: Array) -> dict[str, Any]:
+    """Fields of a ``sensor_msgs/Image`` that holds the classes of a mask (H, W) as grey."""
+    height, width = mask.shape
+    return {
+        "height": height,
+        "width": width,
+        "encoding": "mono8",
+        "step": width,
+        "data": mask.astype(np.uint8).tobytes(),
+    }
 
 
 def main() -> int:
@@ -142,18 +154,7 @@ def main() -> int:
             return
         results.publish(String(data=text))
         if mask is not None:
-            height, width = mask.shape
-            data = mask.astype(np.uint8).tobytes()
-            masks.publish(
-                Image(
-                    header=message.header,
-                    height=height,
-                    width=width,
-                    encoding="mono8",
-                    step=width,
-                    data=data,
-                )
-            )
+            masks.publish(Image(header=message.header, **image_fields(mask)))
 
     topic = parameter("image_topic", "/camera/image_raw")
     node.create_subscription(Image, topic, on_image, qos_profile_sensor_data)

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import EngineError
 from ..formats.engine_folder import PLAN, EngineManifest
+from ..typing import Array
 from .cuda import (
     DeviceArray,
     DeviceBuffer,
@@ -32,11 +32,12 @@ from .cuda import (
     device_array,
     load_cuda,
 )
-from .engine import LIBRARIES, Engine, Feeds, Pending, Phases, StillRunning, dtype_of
+from .engine import Engine, Feeds, Pending, Phases, StillRunning, dtype_of
 
-__all__ = ["LIBRARIES", "TensorRtEngine", "check_plan", "plan_version"]
+__all__ = ["LIBRARIES", "TensorRtEngine", "check_plan", "open_engine", "plan_version"]
 
-Array = npt.NDArray[Any]
+# Package and name of each library, by kind of engine.
+LIBRARIES = {"trt": ("tensorrt", "TensorRT"), "trt-rtx": ("tensorrt_rtx", "TensorRT-RTX")}
 IN_FLIGHT = 2
 _GRAPHS, _SHAPES = 8, 4
 _loggers: dict[str, Any] = {}
@@ -72,7 +73,24 @@ def check_plan(path: Path, blob: bytes, manifest: EngineManifest, installed: str
 
 
 def _again(manifest: EngineManifest) -> str:
-    return f"build it again here: hdrq-export BUNDLE --engine {manifest.engine} -o ENGINE --force"
+    return f"build it again here: export the bundle with `engine` {manifest.engine} and `force`"
+
+
+def open_engine(
+    path: Path, manifest: EngineManifest, device: str, threads: int, cuda_graph: bool
+) -> Engine:
+    """See :func:`~hdrq_deploy.runtime.loading.open_engine`.
+
+    Raises:
+        EngineError: The device is no GPU, or see :class:`TensorRtEngine`.
+    """
+    kind, _, number = device.partition(":")
+    if kind in {"cpu", "tensorrt"}:
+        raise EngineError(
+            f"{path}: found device {device!r} for a {manifest.engine} engine, which runs on an "
+            "NVIDIA GPU: choose cuda:N, or export with `engine` ort"
+        )
+    return TensorRtEngine(path, manifest, int(number or 0), cuda_graph)
 
 
 class TensorRtEngine(Engine):
@@ -101,7 +119,7 @@ class TensorRtEngine(Engine):
         except ImportError as error:
             raise EngineError(
                 f"{path}: a {title} engine, and {name} is not installed ({error}); pip install "
-                f"'hdrq-deploy[{manifest.engine}]', or export with --engine ort"
+                f"'hdrq-deploy[{manifest.engine}]', or export with `engine` ort"
             ) from error
         if PLAN not in manifest.files:
             raise EngineError(f"{path}: found no {PLAN}; {_again(manifest)}")
@@ -111,7 +129,7 @@ class TensorRtEngine(Engine):
             self._cuda = load_cuda(device)
         except EngineError as error:
             raise EngineError(
-                f"{path}: {error}; export with --engine ort to run on the CPU"
+                f"{path}: {error}; export with `engine` ort to run on the CPU"
             ) from error
         self._check_device(device)
         self._runtime = self._trt.Runtime(_logger(self._trt))
@@ -171,7 +189,7 @@ class TensorRtEngine(Engine):
         """Give a running engine other weights; calls in flight are waited for.
 
         Args:
-            weights: By the initializers' names in ``model.onnx``, all that the engine has.
+            weights: Weights by the initializers' names in ``model.onnx``, all that the engine has.
 
         Raises:
             EngineError: The engine was not built with ``--refit``, or a weight is missing or
@@ -181,7 +199,7 @@ class TensorRtEngine(Engine):
         with self._turn:
             self._open()
             if not self.refittable:
-                raise EngineError(f"{self.path}: cannot be refitted; export it with --refit")
+                raise EngineError(f"{self.path}: cannot be refitted; export it with `refit`")
             self._cuda.use()
             for slot in (self._slot, *self._others):
                 slot.finish()
@@ -196,8 +214,8 @@ class TensorRtEngine(Engine):
                     f"(first: {missing[0]}); needed all"
                 )
             # The refitter reads these when it refits, not when it is given them.
-            kept = [np.asarray(weights[name], order="C") for name in sorted(wanted)]
-            for name, values in zip(sorted(wanted), kept, strict=True):
+            arrays = [np.asarray(weights[name], order="C") for name in sorted(wanted)]
+            for name, values in zip(sorted(wanted), arrays, strict=True):
                 if not refitter.set_named_weights(name, self._trt.Weights(values)):
                     raise EngineError(
                         f"{self.path}: refused {name} of shape {values.shape}, {values.dtype}"
@@ -284,9 +302,9 @@ class _State:
     """An execution context that keeps its shapes: a CUDA graph is tied to those.
 
     Attributes:
-        context: Of the library.
-        shapes: Of every input and output.
-        graphs: By the addresses that they hold; None after the first plain run.
+        context: Execution context of the library.
+        shapes: Shapes of every input and output.
+        graphs: CUDA graphs by the addresses that they hold; None after the first plain run.
     """
 
     context: Any
@@ -366,7 +384,7 @@ class _Slot:
         }
 
     def phases(self) -> Phases:
-        """Of the call that ended last."""
+        """Timings of the most recent completed call."""
         first, second, third, last = self._events
         return Phases(second.since(first), third.since(second), last.since(third))
 
@@ -422,21 +440,21 @@ class _Slot:
     ) -> tuple[int, ...]:
         """Make room, and tell the context where everything lies."""
         moved = False
-        found = []
+        addresses = []
         for port in self._ports:
             given = arrays.get(port.name)
             if isinstance(given, DeviceArray):
-                found.append(given.pointer)
+                addresses.append(given.pointer)
                 continue
             count = self._bytes(port)
             moved |= self._device[port.name].reserve(count)
             self._host[port.name].reserve(count)
-            found.append(self._device[port.name].pointer)
+            addresses.append(self._device[port.name].pointer)
         if moved:
             self.forget_graphs()  # they hold the old addresses
-        for port, address in zip(self._ports, found, strict=True):
+        for port, address in zip(self._ports, addresses, strict=True):
             state.context.set_tensor_address(port.name, address)
-        return tuple(found)
+        return tuple(addresses)
 
     def _compute(self, state: _State, addresses: tuple[int, ...]) -> None:
         """Enqueue the engine's work: the first time as it is, then as a graph of it."""
@@ -490,16 +508,16 @@ def _profile(engine: Any, shapes: Mapping[str, tuple[int, ...]], path: Path) -> 
     shown = ", ".join(str(shape) for shape in shapes.values())
     raise EngineError(
         f"{path}: found an input of shape {shown}; the engine was built for {'; '.join(ranges)}: "
-        "export it with other --batches or --max-shapes"
+        "export it with other `batches`, or larger `max_shapes`"
     )
 
 
 def _logger(trt: Any) -> Any:
     """One logger a library and process: TensorRT ignores a second one."""
-    found = _loggers.get(trt.__name__)
-    if found is None:
-        found = _loggers[trt.__name__] = _new_logger(trt)
-    return found
+    logger = _loggers.get(trt.__name__)
+    if logger is None:
+        logger = _loggers[trt.__name__] = _new_logger(trt)
+    return logger
 
 
 def _new_logger(trt: Any) -> Any:

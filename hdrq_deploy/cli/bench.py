@@ -21,7 +21,7 @@ with importing("hdrq-bench"):
     from ..reports.bench_page import csv_text, did_it_pay, need_matplotlib, page, phase_table, table
     from ..runtime.bench.measurement import benchmark_all
     from ..runtime.bench.segmentation_images import picture_names
-    from ..runtime.bench.timing import Plan
+    from ..runtime.bench.timing import BenchPlan
     from .common import named, parser
 
 
@@ -109,7 +109,7 @@ def _bench(args: argparse.Namespace) -> int:
     data = named(args.data)
     _check_outputs(args, data)
     check_scratch()
-    plan = Plan(
+    plan = BenchPlan(
         args.scenario,
         args.warmup,
         args.iterations,

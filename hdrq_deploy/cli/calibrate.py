@@ -174,9 +174,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         if not args.resume:
             forget(target)
         arguments = {"request": request, "graphs": graphs}
-        work.append(
-            Job(own["domain"], make_bundle, arguments, limit_threads=calibration_threads)
-        )
+        work.append(Job(own["domain"], make_bundle, arguments, limit_threads=calibration_threads))
         targets.append(target)
     threads = threads_of(args.threads, args.workers, args.ray, args.gpus)
     with (

@@ -15,7 +15,7 @@ with importing("hdrq-export"):
     from ..checks import verify
     from ..exporters import ENGINES, BuildOptions, GraphOptions, export, parse_shapes
     from ..exporters.export import ports
-    from ..exporters.options import trtexec
+    from ..exporters.trtexec import trtexec
     from ..formats.atomic_files import check_outputs, check_scratch
     from ..formats.engine_folder import GRAPH, PLAN, PrecisionReport
     from ..formats.file_kinds import ENGINE, TIMING_CACHE

@@ -4,7 +4,7 @@ Neighbouring stages are run on the same images and compared twice.
 
 * Layer by layer: one stage is run again on the codes of the other (:meth:`GraphTap.replay`), so
   that every layer starts from equal codes and errors cannot hide behind others. A code may differ
-  by one step, and only where the value before rounding lies as close to the tie between the two
+  by one, and only where the value before rounding lies as close to the tie between the two
   as float arithmetic (or the kernel's rounded bias) can move it. Such ties are counted; any other
   difference fails. Real outputs of convolutions and products are compared where both show them.
 * As a whole: the outputs' relative RMS always, decisions besides where there are classes. Ties
@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeGuard
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from ..errors import CheckFailed
@@ -29,9 +28,13 @@ from ..formats.bundle_manifest import Activation, Layer
 from ..formats.engine_folder import LayerPrecision
 from ..formats.records import Tolerances
 from ..numerics.sqnr import decibels
+from ..typing import Array
 from .taps import GraphTap, Ran, Shows
 
 __all__ = [
+    "EXACT",
+    "HALF",
+    "KERNEL",
     "Fidelity",
     "LayerDifference",
     "Spread",
@@ -47,7 +50,6 @@ __all__ = [
     "spread_of_ties",
 ]
 
-Array = npt.NDArray[Any]
 Batches = Callable[[], Iterator[tuple[Array, Array]]]
 # Fewer decisions than these say little of a share, and fewer values little of their largest.
 _ENOUGH = 100
@@ -69,7 +71,7 @@ class Fidelity:
         real: Largest difference of a layer's real outputs over the largest of its channel, or,
             where ``by_channel`` is False, of the tensor.
         by_channel: See ``real``.
-        tie: Distance from a tie, in steps, below which a code may fall to either side, and
+        tie: Distance from a tie, in codes, below which a code may fall to either side, and
         tie_relative: what the largest value of the tensor adds to it, over that value.
         codes: Relative RMS of a tensor's codes below which their differences need no tie.
         output: Relative RMS of the output computed from equal codes.
@@ -98,7 +100,7 @@ HALF = Fidelity(
     tie_relative=4e-3,
     codes=5e-3,
     output=1e-2,
-    advice="half precision may be too coarse for its values, export with --compute fp32",
+    advice="half precision may be too coarse for its values, export with `compute` fp32",
 )
 KERNEL = Fidelity(kernel=True)
 
@@ -108,9 +110,9 @@ class Stepwise:
     """How two stages are compared layer by layer.
 
     Attributes:
-        modules: Module paths by the name of an activation's step or of a layer's ONNX node, in
+        modules: Module paths by the name of an activation's scale or of a layer's ONNX node, in
             graph order.
-        ranges: Lowest and highest code by the name of an activation's step.
+        ranges: Lowest and highest code by the name of an activation's scale.
         fidelity: See :class:`Fidelity`.
         probe: Compare the layers on random codes too, which leave no channel unused.
         one_row: The batch is free, and one row of random codes is enough.
@@ -148,7 +150,7 @@ class Stepwise:
 
     @classmethod
     def like(cls, tap: GraphTap, layers: Sequence[LayerPrecision], fidelity: Fidelity) -> Stepwise:
-        """What a lowered graph says of itself; activations go by the names of their steps."""
+        """What a lowered graph says of itself; activations go by the names of their scales."""
         modules = {name: name for name in tap.sites} | {row.node: row.module for row in layers}
         ranges = {name: (site.lo, site.hi) for name, site in tap.sites.items()}
         return cls(modules, ranges, fidelity)
@@ -160,10 +162,10 @@ class TensorDifference:
 
     Attributes:
         module: Module path that produces it.
-        steps: Largest difference, in steps.
+        steps: Largest difference, in codes.
         share_off: Share of the codes that differ (0 to 1).
-        sqnr_db: Of the second against the first, in dB; None where they are equal.
-        ties: Codes off by one step at a tie.
+        sqnr_db: SQNR of the second against the first, in dB; None where they are equal.
+        ties: Codes off by one at a tie.
         wrong: Codes that differ otherwise.
     """
 
@@ -208,19 +210,19 @@ class Stage:
     """Two neighbouring stages compared.
 
     Attributes:
-        name: Of both.
+        name: Names of both.
         images: How many were compared.
         decisions: Positions that have classes; 0 where the output has none.
         decision_flips: Those whose class differs, ties between scores left out.
         output_rms: RMS of the outputs' difference over RMS of the outputs, free run.
         max_abs: Largest difference of the outputs, free run.
-        sqnr_db: Of the outputs, free run; None where they are equal.
+        sqnr_db: SQNR of the outputs, free run; None where they are equal.
         max_steps: Largest difference of a code.
         first_difference: Module of the first activation in which a code differs.
         tensors: Activations, each computed from the same codes in both stages.
         layers: Real outputs of layers, likewise; empty where a stage does not show them.
         layer_rms: ``output_rms`` computed from the same codes; None where codes are hidden.
-        ties: Codes off by one step at a tie.
+        ties: Codes off by one at a tie.
         failure: What fails layer by layer, the first in graph order; None where nothing does.
         advice: What to do then.
         spread: How far ties spread; measured where the plain tolerances are exceeded.
@@ -257,12 +259,12 @@ class Stage:
     @property
     def brief(self) -> dict[str, Any]:
         """The figures that a manifest keeps."""
-        found: dict[str, Any] = {"stages": self.name, "output_rms": self.output_rms}
+        figures: dict[str, Any] = {"stages": self.name, "output_rms": self.output_rms}
         if self.layer_rms is not None:
-            found |= {"output_rms_from_same_codes": self.layer_rms, "ties": self.ties}
+            figures |= {"output_rms_from_same_codes": self.layer_rms, "ties": self.ties}
         if self.spread is not None:
-            found["spread_of_ties"] = asdict(self.spread)
-        return found
+            figures["spread_of_ties"] = asdict(self.spread)
+        return figures
 
 
 def rows_at_once(shape: Sequence[int]) -> int:
@@ -283,13 +285,13 @@ def difference(first: Shows, second: Shows, batches: Batches, how: Stepwise) -> 
         CheckFailed: A stage does not load or run.
     """
     name = f"{first.name} to {second.name}"
-    whole, steps = _Whole(first.name, second.name), _Steps(first, second, how)
+    outputs, layers = _Outputs(first.name, second.name), _Layers(first, second, how)
     for x, y in batches():
         mine, theirs = first.run(x), second.run(y)
-        if (problem := whole.add(mine, theirs) or steps.add(mine, theirs, x, y)) is not None:
-            return Stage(name, whole.images, 0, 0, np.inf, np.inf, None, failure=problem)
-    stage = whole.stage(name)
-    steps.fill(stage)
+        if (problem := outputs.add(mine, theirs) or layers.add(mine, theirs, x, y)) is not None:
+            return Stage(name, outputs.images, 0, 0, np.inf, np.inf, None, failure=problem)
+    stage = outputs.stage(name)
+    layers.fill(stage)
     stage.advice = how.fidelity.advice
     floats = not how.fidelity.kernel
     stage.judged = not how.fidelity.widened and not (floats and stage.stepwise and stage.ties)
@@ -308,7 +310,7 @@ def measure_spread(
         stage.spread = spread_of_ties(reference, batches, how)
 
 
-class _Whole:
+class _Outputs:
     """Sums over the outputs of two stages."""
 
     def __init__(self, first: str, second: str) -> None:
@@ -356,7 +358,7 @@ class _Whole:
         return None
 
     def stage(self, name: str) -> Stage:
-        """What was found."""
+        """The comparison of the outputs."""
         rms = float(np.sqrt(self.noise / self.signal)) if self.signal else float(self.noise > 0)
         return Stage(
             name=name,
@@ -377,8 +379,8 @@ def _labels(output: Array) -> Array | None:
     if output.dtype.kind in "iub":
         return output
     if output.ndim in {2, 4, 5} and output.shape[1] >= 2:
-        found: Array = output.argmax(1)
-        return found
+        labels: Array = output.argmax(1)
+        return labels
     return None
 
 
@@ -406,7 +408,7 @@ class _Sums:
     largest: float = 0.0
 
 
-class _Steps:
+class _Layers:
     """Two stages compared layer by layer, on the codes of one of them."""
 
     def __init__(self, first: Shows, second: Shows, how: Stepwise) -> None:
@@ -501,7 +503,7 @@ class _Steps:
         sums.noise += float((by.astype(np.float64) ** 2).sum())
 
     def _slack(self, name: str, before: Array, at: tuple[Array, ...]) -> Array | float:
-        """How far from a tie, in steps, a code may still fall to the other side."""
+        """How far from a tie, in codes, a code may still fall to the other side."""
         fidelity, ndim = self._how.fidelity, before.ndim
         slack: Array | float = fidelity.tie
         slack += fidelity.tie_relative * float(np.abs(before).max(initial=0))
@@ -609,11 +611,11 @@ def spread_of_ties(
 ) -> Spread | None:
     """How far a change at the first quantizer, as small as a tie, spreads to the output.
 
-    One in a hundred of its codes is moved by one step.
+    One in a hundred of its codes is moved by one.
 
     Args:
         reference: A graph computed as written.
-        batches: Its inputs.
+        batches: Inputs of the graph.
         how: Gives order and ranges of the quantizers.
 
     Returns:
@@ -623,15 +625,15 @@ def spread_of_ties(
     if first is None:
         return None
     rng = np.random.default_rng(0)
-    whole = _Whole(reference.name, reference.name)
+    outputs = _Outputs(reference.name, reference.name)
     for x in batches():
         ran = reference.run(x)
         codes = ran.codes[first]
         moved = codes + rng.choice((-1, 1), codes.shape) * (rng.random(codes.shape) < 0.01)
         given = {first: moved.clip(*how.ranges[first]).astype(np.int16)}
-        whole.add(ran, reference.replay(x, given))
-    found = whole.stage("spread")
-    return Spread(found.output_rms, found.flip_share)
+        outputs.add(ran, reference.replay(x, given))
+    stage = outputs.stage("spread")
+    return Spread(stage.output_rms, stage.flip_share)
 
 
 def _failure(module: str, sums: _Sums, codes: bool) -> str:
@@ -679,39 +681,39 @@ def check(
 
     Args:
         stages: See :func:`difference`.
-        tolerances: Of the bundle's or engine's manifest.
+        tolerances: Tolerances of the bundle's or engine's manifest.
         max_flips: Share of the decisions that may differ, in place of all tolerances.
         max_rms: Relative RMS of the output, likewise.
 
     Raises:
-        CheckFailed: Names the stages, what was found, and where they part.
+        CheckFailed: The message names the stages, what was found, and where they differ first.
     """
     for stage in stages:
-        part = _parts_at(stage)
-        where = f"; they part at {part}" if part else ""
+        module = _differs_at(stage)
+        place = f"; they differ first at {module}" if module else ""
         if stage.failure:
-            raise CheckFailed(f"{stage.failure} ({stage.name}){where}; {stage.advice}")
+            raise CheckFailed(f"{stage.failure} ({stage.name}){place}; {stage.advice}")
         rms, flips = allowed(stage, tolerances)
         rms, flips = max_rms if max_rms is not None else rms, _first(max_flips, flips)
         if (stage.judged or max_rms is not None) and not stage.output_rms <= rms:
             raise CheckFailed(
                 f"found outputs {stage.output_rms:.3f} apart ({stage.name}, RMS of the difference "
-                f"over RMS of the output){where}; needed at most {rms:.3f}: export again on this "
+                f"over RMS of the output){place}; needed at most {rms:.3f}: export again on this "
                 "machine"
             )
         judged = stage.judged or max_flips is not None
         if judged and stage.decisions >= _ENOUGH and stage.flip_share > flips:
             raise CheckFailed(
                 f"found {stage.decision_flips} of {stage.decisions} decisions changed "
-                f"({stage.name}){where}; needed at most {flips:.2%}: export again, or raise "
-                "--max-flips"
+                f"({stage.name}){place}; needed at most {flips:.2%}: export again, or raise "
+                "`max_flips`"
             )
 
 
-def _parts_at(stage: Stage) -> str | None:
+def _differs_at(stage: Stage) -> str | None:
     """The first activation that is wrong, else the first wrong layer, else the first tie."""
-    found: list[TensorDifference | LayerDifference] = [*stage.tensors, *stage.layers]
-    return next((part.module for part in found if part.wrong), stage.first_difference)
+    parts: list[TensorDifference | LayerDifference] = [*stage.tensors, *stage.layers]
+    return next((part.module for part in parts if part.wrong), stage.first_difference)
 
 
 def _first(given: float | None, otherwise: float) -> float:
@@ -719,7 +721,7 @@ def _first(given: float | None, otherwise: float) -> float:
 
 
 def graph_order(bundle: Bundle) -> list[str]:
-    """Names of activation steps in the order of the graph."""
+    """Names of activation scales in the order of the graph."""
     names = {a.scale for a in bundle.manifest.activations}
     order = [
         node.input[1] for node in bundle.graph().graph.node if node.op_type == "QuantizeLinear"

@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
@@ -23,6 +21,7 @@ from ..graph.edits import distinct_names, drop_unused, free_operand, quantize_on
 from ..graph.model_files import with_tensors
 from ..graph.reference_session import open_session, session_options
 from ..numerics.batches import in_batches
+from ..typing import Array
 from .differences import (
     EXACT,
     HALF,
@@ -54,14 +53,12 @@ __all__ = [
     "whole_batches",
 ]
 
-Array = npt.NDArray[Any]
-
 
 def inputs(bundle: Bundle) -> tuple[Array, str]:
     """Golden inputs of a bundle, or images that are drawn, and which of both they are."""
-    found = bundle.golden()
-    if found:
-        return found["input"], "golden inputs"
+    recorded = bundle.golden()
+    if recorded:
+        return recorded["input"], "golden inputs"
     shape = bundle.manifest.input_shape
     x = np.random.default_rng(0).random((2, *shape), dtype=np.float32)
     p = bundle.manifest.preprocessing
@@ -322,9 +319,9 @@ def check_merge(bundle: Bundle) -> None:
     model = bundle.graph()
     output = GraphTap(model, outside(model, bundle.path), "merged graph").run(x[:1]).output
     if not output.size or not np.isfinite(output).all():
-        found = "NaN or infinity" if output.size else "no values"
+        wrong = "NaN or infinity" if output.size else "no values"
         raise CheckFailed(
-            f"found {found} in the output of the merge; needed finite numbers: check the bundles "
+            f"found {wrong} in the output of the merge; needed finite numbers: check the bundles "
             "with hdrq-verify, or merge at other weights"
         )
 
@@ -334,7 +331,7 @@ class MixCheck:
 
     Args:
         bundle: Gives graph, layers and the image.
-        tensors: Of the mix.
+        tensors: Tensors of the mix.
         exported: How it is lowered.
     """
 

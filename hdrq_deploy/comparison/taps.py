@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime
 
 from ..errors import CheckFailed
 from ..graph import reference_session
 from ..graph.operators import CLAMPS, LAYERS
+from ..typing import Array
 
 __all__ = ["GraphTap", "Ran", "Shows", "Site", "decide", "outside"]
 
-Array = npt.NDArray[Any]
 # A lowered graph holds convolutions of codes beside the layers of a bundle.
 _LAYERS = LAYERS | {"ConvInteger"}
 _STEMS = (np.dtype(np.uint8), np.dtype(np.int8))
@@ -37,15 +36,15 @@ class Site:
     """One activation quantizer of a graph.
 
     Attributes:
-        step: The real value of one code.
+        scale: The real value of one code.
         lo: Lowest code that it gives, the zero point taken off.
         hi: Highest code.
-        bias_steps: By how many steps a kernel that rounds the bias of the layer in front to
+        bias_steps: By how many codes a kernel that rounds the bias of the layer in front to
             s_x * s_w may be off: a number, or one per channel (axis 1).
         rounded: The graph itself rounds that bias.
     """
 
-    step: float
+    scale: float
     lo: int
     hi: int
     bias_steps: Array | float = 0.0
@@ -60,9 +59,9 @@ class Ran:
         output: The network's or the engine's output.
         scores: The real values behind ``output``: those that labels were chosen from (argmax on
             axis 1), the output itself where it holds no labels.
-        codes: Codes without their zero point, by the name of their step.
+        codes: Codes without their zero point, by the name of their scale.
         layers: Real outputs of convolutions and products, by ONNX node.
-        before: Values before they were rounded, in steps, by the name of the step.
+        before: Values before they were rounded, in codes, by the name of the scale.
     """
 
     output: Array
@@ -167,7 +166,7 @@ class GraphTap:
 
         Args:
             x: The graph's input.
-            codes: Codes without zero point, by the name of their step. The result's ``codes``
+            codes: Codes without zero point, by the name of their scale. The result's ``codes``
                 are those that the graph computes from them, not these.
             before: Sites whose values before rounding are wanted.
 
@@ -209,7 +208,7 @@ class GraphTap:
             layers={node: values[value] for node, value in self._layers.items()},
             before={
                 scale: values[self._before[scale]].astype(np.float32)
-                / np.float32(self.sites[scale].step)
+                / np.float32(self.sites[scale].scale)
                 for scale in before
             },
         )
@@ -236,15 +235,15 @@ class GraphTap:
                 for end, bound in zip((lo, hi), bounds, strict=True)
             )
             codes = readers[0].output[0]
-        step = float(np.asarray(self._values.get(scale), np.float32).reshape(-1)[0])
-        slack, rounded = self._bias_steps(node, step)
-        self.sites[scale] = Site(step, lo - point, hi - point, slack, rounded)
+        real = float(np.asarray(self._values.get(scale), np.float32).reshape(-1)[0])
+        slack, rounded = self._bias_steps(node, real)
+        self.sites[scale] = Site(real, lo - point, hi - point, slack, rounded)
         self._codes[scale], self._points[scale] = codes, point
         self._before[scale] = node.input[0]
         self._values.kinds[scale] = kind
 
-    def _bias_steps(self, node: onnx.NodeProto, step: float) -> tuple[Array | float, bool]:
-        """Half of s_x * s_w of the layer in front, in steps; whether its bias is in integers."""
+    def _bias_steps(self, node: onnx.NodeProto, scale: float) -> tuple[Array | float, bool]:
+        """Half of s_x * s_w of the layer in front, in codes; whether its bias is in integers."""
         layer = self._producers.get(node.input[0])
         while layer is not None and layer.op_type in CLAMPS:
             layer = self._producers.get(layer.input[0])
@@ -253,45 +252,45 @@ class GraphTap:
         unit = self._unit(layer)
         if unit is None:
             return 0.0, False
-        steps: Array = np.abs(unit) / 2 / np.float32(step)
-        return steps, layer.input[2] in self._producers
+        codes: Array = np.abs(unit) / 2 / np.float32(scale)
+        return codes, layer.input[2] in self._producers
 
     def _unit(self, layer: onnx.NodeProto) -> Array | None:
         """s_x * s_w, () or one per output channel; None where an operand is no codes."""
-        steps = []
+        scales = []
         for name in layer.input[:2]:
             source = self._producers.get(name)
             while source is not None and source.op_type == "Transpose":
                 source = self._producers.get(source.input[0])
             if source is None or source.op_type != "DequantizeLinear":
                 return None
-            step = self._values.get(source.input[1])
-            if step is None or step.ndim > 1:
+            scale = self._values.get(source.input[1])
+            if scale is None or scale.ndim > 1:
                 return None
-            steps.append(step.astype(np.float32))
-        product: Array = steps[0] * steps[1]
+            scales.append(scale.astype(np.float32))
+        product: Array = scales[0] * scales[1]
         return product
 
     def _layer_values(self, graph: onnx.GraphProto, nodes: Iterable[str]) -> dict[str, str]:
         """The value that each heavy node gives, and how far its rounded bias may move it."""
         by_name = {node.name: node for node in graph.node if node.op_type in _LAYERS}
-        found = {}
+        values = {}
         for name in nodes:
             node = by_name.get(name)
             if node is None:
                 continue
             if len(node.input) > 2 and node.op_type == "Gemm":
                 bias = self._producers.get(node.input[2])
-                step = self._values.get(bias.input[1]) if bias is not None else None
-                if step is not None:
-                    self.bias_steps[name] = np.abs(step.astype(np.float32)) / 2
+                unit = self._values.get(bias.input[1]) if bias is not None else None
+                if unit is not None:
+                    self.bias_steps[name] = np.abs(unit.astype(np.float32)) / 2
             # ConvInteger's scale and bias are nodes of their own, named after it.
             readers = self._readers.get(node.output[0], [])
             while len(readers) == 1 and readers[0].name.startswith(f"{name}/"):
                 node = readers[0]
                 readers = self._readers.get(node.output[0], [])
-            found[name] = node.output[0]
-        return found
+            values[name] = node.output[0]
+        return values
 
     def _let_replay(self, graph: onnx.GraphProto) -> None:
         """Every reader of codes reads the given ones where there are any."""
@@ -311,16 +310,16 @@ class GraphTap:
                 given, codes = f"hdrq/given/{place}", f"hdrq/codes/{place}"
                 # Before 1.24 ONNX Runtime chooses between int32, not between int8.
                 wide, chosen = f"hdrq/wide/{place}", f"hdrq/chosen/{place}"
-                whole = onnx.TensorProto.INT32
+                int32 = onnx.TensorProto.INT32
                 nodes += [
-                    onnx.helper.make_node("Cast", [value], [wide], to=whole),
+                    onnx.helper.make_node("Cast", [value], [wide], to=int32),
                     onnx.helper.make_node("Where", [given, codes, wide], [chosen]),
                     onnx.helper.make_node("Cast", [chosen], [swapped[value]], to=kind),
                 ]
                 graph.input.extend(
                     [
                         onnx.helper.make_tensor_value_info(given, onnx.TensorProto.BOOL, []),
-                        onnx.helper.make_tensor_value_info(codes, whole, None),
+                        onnx.helper.make_tensor_value_info(codes, int32, None),
                     ]
                 )
         copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
@@ -351,8 +350,8 @@ class _Constants:
         start = int(place.get("offset", 0))
         kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
         count = int(np.prod(tensor.dims, dtype=np.int64))
-        found = np.frombuffer(self._data[place["location"]], kind, count, start)
-        return found.reshape(tuple(tensor.dims))
+        values = np.frombuffer(self._data[place["location"]], kind, count, start)
+        return values.reshape(tuple(tensor.dims))
 
 
 def _centred(codes: Array, point: int) -> Array:

@@ -17,13 +17,15 @@ from ..calibration_data.readers import Wanted, read
 from ..exporters import export
 from ..formats.atomic_files import scratch_folder, write_bytes
 from ..formats.bundle import Bundle
+from ..formats.engine_folder import read_manifest
 from ..formats.file_kinds import CELL_ROW
 from ..formats.staleness import change_since, code_of, first_change, stamp, versions_of
 from ..jobs.job import Job
 from ..merging import Merger, choose_weights, re_estimate
 from ..runtime.bench.accuracy import Labelled, accuracy, classes_of
 from ..runtime.bench.measurement import labelled
-from ..runtime.engine import Engine, open_engine, read_manifest
+from ..runtime.engine import Engine
+from ..runtime.loading import open_engine
 from .bundles import inputs_of, is_merged, make_bundle, record_ingredients
 from .grid import Grid, Merge, Run, bundle_path, read_row, row_path
 from .tasks import Domain, Task

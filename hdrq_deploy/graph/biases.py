@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +28,7 @@ import onnx_ir as ir
 from ..formats.bundle_manifest import FoldRecord, Tensor
 from ..numerics import quantization
 from ..numerics.batchnorm_fold import graph_tensors
+from ..typing import Array
 from .operators import QUANTIZABLE
 from .qdq import quantizer_behind, quantizer_of, transposes_weight, weight_dequantizer
 
@@ -43,7 +43,6 @@ __all__ = [
     "whole_bias",
 ]
 
-Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 # A bias code's largest magnitude; the other half of int32 is left to the sums of products.
 LARGEST = 1 << 30
@@ -66,11 +65,11 @@ class BiasSite:
 
     Attributes:
         node: ONNX node.
-        codes: Of its weight.
-        scale: Of its weight.
+        codes: Codes of its weight.
+        scale: Scale of its weight.
         bias: (C,).
         operand: Scale of the activation that it reads.
-        axis: Of the C output channels in ``codes``.
+        axis: Axis of the C output channels in ``codes``.
         output: Scale of the codes that it writes, behind ReLU or Clip; None where its output
             stays real.
         lo, hi: Lowest and highest of these codes.
@@ -133,8 +132,8 @@ def fitted(
         if not site.whole:
             continue
         unit = _unit(now[site.operand], now[site.scale], shift[site.codes])
-        step = None if site.output is None else float(now[site.output])
-        bias = whole_bias(now[site.bias], unit, 1 << shift[site.codes], step, site.lo, site.hi)
+        scale = None if site.output is None else float(now[site.output])
+        bias = whole_bias(now[site.bias], unit, 1 << shift[site.codes], scale, site.lo, site.hi)
         if not np.array_equal(bias, now[site.bias]):
             changed[site.bias] = bias
     return changed
@@ -163,7 +162,7 @@ def whole_bias(
     bias: Array,
     unit: Array,
     spacing: int,
-    step: float | None = None,
+    scale: float | None = None,
     lo: int = 0,
     hi: int = 0,
 ) -> npt.NDArray[np.float32]:
@@ -173,7 +172,7 @@ def whole_bias(
         bias: (C,) real values.
         unit: What 1 of the kernel's int32 sum stands for, (C,) or ().
         spacing: Sums of products are multiples of it.
-        step: Scale of the output's codes; None where it has none.
+        scale: Scale of the output's codes; None where it has none.
         lo, hi: Lowest and highest code of the output.
 
     >>> whole_bias(np.array([0.26, -0.4]), np.array(0.25), 1)
@@ -181,8 +180,8 @@ def whole_bias(
     """
     wide = np.broadcast_to(np.asarray(unit, np.float64), bias.shape)
     codes = np.rint(bias.astype(np.float64) / wide)
-    if step is not None and spacing > 1:
-        codes = codes + _away_from_borders(codes, wide / step, spacing, lo, hi)
+    if scale is not None and spacing > 1:
+        codes = codes + _away_from_borders(codes, wide / scale, spacing, lo, hi)
     fits = np.abs(codes) <= 2 * LARGEST  # a scale that serves other channels, too, may be too small
     return np.where(fits, codes * wide, bias).astype(np.float32)
 
@@ -193,10 +192,10 @@ def _away_from_borders(
     """What to add to bias codes (C,) so that the fewest sums lie on a border of two codes.
 
     A sum is a bias code plus a multiple of ``spacing``; times ``factor`` it is the output in
-    steps, whose borders lie at k + 1/2.
+    codes, whose borders lie at k + 1/2.
     """
     borders = np.arange(lo, hi) + 0.5
-    # What a float computation of the sum can be off by, in steps.
+    # What a float computation of the sum can be off by, in codes.
     doubt = _TIE * (np.abs(borders) + np.abs(codes * factor)[:, None] + 1)
     moves = np.zeros(len(codes), np.int64)
     # Where the sums lie closer together than the doubt reaches, some always meet a border.
@@ -282,10 +281,10 @@ def _site(model: ir.Model, node: ir.Node) -> BiasSite | None:
     if operand is None or weight is None or bias is None:
         return None
     codes, scale = weight.inputs[:2]
-    step = operand[1].inputs[1]
-    if not all(_is_initializer(model, value) for value in (codes, scale, step)):
+    operand_scale = operand[1].inputs[1]
+    if not all(_is_initializer(model, value) for value in (codes, scale, operand_scale)):
         return None
-    assert codes is not None and scale is not None and step is not None
+    assert codes is not None and scale is not None and operand_scale is not None
     if codes.shape is None:
         return None
     axis = channel_axis(node, len(codes.shape), transposed)
@@ -301,7 +300,7 @@ def _site(model: ir.Model, node: ir.Node) -> BiasSite | None:
         codes=str(codes.name),
         scale=str(scale.name),
         bias=str(bias.name),
-        operand=str(step.name),
+        operand=str(operand_scale.name),
         axis=axis,
         output=None if output is None else str(output.name),
         lo=lo,

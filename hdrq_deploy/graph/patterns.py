@@ -1,4 +1,4 @@
-"""Patterns of module paths, as flags take them; one that names nothing is a slip."""
+"""Patterns of module paths, as options take them; one that names nothing is refused."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ def named(name: str, patterns: Iterable[str]) -> bool:
 
 
 def check_patterns(
-    flag: str, patterns: Sequence[str], names: Collection[str], what: str = "layer"
+    option: str, patterns: Sequence[str], names: Collection[str], what: str = "layer"
 ) -> None:
     """Refuse a pattern that names none of ``names``.
 
     Args:
-        flag: That the patterns were given to.
-        patterns: Of fnmatch.
-        names: Module paths, and whatever else the flag takes.
-        what: They are, for the error.
+        option: Name of the option that the patterns were given to.
+        patterns: Patterns of fnmatch.
+        names: Module paths, and whatever else the option takes.
+        what: What the names stand for, for the error.
 
     Raises:
-        ExportError: Shows the names that are most like the pattern.
+        ExportError: A pattern names nothing; the message shows the names most like it.
     """
     for pattern in patterns:
         if not any(fnmatch.fnmatch(name, pattern) for name in names):
             near = _near(pattern, names)
             raise ExportError(
-                f"found no {what} that {pattern!r} names ({flag}); "
+                f"found no {what} that {pattern!r} names (`{option}`); "
                 + (f"near it are {', '.join(near)}; " if near else "")
                 + "'hdrq inspect' lists the module paths"
             )

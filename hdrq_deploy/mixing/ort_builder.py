@@ -11,7 +11,8 @@ import numpy.typing as npt
 import onnxruntime
 
 from ..comparison.golden import Exported, MixCheck
-from ..exporters.export import lowered, port_of
+from ..exporters.export import lowered
+from ..exporters.io_signature import port_of
 from ..formats.engine_folder import Port
 from ..graph.model_files import serialized
 from ..graph.reference_session import session_options, session_threads

@@ -16,7 +16,7 @@ from ..errors import EngineError
 from ..exporters import export
 from ..exporters.export import lowered
 from ..merging import Merger
-from ..runtime.engine import load_engine
+from ..runtime.loading import load_engine
 from ..runtime.tensorrt import TensorRtEngine
 from .builder import EngineSettings, Mix, MixEngine
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 from .measurement import (
     Accuracy,
+    BenchPlan,
     BenchResult,
     Latency,
-    Plan,
     benchmark,
     benchmark_all,
     harmonic_mean,
@@ -16,12 +19,24 @@ from .measurement import (
 
 __all__ = [
     "Accuracy",
+    "BenchPlan",
     "BenchResult",
     "Latency",
-    "Plan",
     "benchmark",
     "benchmark_all",
     "harmonic_mean",
     "interleaved",
     "measure",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Find ``Plan``, the name that :class:`BenchPlan` had in version 0.1."""
+    if name != "Plan":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        f"{__name__}.Plan is now BenchPlan; the old name works until version 0.3",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return BenchPlan

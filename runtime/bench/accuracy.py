@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...calibration_data.readers import ImageSet
 from ...calibration_data.readers.street_scenes import IGNORE, Scenes
@@ -18,14 +16,14 @@ from ...formats.engine_folder import EngineManifest
 from ...formats.golden_inputs import GOLDEN, read_golden
 from ...formats.preprocessing import feed
 from ...numerics.batches import class_count, decides, decisions
+from ...typing import Array
 from ..engine import Engine, dtype_of
 from ..predictions import enlarge, softmax
 
 __all__ = ["Labelled", "accuracy", "classes_of", "confusion", "window_of", "windows"]
 
-Array = npt.NDArray[Any]
 Labelled = ImageSet | Scenes
-# Called with domain, number of the image, its input, its labels and what was found.
+# Called with domain, number of the image, its input, its labels and the predicted ones.
 Draw = Callable[[str, int, Array, Array, Array], None]
 _BATCH, _BINS, _TOP = 64, 15, 5
 
@@ -60,7 +58,7 @@ def accuracy(
             size first). Images larger than its input are covered by windows.
         sets: Images and labels by domain.
         reference: Another engine whose decisions are compared.
-        draw: Shown every image with its label map and the one that was found.
+        draw: Called with every image, its label map and the predicted one.
 
     Raises:
         DataError: Labels out of range or of another form than the engine's answers.
@@ -109,14 +107,14 @@ def classes_of(path: Path, manifest: EngineManifest) -> int | None:
     return None if output is None else class_count(output.shape)
 
 
-def confusion(labels: Array, found: Array, classes: int) -> Array:
-    """(classes, classes + 1) counts: row is the label, column what was found, the last for others.
+def confusion(labels: Array, predicted: Array, classes: int) -> Array:
+    """(classes, classes + 1) counts: row is the label, column the prediction, the last for others.
 
     In maps (N, H, W) pixels of label IGNORE are left out.
     """
     known = labels != IGNORE if labels.ndim == 3 else np.ones(labels.shape, bool)
     columns = classes + 1
-    pairs = labels[known].astype(np.int64) * columns + np.minimum(found[known], classes)
+    pairs = labels[known].astype(np.int64) * columns + np.minimum(predicted[known], classes)
     return np.bincount(pairs, minlength=classes * columns).reshape(classes, columns)
 
 
@@ -127,24 +125,24 @@ def _count(
     for rows, labels in images.batches(_step(engine, images)):
         pixels = labels.ndim == 3
         output = _run(engine, rows, pixels)
-        found = _decide(output, labels, engine, name)
+        predicted = _decide(output, labels, engine, name)
         if not counts.classes:
             counts.pixels = pixels
             counts.classes = _classes(output, images, engine)
             counts.table = np.zeros((counts.classes, counts.classes + 1), np.int64)
         _check_labels(labels, counts.classes, name)
-        counts.table += confusion(labels, found, counts.classes)
+        counts.table += confusion(labels, predicted, counts.classes)
         if draw is not None and counts.pixels:
             for i in range(len(rows)):
-                draw(name, counts.images + i, rows[i], labels[i], found[i])
+                draw(name, counts.images + i, rows[i], labels[i], predicted[i])
         counts.images += len(rows)
         counts.scored &= output.dtype.kind == "f"
         if output.ndim == 2 and output.dtype.kind == "f":
             _score(counts, output, labels, engine.manifest.postprocess == "softmax")
         if reference is not None:
             other = _decide(_run(reference, rows, pixels), labels, reference, name)
-            counts.flips += int((other != found).sum())
-            counts.decided += found.size
+            counts.flips += int((other != predicted).sum())
+            counts.decided += predicted.size
     return counts
 
 
@@ -186,7 +184,7 @@ def window_of(engine: Engine, rows: Array) -> tuple[int, int] | None:
     if rows.shape[2] < height or rows.shape[3] < width:
         raise DataError(
             f"found images of {rows.shape[2]}x{rows.shape[3]}; the engine {engine.path} takes "
-            f"{height}x{width}: bring them to that size or a larger one (--image-size)"
+            f"{height}x{width}: bring them to that size or a larger one (`image_size`)"
         )
     return height, width
 
@@ -206,7 +204,7 @@ def _run(engine: Engine, rows: Array, pixels: bool) -> Array:
             if scores.dtype.kind != "f" or scores.ndim != 4:
                 raise DataError(
                     f"{engine.path}: found outputs of shape {scores.shape}, {scores.dtype}; "
-                    "windows need score maps to average: export without --postprocess argmax"
+                    "windows need score maps to average: export without `postprocess` argmax"
                 )
             if total is None:
                 total = np.zeros((len(rows), scores.shape[1], *rows.shape[2:]), np.float32)
@@ -233,7 +231,7 @@ def _decide(output: Array, labels: Array, engine: Engine, name: str) -> Array:
     if output.dtype.kind in "iu":
         raise DataError(
             f"{engine.path}: found label maps of {output.shape[1:]} for labels of "
-            f"{labels.shape[1:]} in {name}; export without --postprocess argmax"
+            f"{labels.shape[1:]} in {name}; export without `postprocess` argmax"
         )
     size = (labels.shape[1], labels.shape[2])
     return np.stack([enlarge(row, size).argmax(0) for row in output])
@@ -279,9 +277,9 @@ def _calibration_error(counts: _Counts) -> float:
 
 
 def _per_class(table: Array, pixels: bool) -> list[float | None]:
-    hits, labelled, found = np.diag(table), table.sum(1), table.sum(0)[:-1]
-    whole = labelled + found - hits if pixels else labelled
-    return [float(h / w) if w else None for h, w in zip(hits, whole, strict=True)]
+    hits, labelled, predicted = np.diag(table), table.sum(1), table.sum(0)[:-1]
+    counted = labelled + predicted - hits if pixels else labelled
+    return [float(h / w) if w else None for h, w in zip(hits, counted, strict=True)]
 
 
 def _mean(values: list[float | None]) -> float:

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import ValidationError
 
 from ...errors import DataError
+from ...typing import Array
 from .measurement import BenchResult
 
 __all__ = ["Change", "compare", "read_result"]
 
-Array = npt.NDArray[Any]
 Verdict = Literal["better", "worse", "no difference shown"]
 # A busy neighbour slows whole stretches: long blocks, and so few that an interval from them is
 # too narrow by Student's factor (t with 9 degrees of freedom against the normal).
@@ -51,14 +50,14 @@ class Change:
 
 
 def read_result(path: str | Path) -> BenchResult:
-    """The JSON of ``hdrq-bench`` for one engine.
+    """Read the JSON of ``hdrq-bench`` for one engine.
 
     Raises:
         DataError: No file, or something else in it.
     """
     file = Path(path)
     if not file.is_file():
-        raise DataError(f"{file}: found no file; needed the --json of hdrq-bench")
+        raise DataError(f"{file}: found no file; needed the JSON of hdrq-bench")
     try:
         result = BenchResult.model_validate_json(file.read_bytes())
     except OSError as error:
@@ -67,7 +66,7 @@ def read_result(path: str | Path) -> BenchResult:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole file"
         raise DataError(
-            f"{file}: not the --json of hdrq-bench for one engine ({where}: "
+            f"{file}: not the JSON of hdrq-bench for one engine ({where}: "
             f"{first['msg'].lower()}); measure again with this version"
         ) from error
     wrong = _impossible(result)
@@ -109,9 +108,9 @@ def compare(
         new: Now.
         tolerance: Relative loss of a latency or size, and absolute loss of an accuracy, that
             is no regression.
-        confidence: Of the intervals, 0 to 1.
-        resamples: Bootstrap draws.
-        seed: Of the draws.
+        confidence: Confidence of the intervals, between 0 and 1.
+        resamples: Bootstrap draws, 100 or more.
+        seed: Seed of the draws.
 
     Raises:
         DataError: Values out of range, or runs of different batches or domains.
@@ -119,11 +118,12 @@ def compare(
     Source:
         Künsch, Annals of Statistics 17 (1989): the moving-block bootstrap.
     """
-    if not 0 < confidence < 1 or resamples < 100 or tolerance < 0:
-        raise DataError(
-            f"found confidence {confidence}, {resamples} resamples, tolerance {tolerance}; needed "
-            "0 to 1, 100 or more, 0 or more"
-        )
+    if not 0 < confidence < 1:
+        raise DataError(f"found `confidence` {confidence}; needed 0 to 1, both excluded")
+    if resamples < 100:
+        raise DataError(f"found `resamples` {resamples}; needed 100 or more")
+    if not tolerance >= 0:
+        raise DataError(f"found `tolerance` {tolerance}; needed 0 or more")
     if base.latency_ms.batch != new.latency_ms.batch:
         raise DataError(
             f"found batches of {base.latency_ms.batch} and {new.latency_ms.batch}; needed runs of "
@@ -206,7 +206,7 @@ def _accuracies(
     if set(base.accuracy.domains) != set(new.accuracy.domains):
         raise DataError(
             f"found the domains {', '.join(base.accuracy.domains)} and "
-            f"{', '.join(new.accuracy.domains)}; needed runs on the same --data"
+            f"{', '.join(new.accuracy.domains)}; needed runs on the same `data`"
         )
     for domain, before in base.accuracy.domains.items():
         after = new.accuracy.domains[domain]

@@ -7,8 +7,6 @@ Where no meter can be read there is no figure: "unavailable" is not 0.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...formats.bench_result import Energy
+from .nvml import open_nvml
 
 __all__ = ["Meter", "find_meters", "measure_energy"]
 
@@ -155,7 +154,7 @@ def _rapl(root: Path) -> Iterator[Meter]:
 
 def _ina3221(root: Path) -> Iterator[Meter]:
     """VDD_IN or another total where there is one, else all channels."""
-    found: list[Meter] = []
+    channels: list[Meter] = []
     for hwmon in sorted((root / "sys/class/hwmon").glob("hwmon*")):
         label = hwmon / "name"
         if not _readable(label) or label.read_text().strip() != "ina3221":
@@ -163,23 +162,22 @@ def _ina3221(root: Path) -> Iterator[Meter]:
         for channel in (1, 2, 3):
             files = [hwmon / f"{part}{channel}_{end}" for part, end in _INA_FILES]
             if all(_readable(file) for file in files):
-                found.append(Ina3221(hwmon, channel))
-    whole = [meter for meter in found if meter.name.split()[-1] in {"VDD_IN", "POM_5V_IN"}]
-    yield from whole or found
+                channels.append(Ina3221(hwmon, channel))
+    totals = [meter for meter in channels if meter.name.split()[-1] in {"VDD_IN", "POM_5V_IN"}]
+    yield from totals or channels
 
 
 _INA_FILES = (("in", "label"), ("in", "input"), ("curr", "input"))
 
 
 def _nvml() -> Iterator[Meter]:
-    if importlib.util.find_spec("pynvml") is None:
+    nvml = open_nvml()
+    if nvml is None:
         return
-    nvml = importlib.import_module("pynvml")
     try:
-        nvml.nvmlInit()
         for index in range(nvml.nvmlDeviceGetCount()):
             yield Nvml(nvml, index)
-    except nvml.NVMLError:  # no driver, or a GPU without a counter
+    except nvml.NVMLError:  # a GPU without a counter
         return
 
 

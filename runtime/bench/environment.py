@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import platform
 import time
@@ -12,6 +10,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from .nvml import open_nvml
 
 __all__ = ["Reading", "Watch", "environment", "read"]
 
@@ -36,15 +36,15 @@ class Reading:
     """What the machine says of itself at one moment; None where it does not say.
 
     Attributes:
-        clock_mhz: Of the fastest core.
-        temperature_c: Of the hottest zone.
+        clock_mhz: Clock of the fastest core.
+        temperature_c: Temperature of the hottest zone.
         throttled: Throttling events so far.
         cooling: Steps of passive cooling in force: above 0 a clock is held down.
         busy_s: CPU seconds that all processes have used, stolen ones left out.
         stolen_s: CPU seconds that the hypervisor gave to others.
         own_s: CPU seconds of this process.
         at: Seconds of a clock that does not jump.
-        gpu_clock_mhz: Of the GPU's multiprocessors.
+        gpu_clock_mhz: Clock of the GPU's multiprocessors.
         gpu_reasons: Bits of NVML that say why the GPU is slower than it could be.
     """
 
@@ -66,7 +66,7 @@ def read(root: Path = Path("/"), nvml: Any = None, gpu: int = 0) -> Reading:
     Args:
         root: Where ``sys`` and ``proc`` lie.
         nvml: The module, initialised, where there is a GPU.
-        gpu: Its number.
+        gpu: Number of the GPU.
     """
     busy, stolen = _cpu_seconds(root)
     clock, reasons = _gpu(nvml, gpu)
@@ -101,7 +101,7 @@ class Watch:
 
     @classmethod
     def of(cls, device: str) -> Watch:
-        """Of this machine, and of the GPU where ``device`` (``cuda:N``) is one."""
+        """A watch of this machine, and of the GPU where ``device`` (``cuda:N``) is one."""
         return cls() if device == "cpu" else cls(nvml=open_nvml(), gpu=_number(device))
 
     def __enter__(self) -> Watch:
@@ -189,7 +189,7 @@ def _pair(first: float | None, last: float | None) -> list[float] | None:
 
 def environment(root: Path = Path("/"), device: str = "cpu") -> dict[str, Any]:
     """What a reader needs to judge or repeat the figures."""
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "cpu": _cpu_name(root),
         "cores": os.cpu_count(),
         "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -203,25 +203,13 @@ def environment(root: Path = Path("/"), device: str = "cpu") -> dict[str, Any]:
         **{name: _version(name) for name in _PACKAGES},
     }
     if device != "cpu":
-        found |= {name: _version(name) for name in _GPU_PACKAGES}
-        found |= _gpu_facts(_number(device))
-    return found
+        facts |= {name: _version(name) for name in _GPU_PACKAGES}
+        facts |= _gpu_facts(_number(device))
+    return facts
 
 
 def _number(device: str) -> int:
     return int(device.partition(":")[2] or 0)
-
-
-def open_nvml() -> Any:
-    """NVML, initialised; None without the package or a driver."""
-    if importlib.util.find_spec("pynvml") is None:
-        return None
-    nvml = importlib.import_module("pynvml")
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError:
-        return None
-    return nvml
 
 
 def _gpu(nvml: Any, gpu: int) -> tuple[float | None, int]:
@@ -270,8 +258,8 @@ def _clock(root: Path) -> float | None:
 
 
 def _temperature(root: Path) -> float | None:
-    found = _numbers(root, "sys/class/thermal/thermal_zone*/temp")
-    return max(found) / 1000 if found else None
+    degrees = _numbers(root, "sys/class/thermal/thermal_zone*/temp")
+    return max(degrees) / 1000 if degrees else None
 
 
 def _throttled(root: Path) -> int | None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...calibration_data.readers import Wanted, numbered, read
 from ...calibration_data.readers.street_scenes import find_scenes, is_scenes
@@ -19,26 +18,28 @@ from ...errors import DataError
 from ...formats.bench_result import Accuracy, BenchResult, Energy, Latency, harmonic_mean
 from ...formats.engine_folder import GOLDEN, GRAPH, PRECISION, EngineManifest, read_manifest
 from ...formats.preprocessing import feed
-from ..engine import Engine, load_engine, open_engine
+from ...typing import Array
+from ..engine import Engine
+from ..loading import load_engine, open_engine
 from .accuracy import Labelled, accuracy, classes_of, window_of
 from .energy import find_meters, measure_energy
 from .environment import Watch, environment
 from .segmentation_images import Pictures
-from .timing import ROUNDS, Plan, latency, measure, overhead_us, phases, run_offline, speedup
+from .timing import ROUNDS, BenchPlan, latency, measure, overhead_us, phases, run_offline, speedup
 
 __all__ = [
     "Accuracy",
+    "BenchPlan",
     "BenchResult",
     "Latency",
-    "Plan",
     "benchmark",
     "benchmark_all",
     "harmonic_mean",
     "interleaved",
+    "labelled",
     "measure",
 ]
 
-Array = npt.NDArray[Any]
 Paths = Sequence[str | os.PathLike[str]]
 # Files of an engine folder that running it does not take.
 _NOT_NEEDED = {PRECISION, GOLDEN}
@@ -54,23 +55,43 @@ def benchmark(
     threads: int = 0,
     skip_corrupt: bool = False,
     energy: bool = False,
-    **more: Any,
+    device: str = "auto",
+    cuda_graph: bool = True,
+    reference: str | os.PathLike[str] | None = None,
+    split: str = "val",
+    image_size: tuple[int, int] | None = None,
+    draw: str | os.PathLike[str] | None = None,
 ) -> BenchResult:
     """Measure one engine; :func:`benchmark_all` says what each argument is.
+
+    ``warmup``, ``iterations`` and ``batch`` are those of :class:`BenchPlan`.
 
     Raises:
         EngineError: The engine cannot be loaded or fed.
         DataError: Data cannot be read, have no labels, or do not fit the engine.
     """
-    plan = Plan(warmup=warmup, iterations=iterations, batch=batch)
-    (result,) = benchmark_all([path], data, plan, threads, skip_corrupt, energy, **more)
+    plan = BenchPlan(warmup=warmup, iterations=iterations, batch=batch)
+    (result,) = benchmark_all(
+        [path],
+        data,
+        plan,
+        threads,
+        skip_corrupt,
+        energy,
+        device,
+        cuda_graph,
+        reference,
+        split,
+        image_size,
+        draw,
+    )
     return result
 
 
 def benchmark_all(
     paths: Paths,
     data: Mapping[str, str | Path] | None = None,
-    plan: Plan | None = None,
+    plan: BenchPlan | None = None,
     threads: int = 0,
     skip_corrupt: bool = False,
     energy: bool = False,
@@ -94,19 +115,18 @@ def benchmark_all(
         device: See :func:`load_engine`.
         cuda_graph: See :func:`load_engine`.
         reference: Engine that decisions are compared with.
-        split: Of street scenes.
+        split: Split of street scenes.
         image_size: (height, width) that street scenes are brought to; their own by default.
             Larger than the engine's input, they are covered by windows.
-        draw: Folder for pictures of image, labels and what was found.
+        draw: Folder for pictures of image, labels and predictions.
 
     Raises:
         EngineError: An engine cannot be loaded or fed.
         DataError: Data cannot be read, have no labels, or do not fit an engine.
     """
-    plan = plan or Plan()
-    plan.check()
+    plan = plan or BenchPlan()
     if image_size is not None and min(image_size) < 1:
-        raise DataError(f"found image size {image_size[0]}x{image_size[1]}; needed 1 or more")
+        raise DataError(f"found `image_size` {image_size[0]} {image_size[1]}; needed 1 or more")
     how = _How(threads, device, cuda_graph)
     other_manifest = read_manifest(reference) if reference is not None else None
     subjects = [_Subject(Path(path), read_manifest(path), how, plan) for path in paths]
@@ -137,7 +157,7 @@ def benchmark_all(
 
 def interleaved(paths: Paths, x: Array, warmup: int = 10, iterations: int = 100) -> list[Latency]:
     """Latencies of several engines, measured in turn on one thread with one input."""
-    plan = Plan(warmup=warmup, iterations=iterations, batch=len(x))
+    plan = BenchPlan(warmup=warmup, iterations=iterations, batch=len(x))
     how = _How(threads=1)
     subjects = [_Subject(Path(path), read_manifest(path), how, plan, x=x) for path in paths]
     _take_turns(subjects, plan)
@@ -155,12 +175,12 @@ class _How:
 
 @dataclass
 class _Subject:
-    """An engine that is measured, and what was found so far."""
+    """An engine that is measured, and its figures so far."""
 
     path: Path
     manifest: EngineManifest
     how: _How
-    plan: Plan
+    plan: BenchPlan
     x: Array | None = None
     sets: dict[str, Labelled] = field(default_factory=dict)
     rounds: list[tuple[float, ...]] = field(default_factory=list)
@@ -218,7 +238,7 @@ class _Subject:
 
     @property
     def latency(self) -> Latency:
-        """Of all rounds together."""
+        """The latency of all rounds together."""
         assert self.x is not None
         plan, batch = self.plan, len(self.x)
         what = "one call: array in, array out"
@@ -249,7 +269,7 @@ class _Subject:
             if energy:
                 used = measure_energy(engine.bound(x), find_meters(), times.iterations)
             pictures = Pictures(Path(draw) / self.path.name, manifest) if draw else None
-            found = accuracy(engine, self.sets, reference, pictures) if self.sets else None
+            accuracies = accuracy(engine, self.sets, reference, pictures) if self.sets else None
             threads, device, graph = engine.threads, engine.device, engine.cuda_graph
         return BenchResult(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -265,7 +285,7 @@ class _Subject:
                 record.bytes for name, record in manifest.files.items() if name not in _NOT_NEEDED
             ),
             precision=manifest.precision,
-            accuracy=found,
+            accuracy=accuracies,
             scenario=self.plan.scenario,
             latency_ms=times,
             phases=parts,
@@ -280,7 +300,7 @@ class _Subject:
         )
 
 
-def _take_turns(subjects: Sequence[_Subject], plan: Plan) -> None:
+def _take_turns(subjects: Sequence[_Subject], plan: BenchPlan) -> None:
     """Measure in rounds, another engine first in each.
 
     Engines of one thread, or on a GPU, stay loaded. The idle threads of others would spin
@@ -339,7 +359,7 @@ def labelled(
     Args:
         where: Image folder, .npz or street scenes.
         skip_corrupt: Leave out images of a folder that cannot be decoded.
-        split: Of street scenes.
+        split: Split of street scenes.
         image_size: (height, width) that street scenes are brought to.
         count: Classes that the engine tells apart (:func:`~.accuracy.classes_of`), by which
             class folders are matched where the manifest does not name the classes.
@@ -351,7 +371,7 @@ def labelled(
     p = manifest.preprocessing
     if is_scenes(Path(where)):
         if skip_corrupt:
-            raise DataError(f"{where}: --skip-corrupt is for image folders; mend the scenes")
+            raise DataError(f"{where}: `skip_corrupt` is for image folders only; repair the scenes")
         scenes = replace(find_scenes(where, split), size=image_size)
         return replace(scenes, mean=p.mean, std=p.std, channels=p.channels) if p else scenes
     images = read(where, Wanted.like(p), skip_corrupt=skip_corrupt)
@@ -375,7 +395,7 @@ def _timing_input(engine: Engine, sets: Mapping[str, Labelled], batch: int) -> A
     (port,) = engine.inputs
     free = [d for d in port.shape[1:] if isinstance(d, str)]
     if free and engine.manifest.preprocessing is None:
-        raise DataError(f"{engine.path}: found free dimensions {free}; pass --data to fix them")
+        raise DataError(f"{engine.path}: found free dimensions {free}; give it `data`")
     shape = engine.input_shape(port, batch)
     rng = np.random.default_rng(0)
     if port.dtype == "uint8":

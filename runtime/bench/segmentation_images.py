@@ -1,14 +1,12 @@
-"""Pictures of segmentation: image, labels and what an engine found, side by side."""
+"""Pictures of segmentation: image, labels and predictions, side by side."""
 
 from __future__ import annotations
 
 import colorsys
 import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -17,10 +15,10 @@ from ...formats.atomic_files import write_bytes
 from ...formats.engine_folder import EngineManifest
 from ...formats.file_kinds import PICTURE, PICTURE_MARK
 from ...formats.preprocessing import to_frames
+from ...typing import Array
 
 __all__ = ["PICTURES", "Pictures", "in_colours", "palette", "picture_names", "write_picture"]
 
-Array = npt.NDArray[Any]
 _GAP = 4
 # Drawn of every domain.
 PICTURES = 20
@@ -39,7 +37,7 @@ def palette(classes: int) -> Array:
 
 
 def in_colours(
-    x: Array, labels: Array, found: Array, manifest: EngineManifest
+    x: Array, labels: Array, predicted: Array, manifest: EngineManifest
 ) -> tuple[Array, Array, Array]:
     """A network input (C, H, W) and two label maps (H, W) as pictures (H, W, 3) uint8.
 
@@ -51,9 +49,9 @@ def in_colours(
     # (N, classes, h, w); an engine of labels has no such dimension.
     shape = manifest.outputs[0].shape
     classes = shape[1] if len(shape) == 4 and isinstance(shape[1], int) else 0
-    known = int(np.max(np.where(labels == IGNORE, 0, labels), initial=found.max(initial=0))) + 1
+    known = int(np.max(np.where(labels == IGNORE, 0, labels), initial=predicted.max(initial=0))) + 1
     table = palette(max(classes, known))
-    return frame, table[labels], table[np.where(labels == IGNORE, IGNORE, found)]
+    return frame, table[labels], table[np.where(labels == IGNORE, IGNORE, predicted)]
 
 
 def picture_names(domain: str, limit: int = PICTURES) -> list[str]:
@@ -79,18 +77,18 @@ class Pictures:
 
     Args:
         folder: Where to.
-        manifest: Of the engine: how its inputs become pixels again.
+        manifest: Manifest of the engine, which says how its inputs become pixels again.
         limit: Pictures a domain.
     """
 
     def __init__(self, folder: Path, manifest: EngineManifest, limit: int = PICTURES) -> None:
         self._folder, self._manifest, self._limit = folder, manifest, limit
 
-    def __call__(self, domain: str, number: int, x: Array, labels: Array, found: Array) -> None:
-        """Write one picture: x (C, H, W), labels and found (H, W)."""
+    def __call__(self, domain: str, number: int, x: Array, labels: Array, predicted: Array) -> None:
+        """Write one picture: x (C, H, W), labels and predicted (H, W)."""
         if number >= self._limit:
             return
-        frame, wanted, drawn = in_colours(x, labels, found, self._manifest)
+        frame, wanted, drawn = in_colours(x, labels, predicted, self._manifest)
         gap = np.full((frame.shape[0], _GAP, 3), 255, np.uint8)
         parts = [frame, gap, wanted, gap, drawn]
         file = self._folder.absolute() / domain / f"{number:04}.png"

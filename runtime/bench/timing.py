@@ -8,27 +8,35 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import DataError
 from ...formats.bench_result import Latency, Scenario, Speedup
 from ...numerics.batches import decides
+from ...typing import Array
 from ..engine import Engine, Feeds, Pending
 
-__all__ = ["Plan", "latency", "measure", "overhead_us", "phases", "run_offline", "speedup"]
+__all__ = [
+    "ROUNDS",
+    "BenchPlan",
+    "latency",
+    "measure",
+    "overhead_us",
+    "phases",
+    "run_offline",
+    "speedup",
+]
 
-Array = npt.NDArray[Any]
 # Student's t, two-sided 95%, for 1 to 9 degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+# Rounds in which several engines take turns.
 ROUNDS = len(_T) + 1
 _IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """How an engine is measured.
 
     Attributes:
@@ -40,6 +48,9 @@ class Plan:
             or what the engine is fixed to.
         streams: Samples in one query of ``multistream``.
         percentiles: Further percentiles of the latency.
+
+    Raises:
+        DataError: A value is out of range.
     """
 
     scenario: Scenario = "singlestream"
@@ -50,19 +61,17 @@ class Plan:
     streams: int = 8
     percentiles: tuple[float, ...] = ()
 
-    def check(self) -> None:
-        """Raise DataError for values out of range."""
-        batch = 1 if self.batch is None else self.batch
-        if self.warmup < 0 or min(self.iterations, batch, self.streams) < 1:
-            raise DataError(
-                f"found warmup={self.warmup}, iterations={self.iterations}, batch={self.batch}, "
-                f"streams={self.streams}; needed 0, 1, 1, 1 or more"
-            )
+    def __post_init__(self) -> None:
+        least = {"warmup": 0, "iterations": 1, "batch": 1, "streams": 1}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise DataError(f"found `{name}` {value}; needed {smallest} or more")
         if not 0 <= self.duration < math.inf:
-            raise DataError(f"found duration={self.duration}; needed seconds, 0 or more")
+            raise DataError(f"found `duration` {self.duration}; needed seconds, 0 or more")
         wrong = [p for p in self.percentiles if not 0 <= p <= 100]
         if wrong:
-            raise DataError(f"found percentile {wrong[0]:g}; needed 0 to 100")
+            raise DataError(f"found a percentile of {wrong[0]:g}; needed 0 to 100")
 
     def images(self, engine: Engine) -> int:
         """Images in one call.
@@ -75,7 +84,7 @@ class Plan:
         if not isinstance(fixed, int) or fixed == wanted:
             return wanted
         if self.batch is not None:
-            raise DataError(f"{engine.path}: found --batch {wanted}; the engine takes {fixed} only")
+            raise DataError(f"{engine.path}: found `batch` {wanted}; the engine takes {fixed} only")
         return fixed
 
     def calls(self, images: int) -> int:
@@ -160,11 +169,11 @@ def phases(engine: Engine, frames: list[Array] | None, x: Array, times: int) -> 
         times: Answers.
     """
     sizes = [frame.shape[:2] for frame in frames] if frames else [x.shape[-2:]] * len(x)
-    found: dict[str, list[float]] = {}
+    samples: dict[str, list[float]] = {}
 
     def note(name: str, value: float | None) -> None:
         if value is not None:
-            found.setdefault(name, []).append(value)
+            samples.setdefault(name, []).append(value)
 
     for _ in range(times):
         start = time.perf_counter_ns()
@@ -183,17 +192,17 @@ def phases(engine: Engine, frames: list[Array] | None, x: Array, times: int) -> 
         note("device_to_host", inner.device_to_host)
         note("postprocess", (end - called) / 1e6 if answered else None)
         note("end_to_end", (end - start) / 1e6)
-    whole = f"{'frame' if frames else 'array'} in, {'answer' if answered else 'array'} out"
-    kind = "events on the engine's stream" if "host_to_device" in found else "wall time"
+    end_to_end = f"{'frame' if frames else 'array'} in, {'answer' if answered else 'array'} out"
+    kind = "events on the engine's stream" if "host_to_device" in samples else "wall time"
     what = {
         "preprocess": "resize and normalise",
         "compute": f"the engine alone ({kind})",
         "postprocess": "scores to answers",
-        "end_to_end": whole,
+        "end_to_end": end_to_end,
     }
     return {
-        name: latency(samples, len(x), 0, what.get(name, f"copy ({kind})"))
-        for name, samples in found.items()
+        name: latency(values, len(x), 0, what.get(name, f"copy ({kind})"))
+        for name, values in samples.items()
     }
 
 
@@ -224,7 +233,7 @@ def speedup(ours: Sequence[float], theirs: Sequence[float], against: str) -> Spe
 
     Args:
         ours: Median latency of every round, ms; two rounds or more.
-        theirs: Of the same rounds.
+        theirs: Median latency of the other engine in the same rounds, ms.
         against: Names the other engine.
     """
     logs = [math.log(b / a) for a, b in zip(ours, theirs, strict=True)]

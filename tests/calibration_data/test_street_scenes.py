@@ -228,7 +228,7 @@ def test_larger_images_are_seen_through_windows(engine: Path, tmp_path: Path) ->
         assert result.metric == "miou" and result.images == {"d": 3}
         assert result.domains["d"] == pytest.approx(iou.mean(), abs=1e-3)
         small = replace(scenes, size=(8, 8))
-        with pytest.raises(DataError, match=r"images of 8x8; .* takes 16x16: .*--image-size"):
+        with pytest.raises(DataError, match=r"images of 8x8; .* takes 16x16: .*`image_size`"):
             accuracy(run, {"d": small})
 
 

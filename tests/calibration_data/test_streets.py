@@ -20,7 +20,7 @@ from hdrq_deploy.calibration_data.streets.make_checkpoints import CHECKPOINTS, l
 from hdrq_deploy.errors import DataError
 from hdrq_deploy.exporters import export
 from hdrq_deploy.formats.bundle import Bundle
-from hdrq_deploy.runtime.bench.measurement import BenchResult, Plan, benchmark_all
+from hdrq_deploy.runtime.bench.measurement import BenchPlan, BenchResult, benchmark_all
 
 MODEL = "hdrq_deploy.calibration_data.models:streetnet"
 
@@ -112,7 +112,7 @@ def test_adapted_bundles_merge_into_one_integer_engine(tmp_path: Path) -> None:
         x = made.images.astype(np.float32).transpose(0, 3, 1, 2) / 255
         np.savez(tmp_path / f"{domain}-test.npz", x=x, y=made.labels.astype(np.int64))
         test[domain] = tmp_path / f"{domain}-test.npz"
-    (result,) = benchmark_all([engine], test, Plan(iterations=2, warmup=1))
+    (result,) = benchmark_all([engine], test, BenchPlan(iterations=2, warmup=1))
     assert result.accuracy is not None and result.accuracy.metric == "miou"
     record = json.loads((CHECKPOINTS / "checkpoints.json").read_text())
     separate = [record[d]["mean_iou"][d] for d in streets.TARGETS]

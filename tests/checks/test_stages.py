@@ -788,5 +788,5 @@ def test_steps_too_small_for_half_precision_are_found(heads: Any, tmp_path: Path
         if compute == "fp32":
             export(small, tmp_path / compute, "trt-rtx", options=options, only_graph=True)
             continue
-        with pytest.raises(CheckFailed, match="export with --compute fp32"):
+        with pytest.raises(CheckFailed, match="export with `compute` fp32"):
             export(small, tmp_path / compute, "trt-rtx", options=options, only_graph=True)

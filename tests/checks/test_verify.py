@@ -121,7 +121,7 @@ def test_the_first_layer_where_stages_part_is_named(
     data = f"night={work / 'data.npz'}"
     words = [str(bundle.path), str(path), "--data", data, "--no-torch", "--json", str(out)]
     assert verify.main(words) == 3
-    assert "they part at relu;" in capsys.readouterr().err
+    assert "they differ first at relu;" in capsys.readouterr().err
     record = json.loads(out.read_text())
     stage = record["stages"][0]
     steps = {tensor["module"]: tensor["steps"] for tensor in stage["tensors"]}

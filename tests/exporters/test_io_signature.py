@@ -18,8 +18,9 @@ from hdrq_deploy.calibration_data.readers import Wanted, read
 from hdrq_deploy.errors import EngineError, ExportError
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.exporters.export import lowered
-from hdrq_deploy.exporters.half_precision import SMALLEST_STEP, to_fp16
+from hdrq_deploy.exporters.half_precision import SMALLEST_SCALE, to_fp16
 from hdrq_deploy.exporters.lint import lint
+from hdrq_deploy.exporters.mixed_precision import weights_only
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.formats.preprocessing import feed
 from hdrq_deploy.graph import model_files, reference_session
@@ -64,7 +65,7 @@ def test_small_steps_and_large_masks_stay_inside_half_precision(make: Any, tmp_p
     shape = values[bias].const_value.numpy().shape
     values[bias].const_value = ir.tensor(np.full(shape, -1e9, np.float32), name=bias)
     to_fp16(model)
-    assert float(values[step].const_value.numpy()) == SMALLEST_STEP
+    assert float(values[step].const_value.numpy()) == SMALLEST_SCALE
     assert float(values[bias].const_value.numpy()[0]) == -65504
     model_files.save(model, tmp_path / "model.onnx")
     lint(tmp_path / "model.onnx")  # what was clamped is not refused
@@ -94,6 +95,29 @@ def test_four_bit_linears_with_real_activations(make: Any, inputs: Any, tmp_path
     )
     with pytest.raises(ExportError, match="no linear layer with weights of 4 bits"):
         export(bundle, tmp_path / "f", "ort", options=GraphOptions(weights_only=("nothing",)))
+
+
+def test_no_layer_that_weights_only_was_asked_for_is_left_out_in_silence(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(
+        "hdrq_deploy.exporters.mixed_precision._log.info", lambda text, *a: lines.append(text % a)
+    )
+    bundle = make("Attention", wbits=4, per_channel=True)
+    layers = list(bundle.manifest.layers)
+    model = model_files.load(bundle)
+    codes = model.graph.initializers["proj.weight_codes"]
+    for use in codes.uses():  # scales along the input channels: no block has one
+        use.node.attributes["axis"] = ir.AttrInt64("axis", 1)
+    rows = {row.module: row for row in weights_only(model, layers, ("*",))}
+    assert rows["qkv"].requested == "int4" and not rows["qkv"].reason
+    assert rows["proj"].requested == "int8" and "one per output channel" in rows["proj"].reason
+    assert len(lines) == 1 and lines[0].startswith("proj: activations stay quantized")
+    model = model_files.load(bundle)
+    monkeypatch.setattr("hdrq_deploy.exporters.mixed_precision.BLOCKS", (32, 24))
+    with pytest.raises(ExportError, match="found 32 input channels; needed a multiple of 24, 48 o"):
+        weights_only(model, layers, ("qkv",))
 
 
 def test_exact_codes_end_where_they_were_calibrated(make: Any, inputs: Any, tmp_path: Path) -> None:
@@ -165,7 +189,7 @@ def test_frames_in_labels_out(normalised: Bundle, work: Path, tmp_path: Path, en
 
 
 def test_frames_need_a_bundle_that_knows_its_preprocessing(make: Any, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="--fold-preprocess needs a bundle"):
+    with pytest.raises(ExportError, match="`fold_preprocess` needs a bundle"):
         export(make(), tmp_path / "e", options=GraphOptions(fold_preprocess=True))
     with pytest.raises(ExportError, match="a name that the graph uses inside"):
         export(make(), tmp_path / "e", options=GraphOptions(input_name="fc.bias"))

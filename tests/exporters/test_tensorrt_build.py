@@ -17,7 +17,8 @@ from hdrq_deploy.errors import ExportError
 from hdrq_deploy.exporters import BuildOptions, GraphOptions, export, parse_shapes
 from hdrq_deploy.exporters import tensorrt_build as trt
 from hdrq_deploy.exporters.lint import lint
-from hdrq_deploy.exporters.options import profile, trtexec
+from hdrq_deploy.exporters.options import profile
+from hdrq_deploy.exporters.trtexec import trtexec
 
 PORTS = {"x": ("batch", 4, 8, 8)}
 
@@ -88,23 +89,27 @@ WRONG: list[tuple[str, Callable[[], onnx.ModelProto], str]] = [
     ("zero point", lambda: convolution(zero=np.array(3, np.int8)), "zero point that is not 0"),
     ("unsigned", lambda: convolution(zero=np.array(0, np.uint8)), "imports it as INT8"),
     ("no zero point", without_zero_point, "no zero point, which means uint8"),
-    ("step 0", lambda: convolution(scale=np.array(0, np.float32)), "found a step of 0"),
-    ("negative", lambda: convolution(scale=np.array(-1, np.float32)), "found a step of -1"),
-    ("NaN", lambda: convolution(scale=np.array(np.nan, np.float32)), "found a step of nan"),
-    ("infinite", lambda: convolution(scale=np.array(np.inf, np.float32)), "found a step of inf"),
+    ("step 0", lambda: convolution(scale=np.array(0, np.float32)), "found a scale of 0"),
+    ("negative", lambda: convolution(scale=np.array(-1, np.float32)), "found a scale of -1"),
+    ("NaN", lambda: convolution(scale=np.array(np.nan, np.float32)), "found a scale of nan"),
+    ("infinite", lambda: convolution(scale=np.array(np.inf, np.float32)), "found a scale of inf"),
     (
         "subnormal",
         lambda: convolution(scale=np.array(1e-40, np.float32)),
-        r"found a step of \S+e-41; needed finite steps of 1.17549e-38",
+        r"found a scale of \S+e-41; needed finite scales of 1.17549e-38",
     ),
-    ("length", lambda: convolution(w_scale=np.full(5, 0.1, np.float32)), "5 steps for 6 channels"),
+    ("length", lambda: convolution(w_scale=np.full(5, 0.1, np.float32)), "5 scales for 6 channels"),
     (
         "axis",
         lambda: convolution(w_scale=np.full(4, 0.1, np.float32), axis=1),
         "in float unless they lie along axis 0",
     ),
-    ("rank", lambda: convolution(w_scale=np.full((6, 1, 1, 1), 0.1, np.float32)), "steps of shape"),
-    ("computed", computed_step, "step peak that is computed"),
+    (
+        "rank",
+        lambda: convolution(w_scale=np.full((6, 1, 1, 1), 0.1, np.float32)),
+        "found scales of",
+    ),
+    ("computed", computed_step, "scale peak that is computed"),
     ("four bits", four_bit, "INT4 weights and quantized activations"),
     ("no name", lambda: renamed(3, ""), "without a name"),
     ("twice", lambda: renamed(3, "weight"), "2 nodes named weight"),
@@ -155,7 +160,6 @@ def test_lint_misses_no_external_data(tmp_path: Path) -> None:
 def test_shapes_are_trtexecs() -> None:
     shapes = parse_shapes(["x:1x3x32x32"], ["x:4x3x64x64"], ["x:8x3x128x128"])
     build = BuildOptions(shapes=shapes)
-    build.check()
     assert profile("x", ("batch", 3, "height", "width"), build) == shapes["x"]
     assert profile("x", ("batch", 3, 8, 8), BuildOptions(batches=(1, 2, 4))).largest == (4, 3, 8, 8)
     assert profile("x", (1, 3, 8, 8), BuildOptions()) is None
@@ -164,11 +168,11 @@ def test_shapes_are_trtexecs() -> None:
     with pytest.raises(ExportError, match="has a free size"):
         profile("x", ("batch", 3, "height", "width"), BuildOptions())
     with pytest.raises(ExportError, match="min <= opt <= max"):
-        BuildOptions(shapes=parse_shapes(["x:4x3"], ["x:2x3"], [])).check()
+        BuildOptions(shapes=parse_shapes(["x:4x3"], ["x:2x3"], []))
     with pytest.raises(ExportError, match="needed NAME:1x3x224x224"):
         parse_shapes(["x=1x3"], [], [])
-    with pytest.raises(ExportError, match="--opt-level 9"):
-        BuildOptions(opt_level=9).check()
+    with pytest.raises(ExportError, match="found `opt_level` 9; needed 0 to 5"):
+        BuildOptions(opt_level=9)
 
 
 def test_the_trtexec_command_says_what_the_builder_is_told() -> None:

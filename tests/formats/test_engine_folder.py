@@ -22,7 +22,7 @@ from hdrq_deploy.formats.engine_folder import (
     read_manifest,
     write_manifest,
 )
-from hdrq_deploy.runtime.engine import LIBRARIES
+from hdrq_deploy.runtime.tensorrt import LIBRARIES
 
 ROOT = Path(__file__).resolve().parents[2]
 CORPUS = ROOT / "tests" / "corpus" / "schema-1"

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from hdrq_deploy import merge
 from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.errors import CheckFailed, ExportError
-from hdrq_deploy.exporters import export, lowering, precision
+from hdrq_deploy.exporters import export, lowering_ort, precision
 from hdrq_deploy.exporters.export import lowered
 from hdrq_deploy.exporters.options import GraphOptions
 from hdrq_deploy.exporters.precision_reasons import explain
@@ -254,7 +254,7 @@ def test_bundles_of_earlier_versions_are_mended_by_the_export(
         graph = export(old, tmp_path / engine, engine) / "model.onnx"
         assert decibels(expected, outputs(graph, x, fused=engine == "ort")) > 45
     # Without the guard the bias wraps in ONNX Runtime, or is refused.
-    monkeypatch.setattr(lowering, "_fit_biases", lambda *_: None)
+    monkeypatch.setattr(lowering_ort, "fit_biases", lambda *_: None)
     if name == "conv.weight":
         with pytest.raises(CheckFailed, match="codes of relu that differ"):
             export(old, tmp_path / "wrapped", "ort")

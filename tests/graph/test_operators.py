@@ -12,13 +12,15 @@ from onnx.reference import ReferenceEvaluator
 
 from hdrq_deploy.graph import operators
 from hdrq_deploy.graph.operators import CLAMPS, LAYERS, LINEAR, MOVES_VALUES, QUANTIZABLE
-from tests.test_layout import modules
+from tests.test_layout import MODULES
 
 NAMES = frozenset().union(*(getattr(operators, name) for name in operators.__all__))
 SETS = (ast.List, ast.Tuple, ast.Set)
 
 
-@pytest.mark.parametrize(("name", "path"), list(modules()))
+@pytest.mark.parametrize(
+    ("name", "path"), [(name, module.path) for name, module in MODULES.items()]
+)
 def test_only_the_table_lists_operators(name: str, path: Path) -> None:
     if name == operators.__name__:
         return

@@ -27,11 +27,11 @@ from hdrq_deploy.errors import EngineError
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.exporters.options import BuildOptions
 from hdrq_deploy.formats.atomic_files import sha256_file
+from hdrq_deploy.formats.engine_folder import read_manifest
 from hdrq_deploy.formats.records import FileRecord
 from hdrq_deploy.mixing import DomainMixer
 from hdrq_deploy.runtime import load_engine
 from hdrq_deploy.runtime.cuda import Cuda, Stream, device_array
-from hdrq_deploy.runtime.engine import read_manifest
 from hdrq_deploy.runtime.tensorrt import IN_FLIGHT, TensorRtEngine, plan_version
 
 
@@ -606,7 +606,7 @@ def test_a_failed_call_leaves_the_engine_usable(
 ) -> None:
     with load_engine(folder) as engine:
         np.testing.assert_array_equal(engine(inputs[:2]), expected(inputs[:2]))
-        with pytest.raises(EngineError, match=r"built for \(1, 3, 16, 16\) to .*--max-shapes"):
+        with pytest.raises(EngineError, match=r"built for \(1, 3, 16, 16\) to .*`max_shapes`"):
             engine(np.zeros((9, 3, 16, 16), np.float32))
         np.testing.assert_array_equal(engine(inputs[:2]), expected(inputs[:2]))
         with pytest.raises(EngineError, match="found NaN"):
@@ -627,7 +627,7 @@ def test_refit_asks_for_every_weight(
         with pytest.raises(EngineError, match=rf"refused {bias} of shape \(4,\), float64"):
             engine.refit({**weights, bias: np.ones(4)})
         engine._engine.refittable = False
-        with pytest.raises(EngineError, match="--refit"):
+        with pytest.raises(EngineError, match="with `refit`"):
             engine.refit(weights)
 
 
@@ -693,7 +693,7 @@ def test_plans_of_another_version_or_device(
     ):
         load_engine(folder)
     set_plan(folder, b"garbage")
-    with pytest.raises(EngineError, match="holds no engine .*--force"):
+    with pytest.raises(EngineError, match="holds no engine .*`force`"):
         load_engine(folder)
     set_plan(folder, None, "NVIDIA L4, compute capability 8.9")
     with pytest.raises(EngineError, match=r"built for NVIDIA L4.* is Imaginary GPU.*8.7; build it"):

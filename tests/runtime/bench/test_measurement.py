@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from hdrq_deploy.formats.bench_result import BenchResult
 from hdrq_deploy.runtime import Engine, benchmark, load_engine
 from hdrq_deploy.runtime.bench.accuracy import accuracy, confusion
 from hdrq_deploy.runtime.bench.environment import Watch, environment, read
-from hdrq_deploy.runtime.bench.measurement import Plan, benchmark_all
+from hdrq_deploy.runtime.bench.measurement import BenchPlan, benchmark_all
 from hdrq_deploy.runtime.bench.timing import measure, speedup
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -101,16 +102,16 @@ def test_phases_are_parts_of_the_whole(engines: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("plan", "engine", "batch", "samples", "what"),
     [
-        (Plan(iterations=7, warmup=0), "int8", 1, 7, "one call"),
-        (Plan("multistream", 0, 5, streams=6), "int8", 6, 5, "6 images in 1 call"),
-        (Plan("multistream", 0, 5, streams=6), "fixed", 8, 5, "8 images in 2 call"),
-        (Plan("offline", 0, 4), "int8", 32, 4, "two in flight"),
-        (Plan("offline", 0, 4, batch=3), "int8", 3, 4, "two in flight"),
-        (Plan(iterations=3), "fixed", 4, 3, "one call"),
+        (BenchPlan(iterations=7, warmup=0), "int8", 1, 7, "one call"),
+        (BenchPlan("multistream", 0, 5, streams=6), "int8", 6, 5, "6 images in 1 call"),
+        (BenchPlan("multistream", 0, 5, streams=6), "fixed", 8, 5, "8 images in 2 call"),
+        (BenchPlan("offline", 0, 4), "int8", 32, 4, "two in flight"),
+        (BenchPlan("offline", 0, 4, batch=3), "int8", 3, 4, "two in flight"),
+        (BenchPlan(iterations=3), "fixed", 4, 3, "one call"),
     ],
 )
 def test_scenarios(
-    engines: dict[str, Path], plan: Plan, engine: str, batch: int, samples: int, what: str
+    engines: dict[str, Path], plan: BenchPlan, engine: str, batch: int, samples: int, what: str
 ) -> None:
     (result,) = benchmark_all([engines[engine]], plan=plan, threads=1)
     assert result.scenario == plan.scenario and what in result.latency_ms.what
@@ -137,24 +138,31 @@ def test_a_duration_is_a_minimum() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "message"),
     [
-        Plan(warmup=-1),
-        Plan(iterations=0),
-        Plan(batch=0),
-        Plan(streams=0),
-        Plan(duration=-1.0),
-        Plan(duration=math.inf),
-        Plan(percentiles=(101.0,)),
+        ({"warmup": -1}, "found `warmup` -1; needed 0 or more"),
+        ({"iterations": 0}, "found `iterations` 0; needed 1 or more"),
+        ({"batch": 0}, "found `batch` 0; needed 1 or more"),
+        ({"streams": 0}, "found `streams` 0; needed 1 or more"),
+        ({"duration": -1.0}, "found `duration` -1.0; needed seconds, 0 or more"),
+        ({"duration": math.inf}, "found `duration` inf; needed seconds, 0 or more"),
+        ({"percentiles": (101.0,)}, "found a percentile of 101; needed 0 to 100"),
     ],
 )
-def test_plans_out_of_range(wrong: Plan, engines: dict[str, Path]) -> None:
-    with pytest.raises(DataError, match="found .*; needed"):
-        benchmark_all([engines["int8"]], plan=wrong)
+def test_plans_out_of_range(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        BenchPlan(**wrong)
+
+
+def test_the_old_name_of_a_plan_works_and_warns() -> None:
+    from hdrq_deploy.runtime import bench
+
+    with pytest.warns(DeprecationWarning, match="bench.Plan is now BenchPlan"):
+        assert bench.Plan is BenchPlan
 
 
 def test_a_batch_the_engine_does_not_take(engines: dict[str, Path]) -> None:
-    with pytest.raises(DataError, match="found --batch 3; the engine takes 4 only"):
+    with pytest.raises(DataError, match="found `batch` 3; the engine takes 4 only"):
         benchmark(engines["fixed"], batch=3)
     assert command.main([]) == 2
     assert command.main([str(engines["int8"]), "--device", "cuda"]) == 2
@@ -275,7 +283,7 @@ def test_queries_of_several_calls_are_compared_by_image(
     engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8 images in one call, and in two calls of 4: the same time a query is the same speed."""
-    plan = Plan("multistream", 0, 20, streams=8)
+    plan = BenchPlan("multistream", 0, 20, streams=8)
     monkeypatch.setattr(
         "hdrq_deploy.runtime.bench.measurement.measure",
         lambda call, times, **_: (8.0,) * max(times, 1),

@@ -24,11 +24,12 @@ from hdrq_deploy.calibration_data.readers import Wanted
 from hdrq_deploy.cli import emit as command
 from hdrq_deploy.errors import DataError, EngineError
 from hdrq_deploy.exporters import GraphOptions, export
+from hdrq_deploy.formats.engine_folder import read_manifest
 from hdrq_deploy.runtime import load_engine, ros2
-from hdrq_deploy.runtime.engine import read_manifest
 from hdrq_deploy.runtime.predictions import network_input
 from hdrq_deploy.runtime.ros2 import Perception, frame_of
-from hdrq_deploy.runtime.serving.emit import emit, ros2_files
+from hdrq_deploy.runtime.serving.emit import emit
+from hdrq_deploy.runtime.serving.ros2_files import ros2_files
 
 
 def calibrated(work: Path, target: Path, std: tuple[float, ...], model: str = "Tiny") -> Bundle:

@@ -1,0 +1,77 @@
+"""Load an engine folder, whatever it runs on."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+
+from ..errors import EngineError
+from ..formats.engine_folder import EngineManifest, read_manifest
+from .engine import Engine
+
+__all__ = ["BACKENDS", "load_engine", "open_engine"]
+
+# The module that runs each kind of engine. It has a function ``open_engine`` and is imported
+# when the first engine of that kind is loaded.
+BACKENDS = {"ort": ".ort", "onnx": ".ort", "trt": ".tensorrt", "trt-rtx": ".tensorrt"}
+_DEVICES = "auto, cpu, cuda, cuda:N, tensorrt or tensorrt:N"
+
+
+def load_engine(
+    path: str | os.PathLike[str],
+    device: str = "auto",
+    threads: int = 0,
+    cuda_graph: bool = True,
+) -> Engine:
+    """Open an engine folder.
+
+    Args:
+        path: Folder written by ``hdrq-export``.
+        device: ``auto`` is the CPU for ``ort`` and ``onnx`` engines and the first GPU for
+            TensorRT's. ``cpu``; ``cuda`` or ``cuda:N``; ``tensorrt`` or ``tensorrt:N`` is ONNX
+            Runtime's TensorRT provider. Nothing falls back to another device.
+        threads: Threads inside an operator on the CPU; 0, one per core.
+        cuda_graph: Replay TensorRT's work as a CUDA graph, captured per shape.
+
+    Raises:
+        EngineError: Not an engine, damaged, built for another device or version, or of a kind
+            that this machine cannot run.
+    """
+    return open_engine(Path(path), read_manifest(path), device, threads, cuda_graph)
+
+
+def open_engine(
+    path: Path,
+    manifest: EngineManifest,
+    device: str = "auto",
+    threads: int = 0,
+    cuda_graph: bool = True,
+) -> Engine:
+    """Load an engine whose manifest was read; the files are not hashed again.
+
+    Args:
+        path: Engine folder.
+        manifest: Its manifest.
+        device: See :func:`load_engine`.
+        threads: See :func:`load_engine`.
+        cuda_graph: See :func:`load_engine`.
+
+    Raises:
+        EngineError: As :func:`load_engine`.
+    """
+    if threads < 0:
+        raise EngineError(f"found threads={threads}; needed 0 (one per core) or more")
+    kind, _, number = device.partition(":")
+    if kind not in {"auto", "cpu", "cuda", "tensorrt"} or (number and not number.isdecimal()):
+        raise EngineError(f"found device {device!r}; needed {_DEVICES}")
+    if manifest.engine not in BACKENDS:
+        raise EngineError(
+            f"{path}: found an engine of the kind {manifest.engine!r}; this version runs "
+            f"{', '.join(BACKENDS)}"
+        )
+    backend = importlib.import_module(BACKENDS[manifest.engine], __package__)
+    engine: Engine = backend.open_engine(
+        path, manifest, device, threads or os.cpu_count() or 1, cuda_graph
+    )
+    return engine
