@@ -98,7 +98,7 @@ def keep_float(model: ir.Model, layers: Sequence[Layer], patterns: Sequence[str]
             if layer.weight:
                 _real_weight(model, nodes[layer.node])
             layer = layer.model_copy(
-                update={"requested": "float32", "reason": "kept in float by keep_float"}
+                update={"requested": "float32", "reason": "kept in float by --keep-float"}
             )
         result.append(layer)
     quantize_only(model, {layer.node for layer in result if layer.requested == "int8"})

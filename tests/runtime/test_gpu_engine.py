@@ -738,7 +738,7 @@ def test_a_plan_of_this_machines_own_library(make: Any, tmp_path: Path) -> None:
     real = pytest.importorskip("cuda.bindings.runtime")
     status, count = real.cudaGetDeviceCount()
     if int(status) or not count:
-        with pytest.raises(EngineError, match="no NVIDIA GPU.*--engine ort"):
+        with pytest.raises(EngineError, match="no NVIDIA GPU.*`engine` ort"):
             load_engine(target)
         return
     with load_engine(target) as engine:
