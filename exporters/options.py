@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from .._moved import moved_names
 from ..errors import ExportError
 
 __all__ = ["BuildOptions", "GraphOptions", "Shapes", "parse_shapes", "profile"]
@@ -184,3 +185,6 @@ def profile(name: str, shape: Sequence[Any], build: BuildOptions) -> Shapes | No
         )
     rows = [(batch, *shape[1:]) for batch in build.batches]
     return Shapes(smallest=rows[0], best=rows[1], largest=rows[2])
+
+
+__getattr__ = moved_names(__name__)

@@ -12,11 +12,11 @@ import importlib.machinery
 import importlib.util
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MOVED", "REMOVED_IN", "RENAMED", "install", "targets"]
+__all__ = ["MOVED", "NAMES", "REMOVED_IN", "RENAMED", "install", "moved_names", "targets"]
 
 REMOVED_IN = "0.3"
 # Old path to new path, or to several where a module was split; all below ``hdrq_deploy``.
@@ -121,6 +121,34 @@ RENAMED: dict[str, str] = {
     "merge.rounding.Merged": "MergedCodes",
     "runtime.timing.Plan": "BenchPlan",
 }
+
+
+# Names that moved out of a module that still exists, to the module that has them now.
+NAMES: dict[str, str] = {
+    "exporters.options.trtexec": "exporters.trtexec",
+    "runtime.engine.load_engine": "runtime.loading",
+    "runtime.engine.open_engine": "runtime.loading",
+    "runtime.engine.read_manifest": "formats.engine_folder",
+}
+
+
+def moved_names(module: str) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a module that names of ``NAMES`` moved out of."""
+    package, _, path = module.partition(".")
+
+    def find(name: str) -> Any:
+        new = NAMES.get(f"{path}.{name}")
+        if new is None:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(
+            f"{module}.{name} is now {package}.{new}.{name}; the old path works until version "
+            f"{REMOVED_IN}",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(importlib.import_module(f"{package}.{new}"), name)
+
+    return find
 
 
 def targets(old: str) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 from PIL import Image
 
+from .._moved import moved_names
 from ..calibration_data.readers.decoding import Picture
 from ..errors import EngineError
 from ..formats.engine_folder import EngineManifest, Port
@@ -400,3 +401,6 @@ def _hint(shape: tuple[int, ...], port: Port) -> str:
     turned = [shape[i] for i in order]
     fits = all(isinstance(w, str) or w == g for w, g in zip(port.shape, turned, strict=True))
     return f": pass x.transpose{order}" if fits and 0 not in shape else ""
+
+
+__getattr__ = moved_names(__name__)

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 import hdrq_deploy
-from hdrq_deploy._moved import MOVED, REMOVED_IN, RENAMED, targets
+from hdrq_deploy._moved import MOVED, NAMES, REMOVED_IN, RENAMED, targets
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 # The public names that every old path had in version 0.1.
-NAMES: dict[str, list[str]] = json.loads(Path(__file__).with_name("moved_names.json").read_text())
+PUBLIC: dict[str, list[str]] = json.loads(Path(__file__).with_name("moved_names.json").read_text())
 
 
 def old_module(old: str, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -38,14 +38,24 @@ GONE = {"calibration_data.make_checkpoints.publish"}
 def test_an_old_path_has_its_names_and_warns(old: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = old_module(old, monkeypatch)
     new = [importlib.import_module(f"hdrq_deploy.{target}") for target in targets(old)]
-    assert old in NAMES or module is new[0]
-    for name in NAMES.get(old, ()):
+    assert old in PUBLIC or module is new[0]
+    for name in PUBLIC.get(old, ()):
         if f"{old}.{name}" in GONE:
             continue
         today = RENAMED.get(f"{old}.{name}", name)
         holders = [part for part in new if hasattr(part, today)]
         assert holders, f"hdrq_deploy.{old}.{name} is in none of {targets(old)}"
         assert getattr(module, name) is getattr(holders[0], today)
+
+
+@pytest.mark.parametrize(("path", "new"), NAMES.items())
+def test_a_name_that_moved_out_of_a_module_is_found(path: str, new: str) -> None:
+    old, _, name = path.rpartition(".")
+    with pytest.warns(DeprecationWarning, match=re.escape(f"is now hdrq_deploy.{new}.{name};")):
+        found = getattr(importlib.import_module(f"hdrq_deploy.{old}"), name)
+    assert found is getattr(importlib.import_module(f"hdrq_deploy.{new}"), name)
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        importlib.import_module(f"hdrq_deploy.{old}").absent  # noqa: B018
 
 
 def test_a_split_module_serves_the_names_of_all_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,7 +200,7 @@ class Hrda(nn.Module):
         if x.shape[2] % 64 or x.shape[3] % 64 or min(height, width) < 64:
             raise ModelError(
                 f"found images of {x.shape[2]}x{x.shape[3]}; HRDA crops them by half and needs "
-                "sides of 128 or more that are multiples of 64: pass --size"
+                "sides of 128 or more that are multiples of 64: pass `size`"
             )
         places = [(top, left) for top in _starts(height) for left in _starts(width)]
         crops = [x[:, :, t : t + height, u : u + width] for t, u in places]
