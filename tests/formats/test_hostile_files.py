@@ -336,7 +336,7 @@ RESULT = {
         (lambda r: r.update(size_bytes=0), "a size of 0 bytes"),
         (lambda r: r["accuracy"]["domains"].update(night=7.0), "an accuracy of 7.0"),
         (lambda r: r["accuracy"]["images"].clear(), "on 0 images of night"),
-        (lambda r: r.update(environment=json.loads("[" * 900 + "]" * 900)), "not the --json"),
+        (lambda r: r.update(environment=json.loads("[" * 900 + "]" * 900)), "not the JSON"),
     ],
 )
 def test_benchmarks_that_nobody_can_have_measured(
