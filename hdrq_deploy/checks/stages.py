@@ -10,8 +10,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
 from ..comparison import golden
 from ..comparison.differences import Stage, Stepwise, difference, measure_spread, rows_at_once
 from ..comparison.taps import Shows
@@ -23,10 +21,10 @@ from ..formats.preprocessing import feed
 from ..formats.records import Tolerances
 from ..numerics.batches import in_batches
 from ..runtime import load_engine
+from ..typing import Array
 
 __all__ = ["compare_engine", "compare_stages"]
 
-Array = npt.NDArray[Any]
 _LOG = logging.getLogger("hdrq_deploy")
 
 

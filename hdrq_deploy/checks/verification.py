@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..calibration_data.readers import Wanted, read
 from ..comparison.differences import Stage, check
@@ -19,11 +18,11 @@ from ..formats.bundle import Bundle
 from ..formats.engine_folder import is_engine
 from ..formats.file_kinds import VERIFY_JSON
 from ..formats.records import Preprocessing, Tolerances
+from ..typing import Array
 from .stages import compare_engine, compare_stages
 
 __all__ = ["Verification", "verify"]
 
-Array = npt.NDArray[Any]
 AnyPath = str | os.PathLike[str]
 
 

@@ -7,23 +7,23 @@ import importlib.metadata
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from ..calibration_data.readers import Wanted
 from ..errors import HdrqError
 from ..formats.atomic_files import check_name
 from ..jobs.ray_cluster import reach
 from ..numerics.spec import check_seed
+from ..typing import Progress
 from .start import Parser, run, shortened
 
 __all__ = ["named", "parser", "paths_of", "progress_bar", "run", "seed_number"]
-
-Report = Callable[[int, int, str], None]
 
 
 def parser(command: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -43,7 +43,7 @@ def parser(command: str, text: str, epilog: str = "") -> argparse.ArgumentParser
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Report]:
+def progress_bar(title: str) -> Iterator[Progress]:
     """A bar with ETA on a terminal; a plain line every few seconds otherwise."""
     console = Console(stderr=True)
     if console.is_terminal:
@@ -53,7 +53,7 @@ def progress_bar(title: str) -> Iterator[Report]:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=console, transient=True) as bar:
+        with rich.progress.Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(title, total=None)
 
             def show(done: int, total: int, what: str) -> None:
@@ -75,7 +75,7 @@ def progress_bar(title: str) -> Iterator[Report]:
 
 
 @contextmanager
-def progress_lines(title: str) -> Iterator[Report]:
+def progress_lines(title: str) -> Iterator[Progress]:
     """For pieces of minutes: a bar on a terminal, a line for each that ends otherwise."""
     if sys.stderr.isatty():
         with progress_bar(title) as show:

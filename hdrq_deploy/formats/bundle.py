@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import safetensors.numpy
 
 from ..errors import BundleError
 from ..numerics.int4 import unpack_int4
+from ..typing import Array
 from . import onnx_file
 from .atomic_files import check_output, new_directory, sha256_bytes, sha256_file, write_bytes
 from .bundle_manifest import Manifest
@@ -46,8 +46,6 @@ _ONNX = {
     "int64": onnx.TensorProto.INT64,
     "bool": onnx.TensorProto.BOOL,
 }
-
-Array = npt.NDArray[Any]
 
 
 class Bundle:

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelError
+from ..typing import Array
 from .records import MANIFEST
 from .safetensors_layout import read_header
 
@@ -38,7 +39,6 @@ __all__ = [
     "torch_state",
 ]
 
-Array = npt.NDArray[Any]
 
 # What training codes call a state_dict in their files; averaged weights are what they validate,
 # and what timm takes where a file holds both.

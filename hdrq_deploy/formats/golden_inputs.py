@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import safetensors.numpy
 
 from ..errors import BundleError
+from ..typing import Array
 from .safetensors_layout import read_header
 
 __all__ = ["GOLDEN", "GOLDEN_IMAGES", "read_golden"]
 
 GOLDEN = "golden.safetensors"
 GOLDEN_IMAGES = 2
-
-Array = npt.NDArray[Any]
 
 
 def read_golden(path: Path) -> dict[str, Array]:

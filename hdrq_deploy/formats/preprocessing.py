@@ -6,10 +6,12 @@ here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from ..typing import Array
 
 if TYPE_CHECKING:
     from .engine_folder import EngineManifest
@@ -22,8 +24,6 @@ __all__ = [
     "to_frames",
     "to_input",
 ]
-
-Array = npt.NDArray[Any]
 
 
 class Normalisation(Protocol):

@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import safetensors.numpy
 
 from ..errors import BundleError
 from ..numerics.int4 import pack_int4
+from ..typing import Array
 
 if TYPE_CHECKING:
     from .bundle_manifest import Tensor
 
 __all__ = ["Span", "layout", "read_header", "read_metadata", "serialize", "stored", "with_metadata"]
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)

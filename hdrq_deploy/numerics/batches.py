@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import numpy.typing as npt
+from ..typing import Array
 
 __all__ = ["class_count", "decides", "decisions", "in_batches"]
-
-Array = npt.NDArray[Any]
 
 
 def in_batches(x: Array, size: int) -> Iterator[Array]:

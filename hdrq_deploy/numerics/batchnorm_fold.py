@@ -13,14 +13,12 @@ channel's raw weight, bias and mean, which leaves the function as it was.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
+
+from ..typing import Array
 
 __all__ = ["SMALLEST_GAIN", "gain", "graph_tensors"]
 
-Array = npt.NDArray[Any]
 # A channel that BatchNorm switches off still needs a scale > 0.
 SMALLEST_GAIN = 1e-12
 
