@@ -120,6 +120,7 @@ RENAMED: dict[str, str] = {
     "merge.mixing.Mix": "ChosenWeights",
     "merge.rounding.Merged": "MergedCodes",
     "runtime.timing.Plan": "BenchPlan",
+    "sensitivity.Scheme": "FloatLayers",
 }
 
 

@@ -17,7 +17,7 @@ with importing("hdrq sensitivity"):
     from rich.table import Table
 
     from ..calibration_data.readers import Wanted, numbered, read
-    from ..checks.sensitivity import Scheme, Sensitivity, sensitivity, suggest
+    from ..checks.sensitivity import FloatLayers, Sensitivity, sensitivity, suggest
     from ..errors import DataError, ModelError
     from ..formats.atomic_files import (
         check_output,
@@ -156,7 +156,7 @@ def _lost(accuracy: float | None, found: Sensitivity) -> str:
     return f"{100 * (found.float_accuracy - accuracy):+.1f}"
 
 
-def _show_scheme(scheme: Scheme, found: Sensitivity) -> None:
+def _show_scheme(scheme: FloatLayers, found: Sensitivity) -> None:
     accuracy = "" if scheme.accuracy is None else f", accuracy {100 * scheme.accuracy:.1f}%"
     print(
         f"{len(scheme.keep_float)} of {len(found.layers)} layers in float: SQNR "
