@@ -97,7 +97,7 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "runtime.images": "runtime.predictions",
     "runtime.pictures": "runtime.bench.segmentation_images",
     "runtime.power": "runtime.bench.energy",
-    "runtime.report": "reports.bench_page",
+    "runtime.report": ("reports.bench_page", "reports.html"),
     "runtime.results": "formats.bench_result",
     "runtime.timing": "runtime.bench.timing",
     "sensitivity": "checks.sensitivity",
@@ -120,6 +120,7 @@ RENAMED: dict[str, str] = {
     "merge.mixing.Mix": "ChosenWeights",
     "merge.rounding.Merged": "MergedCodes",
     "runtime.timing.Plan": "BenchPlan",
+    "sensitivity.Scheme": "FloatLayers",
 }
 
 

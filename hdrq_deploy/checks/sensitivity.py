@@ -1,6 +1,6 @@
-"""Which layers does quantization hurt? Each is quantized alone, then in company.
+"""Which layers does quantization hurt? Each is quantized alone, then several together.
 
-The bundle's graph is taken apart: only the layers in question read codes, all others real
+The bundle's graph is edited so that only the layers in question read codes, and all others real
 values. Needs no torch.
 """
 
@@ -24,7 +24,7 @@ from ..numerics.batches import decides, decisions, in_batches
 from ..numerics.quantization import dequantize
 from ..numerics.sqnr import decibels
 
-__all__ = ["LayerSensitivity", "Scheme", "Sensitivity", "sensitivity", "suggest"]
+__all__ = ["FloatLayers", "LayerSensitivity", "Sensitivity", "sensitivity", "suggest"]
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int, str], None]
@@ -33,13 +33,14 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """What is lost when one layer alone is quantized.
+    """The loss when one layer alone is quantized.
 
     Attributes:
         node: ONNX node.
         module: Module path.
-        weight_bits: Of its weight; None for a product of two activations.
-        sqnr_db: Of the network's output against the float output, in dB; infinite where equal.
+        weight_bits: Bits of its weight; None for a product of two activations.
+        sqnr_db: Signal to noise ratio of the network's output against the float output, in dB;
+            infinite where they are equal.
         accuracy: Top-1 accuracy (0 to 1), mean over the domains; None without labels.
     """
 
@@ -62,7 +63,7 @@ class Sensitivity:
     images: dict[str, int] = field(default_factory=dict)
 
 
-class Partly:
+class PartlyQuantized:
     """The bundle's network with some of its layers quantized.
 
     Args:
@@ -121,7 +122,7 @@ def _real(name: str, coded: Array, real: Mapping[str, Array] | None, bundle: Bun
 
 
 def _put(model: ir.Model, codes: str, weight: Array) -> None:
-    """Real values in place of codes and their DequantizeLinear."""
+    """Replace codes and their DequantizeLinear by real values, in place."""
     value = model.graph.initializers[codes]
     (use,) = value.uses()
     real = constant(model, f"{codes}_real", np.ascontiguousarray(weight))
@@ -139,21 +140,21 @@ def sensitivity(
     Args:
         bundle: Calibrated or merged.
         data: Inputs (N, C, H, W) and labels (N,) or None of each domain.
-        real: See :class:`Partly`.
+        real: See :class:`PartlyQuantized`.
         progress: Called with (layers done, layers in all, module path).
 
     Raises:
         DataError: No images, or images or weights that do not fit.
     """
-    network = Partly(bundle, real)
-    x = [rows for images, _ in data.values() for rows in in_batches(images, _BATCH)]
+    network = PartlyQuantized(bundle, real)
+    x = [batch for images, _ in data.values() for batch in in_batches(images, _BATCH)]
     if not x:
-        raise DataError("found no images; needed --data NAME=PATH")
+        raise DataError("found no images; needed some of at least one domain")
     plain = network((), x)
-    found = []
+    rows = []
     for i, layer in enumerate(network.layers):
         output = network([layer.node], x)
-        found.append(
+        rows.append(
             LayerSensitivity(
                 layer.node,
                 layer.module,
@@ -166,7 +167,7 @@ def sensitivity(
             progress(i + 1, len(network.layers), layer.module)
     full = network([layer.node for layer in network.layers], x)
     return Sensitivity(
-        sorted(found, key=lambda row: row.sqnr_db),
+        sorted(rows, key=lambda row: row.sqnr_db),
         _accuracy(plain, data),
         _accuracy(full, data),
         _sqnr(plain, full),
@@ -176,8 +177,14 @@ def sensitivity(
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """Layers to keep in float, and what the network then reaches."""
+class FloatLayers:
+    """Layers to keep in float, and what the network then reaches.
+
+    Attributes:
+        keep_float: Module paths.
+        sqnr_db: Signal to noise ratio of the output against the float output, in dB.
+        accuracy: Top-1 accuracy (0 to 1), mean over the domains; None without labels.
+    """
 
     keep_float: tuple[str, ...]
     sqnr_db: float
@@ -192,31 +199,31 @@ def suggest(
     keep: int | None = None,
     accuracy: float | None = None,
     sqnr_db: float | None = None,
-) -> Scheme:
+) -> FloatLayers:
     """The fewest of the most sensitive layers that must stay float.
 
     Args:
         bundle, data, real: As for :func:`sensitivity`.
         ranked: Its result.
-        keep: Just so many layers; or
-        accuracy: as many as it takes to lose at most this share (0 to 1) against float; or
-        sqnr_db: as many as it takes for this ratio at the output.
+        keep: Number of layers, where that is decided already.
+        accuracy: Largest accepted loss of accuracy (0 to 1) against float.
+        sqnr_db: Smallest accepted ratio at the output; used where neither of the others is given.
 
     Raises:
-        DataError: A bound on accuracy needs labels.
+        DataError: A bound on accuracy with images that have no labels.
     """
-    network = Partly(bundle, real)
-    x = [rows for images, _ in data.values() for rows in in_batches(images, _BATCH)]
+    network = PartlyQuantized(bundle, real)
+    x = [batch for images, _ in data.values() for batch in in_batches(images, _BATCH)]
     plain = network((), x)
     if accuracy is not None and ranked.float_accuracy is None:
         raise DataError("found images without labels; a bound on accuracy needs them")
 
-    def with_float(count: int) -> Scheme:
-        kept = tuple(row.module for row in ranked.layers[:count])
+    def with_float(count: int) -> FloatLayers:
+        modules = tuple(row.module for row in ranked.layers[:count])
         output = network([row.node for row in ranked.layers[count:]], x)
-        return Scheme(kept, _sqnr(plain, output), _accuracy(output, data))
+        return FloatLayers(modules, _sqnr(plain, output), _accuracy(output, data))
 
-    def fits(scheme: Scheme) -> bool:
+    def fits(scheme: FloatLayers) -> bool:
         if accuracy is not None:
             assert scheme.accuracy is not None and ranked.float_accuracy is not None
             return scheme.accuracy >= ranked.float_accuracy - accuracy
@@ -226,7 +233,7 @@ def suggest(
         return with_float(min(keep, len(ranked.layers)))
     low, high = 0, len(ranked.layers)
     best = with_float(high)
-    while low < high:  # one more layer in float does no harm, as a rule
+    while low < high:  # assumes that one more layer in float does no harm
         middle = (low + high) // 2
         scheme = with_float(middle)
         if fits(scheme):
@@ -245,17 +252,17 @@ def _sqnr(expected: Array, got: Array) -> float:
 
 
 def _accuracy(output: Array, data: Mapping[str, tuple[Array, Array | None]]) -> float | None:
-    """Mean over the domains, each counting the same."""
+    """Mean accuracy over the domains, which all count the same; None without labels."""
     shares, first = [], 0
     for images, labels in data.values():
         rows = slice(first, first := first + len(images))
         if labels is None or not decides(output):
             return None
-        found = decisions(output[rows])
-        if found.shape != labels.shape:
+        decided = decisions(output[rows])
+        if decided.shape != labels.shape:
             raise DataError(
-                f"found labels of shape {labels.shape} for decisions of shape {found.shape}; "
+                f"found labels of shape {labels.shape} for decisions of shape {decided.shape}; "
                 "needed one label for each"
             )
-        shares.append(float((found == labels).mean()))
+        shares.append(float((decided == labels).mean()))
     return float(np.mean(shares))

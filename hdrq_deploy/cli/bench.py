@@ -18,7 +18,8 @@ with importing("hdrq-bench"):
     from ..formats.atomic_files import check_container, check_outputs, check_scratch, write_bytes
     from ..formats.bench_result import BenchResult, Energy, Scenario
     from ..formats.file_kinds import BENCH_CSV, BENCH_HTML, BENCH_JSON, PICTURE
-    from ..reports.bench_page import csv_text, did_it_pay, need_matplotlib, page, phase_table, table
+    from ..reports.bench_page import csv_text, did_it_pay, page, phase_table, table
+    from ..reports.html import need_matplotlib
     from ..runtime.bench.measurement import benchmark_all
     from ..runtime.bench.segmentation_images import picture_names
     from ..runtime.bench.timing import BenchPlan

@@ -39,7 +39,8 @@ with importing("hdrq demo"):
         ENGINE,
         PARTIAL,
     )
-    from ..reports.bench_page import need_matplotlib, page, table
+    from ..reports.bench_page import page, table
+    from ..reports.html import need_matplotlib
     from ..runtime import benchmark
     from ..runtime.bench.measurement import (
         Accuracy,

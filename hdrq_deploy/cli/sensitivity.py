@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ with importing("hdrq sensitivity"):
     from rich.table import Table
 
     from ..calibration_data.readers import Wanted, numbered, read
-    from ..checks.sensitivity import Scheme, Sensitivity, sensitivity, suggest
+    from ..checks.sensitivity import FloatLayers, Sensitivity, sensitivity, suggest
     from ..errors import DataError, ModelError
     from ..formats.atomic_files import (
         check_output,
@@ -30,10 +29,11 @@ with importing("hdrq sensitivity"):
     from ..formats.bundle import Bundle
     from ..formats.file_kinds import SENSITIVITY
     from ..numerics.batches import class_count
-    from ..reports.bench_page import need_matplotlib
+    from ..reports.html import need_matplotlib
+    from ..reports.sensitivity_plot import plot
     from .common import named, parser, paths_of, progress_bar, seed_number
 
-__all__ = ["arguments", "main", "plot", "show"]
+__all__ = ["arguments", "main", "show"]
 
 _SHOWN = 20
 
@@ -156,7 +156,7 @@ def _lost(accuracy: float | None, found: Sensitivity) -> str:
     return f"{100 * (found.float_accuracy - accuracy):+.1f}"
 
 
-def _show_scheme(scheme: Scheme, found: Sensitivity) -> None:
+def _show_scheme(scheme: FloatLayers, found: Sensitivity) -> None:
     accuracy = "" if scheme.accuracy is None else f", accuracy {100 * scheme.accuracy:.1f}%"
     print(
         f"{len(scheme.keep_float)} of {len(found.layers)} layers in float: SQNR "
@@ -164,28 +164,3 @@ def _show_scheme(scheme: Scheme, found: Sensitivity) -> None:
     )
     if scheme.keep_float:
         print("hdrq-export … --keep-float " + " ".join(scheme.keep_float))
-
-
-def plot(found: Sensitivity) -> str:
-    """SQNR of every layer, the most harmful on top, as SVG."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    rows = [row for row in found.layers if math.isfinite(row.sqnr_db)][:40][::-1]
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "hdrq", "font.size": 8}):
-        figure = Figure(figsize=(7, 1.2 + 0.2 * len(rows)), layout="constrained")
-        axes = figure.add_subplot()
-        axes.barh([row.module for row in rows], [row.sqnr_db for row in rows], color="#3b6ea8")
-        axes.axvline(found.full_sqnr_db, color="#b5432a", linewidth=1)
-        axes.annotate(
-            "all layers",
-            (found.full_sqnr_db, len(rows) - 0.5),
-            xytext=(3, 4),
-            textcoords="offset points",
-            color="#b5432a",
-        )
-        axes.set_ylim(-0.8, len(rows) + 0.4)
-        axes.set_xlabel("SQNR of the output with this layer alone in codes (dB, longer is better)")
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()

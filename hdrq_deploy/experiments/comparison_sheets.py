@@ -22,12 +22,12 @@ __all__ = ["SCENES", "draw", "picture_name"]
 
 Array = npt.NDArray[Any]
 _GAP, _TITLE = 4, 14
-# Drawn of every domain.
+# Scenes that are drawn of every domain.
 SCENES = 2
 
 
 def picture_name(domain: str, number: int) -> str:
-    """Where a picture goes, in the folder of a run."""
+    """Path of a picture in the folder of a run."""
     return f"pictures/{domain}-{number}.png"
 
 
@@ -35,9 +35,10 @@ def draw(grid: Grid, out: Path, bits: str, scenes: int = SCENES) -> list[Path]:
     """``OUT/pictures/DOMAIN-NUMBER.png``: image, labels, float merged, merged at ``bits``.
 
     Args:
-        grid: Its merges of all domains are drawn, of the first seed and rounding.
-        bits: Such as ``w4a4``.
-        scenes: Of every domain.
+        grid: Its merges of all domains are drawn, those of the first seed and rounding.
+        out: Folder of the run.
+        bits: Bits such as ``w4a4``.
+        scenes: Scenes of every domain.
 
     Raises:
         DataError: No such cells, or data without label maps.
@@ -96,10 +97,10 @@ def _run(
 def _beside(parts: list[tuple[str, Array]]) -> Image.Image:
     height, width = parts[0][1].shape[:2]
     size = (len(parts) * (width + _GAP) - _GAP, height + _TITLE)
-    whole = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(whole)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
     for i, (title, part) in enumerate(parts):
         left = i * (width + _GAP)
         pen.text((left + 2, 1), title, fill="black")
-        whole.paste(Image.fromarray(part), (left, _TITLE))
-    return whole
+        sheet.paste(Image.fromarray(part), (left, _TITLE))
+    return sheet

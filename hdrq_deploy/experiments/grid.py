@@ -19,19 +19,19 @@ __all__ = ["BITS", "SETTINGS", "Grid", "Merge", "Run", "parse_bits"]
 
 # Weights and activations, as the paper has them; first and last layers keep 8 bits.
 BITS = ("w8a8", "w8a4", "w6a6", "w4a8", "w4a4", "w3a3")
-# paper: one step per tensor, BatchNorm folded into the weights, equal mix. ours: BatchNorm in
-# per-channel steps; the mix chosen, and BatchNorm and activation steps measured again, on
-# unlabelled images.
+# paper: one scale per tensor, BatchNorm folded into the weights, equal merge weights. ours:
+# BatchNorm folded into per-channel scales; merge weights are chosen, and BatchNorm and activation
+# scales measured again, on unlabelled images.
 SETTINGS = ("paper", "ours")
 
 
 def parse_bits(words: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """``w4a8`` as (4, 8).
+    """Bits of weights and activations: ``w4a8`` as (4, 8).
 
     Raises:
         SpecError: Another form, or bits out of range.
     """
-    found = []
+    pairs = []
     for word in words:
         match = re.fullmatch(r"w(\d)a(\d)", word.lower())
         if not match:
@@ -39,8 +39,8 @@ def parse_bits(words: Sequence[str]) -> tuple[tuple[int, int], ...]:
         wbits, abits = int(match[1]), int(match[2])
         check_bits(wbits, "wbits")
         check_bits(abits, "abits")
-        found.append((wbits, abits))
-    return tuple(dict.fromkeys(found))
+        pairs.append((wbits, abits))
+    return tuple(dict.fromkeys(pairs))
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class Run:
 
     @property
     def name(self) -> str:
-        """As its cells begin: ``paper-hdrq-w4a4-s0``."""
+        """The start of its cells' names: ``paper-hdrq-w4a4-s0``."""
         if self.method == "float":
             return "float"
         return f"{self.setting}-{self.method}-{self.bits}-s{self.seed}"
 
     @property
     def bits(self) -> str:
-        """``w4a4``; nothing for float."""
+        """``w4a4``; empty for float."""
         return "" if self.method == "float" else f"w{self.wbits}a{self.abits}"
 
     def single(self, domain: str) -> str:
@@ -81,7 +81,7 @@ class Merge:
 
     @property
     def name(self) -> str:
-        """As its cells begin."""
+        """The start of its cells' names."""
         return f"{self.run.name}-{'+'.join(self.members)}-{self.way}"
 
     def cell(self, draw: int) -> str:
@@ -105,7 +105,9 @@ class Grid:
         for method in self.methods:
             if method not in METHODS or not METHODS[method].quantizes:
                 known = ", ".join(name for name, row in METHODS.items() if row.quantizes)
-                raise SpecError(f"found method {method!r}; choose among {known} (float is there)")
+                raise SpecError(
+                    f"found method {method!r}; choose among {known} (float always runs)"
+                )
         if self.rounding_seeds < 1:
             raise SpecError(f"found {self.rounding_seeds} rounding seeds; needed 1 or more")
         if len(set(self.domains)) < len(self.domains):
@@ -147,26 +149,26 @@ class Grid:
                 yield from (merge.cell(draw) for draw in range(merge.draws))
 
     def ways(self, run: Run) -> Sequence[str]:
-        """How the bundles of a run are merged."""
+        """Names of the ways in which the bundles of a run are merged: a rounding, or ``auto``."""
         if run.method == "float":
             return ("nearest", "auto") if "ours" in self.settings else ("nearest",)
         return ("auto",) if run.setting == "ours" else ("nearest", "advanced")
 
 
 def bundle_path(out: Path, cell: str) -> Path:
-    """Where a cell's bundle is."""
+    """The folder of a cell's bundle."""
     return out / "cells" / f"{cell}.hdrq"
 
 
 def read_row(out: Path, cell: str) -> dict[str, Any] | None:
     """A cell's figures; None where there are none, or none that can be read."""
     try:
-        found: dict[str, Any] = json.loads(row_path(out, cell).read_text())
+        row: dict[str, Any] = json.loads(row_path(out, cell).read_text())
     except (OSError, ValueError):
         return None
-    return found
+    return row
 
 
 def row_path(out: Path, cell: str) -> Path:
-    """Where its figures are."""
+    """The file of a cell's figures."""
     return out / "rows" / f"{cell}.json"

@@ -10,11 +10,11 @@ from typing import Any
 from ..formats.bundle import Bundle
 from .grid import Grid, Merge, Run, bundle_path, read_row
 
-__all__ = ["markdown", "rows"]
+__all__ = ["cells", "header", "markdown", "rows"]
 
 
 def rows(grid: Grid, out: Path) -> list[dict[str, Any]]:
-    """A record for every setting, method, bit-width and way of which there are figures.
+    """A record for every setting, method, bit-width and way to merge that has figures.
 
     Single is the harmonic mean of every domain's own bundle on its own domain. Means and standard
     deviations are over calibration seeds and, of merges, rounding seeds.
@@ -24,9 +24,9 @@ def rows(grid: Grid, out: Path) -> list[dict[str, Any]]:
     for run in grid.runs():
         by_kind.setdefault((run.setting, run.method, run.bits), []).append(run)
     for (setting, method, bits), runs in by_kind.items():
-        found = [m for run in runs for m in grid.merges(run)]
-        for members, way in dict.fromkeys((m.members, m.way) for m in found):
-            merges = [m for m in found if (m.members, m.way) == (members, way)]
+        every = [m for run in runs for m in grid.merges(run)]
+        for members, way in dict.fromkeys((m.members, m.way) for m in every):
+            merges = [m for m in every if (m.members, m.way) == (members, way)]
             row = _row(grid, out, runs, merges)
             if row is not None:
                 published = grid.task.published.get(f"{method}-{bits}", {})
@@ -66,17 +66,17 @@ def _row(
 
 
 def _options(path: Path) -> dict[str, Any]:
-    """How a cell was calibrated, by its own manifest."""
-    found = Bundle.open(path).manifest.options
-    return {key: found[key] for key in ("images", "iters", "batch", "lr", "threads")}
+    """Options of a cell's calibration, from its own manifest."""
+    options = Bundle.open(path).manifest.options
+    return {key: options[key] for key in ("images", "iters", "batch", "lr", "threads")}
 
 
-def _summary(found: list[dict[str, float]]) -> dict[str, Any]:
-    """Of every domain and the harmonic mean: mean, standard deviation, count, in %."""
+def _summary(figures: list[dict[str, float]]) -> dict[str, Any]:
+    """Mean, standard deviation and count of every domain and the harmonic mean, in %."""
     from ..formats.bench_result import harmonic_mean
 
-    columns = {name: [100 * row[name] for row in found] for name in found[0]}
-    columns["harmonic mean"] = [100 * harmonic_mean(list(row.values())) for row in found]
+    columns = {name: [100 * row[name] for row in figures] for name in figures[0]}
+    columns["harmonic mean"] = [100 * harmonic_mean(list(row.values())) for row in figures]
     return {
         name: {
             "mean": round(statistics.fmean(values), 3),

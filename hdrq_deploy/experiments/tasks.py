@@ -144,8 +144,7 @@ def segmentation(
     Raises:
         DataError: A data set or a checkpoint is not there.
     """
-    there = [n for n in SEGMENTATION if (data / n).is_dir()]
-    names = list(targets) or there
+    names = list(targets) or [n for n in SEGMENTATION if (data / n).is_dir()]
     if not names:
         raise DataError(f"{data}: found none of {', '.join(SEGMENTATION)}; needed their folders")
     domains = []
@@ -184,7 +183,7 @@ def made(name: str, out: Path, targets: Sequence[str] = ()) -> Task:
     domains = {domain.name: domain for domain in task.domains}
     unknown = [target for target in targets if target not in domains]
     if unknown:
-        raise DataError(f"found --targets {unknown[0]}; there are {', '.join(domains)}")
+        raise DataError(f"found the target {unknown[0]}; there are {', '.join(domains)}")
     return replace(task, domains=tuple(domains[name] for name in targets or domains))
 
 
@@ -318,13 +317,13 @@ def _key(name: str) -> str:
 
 
 def _folder(data: Path, name: str) -> Path:
-    there = folders_of(data) if data.is_dir() else []
-    for folder in there:
+    folders = folders_of(data) if data.is_dir() else []
+    for folder in folders:
         if _key(folder.name) == _key(name):
             return folder
     raise DataError(
         f"{data / name}: not there; needed a folder of this domain's images "
-        f"(found {', '.join(f.name for f in there) or 'no folders'})"
+        f"(found {', '.join(f.name for f in folders) or 'no folders'})"
     )
 
 

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..formats.file_kinds import generator
+from .html import document, svg, table_of
 
 __all__ = ["page"]
 
 _STYLE = """
-body{font:15px/1.55 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;
-color:#1c2430}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem}
-.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%}
-th,td{padding:.3rem .5rem;text-align:right;border-bottom:1px solid #d8dee6;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}th{background:#f2f5f9}
-svg{max-width:100%;height:auto}footer{color:#5b6675}
+body{line-height:1.55;max-width:62rem}h2{font-size:1.15rem;margin-top:2.2rem}
+th,td{padding:.3rem .5rem}
 @media print{body{margin:0}h2{break-after:avoid}}
 """
 
@@ -80,17 +74,11 @@ def page(result: Mapping[str, Any]) -> str:
         "<footer>Made by hdrq analyze; the numbers behind the plots are in report.json. "
         "Method: Shin et al., ICML 2025.</footer>",
     ]
-    text = "\n".join(body)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8">'
-        f"{generator('hdrq analyze')}"
-        f'<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style><body>{text}</body></html>\n"
-    )
+    return document(title, body, "hdrq analyze", _STYLE)
 
 
 def _verdict(result: Mapping[str, Any]) -> str:
-    """One paragraph of what the numbers say."""
+    """One paragraph that sums up the numbers."""
     worst = max(result["barriers"], key=lambda b: float(b["barrier"]["quantized"]))
     rounding = result["rounding"]
     best = max(rounding, key=lambda name: float(rounding[name]["mean"]))
@@ -100,11 +88,11 @@ def _verdict(result: Mapping[str, Any]) -> str:
         if name in model["accuracy"]
     ]
     alone = len(own) / sum(1 / v for v in own) if own and min(own) > 0 else None
-    kept = f" A model for each domain reaches {100 * alone:.1f}%." if alone else ""
+    reference = f" A model for each domain reaches {100 * alone:.1f}%." if alone else ""
     return (
         f"<p><b>Merged evenly, {best} rounding serves best: harmonic mean accuracy "
         f"{100 * rounding[best]['mean']:.1f}% &plusmn; "
-        f"{100 * rounding[best]['standard_deviation']:.1f}.</b>{kept} The highest quantized "
+        f"{100 * rounding[best]['standard_deviation']:.1f}.</b>{reference} The highest quantized "
         f"barrier, {worst['barrier']['quantized']:.3f} nats, lies between "
         f"{html.escape(' and '.join(worst['between']))}; without rounding it is "
         f"{worst['barrier']['float']:.3f}.</p>"
@@ -119,7 +107,7 @@ def _models(result: Mapping[str, Any]) -> str:
         for name, m in result["models"].items()
     ]  # fmt: skip
     header = ["model", *(f"{d}, %" for d in domains), *(f"{d}, loss" for d in domains)]
-    return _table(header, rows)
+    return table_of(header, rows)
 
 
 def _barrier_table(result: Mapping[str, Any]) -> str:
@@ -127,7 +115,7 @@ def _barrier_table(result: Mapping[str, Any]) -> str:
         [" - ".join(b["between"]), *(f"{b['barrier'][k]:.4f}" for k in _CURVES)]
         for b in result["barriers"]
     ]
-    return _table(["barrier in nats", *_CURVES.values()], rows)
+    return table_of(["barrier in nats", *_CURVES.values()], rows)
 
 
 def _curvature(result: Mapping[str, Any]) -> str:
@@ -135,30 +123,18 @@ def _curvature(result: Mapping[str, Any]) -> str:
         [name, f"{c['top_eigenvalue']:.3g}", f"{c['trace']:.3g}"]
         for name, c in result["curvature"].items()
     ]
-    return _table(["model", "top eigenvalue", "trace"], rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+    return table_of(["model", "top eigenvalue", "trace"], rows)
 
 
 def _svg(draw: Callable[[Any, Mapping[str, Any]], None], result: Mapping[str, Any]) -> str:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
+    """A plot of the result, without the frame's upper and right side."""
 
-    with rc_context({"svg.hashsalt": "hdrq", "font.size": 9, "svg.fonttype": "path"}):
-        figure = Figure(layout="constrained")
+    def draw_all(figure: Any) -> None:
         draw(figure, result)
         for axes in figure.axes:
             axes.spines[["top", "right"]].set_visible(False)
-        buffer = io.StringIO()
-        empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=empty)
-    text = buffer.getvalue()
+
+    text = svg(draw_all, {"font.size": 9, "svg.fonttype": "path"})
     return text[text.index("<svg") :]
 
 
@@ -223,8 +199,8 @@ def _plot_rounding(figure: Any, result: Mapping[str, Any]) -> None:
     axes = figure.subplots()
     rounding = result["rounding"]
     rng = np.random.default_rng(0)
-    for i, (_, found) in enumerate(rounding.items()):
-        values = 100 * np.array(found["harmonic_means"])
+    for i, figures in enumerate(rounding.values()):
+        values = 100 * np.array(figures["harmonic_means"])
         axes.plot(i + rng.uniform(-0.12, 0.12, len(values)), values, "o", ms=4, alpha=0.6)
         axes.plot([i - 0.25, i + 0.25], [values.mean()] * 2, color="black", lw=1.5)
     axes.set_xticks(range(len(rounding)), list(rounding))

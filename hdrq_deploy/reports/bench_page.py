@@ -4,38 +4,23 @@ from __future__ import annotations
 
 import csv
 import html
-import importlib.util
 import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..errors import EngineError
 from ..formats.bench_result import BenchResult
-from ..formats.file_kinds import generator
+from .html import document, svg, table_of
 
-__all__ = ["csv_text", "did_it_pay", "need_matplotlib", "page", "table"]
+__all__ = ["csv_text", "did_it_pay", "page", "table"]
 
 Rows = Sequence[tuple[str, BenchResult]]
 
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;
-color:#1c2430}
-h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
-.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%}
-th,td{padding:.35rem .45rem;text-align:right;border-bottom:1px solid #d8dee6;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}th{background:#f2f5f9}
 .scroll.facts td{white-space:normal}.scroll svg{min-width:34rem}
-svg{max-width:100%;height:auto}small,footer{color:#5b6675}
 .mark{background:#fdeceb;border-left:4px solid #c0392b;padding:.4rem .7rem;margin:.5rem 0}
 @media print{body{margin:0;max-width:none;font-size:11px}.scroll{overflow:visible}
 .scroll svg{min-width:0}th,td{white-space:normal}h2{break-after:avoid}svg,table{break-inside:avoid}}
 """
-
-
-def need_matplotlib() -> None:
-    """Raise EngineError, before any measurement, where plots cannot be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise EngineError("--html draws with matplotlib: pip install 'hdrq-deploy[report]'")
 
 
 def _domains(rows: Rows) -> list[str]:
@@ -228,26 +213,26 @@ def page(
         f"<p>{metric} in %. Latency: {html.escape(times.what)}; batch {times.batch}, scenario "
         f"{first.scenario}, {html.escape(first.device)}, {first.threads} thread(s), {times.warmup} "
         f"warm-up and {times.iterations} timed.</p>",
-        _html_table(header, cells),
+        table_of(header, cells),
         *(["<h2>Did quantization pay?</h2>", _list(answers)] if answers else []),
         "<h2>Accuracy per domain</h2>",
         _svg(_plot_accuracy, rows),
-        _html_table(*accuracy_table(rows)) if _domains(rows) else "",
+        table_of(*accuracy_table(rows)) if _domains(rows) else "",
         "<h2>Latency</h2>",
         _svg(_plot_latency, rows),
         _svg(_plot_distribution, rows),
         "<h2>Phases</h2><p>Median ms of each part, measured in calls of their own; the "
         "harness itself takes the last column.</p>",
-        _html_table(*phase_table(rows)),
+        table_of(*phase_table(rows)),
         "<h2>Accuracy, latency and size</h2>",
         _svg(_plot_trade, rows),
         "<h2>Executed precision</h2>",
-        _html_table(
+        table_of(
             ["model", "engine", "what its layers execute"],
             [[name, r.engine, r.precision] for name, r in rows],
         ),
         "<h2>Environment</h2>",
-        _html_table(
+        table_of(
             ["item", "value"],
             [
                 ["measured", first.created],
@@ -262,40 +247,26 @@ def page(
             "facts",
         ),
     ]
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        + generator(command)
-        + '<meta name=viewport content="width=device-width,initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style><body>"
-        + "\n".join(part for part in body if part)
-        + "</body></html>\n"
-    )
+    return document(title, body, command, _STYLE)
 
 
 def _list(lines: Sequence[str]) -> str:
     return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
 
 
-def _html_table(header: Sequence[str], cells: Sequence[Sequence[str]], kind: str = "") -> str:
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in header)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in cells
-    )
-    return f"<div class='scroll {kind}'><table><tr>{head}</tr>{rows}</table></div>"
-
-
 def _svg(draw: Callable[[Any, Rows], bool], rows: Rows) -> str:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+    """A plot of the rows, or a sentence where there is nothing to draw."""
+    drawn = True
 
-    figure = Figure(figsize=(9, 0.9 + 0.45 * max(len(rows), 5)), layout="constrained")
-    FigureCanvasSVG(figure)
-    if not draw(figure.subplots(), rows):
+    def draw_all(figure: Any) -> None:
+        nonlocal drawn
+        figure.set_size_inches(9, 0.9 + 0.45 * max(len(rows), 5))
+        drawn = draw(figure.subplots(), rows)
+
+    text = svg(draw_all)
+    if not drawn:
         return "<p>No accuracy was measured.</p>"
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    drawn = text.getvalue()
-    return f"<div class=scroll>{drawn[drawn.index('<svg') :]}</div>"
+    return f'<div class="scroll">{text[text.index("<svg") :]}</div>'
 
 
 def _plot_accuracy(axes: Any, rows: Rows) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hdrq_deploy.calibration import folded_weights
-from hdrq_deploy.checks.sensitivity import Partly, sensitivity, suggest
+from hdrq_deploy.checks.sensitivity import PartlyQuantized, sensitivity, suggest
 from hdrq_deploy.cli import sensitivity as command
 from hdrq_deploy.errors import DataError, ExportError
 from hdrq_deploy.exporters import GraphOptions, export
@@ -32,7 +32,7 @@ def test_with_every_layer_it_is_the_bundle_and_with_none_the_float_model(
     case: Any, inputs: Any
 ) -> None:
     name, bundle, real, checkpoint = case
-    network = Partly(bundle, real)
+    network = PartlyQuantized(bundle, real)
     every = [layer.node for layer in network.layers]
     session = reference_session.unfused_session(bundle.path / "model.onnx")
     expected = session.run(None, {"input": inputs})[0]
@@ -52,7 +52,7 @@ def test_layers_are_ranked_and_the_scheme_meets_its_bound(case: Any, inputs: Any
     data = {"night": (inputs, None)}
     found = sensitivity(bundle, data, real)
     ratios = [row.sqnr_db for row in found.layers]
-    assert ratios == sorted(ratios) and len(ratios) == len(Partly(bundle).layers)
+    assert ratios == sorted(ratios) and len(ratios) == len(PartlyQuantized(bundle).layers)
     assert found.full_sqnr_db <= ratios[0] + 3
     bound = found.full_sqnr_db + 3
     scheme = suggest(bundle, data, found, real, sqnr_db=bound)
@@ -80,7 +80,7 @@ def test_an_engine_keeps_the_layer_in_float(
     if engine == "ort":
         assert {row["executed"] for row in kept.values()} == {"float32"}
         assert report["summary"] == "2/3 Conv, 0/1 Gemm INT8"
-    network = Partly(bundle)
+    network = PartlyQuantized(bundle)
     others = [row.node for row in network.layers if row.module not in kept]
     got = reference_session.unfused_session(path / "model.onnx").run(None, {"input": inputs})[0]
     expected = network(others, [inputs])

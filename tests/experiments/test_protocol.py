@@ -385,7 +385,7 @@ def test_grids_that_make_no_sense(task: Task) -> None:
         ([], "needs --data and --checkpoints; or pass --made"),
         (["--made", "--data", "x"], "it brings its own"),
         (["--made", "--workers", "0"], "needed 1 or more"),
-        (["--made", "--targets", "photo", "snow"], "found --targets snow; there are handwriting"),
+        (["--made", "--targets", "photo", "snow"], "found the target snow; there are handwriting"),
         (["--data", "nowhere", "--checkpoints", "nowhere"], "not there"),
     ],
 )
