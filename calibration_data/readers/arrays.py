@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import DataError
+from ...typing import Array
 from .base import ImageSet, Reader, Selection, Wanted
 
 __all__ = ["ARRAYS", "labels_of", "read_arrays"]
 
-Array = npt.NDArray[Any]
 _SAVE = "write it with numpy.savez(FILE, x=x, y=y)"
 # Whole numbers up to here are exact in float64.
 _EXACT = 2**53

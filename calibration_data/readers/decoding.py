@@ -16,13 +16,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError, features
 
 from ...errors import DataError
+from ...typing import Array
 
 __all__ = [
     "BESIDE",
@@ -43,7 +43,6 @@ __all__ = [
     "upright",
 ]
 
-Array = npt.NDArray[Any]
 T = TypeVar("T")
 
 # Raster formats by the ending of their files, and what Pillow must have been built with.

@@ -7,15 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import DataError
 from ...formats.atomic_files import mapped_file
 from ...formats.preprocessing import to_input
 from ...formats.records import LARGEST_SIDE, Preprocessing
+from ...typing import Array
 from .base import ImageSet, Reader, Selection, Wanted
 from .decoding import (
     BESIDE,
@@ -32,7 +31,6 @@ from .run_ahead import run_ahead
 
 __all__ = ["IMAGE_FOLDER", "read_files"]
 
-Array = npt.NDArray[Any]
 
 # Bytes of inputs that stay in memory, and images that are decoded ahead.
 _IN_MEMORY = 1 << 30

@@ -11,14 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from ...errors import DataError
 from ...formats.preprocessing import to_input
+from ...typing import Array
 from .base import ImageSet, Reader, Selection, Wanted
 from .decoding import (
     TURNS,
@@ -46,7 +45,6 @@ __all__ = [
     "scene_images",
 ]
 
-Array = npt.NDArray[Any]
 IGNORE = 255
 # Pillow's modes of one number a pixel.
 _NUMBERS = {"L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N"}

@@ -28,10 +28,10 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
 from ...errors import DataError
+from ...typing import Array
 
 __all__ = ["CLASSES", "DOMAINS", "SIZES", "SOURCE", "SPLITS", "TARGETS", "Split", "make", "write"]
 
-Array = npt.NDArray[Any]
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
 

@@ -22,7 +22,7 @@ from ..formats.bundle import Bundle
 from ..numerics import quantization
 from ..typing import Array
 
-__all__ = ["Landscape", "Scores", "real_weights", "top_eigenvalue", "trace"]
+__all__ = ["Landscape", "Scores", "Weights", "real_weights", "top_eigenvalue", "trace"]
 
 _BATCH = 64
 

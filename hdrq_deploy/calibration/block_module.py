@@ -14,7 +14,14 @@ from .fake_quantizers import ActivationQuantizer, Mode, WeightQuantizer
 from .placement import Plan
 from .tensors import attribute, set_attribute
 
-__all__ = ["BlockModule", "Quantizers", "block_module", "quantizers_of"]
+__all__ = [
+    "BlockModule",
+    "Quantizers",
+    "block_module",
+    "block_state",
+    "quantizers_of",
+    "restore_block",
+]
 
 
 @dataclass
@@ -93,6 +100,7 @@ def block_state(module: BlockModule, result: Quantizers) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_block(module: BlockModule, result: Quantizers, state: dict[str, Tensor]) -> None:
+    """Give a block what :func:`block_state` read of it. In place."""
     names = {id(q): n for n, q in (*result.weights.items(), *result.activations.items())}
     for weight in module.weights:
         name = names[id(weight)]

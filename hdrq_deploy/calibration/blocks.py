@@ -22,7 +22,7 @@ from .capture import Capture
 from .placement import HEAVY
 from .tensors import attribute
 
-__all__ = ["MOST_HEAVY", "Block", "find_blocks", "rows_per_image", "scalar_value"]
+__all__ = ["MOST_HEAVY", "Block", "find_blocks", "is_tensor", "rows_per_image", "scalar_value"]
 
 MOST_HEAVY = 8
 # Relative to the RMS: a product sums in another order when the rows move.

@@ -28,11 +28,16 @@ from .rewrites import rewrite
 from .tensors import attribute, free_name, set_attribute
 
 __all__ = [
+    "CONVOLUTIONS",
+    "LINEAR",
+    "PRODUCTS",
+    "TRANSPOSED",
     "Capture",
     "Fold",
     "attribute",
     "capture",
     "module_path",
+    "quiet",
     "run_model",
     "set_attribute",
     "single_output",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +17,17 @@ class GraphCache:
     """The last captured graph and the last ONNX graph.
 
     Whoever calibrates several domains makes one and passes it to every calibration; without it
-    a calibration shares nothing. A copy in another process begins empty. Results do not depend
-    on it.
+    a calibration shares nothing. A worker process has one copy of it, which begins empty and stays
+    from job to job. Results do not depend on it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owner: str | None = None) -> None:
+        self._owner = owner or uuid.uuid4().hex
         self._captured: tuple[str, Capture] | None = None
         self._written: tuple[str, tuple[bytes, list[Layer]]] | None = None
 
     def __reduce__(self) -> Any:
-        return GraphCache, ()
+        return _copy_in_this_process, (self._owner,)
 
     def captured(self, key: str) -> Capture | None:
         """The captured graph of ``key``, or None."""
@@ -43,3 +45,14 @@ class GraphCache:
             self._written = None
             self._written = (key, write())
         return self._written[1]
+
+
+# Of a worker process only: the copy of the cache whose owner sends the jobs.
+_copies: dict[str, GraphCache] = {}
+
+
+def _copy_in_this_process(owner: str) -> GraphCache:
+    if owner not in _copies:
+        _copies.clear()
+        _copies[owner] = GraphCache(owner)
+    return _copies[owner]

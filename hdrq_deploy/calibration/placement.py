@@ -29,7 +29,7 @@ from .nodes import module_path
 from .request import Quantization
 from .tensors import attribute, free_name
 
-__all__ = ["ActivationSite", "LayerSite", "Plan", "plan_quantizers"]
+__all__ = ["HEAVY", "ActivationSite", "LayerSite", "Plan", "plan_quantizers", "root"]
 
 aten = torch.ops.aten
 

@@ -6,12 +6,10 @@ values. Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from ..errors import DataError
@@ -23,11 +21,10 @@ from ..graph.model_files import serialized
 from ..numerics.batches import decides, decisions, in_batches
 from ..numerics.quantization import dequantize
 from ..numerics.sqnr import decibels
+from ..typing import Array, Progress
 
 __all__ = ["FloatLayers", "LayerSensitivity", "Sensitivity", "sensitivity", "suggest"]
 
-Array = npt.NDArray[Any]
-Progress = Callable[[int, int, str], None]
 _BATCH = 32
 
 

@@ -23,7 +23,19 @@ from ..numerics.spec import check_seed
 from ..typing import Progress
 from .start import Parser, run, shortened
 
-__all__ = ["named", "parser", "paths_of", "progress_bar", "run", "seed_number"]
+__all__ = [
+    "image_flags",
+    "named",
+    "parser",
+    "paths_of",
+    "progress_bar",
+    "progress_lines",
+    "run",
+    "seed_number",
+    "threads_of",
+    "wanted_of",
+    "where_flags",
+]
 
 
 def parser(command: str, text: str, epilog: str = "") -> argparse.ArgumentParser:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from ..calibration_data.readers.street_scenes import Scenes
@@ -15,12 +13,12 @@ from ..errors import DataError
 from ..formats.bundle import Bundle
 from ..runtime.bench.accuracy import accuracy
 from ..runtime.bench.segmentation_images import in_colours, write_picture
+from ..typing import Array
 from .cells import engine_of, labelled_set
 from .grid import Grid, Merge, bundle_path
 
 __all__ = ["SCENES", "draw", "picture_name"]
 
-Array = npt.NDArray[Any]
 _GAP, _TITLE = 4, 14
 # Scenes that are drawn of every domain.
 SCENES = 2

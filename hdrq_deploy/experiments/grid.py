@@ -15,7 +15,17 @@ from ..errors import SpecError
 from ..numerics.spec import check_bits, check_seed
 from .tasks import Task
 
-__all__ = ["BITS", "SETTINGS", "Grid", "Merge", "Run", "parse_bits"]
+__all__ = [
+    "BITS",
+    "SETTINGS",
+    "Grid",
+    "Merge",
+    "Run",
+    "bundle_path",
+    "parse_bits",
+    "read_row",
+    "row_path",
+]
 
 # Weights and activations, as the paper has them; first and last layers keep 8 bits.
 BITS = ("w8a8", "w8a4", "w6a6", "w4a8", "w4a4", "w3a3")

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..graph.reference_session import session_threads
+from ..typing import Progress
 
 __all__ = ["RETRIES", "Job", "Pool", "run_jobs"]
 
-Report = Callable[[int, int, str], None]
 # How often work is begun again after its process was killed.
 RETRIES = 3
 
@@ -60,7 +60,7 @@ class Pool(ABC):
         """Wait for one of them to end; raises what the job raised."""
 
 
-def run_jobs(jobs: Sequence[Job], pool: Pool, progress: Report | None = None) -> None:
+def run_jobs(jobs: Sequence[Job], pool: Pool, progress: Progress | None = None) -> None:
     """Run all jobs in the given order, each after those whose results it reads.
 
     Raises:

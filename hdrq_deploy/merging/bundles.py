@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from ..comparison.golden import check_merge
@@ -28,6 +27,7 @@ from ..graph.biases import bias_sites, fitted, shifts
 from ..numerics.batchnorm_fold import graph_tensors
 from ..numerics.quantization import along, dequantize
 from ..numerics.spec import check_seed
+from ..typing import Array
 from .merge_weights import check_different, check_merge_weights
 from .methods import MethodOptions, method_of
 from .methods.base import float64
@@ -36,7 +36,6 @@ from .rounding import ROUNDINGS, merge_codes, round_target
 
 __all__ = ["Merger", "golden_inputs", "in_parallel", "merge"]
 
-Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]
 
 

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import MergeError
 from ..formats.atomic_files import check_output, replaced
 from ..formats.checkpoints import FLOATS, Checkpoint, Stored, from_float32, open_checkpoint
 from ..formats.file_kinds import MERGED
 from ..formats.safetensors_layout import with_metadata
+from ..typing import Array
 from .merge_weights import check_different, check_merge_weights
 from .methods import METHODS, MergeMethod, MethodOptions, method_of
 from .methods.base import float64
@@ -32,8 +32,6 @@ __all__ = ["CHECKPOINT_METHODS", "merge_checkpoints"]
 
 CHECKPOINT_METHODS = tuple(METHODS)
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
-
-Array = npt.NDArray[Any]
 
 
 def merge_checkpoints(

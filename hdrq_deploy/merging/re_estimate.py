@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,10 +29,10 @@ from ..numerics.batches import in_batches
 from ..numerics.batchnorm_fold import SMALLEST_GAIN, gain, graph_tensors
 from ..numerics.quantization import search_scale
 from ..numerics.spec import QuantSpec
+from ..typing import Array
 
 __all__ = ["moved", "re_estimate"]
 
-Array = npt.NDArray[Any]
 # A channel with a smaller BatchNorm gain shows nothing of its own moments.
 _BLIND = 1e6 * SMALLEST_GAIN
 _SAMPLES = 1 << 14

@@ -23,13 +23,13 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..numerics import quantization
 from ..numerics.spec import QuantSpec
+from ..typing import Array
 
 __all__ = [
     "ROUNDINGS",
@@ -48,7 +48,6 @@ _PIECE = 1 << 14
 # Errors of a parent with a smaller share of the scale are treated as exact.
 _SMALLEST_SHARE = 1e-4
 
-Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
 

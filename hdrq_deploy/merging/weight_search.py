@@ -31,6 +31,7 @@ from ..formats.bundle import Bundle
 from ..graph import reference_session
 from ..graph.model_files import serialized
 from ..numerics.batches import in_batches
+from ..typing import Array
 from .bundles import Merger
 from .re_estimate import moved
 
@@ -39,7 +40,6 @@ __all__ = ["CRITERIA", "ChosenWeights", "Criterion", "choose_weights", "score", 
 _MOST_POINTS = 100
 _BATCH = 64
 
-Array = npt.NDArray[Any]
 Images = Mapping[str, npt.NDArray[np.float32]]
 
 

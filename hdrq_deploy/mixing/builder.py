@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy.typing as npt
+from typing import Protocol
 
 from ..exporters import BuildOptions, GraphOptions
 from ..formats.engine_folder import Port
+from ..typing import Array
 
 __all__ = ["EngineBuilder", "EngineSettings", "Mix", "MixEngine"]
 
-Array = npt.NDArray[Any]
 Mix = tuple[float, ...]
 
 

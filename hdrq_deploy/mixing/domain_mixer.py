@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-import numpy.typing as npt
 from safetensors import SafetensorError
 
 from ..errors import BundleError, EngineError, HdrqError, MergeError
@@ -27,13 +26,13 @@ from ..runtime.engine import check_input
 from ..runtime.forks import Owner
 from ..runtime.predictions import Frame, Prediction, frames_of, network_input, predictions, sizes_of
 from ..runtime.tensorrt import LIBRARIES
+from ..typing import Array
 from .builder import EngineBuilder, EngineSettings, Mix, MixEngine
 from .ort_builder import OrtBuilder
 from .tensorrt_builder import TensorRtBuilder
 
 __all__ = ["Adapted", "DomainMixer", "Output"]
 
-Array = npt.NDArray[Any]
 _PATIENCE_S = 2.0
 _BUILDERS: dict[str, Callable[[Merger, EngineSettings], EngineBuilder]] = {
     "ort": OrtBuilder,

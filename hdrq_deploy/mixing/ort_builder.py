@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import numpy.typing as npt
 import onnxruntime
 
 from ..comparison.golden import Exported, MixCheck
@@ -17,11 +15,10 @@ from ..formats.engine_folder import Port
 from ..graph.model_files import serialized
 from ..graph.reference_session import session_options, session_threads
 from ..merging import Merger
+from ..typing import Array
 from .builder import EngineSettings, Mix, MixEngine
 
 __all__ = ["OrtBuilder", "OrtSession"]
-
-Array = npt.NDArray[Any]
 
 
 class OrtBuilder:

@@ -6,10 +6,8 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from ..errors import EngineError
@@ -18,11 +16,10 @@ from ..exporters.export import lowered
 from ..merging import Merger
 from ..runtime.loading import load_engine
 from ..runtime.tensorrt import TensorRtEngine
+from ..typing import Array
 from .builder import EngineSettings, Mix, MixEngine
 
 __all__ = ["TensorRtBuilder"]
-
-Array = npt.NDArray[Any]
 
 
 class TensorRtBuilder:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..errors import SpecError
 
-__all__ = ["GRIDS", "QuantSpec", "activation_range"]
+__all__ = ["GRIDS", "QuantSpec", "activation_range", "check_bits", "check_seed"]
 
 GRIDS = ("int8", "paper")
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..formats.bench_result import BenchResult
 from .html import document, svg, table_of
 
-__all__ = ["csv_text", "did_it_pay", "page", "table"]
+__all__ = ["csv_text", "did_it_pay", "page", "phase_table", "table"]
 
 Rows = Sequence[tuple[str, BenchResult]]
 

@@ -85,6 +85,13 @@ def test_a_bundle_is_made_again_only_where_its_inputs_changed(
     assert traced.count("capture") == 2
 
 
+def test_a_worker_keeps_its_copy_from_job_to_job() -> None:
+    cache, other = GraphCache(), GraphCache()
+    first, second = (pickle.loads(pickle.dumps(cache)) for _ in range(2))
+    assert first is second and first is not cache
+    assert pickle.loads(pickle.dumps(other)) is not first
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

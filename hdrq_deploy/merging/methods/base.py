@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ...errors import MergeError
 
-__all__ = ["Floats", "MergeFunction", "MergeMethod", "MethodOptions"]
+__all__ = ["Floats", "MergeFunction", "MergeMethod", "MethodOptions", "float64"]
 
 Floats = npt.NDArray[np.float64]
 

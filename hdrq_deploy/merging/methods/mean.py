@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ...typing import Array
 from .base import Floats, MergeMethod, MethodOptions
 
 __all__ = ["MEAN", "matched_variance", "weighted_mean"]
-
-Array = npt.NDArray[Any]
 
 
 def weighted_mean(
