@@ -154,7 +154,7 @@ def test_bad_engines_and_data_get_exit_code_2(
         ([str(engine), "--data", f"a={tmp_path}/small.npz"], r"shape \(1, 3, 8, 8\)"),
         ([str(engine), "--data", f"a={tmp_path}/nolabels.npz"], "without labels"),
         ([str(engine), "--data", f"a={tmp_path}/classes.npz"], "the model has 4 classes"),
-        ([str(engine), "--iterations", "0"], "iterations=0"),
+        ([str(engine), "--iterations", "0"], "found --iterations 0"),
         ([str(engine), "--data", "=x"], "NAME=DIR_OR_NPZ"),
     ]
     for argv, message in cases:
