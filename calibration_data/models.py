@@ -90,12 +90,12 @@ class StreetNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, 3, H, W), RGB in [0, 1], to scores (N, classes, H / 2, W / 2)."""
         x = self.relu(self.bn1(self.conv1(x)))
-        found = []
+        features = []
         for level in self.levels:
             x = level(x)
-            found.append(x)
-        y = self.lateral[-1](found[-1])
-        for skip, lateral in zip(found[-2::-1], list(self.lateral)[-2::-1], strict=True):
+            features.append(x)
+        y = self.lateral[-1](features[-1])
+        for skip, lateral in zip(features[-2::-1], list(self.lateral)[-2::-1], strict=True):
             y = lateral(skip) + functional.interpolate(y, scale_factor=2.0, mode="nearest")
         return cast(Tensor, self.head(self.relu(self.bn2(self.smooth(y)))))
 

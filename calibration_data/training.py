@@ -35,12 +35,12 @@ class Training(Generic[Model]):
 
     Attributes:
         shipped: Folder of the checkpoints in the repository.
-        recipes: Of each domain, the source first: epochs or steps, learning rate, pull.
+        recipes: Recipe of each domain, the source first: epochs or steps, learning rate, pull.
         make: A model with random weights.
         learn: Trains one domain, from the source model or (None) from random weights.
         metric: Name of what ``measure`` measures.
         measure: Measures a model on the test split of a domain, 0 to 1.
-        seed: Of the training; same seed, same models.
+        seed: Seed of the training; the same seed gives the same models.
     """
 
     shipped: Path

@@ -46,7 +46,7 @@ def lower_ort(model: ir.Model, exact: bool = True) -> ir.Model:
     QuantizeLinear, which leaves every fusion intact but costs about 2%.
 
     Args:
-        model: As :func:`~hdrq_deploy.graph.model_files.load` gives it.
+        model: The graph as :func:`~hdrq_deploy.graph.model_files.load` gives it.
         exact: Keep that Clip where 8-bit codes of a tensor that is never negative end at
             127. Otherwise they extend to 255 at the same scale: less saturates.
 

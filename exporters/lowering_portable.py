@@ -25,7 +25,7 @@ def lower_portable(model: ir.Model, pack_int4: bool = False) -> ir.Model:
     because rounding keeps the order of values and lo and hi are integers.
 
     Args:
-        model: As :func:`~hdrq_deploy.graph.model_files.load` gives it.
+        model: The graph as :func:`~hdrq_deploy.graph.model_files.load` gives it.
         pack_int4: Linear layers with one scale per channel keep INT4 weights, which TensorRT
             widens to int8 before every product; convolutions cannot.
 

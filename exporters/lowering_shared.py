@@ -23,7 +23,7 @@ def fit_biases(model: ir.Model, shift: Mapping[str, int]) -> None:
     channels that need different ones: here every channel may have its own.
 
     Args:
-        model: As :func:`~hdrq_deploy.graph.model_files.load` gives it.
+        model: The graph as :func:`~hdrq_deploy.graph.model_files.load` gives it.
         shift: By how many bits the codes of each weight will be widened; 0 by default.
 
     Raises:

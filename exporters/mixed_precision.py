@@ -37,7 +37,7 @@ def weights_only(model: ir.Model, layers: Sequence[Layer], patterns: Sequence[st
     why.
 
     Args:
-        model: As :func:`~hdrq_deploy.graph.model_files.load` gives it.
+        model: The graph as :func:`~hdrq_deploy.graph.model_files.load` gives it.
         layers: The bundle's layers.
         patterns: fnmatch patterns of module paths.
 

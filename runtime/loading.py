@@ -52,7 +52,7 @@ def open_engine(
 
     Args:
         path: Engine folder.
-        manifest: Its manifest.
+        manifest: Manifest of the engine.
         device: See :func:`load_engine`.
         threads: See :func:`load_engine`.
         cuda_graph: See :func:`load_engine`.

@@ -41,7 +41,7 @@ class Prediction:
 
     Attributes:
         index: Number of the most likely class; None for a mask.
-        label: Its name, where the manifest has the classes' names.
+        label: Name of the class, where the manifest has the classes' names.
         scores: Probabilities (classes,); None where the engine gives labels only.
         mask: Class of every pixel (H, W) of the frame, of a segmentation engine.
     """
@@ -170,7 +170,7 @@ def predictions(
         sizes: (height, width) of the frames, which masks are brought back to.
         classes: Their names.
         probabilities: Scores are that already.
-        p: Where the input was cut out of the frame, a mask says IGNORE (255) outside of that.
+        p: Preprocessing. Where it cuts the frame, a mask says IGNORE (255) outside of the cut.
         where: Names the engine in errors.
 
     Raises:

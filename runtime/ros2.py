@@ -66,7 +66,7 @@ class Perception:
     """What the node does with an image, without ROS.
 
     Args:
-        engine: With preprocessing in its manifest.
+        engine: An engine with preprocessing in its manifest.
 
     Raises:
         EngineError: No preprocessing.

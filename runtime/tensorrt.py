@@ -100,7 +100,7 @@ class TensorRtEngine(Engine):
 
     Args:
         path: Engine folder.
-        manifest: Its manifest.
+        manifest: Manifest of the engine.
         device: Number of the GPU.
         cuda_graph: Replay work as a CUDA graph.
 

@@ -56,6 +56,6 @@ def read(
     for reader in READERS.values():
         if reader.reads(path):
             return reader.read(path, wanted or Wanted(), selection)
-    found = f"a file {path.suffix}".strip() if path.exists() else "nothing"
+    thing = f"a file {path.suffix}".strip() if path.exists() else "nothing"
     forms = dict.fromkeys(reader.form for reader in READERS.values())
-    raise DataError(f"{path}: found {found}; needed {' or '.join(forms)}")
+    raise DataError(f"{path}: found {thing}; needed {' or '.join(forms)}")

@@ -107,7 +107,7 @@ def labels_of(y: Array, count: int, where: object) -> Array:
     of that 1. Real numbers must be whole.
 
     Args:
-        y: As they were stored.
+        y: Labels as they were stored.
         count: N.
         where: Names them in errors.
 

@@ -133,13 +133,13 @@ class Picture:
 def extensions() -> frozenset[str]:
     """Endings (in small letters, with their dots) of the files that are read as images here."""
     known = {**features.modules, **features.codecs}  # of others check() warns
-    found = {
+    endings_here = {
         ending
         for feature, endings in _FORMATS.items()
         if not feature or (feature in known and features.check(feature))
         for ending in endings.split()
     }
-    return frozenset(found)
+    return frozenset(endings_here)
 
 
 def _is_image(name: str) -> bool:
@@ -179,18 +179,18 @@ def images_of(folder: Path, others: Counter[str], deep: bool = False) -> list[Pa
     Raises:
         DataError: A folder cannot be listed.
     """
-    found = []
+    files = []
     for entry in _entries(folder):
         if entry.is_dir():
             if deep and not entry.is_symlink():
-                found += images_of(folder / entry.name, others, deep)
+                files += images_of(folder / entry.name, others, deep)
             else:
                 others[FOLDER] += 1
         elif _is_image(entry.name):
-            found.append(folder / entry.name)
+            files.append(folder / entry.name)
         else:
             others[Path(entry.name).suffix.lower() or "without ending"] += 1
-    return sorted(found)
+    return sorted(files)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -207,14 +207,14 @@ def checked(files: Sequence[T], others: Counter[str], folder: Path) -> Sequence[
     Raises:
         DataError: There are none.
     """
-    found, formats = left_out(others), ", ".join(sorted(extensions()))
+    omitted, formats = left_out(others), ", ".join(sorted(extensions()))
     if not files:
         raise DataError(
-            f"{folder}: found no images ({found or 'the folder is empty'}); needed one folder of "
+            f"{folder}: found no images ({omitted or 'the folder is empty'}); needed one folder of "
             f"images per class, or images: {formats}"
         )
-    if found:
-        _log.warning("%s: left out %s; images are %s", folder, found, formats)
+    if omitted:
+        _log.warning("%s: left out %s; images are %s", folder, omitted, formats)
     return files
 
 
@@ -275,7 +275,7 @@ def picture_of(image: Image.Image, name: object, channels: int | None = None) ->
       TIFFs of 16 bits in which 0 is white.
 
     Args:
-        image: As Pillow opened it.
+        image: The image as Pillow opened it.
         name: Names it in errors.
         channels: 3 makes colour of grey (at :meth:`Picture.pixels`), 1 makes grey of colour
             (ITU-R 601 luma, as Pillow's mode ``L``); None keeps what it is.

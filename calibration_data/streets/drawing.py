@@ -383,7 +383,7 @@ def make(domain: str, split: str, seed: int = 0, count: int | None = None) -> Sp
     Args:
         domain: One of ``DOMAINS``.
         split: One of ``SPLITS``.
-        seed: Of everything drawn.
+        seed: Seed of all random numbers.
         count: Scenes; ``SIZES`` by default. A smaller count is a prefix.
 
     Raises:

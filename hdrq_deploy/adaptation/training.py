@@ -30,7 +30,7 @@ class Training(ABC):
         x: Images (N, C, H, W).
         options: How.
         seed: Seed of order and augmentation.
-        device: Where to compute; the model is there.
+        device: Device that computes; the model is on it.
     """
 
     method: str

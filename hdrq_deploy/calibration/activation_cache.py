@@ -100,7 +100,7 @@ class Caches:
 
     Args:
         budget: Bytes that may be held in memory at a time.
-        folder: Where mapped files go; they have no name there and vanish with the process.
+        folder: Folder of mapped files; they have no name there and vanish with the process.
     """
 
     def __init__(self, budget: int, folder: Path | None = None) -> None:

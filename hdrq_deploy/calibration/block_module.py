@@ -69,8 +69,8 @@ def quantizers_of(capture: Capture, plan: Plan, device: torch.device) -> Quantiz
     Args:
         capture: The folded model; weights in its ``folds`` are quantized as they were before
             the fold.
-        plan: Where quantizers go.
-        device: Where they compute.
+        plan: Places of the quantizers.
+        device: Device that computes.
     """
     weights: dict[str, WeightQuantizer] = {}
     for site in plan.layers:

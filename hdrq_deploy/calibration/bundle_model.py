@@ -88,7 +88,7 @@ def emit_quantized(capture: Capture, plan: Plan, quantizers: Quantizers) -> Bund
 
     Args:
         capture: The folded model; its ``folds`` are stored separately for a merge.
-        plan: Where quantizers are.
+        plan: Places of the quantizers.
         quantizers: What they learned.
     """
     module = copy.deepcopy(capture.module).cpu()

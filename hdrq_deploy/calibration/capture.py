@@ -172,7 +172,7 @@ def run_model(model: nn.Module, x: Tensor) -> Tensor:
     """The user's module on ``x``, which it may write to: the first tensor of what it returns.
 
     Args:
-        model: In evaluation mode.
+        model: The model in evaluation mode.
         x: Inputs (N, C, H, W); a copy is passed on.
 
     Raises:

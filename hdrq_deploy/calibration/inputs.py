@@ -28,7 +28,7 @@ class CalibrationInputs:
 
     Attributes:
         target: Absolute path of the bundle.
-        device: Where to learn.
+        device: Device that learns.
         network: The user's module, with ``state``.
         state: The adapted weights.
         base: The source weights, or None.

@@ -32,7 +32,8 @@ def check_capture(
     """Compare the user's module with the graph that is quantized.
 
     Args:
-        model: In evaluation mode, with the weights of both graphs; its buffers are restored.
+        model: The model in evaluation mode. It has the weights of both graphs; its buffers are
+            restored.
         prepared: The float graph that calibration starts from.
         captured: The same graph before anything was folded, to find where it differs.
         images: Real inputs (N, C, H, W), on the CPU.

@@ -30,7 +30,7 @@ class Draws:
 
     Args:
         seed: Seed of the numbers themselves.
-        device: Where they live.
+        device: Device of the values.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:

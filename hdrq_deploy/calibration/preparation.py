@@ -29,7 +29,7 @@ class Preparation:
 
     Attributes:
         capture: The folded graph with the adapted weights.
-        plan: Where quantizers go; None for a float bundle.
+        plan: Places of the quantizers; None for a float bundle.
         blocks: What is learned together, in order.
         source: The folded graph with the source weights, for the distance term.
         agreement: How far the graph is from the user's module, for the manifest.

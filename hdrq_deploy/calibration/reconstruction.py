@@ -59,7 +59,7 @@ def reconstruct(
         images: Calibration inputs (N, ...).
         options: What is learned, and how.
         seed: Seed of every random number.
-        device: Where to compute; the CPU by default.
+        device: Device that computes; the CPU by default.
         caches: Holds the activations between blocks; in memory by default.
         partial: Finished blocks of a stopped run; this run's blocks are added.
         progress: Called with (steps done, steps in all, block name).
@@ -207,7 +207,7 @@ class _BlockRun:
         real: The block's inputs in the float network.
         mixed: The block's inputs in the quantized network.
         options: What is learned, and how.
-        device: Where to compute.
+        device: Device that computes.
         caches: Makes room for the outputs.
         batch: Images per pass where nothing is learned.
     """

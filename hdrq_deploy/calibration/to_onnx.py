@@ -74,7 +74,7 @@ def onnx_graph(
         model: The model as the bundle holds it.
         example: Two inputs (2, C, H, W).
         capture: The folded model, for the names of its layers.
-        plan: Where quantizers are.
+        plan: Places of the quantizers.
         graphs: Holds the graph; domains of one scheme share it.
 
     Raises:

@@ -200,8 +200,8 @@ def suggest(
     """The fewest of the most sensitive layers that must stay float.
 
     Args:
-        bundle, data, real: As for :func:`sensitivity`.
-        ranked: Its result.
+        bundle, data, real: The arguments of :func:`sensitivity`.
+        ranked: The result of :func:`sensitivity`.
         keep: Number of layers, where that is decided already.
         accuracy: Largest accepted loss of accuracy (0 to 1) against float.
         sqnr_db: Smallest accepted ratio at the output; used where neither of the others is given.

@@ -40,7 +40,7 @@ def compare_stages(
         bundle: Calibrated or merged.
         engine: Engine folder made of it, or None.
         x: Network inputs (N, C, H, W) float32; None takes the golden ones.
-        torch: With PyTorch, without, or (None) where it is installed and knows the model.
+        torch: Compare PyTorch too, leave it out, or (None) compare it where it can be.
 
     Raises:
         DataError: No images and no golden inputs, or images of another shape.

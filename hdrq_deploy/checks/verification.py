@@ -93,7 +93,7 @@ def verify(
         data: Image folders or .npz files by name, or network inputs (N, C, H, W) float32. None
             takes the golden inputs that bundle and engine carry.
         images: Images of each data set at most.
-        torch: With PyTorch, without, or (None) where it is installed and knows the model; the
+        torch: Compare PyTorch too, leave it out, or (None) compare it where it can be; the
             log (``hdrq_deploy``, level INFO) says why it was left out.
         max_flips: Share of decisions that may differ (0 to 1), in place of the manifest's.
         max_rms: Relative RMS by which outputs may differ, likewise.

@@ -31,7 +31,12 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--skip-corrupt", action="store_true", help="leave out broken images")
     p.add_argument("--epochs", type=int, default=15)
     p.add_argument("--batch", type=int, default=64, help="images per step")
-    p.add_argument("--lr", type=float, default=1e-2, help="of SGD; a tenth for the backbone")
+    p.add_argument(
+        "--lr",
+        type=float,
+        default=1e-2,
+        help="learning rate of SGD; the backbone learns at a tenth of it",
+    )
     p.add_argument("--pseudo", type=float, default=0.3, help="weight of SHOT's pseudo-labels")
     p.add_argument(
         "--share",
@@ -39,7 +44,8 @@ def arguments() -> argparse.ArgumentParser:
         nargs=2,
         default=(0.2, 0.5),
         metavar=("FIRST", "LAST"),
-        help="of each class's pixels that are labelled, first and last epoch (segmentation)",
+        help="share of each class's pixels that get a pseudo-label, in the first and last epoch "
+        "(segmentation)",
     )
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True)
     p.add_argument("--pull", type=float, default=0.0, help="towards the source weights (L2-SP)")

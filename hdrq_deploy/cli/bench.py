@@ -38,7 +38,7 @@ def arguments() -> argparse.ArgumentParser:
         "--data", nargs="+", default=[], metavar="NAME=PATH", help="labelled images of each domain"
     )
     p.add_argument("--reference", help="engine whose decisions these are compared with")
-    p.add_argument("--split", default="val", help="of street scenes")
+    p.add_argument("--split", default="val", help="split of street scenes that is measured")
     p.add_argument(
         "--image-size",
         type=int,

@@ -47,8 +47,9 @@ def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
     p = parser(
         "hdrq-calibrate",
-        "Quantize an adapted model so that it stays mergeable. With several names after --domain, "
-        "and as many after --weights and --data, one of each domain, to -o DIR/NAME.hdrq.",
+        "Quantize an adapted model so that it stays mergeable. To calibrate several domains in one "
+        "call, give --domain, --weights and --data the same number of values; the bundles are "
+        "written to DIR/<domain>.hdrq, where DIR is the value of -o.",
     )
     p.add_argument(
         "--model", required=True, help="PKG.MOD:FACTORY, {timm,torchvision,transformers}:NAME"
@@ -67,27 +68,38 @@ def arguments() -> argparse.ArgumentParser:
         "--per-channel",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="one weight step per channel (no: one per tensor)",
+        help="one weight scale per output channel; --no-per-channel: one per tensor (default)",
     )
     p.add_argument(
         "--fold",
         choices=FOLDS,
-        help="where BatchNorm goes (weights); steps: per channel, kept apart for the merge",
+        help="fold BatchNorm into the weights (default), or (steps) into per-channel scales, "
+        "so that a merge can average it separately",
     )
-    p.add_argument("--grid", choices=GRIDS, help="codes of non-negative activations (int8)")
-    p.add_argument("--images", type=int, help="calibration images at most (1024)")
+    p.add_argument(
+        "--grid",
+        choices=GRIDS,
+        help="range of the codes of non-negative activations (default: int8)",
+    )
+    p.add_argument(
+        "--images", type=int, help="largest number of calibration images (default: 1024)"
+    )
     image_flags(p)
-    p.add_argument("--skip-corrupt", action="store_true", help="leave out broken images")
-    p.add_argument("--seed", type=seed_number, help="of every draw (0)")
+    p.add_argument(
+        "--skip-corrupt", action="store_true", help="leave out images that cannot be decoded"
+    )
+    p.add_argument("--seed", type=seed_number, help="seed of all random numbers (default: 0)")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     p.add_argument(
-        "--resume", action="store_true", help="go on behind the last block of a stopped run"
+        "--resume",
+        action="store_true",
+        help="resume after the last finished block of a stopped run",
     )
     p.add_argument(
         "--cache-gb",
         type=float,
         default=1.0,
-        help="activations held in memory; more go to files beside the output (1)",
+        help="gigabytes of activations in memory; the rest goes to files beside the output",
     )
     p.add_argument(
         "-o", "--output", required=True, help="bundle folder (NAME.hdrq), or folder of bundles"
@@ -96,20 +108,50 @@ def arguments() -> argparse.ArgumentParser:
     knobs = p.add_argument_group("learning, per block", "defaults are the method's own")
     knobs.add_argument("--iters", type=int, help="iterations (20000)")
     knobs.add_argument("--batch", type=int, help="images per iteration (32)")
-    knobs.add_argument("--lr", type=float, help="weights and their steps (hdrq 1e-4, else 1e-3)")
-    knobs.add_argument("--act-lr", type=float, help="activation steps (4e-5)")
-    knobs.add_argument("--noise", choices=NOISES, help="instead of rounding (hdrq: empirical)")
-    knobs.add_argument("--noise-fraction", type=float, help="share with noise, then a tail (0.8)")
-    knobs.add_argument("--distance", type=float, help="lambda, pull to the source (hdrq: 0.05)")
-    knobs.add_argument("--warmup", type=float, help="share with a rising rate (0.2)")
-    knobs.add_argument("--input-prob", type=float, help="share of quantized inputs (0.5, brecq 1)")
-    knobs.add_argument("--drop-prob", type=float, help="activations left real (0.5, brecq 0)")
-    knobs.add_argument("--step-change", type=float, help="bound of a step's update; 0: none (2e-3)")
+    knobs.add_argument(
+        "--lr", type=float, help="learning rate of weights and their scales (hdrq 1e-4, else 1e-3)"
+    )
+    knobs.add_argument("--act-lr", type=float, help="learning rate of activation scales (4e-5)")
+    knobs.add_argument(
+        "--noise", choices=NOISES, help="noise in place of rounding (hdrq: empirical)"
+    )
+    knobs.add_argument(
+        "--noise-fraction",
+        type=float,
+        help="fraction of iterations with rounding noise; the rest use real rounding (0.8)",
+    )
+    knobs.add_argument(
+        "--distance",
+        type=float,
+        help="weight of the distance to the source model, lambda (hdrq: 0.05)",
+    )
+    knobs.add_argument(
+        "--warmup", type=float, help="fraction of iterations in which the learning rate rises (0.2)"
+    )
+    knobs.add_argument(
+        "--input-prob",
+        type=float,
+        help="probability that a block gets quantized inputs (0.5, brecq 1)",
+    )
+    knobs.add_argument(
+        "--drop-prob",
+        type=float,
+        help="QDrop: probability that an activation stays real (0.5, brecq 0)",
+    )
+    knobs.add_argument(
+        "--step-change", type=float, help="largest relative update of a scale; 0: no bound (2e-3)"
+    )
     knobs.add_argument("--learner", choices=LEARNERS, help="what is learned of the weights")
     knobs.add_argument("--granularity", choices=GRANULARITIES, help="block (adaround: layer)")
-    knobs.add_argument("--round-weight", type=float, help="AdaRound's regularizer (0.01)")
-    knobs.add_argument("--beta-first", type=float, help="its exponent at first (20)")
-    knobs.add_argument("--beta-last", type=float, help="its exponent at the end (2)")
+    knobs.add_argument(
+        "--round-weight", type=float, help="AdaRound: weight of the rounding regularizer (0.01)"
+    )
+    knobs.add_argument(
+        "--beta-first", type=float, help="AdaRound: initial beta of the rounding regularizer (20)"
+    )
+    knobs.add_argument(
+        "--beta-last", type=float, help="AdaRound: final beta of the rounding regularizer (2)"
+    )
     knobs.add_argument(
         "--keep-best",
         action=argparse.BooleanOptionalAction,
@@ -222,8 +264,9 @@ def _of_each(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise SpecError(f"found a name twice in --domain {' '.join(args.domain)}")
     if count == 1 and (args.ray or args.workers != 1 or args.threads or args.gpus):
         raise SpecError(
-            "found --workers, --threads, --ray or --gpus with one domain; they are of several: "
-            "name them all after --domain (OMP_NUM_THREADS is torch's own setting)"
+            "found --workers, --threads, --ray or --gpus with one domain; they apply only "
+            "when several domains are calibrated at once: name them all after --domain, or set "
+            "OMP_NUM_THREADS to limit the threads of one"
         )
     weights = args.weights or [None] * count
     return [

@@ -117,7 +117,7 @@ def image_flags(p: argparse.ArgumentParser) -> None:
         type=int,
         nargs=2,
         metavar=("H", "W"),
-        help="first; --size is cut out of that",
+        help="resize to this before center-cropping to --size",
     )
     p.add_argument("--mean", type=float, nargs="+", help="per channel, of pixels in [0, 1]")
     p.add_argument("--std", type=float, nargs="+", help="per channel, of pixels in [0, 1]")
@@ -132,8 +132,12 @@ def wanted_of(args: argparse.Namespace) -> Wanted:
 
 def where_flags(group: argparse._ArgumentGroup) -> None:
     """Flags of commands whose work has independent parts."""
-    group.add_argument("--workers", type=int, default=1, help="parts at a time on this machine")
-    group.add_argument("--threads", type=int, help="of each part (the cores, shared out)")
+    group.add_argument(
+        "--workers", type=int, default=1, help="jobs that run at the same time on this machine"
+    )
+    group.add_argument(
+        "--threads", type=int, help="CPU threads per job (default: cores divided by --workers)"
+    )
     group.add_argument(
         "--ray",
         nargs="?",
@@ -141,7 +145,7 @@ def where_flags(group: argparse._ArgumentGroup) -> None:
         metavar="ADDRESS",
         help="run on a Ray cluster (HOST:PORT, ray://HOST:PORT, auto); alone: this machine's cores",
     )
-    group.add_argument("--gpus", type=float, default=0.0, help="of each part on Ray")
+    group.add_argument("--gpus", type=float, default=0.0, help="GPUs per job on Ray")
 
 
 def threads_of(given: int | None, workers: int, ray: str | None, gpus: float = 0.0) -> int:
@@ -155,7 +159,7 @@ def threads_of(given: int | None, workers: int, ray: str | None, gpus: float = 0
     if gpus < 0 or (gpus and ray is None) or (ray is not None and workers != 1):
         raise HdrqError(
             f"found --workers {workers}, --gpus {gpus:g} {'with' if ray else 'without'} --ray; "
-            "--workers is of this machine, --gpus (0 or more) of Ray's tasks"
+            "--gpus (0 or more) needs --ray; --workers applies to local processes only"
         )
     if workers < 1 or (given is not None and given < 1):
         raise HdrqError(f"found --workers {workers}, --threads {given}; needed 1 or more")

@@ -39,7 +39,9 @@ def arguments() -> argparse.ArgumentParser:
         default=0.02,
         help="relative loss of latency or size, absolute loss of accuracy, that is accepted",
     )
-    p.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
+    p.add_argument(
+        "--confidence", type=float, default=0.95, help="confidence level of the intervals"
+    )
     p.add_argument("--json", help="write the comparison")
     return p
 

@@ -24,7 +24,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("target", choices=TARGETS)
     p.add_argument("engine", help="engine folder from hdrq-export")
     p.add_argument("-o", "--output", required=True, help="folder to write")
-    p.add_argument("--name", help="of the model or node (default: the engine folder's name)")
+    p.add_argument("--name", help="name of the model or node (default: the engine folder's name)")
     p.add_argument("--max-batch", type=int, help="triton: largest batch the server may form")
     p.add_argument("--interval", type=int, help="deepstream: batches skipped between two")
     p.add_argument(

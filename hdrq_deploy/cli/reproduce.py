@@ -75,7 +75,9 @@ def arguments() -> argparse.ArgumentParser:
     grid.add_argument("--methods", nargs="+", default=["brecq", "qdrop", "hdrq"])
     grid.add_argument("--bits", nargs="+", default=list(BITS), metavar="wXaY")
     grid.add_argument("--settings", nargs="+", choices=SETTINGS, default=["paper"])
-    grid.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1], help="of calibration")
+    grid.add_argument(
+        "--seeds", type=seed_number, nargs="+", default=[0, 1], help="calibration seeds"
+    )
     grid.add_argument("--rounding-seeds", type=int, default=4, help="draws of every merge")
     grid.add_argument("--pairs", action="store_true", help="merge every pair of domains too")
     knobs = p.add_argument_group("learning", "defaults are the protocol's own")
@@ -85,7 +87,9 @@ def arguments() -> argparse.ArgumentParser:
     where = p.add_argument_group("where it runs")
     where.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     where_flags(where)
-    where.add_argument("--table", action="store_true", help="of the cells that are there; run none")
+    where.add_argument(
+        "--table", action="store_true", help="print the table of finished cells; run nothing"
+    )
     p.add_argument(
         "--draw",
         metavar="wXaY",

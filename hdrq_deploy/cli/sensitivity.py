@@ -88,23 +88,23 @@ def _sensitivity(args: argparse.Namespace) -> int:
         data[name] = (images.x, images.y)
     real = _real(bundle, args.weights, next(iter(data.values()))[0]) if args.weights else None
     with progress_bar("sensitivity") as progress:
-        found = sensitivity(bundle, data, real, progress)
-    show(found)
+        ranked = sensitivity(bundle, data, real, progress)
+    show(ranked)
     scheme = None
     if args.keep_float is not None or args.max_drop is not None or args.min_sqnr is not None:
-        scheme = suggest(bundle, data, found, real, args.keep_float, args.max_drop, args.min_sqnr)
-        _show_scheme(scheme, found)
+        scheme = suggest(bundle, data, ranked, real, args.keep_float, args.max_drop, args.min_sqnr)
+        _show_scheme(scheme, ranked)
     if args.output is not None:
         target = Path(args.output).absolute()
         record = {
             "schema_version": 1,
             "bundle": str(bundle.path),
             "bundle_sha256": bundle.manifest_sha256,
-            **_finite(asdict(found)),
+            **_finite(asdict(ranked)),
             "scheme": _finite(asdict(scheme)) if scheme else None,
         }
         with new_directory(target, SENSITIVITY) as folder:
-            write_bytes(folder / "sensitivity.svg", plot(found).encode())
+            write_bytes(folder / "sensitivity.svg", plot(ranked).encode())
             write_record(folder, SENSITIVITY, record)
         print(target / "sensitivity.svg")
     return 0
@@ -129,37 +129,37 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def show(found: Sensitivity) -> None:
+def show(ranked: Sensitivity) -> None:
     """The most harmful layers, and both ends."""
-    table = Table(caption=f"weights of layers that are not quantized: {found.weights}")
+    table = Table(caption=f"weights of layers that are not quantized: {ranked.weights}")
     for column in ("layer alone in codes", "weight bits", "SQNR dB", "accuracy", "lost"):
         table.add_column(column, overflow="fold")
-    for row in found.layers[:_SHOWN]:
-        table.add_row(row.module, str(row.weight_bits or "-"), *_figures(row, found))
+    for row in ranked.layers[:_SHOWN]:
+        table.add_row(row.module, str(row.weight_bits or "-"), *_figures(row, ranked))
     table.add_section()
-    accuracy = "-" if found.full_accuracy is None else f"{100 * found.full_accuracy:.1f}"
-    lost = _lost(found.full_accuracy, found)
-    table.add_row("all layers", "", f"{found.full_sqnr_db:.1f}", accuracy, lost)
+    accuracy = "-" if ranked.full_accuracy is None else f"{100 * ranked.full_accuracy:.1f}"
+    lost = _lost(ranked.full_accuracy, ranked)
+    table.add_row("all layers", "", f"{ranked.full_sqnr_db:.1f}", accuracy, lost)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    if len(found.layers) > _SHOWN:
-        print(f"{len(found.layers) - _SHOWN} less sensitive layers are in the JSON (-o)")
+    if len(ranked.layers) > _SHOWN:
+        print(f"{len(ranked.layers) - _SHOWN} less sensitive layers are in the JSON (-o)")
 
 
-def _figures(row: Any, found: Sensitivity) -> tuple[str, str, str]:
+def _figures(row: Any, ranked: Sensitivity) -> tuple[str, str, str]:
     accuracy = "-" if row.accuracy is None else f"{100 * row.accuracy:.1f}"
-    return f"{row.sqnr_db:.1f}", accuracy, _lost(row.accuracy, found)
+    return f"{row.sqnr_db:.1f}", accuracy, _lost(row.accuracy, ranked)
 
 
-def _lost(accuracy: float | None, found: Sensitivity) -> str:
-    if accuracy is None or found.float_accuracy is None:
+def _lost(accuracy: float | None, ranked: Sensitivity) -> str:
+    if accuracy is None or ranked.float_accuracy is None:
         return "-"
-    return f"{100 * (found.float_accuracy - accuracy):+.1f}"
+    return f"{100 * (ranked.float_accuracy - accuracy):+.1f}"
 
 
-def _show_scheme(scheme: FloatLayers, found: Sensitivity) -> None:
+def _show_scheme(scheme: FloatLayers, ranked: Sensitivity) -> None:
     accuracy = "" if scheme.accuracy is None else f", accuracy {100 * scheme.accuracy:.1f}%"
     print(
-        f"{len(scheme.keep_float)} of {len(found.layers)} layers in float: SQNR "
+        f"{len(scheme.keep_float)} of {len(ranked.layers)} layers in float: SQNR "
         f"{scheme.sqnr_db:.1f} dB{accuracy}"
     )
     if scheme.keep_float:

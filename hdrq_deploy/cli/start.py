@@ -223,7 +223,7 @@ def run(command: str, body: Callable[[], int], stopped: str = "nothing was writt
     """Run a command; a user's mistake becomes one line and its exit code.
 
     Args:
-        command: Its name, in front of the line.
+        command: Name of the command, which begins the line.
         body: Does the work and returns the exit code.
         stopped: What is left where Ctrl-C or SIGTERM ended it.
     """

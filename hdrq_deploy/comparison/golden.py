@@ -184,11 +184,11 @@ class Exported:
     """What must be known of an export to hold it against its bundle.
 
     Attributes:
-        path: Its lowered ``model.onnx``.
+        path: The lowered ``model.onnx``.
         requested: Precision asked of each layer, by ONNX node.
         batch: Fixed batch; None where it is free.
         frames: It takes uint8 frames (N, H, W, C).
-        exact: Its codes end where the bundle's do.
+        exact: Whether codes end where the bundle's do.
         postprocess: What was appended to the output.
     """
 

@@ -182,16 +182,16 @@ def _measure(
             return
         _log.info("%s: measured again, %s", cell, change)
     with engine_of(bundle, _engine_device(device), threads) as engine:
-        found = accuracy(engine, {d.name: labelled_set(engine, task, d) for d in tests})
+        accuracies = accuracy(engine, {d.name: labelled_set(engine, task, d) for d in tests})
     row = {
         "kind": CELL_ROW.kind,
         "cell": cell,
         **origin,
-        "metric": found.metric,
-        "domains": found.domains,
-        "harmonic_mean": found.harmonic_mean,
-        "images": found.images,
-        "per_class": found.per_class,
+        "metric": accuracies.metric,
+        "domains": accuracies.domains,
+        "harmonic_mean": accuracies.harmonic_mean,
+        "images": accuracies.images,
+        "per_class": accuracies.per_class,
         **extra,
     }
     write_bytes(target, (json.dumps(row, indent=1) + "\n").encode(), CELL_ROW)

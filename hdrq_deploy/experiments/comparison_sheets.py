@@ -33,7 +33,7 @@ def draw(grid: Grid, out: Path, bits: str, scenes: int = SCENES) -> list[Path]:
     """``OUT/pictures/DOMAIN-NUMBER.png``: image, labels, float merged, merged at ``bits``.
 
     Args:
-        grid: Its merges of all domains are drawn, those of the first seed and rounding.
+        grid: The grid whose merges of all domains are drawn, for the first seed and rounding.
         out: Folder of the run.
         bits: Bits such as ``w4a4``.
         scenes: Scenes of every domain.
@@ -78,8 +78,8 @@ def _run(
 ) -> None:
     with engine_of(bundle, "cpu", 0) as engine:
 
-        def see(domain: str, number: int, x: Array, labels: Array, found: Array) -> None:
-            frame, wanted, drawn = in_colours(x, labels, found, engine.manifest)
+        def see(domain: str, number: int, x: Array, labels: Array, predicted: Array) -> None:
+            frame, wanted, drawn = in_colours(x, labels, predicted, engine.manifest)
             parts = shown.setdefault((domain, number), [("image", frame), ("labels", wanted)])
             parts.append((title, drawn))
 

@@ -66,10 +66,10 @@ class Task:
     """One protocol on one data set.
 
     Attributes:
-        model: As ``hdrq-calibrate --model`` takes it.
+        model: The model as ``hdrq-calibrate --model`` takes it.
         source: Checkpoint that all domains started from.
         wanted: Size and normalisation of the images.
-        split: Of street scenes, for measuring.
+        split: Split of street scenes that is measured.
         images: Calibration images of each domain.
         mix_images: Images of each domain that choose a mix, of our own setting.
         renew_images: Images of each domain for new BatchNorm moments.

@@ -219,7 +219,7 @@ def check_output(
     """Whether an output may be written, before any work; nothing is created.
 
     Args:
-        path: Where to.
+        path: The output.
         kind: What is to be written there.
         inputs: What is read; None is left out. The output must be apart from all of it.
         label: Name of the parameter, for the error.
@@ -631,7 +631,7 @@ def mapped_file(
     Args:
         size: Bytes, all of them reserved.
         what: It holds, for the error.
-        folder: Where it lies; the system's place for temporary files by default.
+        folder: The folder of the file; by default the system's folder for temporary files.
         remedy: What else helps, beside room on the disk.
 
     Raises:

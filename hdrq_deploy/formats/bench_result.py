@@ -77,7 +77,7 @@ class Accuracy(_Frozen):
         metric: ``top1`` of a classifier; ``miou``, the mean intersection over union of the
             classes that occur, of a segmentation engine.
         domains: The metric in every domain.
-        harmonic_mean: Of the domains.
+        harmonic_mean: Harmonic mean of the domains.
         images: Images in every domain.
         per_class: Domain by domain, by class name or number: share of the class's images that
             were recognised, or its intersection over union. None where the class does not occur.
@@ -107,7 +107,7 @@ class Speedup(_Frozen):
 
     Attributes:
         against: Path of the other engine.
-        ratio: Its median latency over ours: above 1 we are faster.
+        ratio: Median latency of the other engine over ours: above 1 ours is faster.
         low, high: 95% interval of the ratio, over the rounds that alternated.
         rounds: Rounds.
         verdict: ``faster`` or ``slower`` where the interval excludes 1.
@@ -135,7 +135,7 @@ class BenchResult(_Frozen):
         accuracy: None without data.
         scenario: MLPerf's: one query after the other of one sample (``singlestream``) or of
             several (``multistream``), or all samples at once (``offline``).
-        latency_ms: Of one call, or of one query of ``multistream``; see its ``what``.
+        latency_ms: Latency of one call, or of one query of ``multistream``; see its ``what``.
         phases: The parts of one answer, and the whole (``end_to_end``: frame in, answer out),
             measured in calls of their own. A phase that does not exist is left out.
         throughput_images_per_s: Images over wall time.

@@ -98,7 +98,7 @@ class Bundle:
 
         Args:
             path: Folder to make; an earlier bundle there is replaced.
-            manifest: Its ``files`` are filled in here.
+            manifest: The manifest; its ``files`` are filled in here.
             tensors: Unpacked codes, scales and floats, one for each manifest tensor.
             graph: ``model.onnx`` whose external data fits the layout of ``tensors``.
             golden: ``input`` (N, ...) and, where it is known, ``output``.

@@ -47,8 +47,8 @@ def parse(path: Path) -> onnx.ModelProto:
     except OSError as error:
         raise ValueError(f"it cannot be read ({error.strerror})") from error
     if not model.graph.node or len(model.graph.input) != 1 or len(model.graph.output) != 1:
-        found = f"{len(model.graph.input)} inputs, {len(model.graph.output)} outputs"
-        raise ValueError(f"it is no network of one input and one output ({found})")
+        ports = f"{len(model.graph.input)} inputs, {len(model.graph.output)} outputs"
+        raise ValueError(f"it is no network of one input and one output ({ports})")
     return model
 
 

@@ -112,10 +112,10 @@ def fitted(
 
     Args:
         tensors: Scales and biases, float32; codes where they have been rounded already.
-        sites: As :func:`bias_sites` gives them.
+        sites: Biases as :func:`bias_sites` gives them.
         shift: See :func:`shifts`.
         folds: BatchNorms that scales carry: their codes stay, the gain is raised.
-        split: Where channels of one scale need different ones, give every channel its own.
+        split: Give every channel its own scale where channels of one scale need different ones.
             Otherwise that scale rises no further than harms no channel, and may stay too small.
         whole: Round biases, too.
 

@@ -138,7 +138,7 @@ def choose_weights(
     """The merge weights of the lowest score.
 
     Args:
-        merger: Its parents are merged at every point of the grid.
+        merger: The merger whose parents are merged at every point of the grid.
         images: Inputs (N, C, H, W) of each domain, as the parents' preprocessing makes them;
             every domain counts the same.
         criterion: Name of one of ``CRITERIA``; by default agreement where every name in

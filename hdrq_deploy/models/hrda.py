@@ -137,11 +137,11 @@ class ResNetV1c(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images (N, 3, H, W) to features at 1/4, 1/8, 1/8 and 1/8."""
         x = self.maxpool(self.stem(x))
-        found = []
+        features = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = layer(x)
-            found.append(x)
-        return found
+            features.append(x)
+        return features
 
 
 class Mit(nn.Module):
@@ -172,8 +172,8 @@ class Mit(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images (N, 3, H, W) to features at 1/4, 1/8, 1/16 and 1/32."""
-        found = self.encoder(x, output_hidden_states=True, return_dict=True)
-        return list(found.hidden_states)
+        features = self.encoder(x, output_hidden_states=True, return_dict=True)
+        return list(features.hidden_states)
 
 
 class Hrda(nn.Module):

@@ -49,7 +49,7 @@ def graph_tensors(
         variance: Running variance, (C,).
         eps: Added to the variance.
         raw_bias: The layer's own bias, (C,).
-        smallest: Where the scale would be smaller than this, (C,), the gain is raised.
+        smallest: Smallest scale of each channel, (C,); the gain is raised where it would be less.
 
     Returns:
         Scale and bias, (C,) float32.

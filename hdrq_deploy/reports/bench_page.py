@@ -97,23 +97,23 @@ def accuracy_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
         return "-" if values is None else f"{100 * values[domain]:.1f}"
 
     for name, result in rows:
-        found = result.accuracy
-        for domain in found.domains if found else ():
-            assert found is not None
-            classes = {k: v for k, v in found.per_class.get(domain, {}).items() if v is not None}
+        accuracy = result.accuracy
+        for domain in accuracy.domains if accuracy else ():
+            assert accuracy is not None
+            classes = {k: v for k, v in accuracy.per_class.get(domain, {}).items() if v is not None}
             worst = min(classes, key=lambda k: classes[k]) if classes else None
             cells.append(
                 [
                     name,
                     domain,
-                    str(found.images[domain]),
-                    {"top1": "top-1", "miou": "mIoU"}[found.metric],
-                    shown(found.domains, domain),
-                    shown(found.top5, domain),
-                    shown(found.pixel_accuracy, domain),
+                    str(accuracy.images[domain]),
+                    {"top1": "top-1", "miou": "mIoU"}[accuracy.metric],
+                    shown(accuracy.domains, domain),
+                    shown(accuracy.top5, domain),
+                    shown(accuracy.pixel_accuracy, domain),
                     "-" if worst is None else f"{worst} {100 * classes[worst]:.1f}",
-                    shown(found.calibration_error, domain),
-                    shown(found.decision_flips, domain),
+                    shown(accuracy.calibration_error, domain),
+                    shown(accuracy.decision_flips, domain),
                 ]
             )
     return header, cells
@@ -122,7 +122,7 @@ def accuracy_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
 def did_it_pay(rows: Rows) -> list[str]:
     """One sentence an engine: is it faster than the base, how much smaller, what it cost."""
     by_path = {result.path: (name, result) for name, result in rows}
-    found = []
+    sentences = []
     for name, result in rows:
         gain = result.speedup
         if gain is None:
@@ -145,8 +145,8 @@ def did_it_pay(rows: Rows) -> list[str]:
         if base is not None and base.wbits is None and result.wbits is not None:
             paid = gain.verdict == "faster"
             verdict = "quantization paid: " if paid else "quantization did not pay in speed: "
-        found.append(f"{name}: {verdict}{', '.join(parts)}")
-    return found
+        sentences.append(f"{name}: {verdict}{', '.join(parts)}")
+    return sentences
 
 
 def _accuracy_change(base: BenchResult, result: BenchResult) -> Iterator[str]:

@@ -31,8 +31,8 @@ class Change:
 
     Attributes:
         metric: ``latency_ms p50``, ``accuracy night``, ``size_bytes`` ...
-        base: Its value before.
-        new: Its value now.
+        base: Value of the first run.
+        new: Value of the second run.
         change: Relative (new / base - 1) of latencies and sizes; of accuracies the difference.
         low, high: Interval of ``change`` that holds the true one with the given confidence.
         verdict: ``better`` or ``worse`` where the interval excludes 0.

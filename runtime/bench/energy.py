@@ -140,7 +140,7 @@ def find_meters(root: Path = Path("/")) -> list[Meter]:
     """Every meter that this machine lets us read.
 
     Args:
-        root: Where ``sys`` lies.
+        root: Folder that holds ``sys``.
     """
     return [*_rapl(root), *_ina3221(root), *_nvml()]
 

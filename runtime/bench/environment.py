@@ -64,7 +64,7 @@ def read(root: Path = Path("/"), nvml: Any = None, gpu: int = 0) -> Reading:
     """One reading.
 
     Args:
-        root: Where ``sys`` and ``proc`` lie.
+        root: Folder that holds ``sys`` and ``proc``.
         nvml: The module, initialised, where there is a GPU.
         gpu: Number of the GPU.
     """
@@ -89,7 +89,7 @@ class Watch:
     """Readings around the stretches of a measurement.
 
     Args:
-        root: Where ``sys`` and ``proc`` lie.
+        root: Folder that holds ``sys`` and ``proc``.
         nvml, gpu: See :func:`read`.
     """
 

@@ -76,7 +76,7 @@ class Pictures:
     """Writes ``DOMAIN/NUMBER.png`` for the first images of every domain.
 
     Args:
-        folder: Where to.
+        folder: Folder of the images.
         manifest: Manifest of the engine, which says how its inputs become pixels again.
         limit: Pictures a domain.
     """

@@ -27,7 +27,7 @@ def deepstream_files(
 
     Args:
         folder: Engine folder; the configuration names its files.
-        manifest: Its manifest.
+        manifest: Manifest of the engine.
         interval: Batches that are skipped between two that are inferred.
         approximate: Take the geometric mean of unequal standard deviations.
 

@@ -22,7 +22,7 @@ def ros2_files(
 
     Args:
         folder: Engine folder.
-        manifest: Its manifest.
+        manifest: Manifest of the engine.
         name: Name of the node; the folder's by default.
         topic: Topic of the images that the node subscribes to.
 

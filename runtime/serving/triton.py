@@ -28,7 +28,7 @@ def triton_files(
 
     Args:
         folder: Engine folder.
-        manifest: Its manifest.
+        manifest: Manifest of the engine.
         name: Name of the model; the folder's by default.
         max_batch: Largest batch the server may form; by default what the engine was built
             for, 8 for ONNX Runtime. A fixed batch is part of the shapes instead.
