@@ -78,15 +78,15 @@ def numbered(
 
 def _unmatched(images: ImageSet, count: int | None, origin: Any) -> str:
     assert images.classes is not None
-    folders = f"{len(images.classes)} class folders"
+    given = f"{len(images.classes)} class folders"
     if images.empty:
-        folders += f" ({len(images.empty)} without images, such as {images.empty[0]!r})"
+        given += f" ({len(images.empty)} without images, such as {images.empty[0]!r})"
     if count is None:
         return (
-            f"{origin}: found {folders} for a model that names no classes and does not say how many "
+            f"{origin}: found {given} for a model that names no classes and does not say how many "
             "it has; needed names: calibrate on one folder per class, or pass an .npz with y"
         )
     return (
-        f"{origin}: found {folders} for {count} scores, and the manifest does not name the classes; "
+        f"{origin}: found {given} for {count} scores, and the manifest does not name the classes; "
         "needed one folder for every class, which may be empty, and no others"
     )
