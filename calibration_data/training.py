@@ -6,10 +6,11 @@ carry them (15 MB that no device needs); there they are trained where they are f
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -22,7 +23,7 @@ from ..formats.atomic_files import Kind, make_directory, sha256_bytes, write_byt
 from ..formats.file_kinds import TRAINED
 from ..typing import Progress, no_progress
 
-__all__ = ["CHECKPOINTS", "Training", "fit"]
+__all__ = ["CHECKPOINTS", "Training", "command", "fit"]
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 CHECKPOINTS = Path(__file__).with_name("checkpoints")
@@ -132,6 +133,23 @@ class Training(Generic[Model]):
 
     def _notes(self, domain: str) -> dict[str, Any]:
         return {"method": "training", "seed": self.seed, "recipe": dict(self.recipes[domain])}
+
+
+def command(training: Training[Any], text: str, argv: Sequence[str] | None) -> int:
+    """The command line of a benchmark's training: write its checkpoints anew.
+
+    Args:
+        training: What is trained.
+        text: Description of the command.
+        argv: Arguments; None takes those of the process.
+    """
+    parser = argparse.ArgumentParser(description=text)
+    parser.add_argument("--out", type=Path, default=training.shipped)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    for domain, measured in replace(training, seed=args.seed).publish(args.out):
+        print(domain, measured, flush=True)
+    return 0
 
 
 def fit(

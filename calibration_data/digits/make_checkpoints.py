@@ -10,10 +10,7 @@ Li et al., ICML 2018).
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..models import ResNet14, resnet14
-from ..training import CHECKPOINTS, Training, fit
+from ..training import CHECKPOINTS, Training, command, fit
 from . import images as digits
 
 __all__ = ["CHECKPOINTS", "RECIPES", "TRAINING", "accuracy", "load", "train"]
@@ -92,13 +89,7 @@ TRAINING = Training(
 
 def main(argv: list[str] | None = None) -> int:
     """Train all four."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=CHECKPOINTS)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    for domain, measured in replace(TRAINING, seed=args.seed).publish(args.out):
-        print(domain, measured, flush=True)
-    return 0
+    return command(TRAINING, str(__doc__), argv)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,7 @@ al., ICML 2018), because weight averaging needs models that stay in one basin.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +18,7 @@ from torch.nn import functional
 
 from .. import training
 from ..models import StreetNet, streetnet
-from ..training import Training, fit
+from ..training import Training, command, fit
 from . import drawing
 
 __all__ = ["CHECKPOINTS", "RECIPES", "TRAINING", "load", "mean_iou", "train"]
@@ -108,13 +105,7 @@ TRAINING = Training(CHECKPOINTS, RECIPES, streetnet, train, "mean_iou", mean_iou
 
 def main(argv: list[str] | None = None) -> int:
     """Train all four."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=CHECKPOINTS)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    for domain, measured in replace(TRAINING, seed=args.seed).publish(args.out):
-        print(domain, measured, flush=True)
-    return 0
+    return command(TRAINING, str(__doc__), argv)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def _graph_flags(g: argparse._ArgumentGroup) -> None:
     g.add_argument(
         "--pack-int4",
         action="store_true",
-        help="TensorRT: 4-bit linear layers with a step per channel keep INT4 weights (half the "
+        help="TensorRT: 4-bit linear layers with a scale per channel keep INT4 weights (half the "
         "plan, one widening an inference)",
     )
     g.add_argument(

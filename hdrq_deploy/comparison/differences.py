@@ -511,8 +511,8 @@ class _Layers:
             site = stage.sites.get(name) if isinstance(stage, GraphTap) else None
             if site is None or not (fidelity.kernel or site.rounded):
                 continue
-            steps = np.asarray(site.bias_steps)
-            slack = slack + (steps[at[1]] if steps.ndim and ndim > 1 else steps.max())
+            units = np.asarray(site.bias_steps)
+            slack = slack + (units[at[1]] if units.ndim and ndim > 1 else units.max())
             break
         return slack
 

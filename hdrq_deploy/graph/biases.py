@@ -38,6 +38,7 @@ __all__ = [
     "bias_sites",
     "channel_axis",
     "fitted",
+    "folded_tensors",
     "shifts",
     "smallest_scale",
     "whole_bias",
@@ -252,11 +253,17 @@ def _raised(
     return changed
 
 
-def _raised_fold(
-    tensors: Mapping[str, Array], fold: FoldRecord, needed: Floats
-) -> dict[str, Array]:
-    """BatchNorm's gain raised; the raw weight stays what a merge averages."""
-    scale, bias = graph_tensors(
+def folded_tensors(
+    tensors: Mapping[str, Array], fold: FoldRecord, smallest: Array | None = None
+) -> tuple[Array, Array]:
+    """The scale and bias that the graph reads: :func:`graph_tensors` of a fold's own tensors.
+
+    Args:
+        tensors: Tensors of a bundle by name.
+        fold: Names those of one BatchNorm.
+        smallest: Smallest scale of each channel, (C,).
+    """
+    return graph_tensors(
         tensors[fold.raw_scale],
         tensors[fold.gamma],
         tensors[fold.beta],
@@ -264,8 +271,15 @@ def _raised_fold(
         tensors[fold.variance],
         fold.eps,
         None if fold.raw_bias is None else tensors[fold.raw_bias],
-        needed,
+        smallest,
     )
+
+
+def _raised_fold(
+    tensors: Mapping[str, Array], fold: FoldRecord, needed: Floats
+) -> dict[str, Array]:
+    """BatchNorm's gain raised; the raw weight stays what a merge averages."""
+    scale, bias = folded_tensors(tensors, fold, needed)
     return {fold.scale: scale, fold.bias: bias}
 
 

@@ -22,11 +22,11 @@ from ..errors import DataError, MergeError
 from ..formats.bundle import GRAPH, WEIGHTS, Bundle
 from ..formats.safetensors_layout import serialize
 from ..graph import reference_session
-from ..graph.biases import bias_sites, fitted, shifts
+from ..graph.biases import bias_sites, fitted, folded_tensors, shifts
 from ..graph.model_files import serialized
 from ..graph.qdq import chain
 from ..numerics.batches import in_batches
-from ..numerics.batchnorm_fold import SMALLEST_GAIN, gain, graph_tensors
+from ..numerics.batchnorm_fold import SMALLEST_GAIN, gain
 from ..numerics.quantization import search_scale
 from ..numerics.spec import QuantSpec
 from ..typing import Array
@@ -107,15 +107,7 @@ def _folded(bundle: Bundle, tensors: Mapping[str, Array]) -> dict[str, Array]:
     """Scales and biases as their BatchNorms give them."""
     folded: dict[str, Array] = {}
     for fold in bundle.manifest.folds.values():
-        folded[fold.scale], folded[fold.bias] = graph_tensors(
-            tensors[fold.raw_scale],
-            tensors[fold.gamma],
-            tensors[fold.beta],
-            tensors[fold.mean],
-            tensors[fold.variance],
-            fold.eps,
-            None if fold.raw_bias is None else tensors[fold.raw_bias],
-        )
+        folded[fold.scale], folded[fold.bias] = folded_tensors(tensors, fold)
     return folded
 
 
