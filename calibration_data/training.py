@@ -23,7 +23,7 @@ from ..formats.atomic_files import Kind, make_directory, sha256_bytes, write_byt
 from ..formats.file_kinds import TRAINED
 from ..typing import Progress, no_progress
 
-__all__ = ["CHECKPOINTS", "Training", "command", "fit"]
+__all__ = ["CHECKPOINTS", "BenchmarkTraining", "command", "fit"]
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 CHECKPOINTS = Path(__file__).with_name("checkpoints")
@@ -31,7 +31,7 @@ RECORD = "checkpoints.json"
 
 
 @dataclass(frozen=True)
-class Training(Generic[Model]):
+class BenchmarkTraining(Generic[Model]):
     """How the checkpoints of one benchmark are made.
 
     Attributes:
@@ -135,7 +135,7 @@ class Training(Generic[Model]):
         return {"method": "training", "seed": self.seed, "recipe": dict(self.recipes[domain])}
 
 
-def command(training: Training[Any], text: str, argv: Sequence[str] | None) -> int:
+def command(training: BenchmarkTraining[Any], text: str, argv: Sequence[str] | None) -> int:
     """The command line of a benchmark's training: write its checkpoints anew.
 
     Args:

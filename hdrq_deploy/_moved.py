@@ -112,6 +112,7 @@ MOVED: dict[str, str | tuple[str, ...]] = {
 RENAMED: dict[str, str] = {
     "adapt.Recipe": "AdaptationOptions",
     "calibrate.emit.Emitted": "BundleModel",
+    "calibrate.progress.Stored": "FinishedBlock",
     "calibrate.reconstruct.Quantized": "Quantizers",
     "exporters.compute.SMALLEST_STEP": "SMALLEST_SCALE",
     "exporters.trt.Built": "BuildResult",

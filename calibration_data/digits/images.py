@@ -18,7 +18,6 @@ and test before any augmentation, so no stroke that is tested was seen before.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +26,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from ...errors import DataError
+from ..splits import Split
 
 __all__ = ["CLASSES", "DOMAINS", "SIZES", "SOURCE", "SPLITS", "TARGETS", "Split", "make", "write"]
 
@@ -55,14 +55,6 @@ _FONT_FILES = (
     "STIXGeneralBol.ttf",
     "STIXGeneralItalic.ttf",
 )
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images (N, 32, 32, 3) uint8 RGB and their labels (N,), 0 to 9."""
-
-    images: Images
-    labels: Labels
 
 
 def make(domain: str, split: str, seed: int = 0, count: int | None = None) -> Split:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..models import ResNet14, resnet14
-from ..training import CHECKPOINTS, Training, command, fit
+from ..training import CHECKPOINTS, BenchmarkTraining, command, fit
 from . import images as digits
 
 __all__ = ["CHECKPOINTS", "RECIPES", "TRAINING", "accuracy", "load", "train"]
@@ -77,7 +77,7 @@ def train(domain: str, start: ResNet14 | None, seed: int = 0) -> ResNet14:
     return fit(model, start, recipe, steps, losses())
 
 
-TRAINING = Training(
+TRAINING = BenchmarkTraining(
     CHECKPOINTS,
     RECIPES,
     resnet14,

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
 from ...errors import DataError
 from ...typing import Array
+from ..splits import Split
 
 __all__ = ["CLASSES", "DOMAINS", "SIZES", "SOURCE", "SPLITS", "TARGETS", "Split", "make", "write"]
 
@@ -103,14 +103,6 @@ _ABROAD = _Town(
     bricks=True,
     horizon=(0.46, 0.58),
 )
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images (N, 128, 256, 3) uint8 and labels (N, 128, 256) uint8."""
-
-    images: npt.NDArray[np.uint8]
-    labels: npt.NDArray[np.uint8]
 
 
 class _Canvas:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from .. import training
 from ..models import StreetNet, streetnet
-from ..training import Training, command, fit
+from ..training import BenchmarkTraining, command, fit
 from . import drawing
 
 __all__ = ["CHECKPOINTS", "RECIPES", "TRAINING", "load", "mean_iou", "train"]
@@ -100,7 +100,7 @@ def train(domain: str, start: StreetNet | None, seed: int = 0) -> StreetNet:
     return fit(model, start, recipe, steps, losses())
 
 
-TRAINING = Training(CHECKPOINTS, RECIPES, streetnet, train, "mean_iou", mean_iou)
+TRAINING = BenchmarkTraining(CHECKPOINTS, RECIPES, streetnet, train, "mean_iou", mean_iou)
 
 
 def main(argv: list[str] | None = None) -> int:

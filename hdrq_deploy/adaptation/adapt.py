@@ -31,7 +31,7 @@ from ..numerics.spec import check_seed
 from ..typing import Progress
 from .options import AdaptationOptions
 from .self_training import SelfTraining, confident_labels
-from .shot import Shot, centroid_labels, information
+from .shot import ShotTraining, centroid_labels, information
 from .training import Training
 
 __all__ = ["AdaptationOptions", "adapt", "centroid_labels", "confident_labels", "information"]
@@ -126,5 +126,5 @@ def _training(
             f"found outputs of shape {tuple(example.shape)}; needed class scores (N, classes) "
             "or (N, classes, h, w)"
         )
-    kind = SelfTraining if example.ndim == 4 else Shot
+    kind = SelfTraining if example.ndim == 4 else ShotTraining
     return kind(network, x, options, seed, device)

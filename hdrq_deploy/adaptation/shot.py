@@ -21,10 +21,10 @@ from ..calibration.capture import single_output
 from ..errors import ModelError
 from .training import Training
 
-__all__ = ["Shot", "centroid_labels", "information"]
+__all__ = ["ShotTraining", "centroid_labels", "information"]
 
 
-class Shot(Training):
+class ShotTraining(Training):
     """SHOT on one model and one domain."""
 
     method = "SHOT"

@@ -28,13 +28,13 @@ from ..formats.atomic_files import (
 from ..formats.file_kinds import PARTIAL
 from ..formats.staleness import CALIBRATION, code_of, first_change
 
-__all__ = ["Partial", "Stored", "partial_of"]
+__all__ = ["FinishedBlock", "Partial", "partial_of"]
 
 _RUN = PARTIAL.marker
 
 
 @dataclass(frozen=True)
-class Stored:
+class FinishedBlock:
     """One finished block."""
 
     tensors: dict[str, Tensor]
@@ -87,7 +87,7 @@ class Partial:
         write_bytes(folder / _RUN, text.encode())
         return cls(folder)
 
-    def load(self, index: int) -> Stored | None:
+    def load(self, index: int) -> FinishedBlock | None:
         """A finished block, or None.
 
         Raises:
@@ -102,7 +102,7 @@ class Partial:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if _digest(tensors, meta["record"]) != meta["sha256"]:
                 raise ValueError("altered since it was written")
-            return Stored(tensors, json.loads(meta["record"]))
+            return FinishedBlock(tensors, json.loads(meta["record"]))
         except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
             raise BundleError(
                 f"{path}: cannot be read ({error}); remove it to calibrate this block again"

@@ -105,7 +105,11 @@ def arguments() -> argparse.ArgumentParser:
         "-o", "--output", required=True, help="bundle folder (NAME.hdrq), or folder of bundles"
     )
     where_flags(p.add_argument_group("several domains"))
-    knobs = p.add_argument_group("learning, per block", "defaults are the method's own")
+    _learning_flags(p.add_argument_group("learning, per block", "defaults are the method's own"))
+    return p
+
+
+def _learning_flags(knobs: argparse._ArgumentGroup) -> None:
     knobs.add_argument("--iters", type=int, help="iterations (20000)")
     knobs.add_argument("--batch", type=int, help="images per iteration (32)")
     knobs.add_argument(
@@ -158,7 +162,6 @@ def arguments() -> argparse.ArgumentParser:
         default=None,
         help="undo a block whose error rose (yes)",
     )
-    return p
 
 
 def _methods() -> str:

@@ -20,7 +20,7 @@ from ..formats.staleness import change_since, code_of, versions_of
 from ..typing import Progress, no_progress
 
 if TYPE_CHECKING:
-    from ..calibration_data.training import Training
+    from ..calibration_data.training import BenchmarkTraining
 
 __all__ = [
     "OFFICE_HOME",
@@ -258,7 +258,7 @@ def _own_checkpoints(data: Path) -> Path:
     return data.with_name(f"{data.name}-checkpoints")
 
 
-def _training(name: str) -> Training[Any]:
+def _training(name: str) -> BenchmarkTraining[Any]:
     if name == "office-home":
         from ..calibration_data.digits.make_checkpoints import TRAINING as of_digits
 

@@ -12,13 +12,13 @@ from torch import nn
 
 from hdrq_deploy.calibration_data.digits.make_checkpoints import TRAINING as DIGITS
 from hdrq_deploy.calibration_data.streets.make_checkpoints import TRAINING as STREETS
-from hdrq_deploy.calibration_data.training import Training
+from hdrq_deploy.calibration_data.training import BenchmarkTraining
 from hdrq_deploy.errors import HdrqError
 
 RECIPES = {"plain": {"lr": 1.0}, "night": {"lr": 0.5}}
 
 
-def training(shipped: Path, learnt: list[str], seed: int = 0) -> Training[Any]:
+def training(shipped: Path, learnt: list[str], seed: int = 0) -> BenchmarkTraining[Any]:
     def learn(domain: str, start: nn.Linear | None, seed: int) -> nn.Linear:
         learnt.append(domain)
         if "stop" in learnt:
@@ -31,11 +31,15 @@ def training(shipped: Path, learnt: list[str], seed: int = 0) -> Training[Any]:
     def make() -> nn.Linear:
         return nn.Linear(2, 1, bias=False)
 
-    return Training(shipped, RECIPES, make, learn, "accuracy", lambda model, domain: 1.0, seed)
+    return BenchmarkTraining(
+        shipped, RECIPES, make, learn, "accuracy", lambda model, domain: 1.0, seed
+    )
 
 
 @pytest.mark.parametrize("benchmark", [DIGITS, STREETS])
-def test_the_repository_carries_the_checkpoints(benchmark: Training[Any], tmp_path: Path) -> None:
+def test_the_repository_carries_the_checkpoints(
+    benchmark: BenchmarkTraining[Any], tmp_path: Path
+) -> None:
     assert benchmark.folder(tmp_path) == benchmark.shipped
     for domain in benchmark.recipes:
         benchmark.load(benchmark.shipped / f"{domain}.safetensors")
