@@ -23,9 +23,10 @@ from ..formats.atomic_files import Kind, make_directory, sha256_bytes, write_byt
 from ..formats.file_kinds import TRAINED
 from ..typing import Progress, no_progress
 
-__all__ = ["CHECKPOINTS", "BenchmarkTraining", "command", "fit"]
+__all__ = ["CHECKPOINTS", "BenchmarkTraining", "Steps", "command", "fit", "silent"]
 
 Model = TypeVar("Model", bound=torch.nn.Module)
+Steps = Callable[[int, int], None]
 CHECKPOINTS = Path(__file__).with_name("checkpoints")
 RECORD = "checkpoints.json"
 
@@ -38,7 +39,8 @@ class BenchmarkTraining(Generic[Model]):
         shipped: Folder of the checkpoints in the repository.
         recipes: Recipe of each domain, the source first: epochs or steps, learning rate, pull.
         make: A model with random weights.
-        learn: Trains one domain, from the source model or (None) from random weights.
+        learn: Trains one domain, from the source model or (None) from random weights, by a seed;
+            it tells the last argument the steps done and the steps in all.
         metric: Name of what ``measure`` measures.
         measure: Measures a model on the test split of a domain, 0 to 1.
         seed: Seed of the training; the same seed gives the same models.
@@ -47,7 +49,7 @@ class BenchmarkTraining(Generic[Model]):
     shipped: Path
     recipes: Mapping[str, Mapping[str, float]]
     make: Callable[[], Model]
-    learn: Callable[[str, Model | None, int], Model]
+    learn: Callable[[str, Model | None, int, Steps], Model]
     metric: str
     measure: Callable[[torch.nn.Module, str], float]
     seed: int = 0
@@ -71,7 +73,8 @@ class BenchmarkTraining(Generic[Model]):
 
         Args:
             folder: A folder of :meth:`folder`.
-            progress: Called with models trained, models in all, and the domain.
+            progress: Called with the percent done, the percent of all models (100 each), and the
+                domain.
 
         Raises:
             HdrqError: Other files are in the way, no permission, or a full disk.
@@ -81,14 +84,15 @@ class BenchmarkTraining(Generic[Model]):
         make_directory(folder)
         source: Model | None = None
         for done, domain in enumerate(self.recipes):
-            progress(done, len(self.recipes), domain)
+            report = _percent_of(progress, done, len(self.recipes), domain)
+            report(0, 1)
             path = folder / f"{domain}.safetensors"
             if not self._is_trained(path, domain):
-                model = self.learn(domain, source, self.seed)
+                model = self.learn(domain, source, self.seed, report)
                 notes = json.dumps(self._notes(domain))
                 write_bytes(path, save(model.state_dict(), {"trained": notes}), TRAINED)
             source = source or self.load(path)
-        progress(len(self.recipes), len(self.recipes), "done")
+            report(1, 1)
 
     def load(self, path: str | os.PathLike[str]) -> Model:
         """The model of a checkpoint, in inference mode."""
@@ -106,7 +110,7 @@ class BenchmarkTraining(Generic[Model]):
         source: Model | None = None
         record: dict[str, Any] = {}
         for domain, recipe in self.recipes.items():
-            model = self.learn(domain, source, self.seed)
+            model = self.learn(domain, source, self.seed, silent)
             source = source or model
             data = save(model.state_dict())
             write_bytes(out / f"{domain}.safetensors", data)
@@ -135,6 +139,19 @@ class BenchmarkTraining(Generic[Model]):
         return {"method": "training", "seed": self.seed, "recipe": dict(self.recipes[domain])}
 
 
+def _percent_of(progress: Progress, done: int, total: int, domain: str) -> Steps:
+    """Report the steps of one model out of several as percent of all of them."""
+
+    def report(step: int, steps: int) -> None:
+        progress(100 * done + 100 * step // steps, 100 * total, domain)
+
+    return report
+
+
+def silent(step: int, steps: int) -> None:
+    """A :data:`Steps` that nobody watches."""
+
+
 def command(training: BenchmarkTraining[Any], text: str, argv: Sequence[str] | None) -> int:
     """The command line of a benchmark's training: write its checkpoints anew.
 
@@ -158,6 +175,7 @@ def fit(
     recipe: Mapping[str, float],
     steps: int,
     losses: Iterator[Tensor],
+    report: Steps,
 ) -> Model:
     """Train a model, from ``start`` and pulled towards its weights where there is one.
 
@@ -167,6 +185,7 @@ def fit(
         recipe: ``lr`` of the one-cycle schedule and ``pull``.
         steps: How many losses there are.
         losses: Computes the next one with the model as it is then.
+        report: Called with the steps done and the steps in all.
     """
     if start is not None:
         model.load_state_dict(start.state_dict())
@@ -174,7 +193,8 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], steps)
     model.train()
-    for loss in losses:
+    for done, loss in enumerate(losses):
+        report(done, steps)
         if start is not None:
             pairs = zip(model.parameters(), source, strict=True)
             away = torch.stack([(p - s).square().sum() for p, s in pairs]).sum()

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..models import ResNet14, resnet14
-from ..training import CHECKPOINTS, BenchmarkTraining, command, fit
+from ..training import CHECKPOINTS, BenchmarkTraining, Steps, command, fit, silent
 from . import images as digits
 
 __all__ = ["CHECKPOINTS", "RECIPES", "TRAINING", "accuracy", "load", "train"]
@@ -59,7 +59,7 @@ def load(domain: str) -> ResNet14:
     return TRAINING.load(CHECKPOINTS / f"{domain}.safetensors")
 
 
-def train(domain: str, start: ResNet14 | None, seed: int = 0) -> ResNet14:
+def train(domain: str, start: ResNet14 | None, seed: int = 0, report: Steps = silent) -> ResNet14:
     """Train (``start`` None) or adapt a model to ``domain``; same seed, same model."""
     recipe = RECIPES[domain]
     torch.manual_seed(seed)
@@ -74,7 +74,7 @@ def train(domain: str, start: ResNet14 | None, seed: int = 0) -> ResNet14:
                 if len(rows) == 64:
                     yield functional.cross_entropy(model(exposure(x[rows], order)), y[rows])
 
-    return fit(model, start, recipe, steps, losses())
+    return fit(model, start, recipe, steps, losses(), report)
 
 
 TRAINING = BenchmarkTraining(

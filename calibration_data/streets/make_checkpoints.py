@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from .. import training
 from ..models import StreetNet, streetnet
-from ..training import BenchmarkTraining, command, fit
+from ..training import BenchmarkTraining, Steps, command, fit, silent
 from . import drawing
 
 __all__ = ["CHECKPOINTS", "RECIPES", "TRAINING", "load", "mean_iou", "train"]
@@ -74,7 +74,7 @@ def load(domain: str) -> StreetNet:
     return TRAINING.load(CHECKPOINTS / f"{domain}.safetensors")
 
 
-def train(domain: str, start: StreetNet | None, seed: int = 0) -> StreetNet:
+def train(domain: str, start: StreetNet | None, seed: int = 0, report: Steps = silent) -> StreetNet:
     """Train (``start`` None) or adapt a model to ``domain``; same seed, same model."""
     recipe = RECIPES[domain]
     torch.manual_seed(seed)
@@ -97,7 +97,7 @@ def train(domain: str, start: StreetNet | None, seed: int = 0) -> StreetNet:
                 x, y = x.flip(3), y.flip(2)
             yield functional.cross_entropy(model(exposure(x, order)), y[:, ::2, ::2], weight)
 
-    return fit(model, start, recipe, steps, losses())
+    return fit(model, start, recipe, steps, losses(), report)
 
 
 TRAINING = BenchmarkTraining(CHECKPOINTS, RECIPES, streetnet, train, "mean_iou", mean_iou)

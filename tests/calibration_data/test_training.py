@@ -19,10 +19,11 @@ RECIPES = {"plain": {"lr": 1.0}, "night": {"lr": 0.5}}
 
 
 def training(shipped: Path, learnt: list[str], seed: int = 0) -> BenchmarkTraining[Any]:
-    def learn(domain: str, start: nn.Linear | None, seed: int) -> nn.Linear:
+    def learn(domain: str, start: nn.Linear | None, seed: int, report: Any) -> nn.Linear:
         learnt.append(domain)
         if "stop" in learnt:
             raise KeyboardInterrupt
+        report(1, 4)
         model = nn.Linear(2, 1, bias=False)
         before = 0.0 if start is None else float(start.weight.detach()[0, 0])
         nn.init.constant_(model.weight, before + RECIPES[domain]["lr"] + seed)
@@ -52,7 +53,8 @@ def test_missing_checkpoints_are_trained_once(tmp_path: Path) -> None:
     assert ours.folder(own) == own
     seen: list[tuple[int, int, str]] = []
     ours.train_missing(own, lambda *report: seen.append(report))
-    assert learnt == ["plain", "night"] and seen[-1] == (2, 2, "done")
+    assert learnt == ["plain", "night"] and seen[-1] == (200, 200, "night")
+    assert (25, 200, "plain") in seen and (125, 200, "night") in seen
     # Each domain starts from the source model.
     assert float(load_file(own / "night.safetensors")["weight"][0, 0]) == 1.5
     ours.train_missing(own)
