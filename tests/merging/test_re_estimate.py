@@ -1,0 +1,69 @@
+"""BatchNorm statistics of a merge measured again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hdrq_deploy import merge
+from hdrq_deploy.errors import HdrqError, MergeError
+from hdrq_deploy.merging import re_estimate
+
+
+@pytest.mark.parametrize(("method", "options"), [("rtn", {"fold": "steps"}), ("float", {})])
+def test_moments_are_those_of_the_images(
+    make: Any, inputs: Any, tmp_path: Path, method: str, options: Any
+) -> None:
+    """Against torch's own BatchNorm in training mode, on the dequantized raw weights."""
+    import tiny_models
+
+    parents = [make(domain=d, method=method, wbits=8, **options) for d in ("night", "day")]
+    merged = merge(parents, tmp_path / "m.hdrq", rounding="nearest")
+    found = re_estimate(merged, {"all": inputs}, tmp_path / "r.hdrq")
+    model = tiny_models.Tiny()
+    floats = merge([make(domain=d, method="float") for d in ("night", "day")], tmp_path / "f.hdrq")
+    tensors = {n: torch.from_numpy(np.array(t)) for n, t in floats.tensors().items()}
+    model.load_state_dict(tensors, strict=False)
+    if method == "rtn":  # the weights that the bundle really has
+        for layer in ("stem", "conv1"):
+            fold = merged.manifest.folds[f"{layer}.weight_codes"]
+            step = merged.tensor(fold.raw_scale)[:, None, None, None]
+            norm = model.bn if layer == "stem" else model.bn1
+            sign = np.sign(norm.weight.detach().numpy())[:, None, None, None]
+            real = merged.tensor(f"{layer}.weight_codes") * step * sign
+            getattr(model, layer).weight.data = torch.from_numpy(real.astype(np.float32))
+    for norm in (model.bn, model.bn1):
+        norm.momentum = None
+        norm.reset_running_stats()
+    model.train()
+    with torch.no_grad():
+        model(torch.from_numpy(inputs))
+    for layer, norm in (("stem", model.bn), ("conv1", model.bn1)):
+        if method == "rtn":
+            fold = merged.manifest.folds[f"{layer}.weight_codes"]
+            names = fold.mean, fold.variance
+            sign = np.sign(norm.weight.detach().numpy())
+        else:
+            prefix = "bn" if layer == "stem" else "bn1"
+            names, sign = (f"{prefix}.running_mean", f"{prefix}.running_var"), 1.0
+        mean, variance = norm.running_mean.numpy() * sign, norm.running_var.numpy()
+        np.testing.assert_allclose(found.tensor(names[0]), mean, rtol=2e-3, atol=2e-4)
+        # torch divides by n - 1, n is thousands of positions.
+        np.testing.assert_allclose(found.tensor(names[1]), variance, rtol=3e-3)
+    for name in merged.manifest.tensors:
+        if merged.manifest.tensors[name].role == "codes":
+            np.testing.assert_array_equal(found.tensor(name), merged.tensor(name))
+
+
+def test_bundles_without_a_batch_norm_of_their_own_are_not_re_estimated(
+    make: Any, inputs: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(MergeError, match="folded into the steps"):
+        re_estimate(make(), {"night": inputs}, tmp_path / "r.hdrq")
+    with pytest.raises(HdrqError, match="2 or more"):
+        re_estimate(make(fold="steps"), {"night": inputs[:1]}, tmp_path / "r.hdrq")
+    assert not (tmp_path / "r.hdrq").exists()

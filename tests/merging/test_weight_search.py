@@ -1,0 +1,98 @@
+"""Merge weights chosen on images without labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hdrq_deploy import Bundle
+from hdrq_deploy.cli import merge as merge_command
+from hdrq_deploy.errors import HdrqError
+from hdrq_deploy.formats.bundle import WEIGHTS
+from hdrq_deploy.formats.safetensors_layout import serialize
+from hdrq_deploy.graph import reference_session
+from hdrq_deploy.merging import Merger, choose_weights
+from hdrq_deploy.merging.weight_search import score
+
+
+def logits(bundle: Bundle, tensors: Any, x: Any) -> Any:
+    weights = serialize(tensors, bundle.manifest.tensors)
+    graph = (bundle.path / "model.onnx").read_bytes()
+    return reference_session.unfused_session(graph, {WEIGHTS: weights}).run(None, {"input": x})[0]
+
+
+@pytest.mark.parametrize("criterion", ["entropy", "information", "agreement"])
+def test_the_chosen_weights_have_the_lowest_score_of_the_grid(
+    make: Any, inputs: Any, criterion: str
+) -> None:
+    parents = [make(domain=d, fold="steps", wbits=8) for d in ("night", "day")]
+    images = {"night": inputs[:24], "day": inputs[24:]}
+    merger = Merger(parents)
+    found = choose_weights(merger, images, criterion)
+    scores = {}
+    for share in (0.0, 0.35, 0.5, 1.0):  # some points of the grid, from scratch
+        mix = (share, 1 - share)
+        tensors = merger.tensors(mix)
+        per_domain = []
+        for parent, (_, x) in zip(parents, images.items(), strict=True):
+            z = logits(parent, tensors, x).astype(np.float64)
+            p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+            own = logits(parent, parent.tensors(), x).astype(np.float64)
+            q = np.exp(own) / np.exp(own).sum(1, keepdims=True)
+            value = -(p * np.log(p)).sum(1).mean()
+            if criterion == "information":
+                value += (p.mean(0) * np.log(p.mean(0))).sum()
+            if criterion == "agreement":
+                value = -(q * np.log(p)).sum(1).mean()
+            per_domain.append(value)
+        scores[mix] = np.mean(per_domain)
+    tried = dict(found.tried)
+    for mix, value in scores.items():
+        near = min(tried, key=lambda point: abs(point[0] - mix[0]))
+        # The weights that are scored are not rounded; a corner's are codes anyway.
+        assert tried[near] == pytest.approx(value, rel=1e-5, abs=0 if 1 in mix else 2e-3)
+    assert tried[found.weights] == min(tried.values())
+
+
+def test_without_the_bundles_own_domains_information_decides(make: Any, inputs: Any) -> None:
+    merger = Merger([make(domain=d) for d in ("night", "day")])
+    assert choose_weights(merger, {"stream": inputs}).criterion == "information"
+    assert choose_weights(merger, {"night": inputs}).criterion == "agreement"
+    with pytest.raises(HdrqError, match="agreement needs the names"):
+        choose_weights(merger, {"stream": inputs}, "agreement")
+    with pytest.raises(HdrqError, match="do not fit the model"):
+        choose_weights(merger, {"night": inputs[:, :1]})
+
+
+def test_scores_know_a_sure_model_from_a_collapsed_one() -> None:
+    sure = 20.0 * np.eye(4)
+    collapsed = np.tile(sure[:1], (4, 1))
+    assert score("entropy", collapsed) == pytest.approx(score("entropy", sure), abs=1e-6)
+    assert score("information", sure) < score("information", collapsed) - 1
+
+
+def test_the_merge_command_chooses_and_re_estimates(
+    make: Any, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundles = [str(make(domain=d, fold="steps", wbits=8).path) for d in ("night", "day")]
+    data = [f"night={work}/data.npz", f"day={work}/data.npz"]
+    out = tmp_path / "m.hdrq"
+    argv = [*bundles, "--weights", "auto", "--data", *data, "--re-estimate", *data, "-o", str(out)]
+    assert merge_command.main([*argv, "--images", "16", "--re-estimate-images", "12"]) == 0
+    options = Bundle.open(out).manifest.options
+    assert options["merge"]["auto"]["criterion"] == "agreement"
+    assert len(options["merge"]["auto"]["tried"]) == 21
+    assert options["re_estimate"]["images"] == {"night": 12, "day": 12}
+    assert [p.name for p in tmp_path.iterdir()] == ["m.hdrq"]
+    assert merge_command.main([*bundles, "--weights", "auto", "-o", str(out)]) == 2
+    assert "--data NAME=PATH" in capsys.readouterr().err
+    for flags, message in (
+        (["--candidates", "0"], "candidates=0"),
+        (["--weights", "-0.5", "1.5"], "weights >= 0"),
+    ):
+        assert merge_command.main([*bundles, *flags, "-o", str(tmp_path / "no.hdrq")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "no.hdrq").exists()
