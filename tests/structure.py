@@ -175,21 +175,28 @@ def knows(listed: Mapping[str, Module], name: str) -> list[str]:
 
 
 def normalises(listed: Mapping[str, Module]) -> list[str]:
-    """Modules that calculate with a ``std``: each knows how images become network inputs."""
+    """Modules that calculate with a ``std``: each knows how images become network inputs.
 
-    def reads_std(node: ast.AST) -> bool:
+    Calls of a method ``std`` are statistics, and comparisons are checks; neither counts.
+    """
+
+    def calculates(tree: ast.AST) -> bool:
+        passed_over: set[ast.AST] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Compare):
+                passed_over.update(ast.walk(node))
+            elif isinstance(node, ast.Call):
+                passed_over.add(node.func)
         return any(
-            (isinstance(n, ast.Attribute) and n.attr == "std")
-            or (isinstance(n, ast.Name) and n.id == "std")
-            for n in ast.walk(node)
-            if not isinstance(n, ast.Call)
+            (isinstance(part, ast.Attribute) and part.attr == "std")
+            or (isinstance(part, ast.Name) and part.id == "std")
+            for node in ast.walk(tree)
+            if isinstance(node, ast.BinOp) and node not in passed_over
+            for part in ast.walk(node)
+            if part not in passed_over
         )
 
-    return [
-        module.name
-        for module in listed.values()
-        if any(isinstance(n, ast.BinOp) and reads_std(n) for n in ast.walk(module.tree))
-    ]
+    return [module.name for module in listed.values() if calculates(module.tree)]
 
 
 def report(root: Path = ROOT) -> dict[str, Any]:

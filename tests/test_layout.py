@@ -115,6 +115,10 @@ def test_a_file_has_one_owner(file: str, owners: set[str]) -> None:
     assert set(structure.knows(MODULES, file)) == owners
 
 
+def test_one_module_makes_network_inputs_of_images() -> None:
+    assert structure.normalises(MODULES) == ["hdrq_deploy.formats.preprocessing"]
+
+
 def test_the_library_does_not_print() -> None:
     """Commands print, and so do the processes that are commands of their own."""
     commands = {"hdrq_deploy.exporters.trt_worker", "hdrq_deploy.runtime.ros2"}
