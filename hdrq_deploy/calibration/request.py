@@ -98,7 +98,7 @@ class CalibrationRequest:
         if self.learning.distance > 0 and self.base is None:
             raise SpecError(
                 "found no source checkpoint; the distance term keeps the weights close to those "
-                "that all domains started from: give base, or set distance to 0"
+                "that all domains started from: give `base`, or set `distance` to 0"
             )
 
     @property

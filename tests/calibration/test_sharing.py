@@ -100,7 +100,7 @@ def test_a_worker_keeps_its_copy_from_job_to_job() -> None:
         ({"grid": "odd"}, "found grid 'odd'; choose one of"),
         ({"fold": "bias"}, "found fold 'bias'; choose one of"),
         ({"method": "magic"}, "found method 'magic'; choose one of"),
-        ({"method": "hdrq"}, "found no source checkpoint.*give base"),
+        ({"method": "hdrq"}, "found no source checkpoint.*give `base`"),
         ({"seed": -1}, "seed"),
         ({"domain": "a/b"}, "a/b"),
     ],
