@@ -267,7 +267,7 @@ def test_mistakes_get_one_line(work: Path, tmp_path: Path) -> None:
         ({"weights": work / "Wide-night.safetensors"}, f"adapted checkpoint {wide}"),
         ({"base": work / "Wide-base.safetensors"}, f"source checkpoint {wide}"),
         ({"base": work / "Net-base.safetensors"}, r"missing \(first: stem.weight\).*unexpected"),
-        ({"base": None}, "give base"),
+        ({"base": None}, "give `base`"),
         ({"wbits": 1}, "found wbits=1"),
         ({"abits": 9}, "found abits=9"),
         ({"method": "magic"}, "choose one of"),
