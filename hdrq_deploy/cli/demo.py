@@ -276,7 +276,7 @@ class _Demo:
         engine = self.out / "engines" / f"{name}-merged"
         verification = verify(self._bundle(name, "merged"), engine, x, torch=True)
         parts = (
-            f"{stage.name} {stage.decision_flips} decisions differ, by {stage.max_steps} step(s) "
+            f"{stage.name} {stage.decision_flips} decisions differ, codes by {stage.max_steps} "
             "at most"
             for stage in verification.stages
         )

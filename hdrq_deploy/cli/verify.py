@@ -93,7 +93,7 @@ def show(verification: Verification) -> None:
             f"{stage.decision_flips} of {stage.decisions} ({stage.flip_share:.2%})",
             f"{stage.output_rms:.2g}",
             "equal" if stage.sqnr_db is None else f"{stage.sqnr_db:.1f}",
-            f"{stage.max_steps} steps" if stage.tensors else "-",
+            f"codes by {stage.max_steps}" if stage.tensors else "-",
             stage.first_difference or "none",
         )
     Console(width=None if sys.stdout.isatty() else 150).print(table)

@@ -640,7 +640,7 @@ def _failure(module: str, sums: _Sums, codes: bool) -> str:
     if codes:
         return (
             f"found {sums.wrong} of {sums.count} codes of {module} that differ, by {sums.steps} "
-            "step(s) at most, where no tie explains it; needed none"
+            "at most, where no tie explains it; needed none"
         )
     return (
         f"found {sums.wrong} of {sums.count} values of {module} that differ, by {sums.largest:.2g} "
