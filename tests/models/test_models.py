@@ -286,7 +286,7 @@ def test_hrda_fuses_crops_as_the_public_decoder_does() -> None:
 
 
 def test_too_small_crops_are_one_line() -> None:
-    with pytest.raises(ModelError, match="found images of 96x128; HRDA.*--size"):
+    with pytest.raises(ModelError, match="found images of 96x128; HRDA.*pass `size`"):
         small_hrda()(torch.randn(1, 3, 96, 128))
 
 
