@@ -492,8 +492,8 @@ def alive(process: int) -> bool:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--ray", "--workers", "2"], "--workers is of this machine"),
-        (["--gpus", "1"], "--gpus (0 or more) of Ray's tasks"),
+        (["--ray", "--workers", "2"], "--workers applies to local processes only"),
+        (["--gpus", "1"], "--gpus (0 or more) needs --ray"),
         (["--draw", "w9a9"], "wbits"),
         (["--draw", "w3a3", "--bits", "w4a4"], "found --draw w3a3; needed one of --bits w4a4"),
         (["--seeds", "-1", "--bits", "w4a4"], "found seed -1"),
