@@ -181,7 +181,7 @@ def profile(name: str, shape: Sequence[Any], build: BuildOptions) -> Shapes | No
     if any(not isinstance(d, int) for d in shape[1:]):
         raise ExportError(
             f"the input {name} of shape {'x'.join(map(str, shape))} has a free size; give "
-            "its smallest, best and largest shape"
+            "its smallest, best and largest shape (`min_shapes`, `opt_shapes`, `max_shapes`)"
         )
     rows = [(batch, *shape[1:]) for batch in build.batches]
     return Shapes(smallest=rows[0], best=rows[1], largest=rows[2])

@@ -125,12 +125,13 @@ RENAMED: dict[str, str] = {
 }
 
 
-# Names that moved out of a module that still exists, to the module that has them now.
+# Names that moved out of a module that still exists, to where they are now.
 NAMES: dict[str, str] = {
-    "exporters.options.trtexec": "exporters.trtexec",
-    "runtime.engine.load_engine": "runtime.loading",
-    "runtime.engine.open_engine": "runtime.loading",
-    "runtime.engine.read_manifest": "formats.engine_folder",
+    "cli.verify.stages": "checks.stages.compare_stages",
+    "exporters.options.trtexec": "exporters.trtexec.trtexec",
+    "runtime.engine.load_engine": "runtime.loading.load_engine",
+    "runtime.engine.open_engine": "runtime.loading.open_engine",
+    "runtime.engine.read_manifest": "formats.engine_folder.read_manifest",
 }
 
 
@@ -143,12 +144,13 @@ def moved_names(module: str) -> Callable[[str], Any]:
         if new is None:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         warnings.warn(
-            f"{module}.{name} is now {package}.{new}.{name}; the old path works until version "
+            f"{module}.{name} is now {package}.{new}; the old path works until version "
             f"{REMOVED_IN}",
             DeprecationWarning,
             stacklevel=2,
         )
-        return getattr(importlib.import_module(f"{package}.{new}"), name)
+        place, _, today = new.rpartition(".")
+        return getattr(importlib.import_module(f"{package}.{place}"), today)
 
     return find
 

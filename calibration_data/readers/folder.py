@@ -97,7 +97,9 @@ def _decoded_all(
     for (file, label), picture in zip(files, pictures, strict=True):
         if isinstance(picture, Undecodable):
             if not skip_corrupt:
-                raise DataError(f"{picture}, or skip corrupt images") from picture
+                raise DataError(
+                    f"{picture}, or leave such images out (`skip_corrupt`)"
+                ) from picture
             skipped.append(str(file))
             continue
         if rows is None:
@@ -123,7 +125,7 @@ def _decoded(file: Path, wanted: Wanted) -> Picture | Undecodable:
     if max(picture.size) > LARGEST_SIDE:
         raise DataError(
             f"{file}: found {picture.size[0]}x{picture.size[1]}; needed at most {LARGEST_SIDE} "
-            "pixels a side: give a size"
+            "pixels a side: give a `size`"
         )
     return picture
 
@@ -149,7 +151,7 @@ class _Rows:
         if picture.size != (height, width):
             raise DataError(
                 f"{file}: found {picture.size[0]}x{picture.size[1]} after images of "
-                f"{height}x{width}; give a size to resize them all"
+                f"{height}x{width}; give a `size` to resize them all"
             )
         if self._any and picture.channels > channels:
             raise _Coloured

@@ -88,7 +88,7 @@ def adapt(
         if len(data.x) < options.batch:
             raise DataError(
                 f"found {len(data.x)} images; needed {options.batch} or more (one batch): add "
-                "images or choose a smaller batch"
+                "images or choose a smaller `batch`"
             )
         where = torch_device(device)
         training = _training(network.to(where), torch.from_numpy(data.x), options, seed, where)
@@ -119,7 +119,7 @@ def _training(
         text = str(error).splitlines()[0]
         raise DataError(
             f"the model does not take images of shape {tuple(x.shape[1:])} ({text}); needed "
-            "what it was made for: choose another size, or convert the images"
+            "what it was made for: choose another `size`, or convert the images"
         ) from error
     if example.ndim not in {2, 4}:
         raise ModelError(

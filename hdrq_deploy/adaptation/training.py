@@ -110,7 +110,7 @@ class Training(ABC):
         values = [v for v in self.model.state_dict().values() if v.is_floating_point()]
         if not all(bool(torch.isfinite(value).all()) for value in values):
             raise ModelError(
-                f"found NaN in the weights after epoch {epoch + 1}; choose a smaller lr"
+                f"found NaN in the weights after epoch {epoch + 1}; choose a smaller `lr`"
             )
 
     @abstractmethod
@@ -171,11 +171,11 @@ def _stored(partial: Path, run: dict[str, Any], device: torch.device) -> dict[st
         if "eights only" in text:
             text = "damaged"
         raise ModelError(
-            f"{partial}: cannot be read ({text}); remove it, or start anew without resume"
+            f"{partial}: cannot be read ({text}); remove it, or start anew without `resume`"
         ) from error
     if state["run"] != run:
         raise SpecError(
             f"{partial}: found a run of other options, images or checkpoint; resume needs the "
-            "same: repeat them, or start anew without resume"
+            "same: repeat them, or start anew without `resume`"
         )
     return state

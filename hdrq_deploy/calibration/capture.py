@@ -185,7 +185,7 @@ def run_model(model: nn.Module, x: Tensor) -> Tensor:
         raise ModelError(
             f"the model does not take an input of shape {tuple(x.shape)} "
             f"({type(error).__name__}: {_first_line(error)}); check the images' channels and size, "
-            "or choose another size"
+            "or choose another `size`"
         ) from error
     return single_output(output)
 

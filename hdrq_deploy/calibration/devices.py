@@ -22,7 +22,9 @@ def torch_device(name: str) -> torch.device:
         raise SpecError(f"found device {name!r}; choose auto, cpu or cuda")
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise SpecError("found no CUDA device; choose cpu, or install a GPU build of torch")
+        raise SpecError(
+            "found no CUDA device; choose `device` cpu, or install a GPU build of torch"
+        )
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 

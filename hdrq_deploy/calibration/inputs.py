@@ -83,7 +83,7 @@ def _check_count(request: CalibrationRequest, count: int) -> None:
         name = "the data" if isinstance(request.data, ImageSet) else request.data
         raise DataError(
             f"{name}: found {count} images; needed {needed} or more (one batch): add images"
-            + (" or choose a smaller batch" if request.learns else "")
+            + (" or choose a smaller `batch`" if request.learns else "")
         )
 
 

@@ -46,7 +46,7 @@ def load_model(name: str) -> nn.Module:
     kind, _, rest = name.partition(":")
     if not rest:
         raise ModelError(
-            f"found model {name!r}; needed PKG.MOD:FACTORY, timm:NAME, torchvision:NAME or "
+            f"found `model` {name!r}; needed PKG.MOD:FACTORY, timm:NAME, torchvision:NAME or "
             "transformers:NAME"
         )
     if kind == "timm":
@@ -65,8 +65,8 @@ def load_model(name: str) -> nn.Module:
             ) from error
         except (Exception, SystemExit) as error:  # a user's module may raise anything
             raise ModelError(
-                f"model {name}: importing {kind} failed ({_one_line(error)}); needed a module that "
-                "can be imported: put what runs in it behind if __name__ == '__main__'"
+                f"`model` {name}: importing {kind} failed ({_one_line(error)}); needed a module "
+                "that can be imported: put what runs in it behind if __name__ == '__main__'"
             ) from error
         return _build(name, factory)
 
@@ -95,15 +95,15 @@ def _build(name: str, factory: Callable[[], Any]) -> nn.Module:
     except ModelError:
         raise
     except (Exception, SystemExit) as error:  # a user's factory may raise anything
-        raise ModelError(f"model {name} failed: {_one_line(error)}") from error
+        raise ModelError(f"`model` {name} failed: {_one_line(error)}") from error
     model = _unwrap(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError(
-            f"model {name} gave a ScriptModule, whose graph cannot be captured; needed the torch "
+            f"`model` {name} gave a ScriptModule, whose graph cannot be captured; needed the torch "
             "module that it was scripted or traced from"
         )
     if not isinstance(model, nn.Module):
-        raise ModelError(f"model {name} gave a {type(model).__name__}; needed a torch module")
+        raise ModelError(f"`model` {name} gave a {type(model).__name__}; needed a torch module")
     # Engines compute from float32; half and double models are brought to it first.
     return model.float().eval()
 

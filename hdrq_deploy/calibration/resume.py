@@ -79,7 +79,7 @@ class Partial:
             if change:
                 raise SpecError(
                     f"{folder}: found blocks of another run ({change}); resume needs the same "
-                    "options, data and versions: repeat them, or start anew"
+                    "options, data and versions: repeat them, or start anew without `resume`"
                 )
             return cls(folder)
         remove_folder(folder, PARTIAL)
@@ -131,7 +131,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
             raise ValueError(f"a {type(record).__name__}")
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(
-            f"{folder / _RUN}: cannot be read ({error}); start anew, without resume"
+            f"{folder / _RUN}: cannot be read ({error}); start anew without `resume`"
         ) from error
     return record
 

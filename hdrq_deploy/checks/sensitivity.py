@@ -146,7 +146,7 @@ def sensitivity(
     network = PartlyQuantized(bundle, real)
     x = [batch for images, _ in data.values() for batch in in_batches(images, _BATCH)]
     if not x:
-        raise DataError("found no images; needed some of at least one domain")
+        raise DataError("found no images; needed `data` of one domain or more")
     plain = network((), x)
     rows = []
     for i, layer in enumerate(network.layers):

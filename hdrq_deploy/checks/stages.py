@@ -85,7 +85,7 @@ def compare_engine(path: str | Path) -> tuple[list[Stage], Tolerances]:
     path = Path(path)
     manifest = read_manifest(path)
     if GOLDEN not in manifest.files:
-        raise DataError(f"{path}: holds no golden inputs; verify it beside its bundle, on images")
+        raise DataError(f"{path}: holds no golden inputs; verify it beside its bundle, with `data`")
     facts = _facts(path, manifest)
     record = read_golden(path / GOLDEN)
     if "output" not in record:
@@ -115,7 +115,7 @@ def _inputs(bundle: Bundle, x: Array | None) -> Array:
         recorded = bundle.golden()
         if not recorded:
             raise DataError(
-                f"{bundle.path}: holds no golden inputs (an older bundle); compare on images"
+                f"{bundle.path}: holds no golden inputs (an older bundle); compare with `data`"
             )
         return recorded["input"]
     needed = bundle.manifest.input_shape

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .._moved import moved_names
 from .start import importing, run
 
 with importing("hdrq-verify"):
@@ -97,3 +98,6 @@ def show(verification: Verification) -> None:
             stage.first_difference or "none",
         )
     Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+__getattr__ = moved_names(__name__)

@@ -141,7 +141,7 @@ class PrecisionReport(Frozen):
             text = " ".join(str(error).split())[:200]
             raise EngineError(
                 f"{file}: not what an export says of its layers ({text}); export the bundle again "
-                "with force"
+                "with `force`"
             ) from error
 
     def write(self, folder: Path) -> None:

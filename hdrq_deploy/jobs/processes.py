@@ -82,7 +82,7 @@ class Processes(Pool):
         if self._lost > RETRIES:
             raise HdrqError(
                 f"found {self._lost} workers killed (out of memory?); finished jobs are kept: "
-                "use fewer workers and call again"
+                "use fewer `workers` and call again"
             ) from error
         again, self._jobs = list(self._jobs.values()), {}
         self._pool = self._start()

@@ -64,7 +64,7 @@ def _check_room(ray: Any, threads: int, gpus: float) -> None:
     sizes = "; ".join(f"{n.get('CPU', 0):g} CPU, {n.get('GPU', 0):g} GPU" for n in nodes)
     raise HdrqError(
         f"found no node with {threads} CPU and {gpus:g} GPU (there are: {sizes}); ask for "
-        "fewer threads or GPUs"
+        "fewer `threads` or `gpus`"
     )
 
 

@@ -103,7 +103,7 @@ def _base_of(method: str, base: str | os.PathLike[str] | None) -> list[Path]:
     if not METHODS[method].needs_base:
         return []
     if base is None:
-        raise MergeError(f"found no source checkpoint; {method} needs one: give it as base")
+        raise MergeError(f"found no source checkpoint; {method} needs one: give it as `base`")
     return [Path(base)]
 
 
@@ -172,7 +172,7 @@ def _as_stored(merged: Array, stored: Stored, name: str, target: Path) -> bytes:
     if not np.isfinite(values).all() or (stored.dtype == "BF16" and _endless(data)):
         raise MergeError(
             f"{target}: found merged values of {name} beyond what {stored.dtype} holds; needed a "
-            "smaller scaling, or parents in float32"
+            "smaller `scaling`, or parents in float32"
         )
     return np.ascontiguousarray(data).tobytes()
 

@@ -46,6 +46,6 @@ def check_different(paths: Sequence[Path]) -> None:
     for path in paths:
         if path.resolve() in seen:
             raise MergeError(
-                f"found {path} twice; name every parent once, and give its share as a merge weight"
+                f"found {path} twice; name every parent once, and give its share in `weights`"
             )
         seen.add(path.resolve())

@@ -91,7 +91,7 @@ def moved(
     if not moments:
         raise MergeError(
             f"{bundle.path}: found no BatchNorm kept apart; re-estimation needs bundles that were "
-            "calibrated with BatchNorm folded into the steps, or with the method float"
+            "calibrated with BatchNorm folded into the scales (`fold` steps), or `method` float"
         )
     result = {**tensors, **moments}
     result |= _folded(bundle, result)

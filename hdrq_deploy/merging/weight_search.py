@@ -153,7 +153,7 @@ def choose_weights(
         MergeError: Images for new moments, and bundles that keep no BatchNorm separately.
     """
     if not images:
-        raise DataError("found no images; a search of merge weights needs some of every domain")
+        raise DataError("found no images; a search of merge weights needs `data` of every domain")
     parents = merger.parents
     network = Network(parents[0])
     name = _criterion_of(criterion, parents, images)
@@ -187,7 +187,7 @@ def _criterion_of(criterion: str | None, parents: Sequence[Bundle], images: Imag
         raise DataError(
             f"found images of {', '.join(images)}, bundles of {', '.join(named) or 'no one domain'}"
             f"; {name} needs the names of the bundles' domains: name the images so, or choose "
-            "the criterion information"
+            "`criterion` information"
         )
     return name
 

@@ -180,7 +180,7 @@ def test_what_cannot_be_adapted(work: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="found lr=nan"):
         AdaptationOptions(lr=float("nan"))
     recipe = AdaptationOptions(epochs=1, batch=16, lr=1e30)
-    with pytest.raises(ModelError, match="found NaN in the weights after epoch 1.*smaller lr"):
+    with pytest.raises(ModelError, match="found NaN in the weights after epoch 1.*smaller `lr`"):
         adapt("tiny_models:Tiny", image_set(images), target, weights, recipe)
 
 
@@ -197,7 +197,7 @@ def test_the_command_writes_what_calibration_reads(
         k: v.shape for k, v in base.items()
     }
     assert command.main([*argv, "--batch", "99", "-o", str(target)]) == 2
-    assert "choose a smaller batch" in capsys.readouterr().err
+    assert "choose a smaller --batch" in capsys.readouterr().err
 
 
 def test_flipping_mirrors_labels_with_their_images() -> None:

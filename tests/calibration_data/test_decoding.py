@@ -389,7 +389,7 @@ def test_damaged_files_get_one_line(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"{name}: cannot be decoded") as caught:
             read(tmp_path)
         assert "BytesIO" not in str(caught.value) and "\n" not in str(caught.value)
-        assert "skip corrupt images" in str(caught.value)
+        assert "`skip_corrupt`" in str(caught.value)
         (tmp_path / name).unlink()
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(DataError, match="gone.png: cannot be decoded .No such file"):

@@ -256,7 +256,7 @@ def test_a_killed_process_is_replaced(tmp_path: Path) -> None:
 
 def test_workers_that_are_killed_again_and_again_are_given_up(tmp_path: Path) -> None:
     work = [Job("a", suicide, {"mark": tmp_path / "none" / "a", "kills": True})]
-    killed = pytest.raises(HdrqError, match="4 workers killed.*fewer workers")
+    killed = pytest.raises(HdrqError, match="4 workers killed.*fewer `workers`")
     with killed, open_pool(2, 1, None, tmp_path) as pool:
         run_jobs(work, pool)
 

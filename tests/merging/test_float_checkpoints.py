@@ -80,7 +80,7 @@ def test_checkpoints_that_do_not_fit_are_refused(
         ([first, str(tmp_path / "odd.safetensors")], "conv.weight"),
         ([first, str(tmp_path / "junk.safetensors")], "cannot be read as safetensors"),
         ([first], "two or more"),
-        ([first, str(paths[1]), "--method", "ties"], "give it as base"),
+        ([first, str(paths[1]), "--method", "ties"], "give it as --base"),
         ([first, str(paths[1]), "--weights", "0.5", "0.6"], "sum 1.1"),
         ([first, str(paths[1]), "--weights", "auto"], "works on bundles"),
         ([first, str(paths[1]), "--weights", "half", "half"], "one number per bundle"),

@@ -62,7 +62,7 @@ def test_moments_are_those_of_the_images(
 def test_bundles_without_a_batch_norm_of_their_own_are_not_re_estimated(
     make: Any, inputs: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(MergeError, match="folded into the steps"):
+    with pytest.raises(MergeError, match="folded into the scales .`fold` steps."):
         re_estimate(make(), {"night": inputs}, tmp_path / "r.hdrq")
     with pytest.raises(HdrqError, match="2 or more"):
         re_estimate(make(fold="steps"), {"night": inputs[:1]}, tmp_path / "r.hdrq")
