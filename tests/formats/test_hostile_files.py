@@ -313,7 +313,7 @@ def test_precision_that_was_altered_is_named(
     capsys.readouterr()
     assert export_command.main(flags) == 2
     *_, last = capsys.readouterr().err.splitlines()
-    assert last.startswith("hdrq-export: ") and "precision.json" in last and "with force" in last
+    assert last.startswith("hdrq-export: ") and "precision.json" in last and "with --force" in last
     assert export_command.main([*flags, "--force"]) == 0
 
 
