@@ -38,8 +38,8 @@ from hdrq_deploy.formats.safetensors_layout import serialize
 from hdrq_deploy.graph import reference_session
 from hdrq_deploy.merging import Merger, choose_weights
 from hdrq_deploy.merging.re_estimate import moved
+from hdrq_deploy.runtime.bench import harmonic_mean
 from hdrq_deploy.runtime.bench.environment import environment
-from hdrq_deploy.runtime.bench.measurement import harmonic_mean
 
 MODEL = "hdrq_deploy.calibration_data.models:resnet14"
 DOMAINS = ("handwriting", "photo", "night")

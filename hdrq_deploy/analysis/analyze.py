@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..errors import MergeError, SpecError
+from ..formats.bench_result import harmonic_mean
 from ..formats.bundle import Bundle
 from ..formats.bundle_manifest import weight_name
 from ..merging import Merger
 from ..numerics import quantization
-from ..runtime.bench.measurement import harmonic_mean
 from ..typing import Array, Progress
 from .landscape import Landscape, Scores, Weights, real_weights, top_eigenvalue, trace
 

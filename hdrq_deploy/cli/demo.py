@@ -42,13 +42,7 @@ with importing("hdrq demo"):
     from ..reports.bench_page import page, table
     from ..reports.html import need_matplotlib
     from ..runtime import benchmark
-    from ..runtime.bench.measurement import (
-        Accuracy,
-        BenchResult,
-        Latency,
-        harmonic_mean,
-        interleaved,
-    )
+    from ..runtime.bench import Accuracy, BenchResult, Latency, harmonic_mean, interleaved
     from . import calibrate as calibrate_command
     from . import export as export_command
     from . import merge as merge_command

@@ -5,17 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from .measurement import (
-    Accuracy,
-    BenchPlan,
-    BenchResult,
-    Latency,
-    benchmark,
-    benchmark_all,
-    harmonic_mean,
-    interleaved,
-    measure,
-)
+from ...formats.bench_result import Accuracy, BenchResult, Latency, harmonic_mean
+from .measurement import benchmark, benchmark_all, interleaved
+from .timing import BenchPlan, measure
 
 __all__ = [
     "Accuracy",

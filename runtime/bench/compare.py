@@ -11,8 +11,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from ...errors import DataError
+from ...formats.bench_result import BenchResult
 from ...typing import Array
-from .measurement import BenchResult
 
 __all__ = ["Change", "compare", "read_result"]
 

@@ -15,7 +15,7 @@ import numpy as np
 from ...calibration_data.readers import Wanted, numbered, read
 from ...calibration_data.readers.street_scenes import find_scenes, is_scenes
 from ...errors import DataError
-from ...formats.bench_result import Accuracy, BenchResult, Energy, Latency, harmonic_mean
+from ...formats.bench_result import BenchResult, Energy, Latency
 from ...formats.engine_folder import GOLDEN, GRAPH, PRECISION, EngineManifest, read_manifest
 from ...formats.preprocessing import feed
 from ...typing import Array
@@ -28,16 +28,10 @@ from .segmentation_images import Pictures
 from .timing import ROUNDS, BenchPlan, latency, measure, overhead_us, phases, run_offline, speedup
 
 __all__ = [
-    "Accuracy",
-    "BenchPlan",
-    "BenchResult",
-    "Latency",
     "benchmark",
     "benchmark_all",
-    "harmonic_mean",
     "interleaved",
     "labelled",
-    "measure",
 ]
 
 Paths = Sequence[str | os.PathLike[str]]

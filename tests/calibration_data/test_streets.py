@@ -20,7 +20,7 @@ from hdrq_deploy.calibration_data.streets.make_checkpoints import CHECKPOINTS, l
 from hdrq_deploy.errors import DataError
 from hdrq_deploy.exporters import export
 from hdrq_deploy.formats.bundle import Bundle
-from hdrq_deploy.runtime.bench.measurement import BenchPlan, BenchResult, benchmark_all
+from hdrq_deploy.runtime.bench import BenchPlan, BenchResult, benchmark_all
 
 MODEL = "hdrq_deploy.calibration_data.models:streetnet"
 

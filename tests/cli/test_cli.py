@@ -19,7 +19,7 @@ from PIL import Image
 from hdrq_deploy.cli import bench, calibrate, export, inspect, merge, verify
 from hdrq_deploy.cli import main as umbrella
 from hdrq_deploy.formats.bundle import Bundle
-from hdrq_deploy.runtime.bench.measurement import BenchResult, harmonic_mean
+from hdrq_deploy.runtime.bench import BenchResult, harmonic_mean
 
 ROOT = Path(__file__).resolve().parents[2]
 

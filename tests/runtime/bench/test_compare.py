@@ -11,8 +11,8 @@ import pytest
 
 from hdrq_deploy.cli import compare as command
 from hdrq_deploy.errors import DataError
+from hdrq_deploy.runtime.bench import Accuracy, BenchResult, Latency
 from hdrq_deploy.runtime.bench.compare import compare
-from hdrq_deploy.runtime.bench.measurement import Accuracy, BenchResult, Latency
 
 
 def result(samples: Any, accuracy: float = 0.9, images: int = 500, size: int = 1000) -> BenchResult:

@@ -22,9 +22,9 @@ from hdrq_deploy.errors import DataError, EngineError
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.formats.bench_result import BenchResult
 from hdrq_deploy.runtime import Engine, benchmark, load_engine
+from hdrq_deploy.runtime.bench import BenchPlan, benchmark_all
 from hdrq_deploy.runtime.bench.accuracy import accuracy, confusion
 from hdrq_deploy.runtime.bench.environment import Watch, environment, read
-from hdrq_deploy.runtime.bench.measurement import BenchPlan, benchmark_all
 from hdrq_deploy.runtime.bench.timing import measure, speedup
 
 ROOT = Path(__file__).resolve().parents[3]
