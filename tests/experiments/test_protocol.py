@@ -308,7 +308,7 @@ def test_a_ray_address_that_does_not_answer(
 
 def test_tasks_that_fit_no_node(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    message = "found no node with 999 CPU and 0 GPU.*fewer threads"
+    message = "found no node with 999 CPU and 0 GPU.*fewer `threads`"
     with pytest.raises(HdrqError, match=message), open_pool(1, 999, "local", tmp_path):
         pass
     assert not list(tmp_path.iterdir())
