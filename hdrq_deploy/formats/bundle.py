@@ -5,6 +5,7 @@ whose initializers point into it (ONNX external data), ``manifest.json`` all the
 A merge therefore writes a new weights file of the same layout and copies the graph.
 ``golden.safetensors``, where there is one, holds a few inputs and, of a calibrated bundle,
 what the graph made of them: enough to check a machine without any data set.
+``statistics.safetensors``, where there is one, holds what a merge may use (:mod:`.statistics`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .file_kinds import BUNDLE
 from .golden_inputs import GOLDEN, read_golden
 from .records import GRAPH, MANIFEST, FileRecord
 from .safetensors_layout import Span, read_header, serialize, stored
+from .statistics import STATISTICS, Statistics, StatisticsFile
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -93,6 +95,7 @@ class Bundle:
         graph: bytes,
         golden: Mapping[str, Array] | None = None,
         check: Callable[[Bundle], None] = lambda bundle: None,
+        statistics: Statistics | None = None,
     ) -> Bundle:
         """Write a whole bundle or nothing.
 
@@ -103,6 +106,7 @@ class Bundle:
             graph: ``model.onnx`` whose external data fits the layout of ``tensors``.
             golden: ``input`` (N, ...) and, where it is known, ``output``.
             check: See :meth:`write_like`.
+            statistics: What calibration saw of the layers' inputs.
         """
         target = Path(path).absolute()
         contents = {WEIGHTS: serialize(tensors, manifest.tensors), GRAPH: graph}
@@ -116,6 +120,10 @@ class Bundle:
                 }
             }
         )
+        if statistics is not None:
+            contents[STATISTICS] = statistics.serialize()
+            record = statistics.record(contents[STATISTICS])
+            manifest = manifest.model_copy(update={"statistics": record})
         with new_directory(target, BUNDLE) as folder:
             for name, data in contents.items():
                 write_bytes(folder / name, data)
@@ -133,6 +141,7 @@ class Bundle:
         fill: Callable[[Callable[[str, Array], None]], Manifest],
         golden: Mapping[str, Array] | None = None,
         check: Callable[[Bundle], None] = lambda bundle: None,
+        statistics: Callable[[], Statistics | None] = lambda: None,
     ) -> Bundle:
         """Write a bundle with the layout and graph of another, tensor by tensor.
 
@@ -144,6 +153,7 @@ class Bundle:
             golden: See :meth:`write`.
             check: Called with the bundle before it takes its place; nothing is written where
                 it raises.
+            statistics: Called after ``fill``; what it gives is written beside the weights.
         """
         target = check_output(path, BUNDLE, [like.path])
         entries = like.manifest.tensors
@@ -170,7 +180,11 @@ class Bundle:
                 file.name: FileRecord(bytes=file.stat().st_size, sha256=sha256_file(file))
                 for file in sorted(folder.iterdir())
             }
-            manifest = manifest.model_copy(update={"files": files})
+            manifest = manifest.model_copy(update={"files": files, "statistics": None})
+            if (merged := statistics()) is not None:
+                data = merged.serialize()
+                write_bytes(folder / STATISTICS, data)
+                manifest = manifest.model_copy(update={"statistics": merged.record(data)})
             write_bytes(folder / MANIFEST, manifest.to_json())
             bundle = cls(folder, manifest)
             bundle._check_graph(spans)
@@ -192,8 +206,8 @@ class Bundle:
 
     @property
     def manifest_sha256(self) -> str:
-        """Hash that names the whole bundle: the manifest holds those of its files."""
-        return sha256_bytes(self.manifest.to_json())
+        """Hash that names the whole bundle but for its statistics: it covers those of its files."""
+        return sha256_bytes(self.manifest.identity())
 
     @property
     def graph_sha256(self) -> str:
@@ -250,6 +264,15 @@ class Bundle:
         except ValueError as error:
             raise self._error(GRAPH, str(error)) from error
 
+    def statistics(self) -> StatisticsFile | None:
+        """What calibration saw of the layers' inputs; None where the bundle does not hold it.
+
+        Raises:
+            BundleError: The file is not there, or holds other tensors than the manifest says.
+        """
+        record = self.manifest.statistics
+        return None if record is None else StatisticsFile(self.path / STATISTICS, record)
+
     def output_shape(self) -> tuple[int | str, ...]:
         """Shape of the network's output; a str dimension is free."""
         (output, *_) = self.graph().graph.output
@@ -262,7 +285,10 @@ class Bundle:
             BundleError: Names the first contradiction.
         """
         for name in {WEIGHTS: None, GRAPH: None, **self.manifest.files}:
-            self._check_file(name)
+            self._check_file(name, self.manifest.files.get(name))
+        if self.manifest.statistics is not None:
+            self._check_file(STATISTICS, self.manifest.statistics.file)
+            self.statistics()
         spans = read_header(self.path / WEIGHTS)
         self._check_same(set(spans), set(self.manifest.tensors), WEIGHTS)
         for name, entry in self.manifest.tensors.items():
@@ -289,8 +315,7 @@ class Bundle:
             missing, extra = sorted(needed - given)[:1], sorted(given - needed)[:1]
             raise self._error(file, f"tensors missing {missing or 'none'}, extra {extra or 'none'}")
 
-    def _check_file(self, name: str) -> None:
-        record = self.manifest.files.get(name)
+    def _check_file(self, name: str, record: FileRecord | None) -> None:
         if record is None:
             raise self._error(MANIFEST, f"no hash of {name}")
         file = self.path / name

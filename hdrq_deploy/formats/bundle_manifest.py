@@ -20,6 +20,7 @@ from .records import (
     Share,
     Tolerances,
 )
+from .statistics import StatisticsRecord
 
 __all__ = ["Activation", "FoldRecord", "Layer", "Manifest", "ParentRecord", "Tensor", "weight_name"]
 
@@ -172,6 +173,8 @@ class Manifest(Frozen):
     parents: tuple[ParentRecord, ...] = ()
     versions: dict[str, str] = Field(default_factory=dict)
     files: Files = Field(default_factory=dict)
+    # Outside the bundle's identity: see ``identity``.
+    statistics: StatisticsRecord | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
@@ -187,7 +190,23 @@ class Manifest(Frozen):
         for layer in self.layers:
             if layer.weight is not None:
                 self._need(layer.weight, None, f"the weight of {layer.module}")
+        if self.statistics is not None:
+            self._check_statistics(self.statistics)
         return self
+
+    def _check_statistics(self, statistics: StatisticsRecord) -> None:
+        for layer in statistics.layers:
+            weight = self._need(layer.weight, None, "statistics")
+            per_row = layer.features * (1 if layer.layout == "matmul" else layer.groups)
+            if math.prod(weight.shape) % per_row:
+                raise ValueError(
+                    f"found statistics of {layer.groups} x {layer.features} features for "
+                    f"{layer.weight} of shape {weight.shape}"
+                )
+            if layer.bias is not None:
+                self._need(layer.bias, None, f"the bias of {layer.weight}")
+        for name in statistics.histograms:
+            self._need(name, (), "a histogram")
 
     def _need(self, name: str, shape: tuple[int, ...] | None, what: str) -> Tensor:
         entry = self.tensors.get(name)
@@ -215,7 +234,14 @@ class Manifest(Frozen):
 
     def to_json(self) -> bytes:
         """The text of ``manifest.json``."""
-        return (self.model_dump_json(indent=1) + "\n").encode()
+        return self.identity() if self.statistics is None else self._text(set())
+
+    def identity(self) -> bytes:
+        """The text without the statistics: bundles of equal text are the same bundle."""
+        return self._text({"statistics"})
+
+    def _text(self, left_out: set[str]) -> bytes:
+        return (self.model_dump_json(indent=1, exclude=left_out) + "\n").encode()
 
     @classmethod
     def from_json(cls, text: bytes, origin: str) -> Manifest:

@@ -1,0 +1,232 @@
+"""``statistics.safetensors`` of a bundle: what calibration saw of every layer's inputs.
+
+A merge by regression, and rounding that compensates its own errors, read it; an engine does not.
+The file is optional and lies outside the bundle's identity: a bundle without it is the same
+bundle. For every layer with a weight it holds ``NAME/mean``, ``NAME/diagonal`` (float32) and
+``NAME/factor`` (float16, each row divided by its largest magnitude) with ``NAME/factor_scale``
+(float32); ``NAME`` is the weight's tensor in the manifest. For every activation quantizer it holds
+``NAME/histogram`` (float32 counts) over equal bins of ``NAME/range`` (float32, lowest and
+highest); ``NAME`` is its scale's tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.numpy
+from pydantic import Field, model_validator
+
+from ..errors import BundleError
+from ..numerics.layer_statistics import InputStatistics
+from ..typing import Array
+from .atomic_files import sha256_bytes
+from .records import MOST_ELEMENTS, FileRecord, Frozen
+from .safetensors_layout import read_header
+
+__all__ = [
+    "STATISTICS",
+    "Histogram",
+    "LayerRecord",
+    "Statistics",
+    "StatisticsFile",
+    "StatisticsRecord",
+]
+
+STATISTICS = "statistics.safetensors"
+
+Layout = Literal["conv", "linear", "matmul", "transposed"]
+Count = Annotated[int, Field(ge=1)]
+
+
+class LayerRecord(Frozen):
+    """One layer whose inputs were seen.
+
+    ``weight`` and ``bias`` name tensors of the bundle; without a ``bias`` the layer has none, or
+    what stands there is not its own (BatchNorm carried by the scales). ``layout`` says how the
+    weight's axes are made of outputs and features: ``conv`` (outputs, inputs / groups, kernel...),
+    ``linear`` (outputs, features), ``matmul`` (features, outputs), ``transposed``
+    (features = inputs, outputs / groups, kernel...).
+    """
+
+    weight: str
+    bias: str | None
+    layout: Layout
+    groups: Count
+    features: Count
+    rank: Annotated[int, Field(ge=0)]
+    rows: Annotated[float, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _check(self) -> LayerRecord:
+        if self.rank > self.features or self.groups * self.features**2 > MOST_ELEMENTS:
+            raise ValueError(f"found rank {self.rank} of {self.groups} x {self.features} features")
+        return self
+
+
+class StatisticsRecord(Frozen):
+    """What the manifest says of ``statistics.safetensors``."""
+
+    schema_version: Literal[1] = 1
+    rank: Annotated[int, Field(ge=0)] | Literal["full"]
+    layers: tuple[LayerRecord, ...]
+    histograms: tuple[str, ...] = ()
+    file: FileRecord
+
+    def layer(self, weight: str) -> LayerRecord | None:
+        """The record of a weight; None where nothing was seen of its inputs."""
+        return next((layer for layer in self.layers if layer.weight == weight), None)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Values of one activation, before it was quantized.
+
+    Attributes:
+        low, high: Edges of the first and the last of the equal bins.
+        counts: (bins,) float32.
+    """
+
+    low: float
+    high: float
+    counts: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics of a bundle in memory, by the names of its tensors.
+
+    Attributes:
+        rank: Rank that was asked for.
+        layouts: Bias, layout and so on of every layer; see :class:`LayerRecord`.
+        layers: Statistics of the inputs of every layer in ``layouts``, by its weight.
+        histograms: Values of every activation, by its scale.
+    """
+
+    rank: int | Literal["full"]
+    layouts: Mapping[str, tuple[str | None, Layout]]
+    layers: Mapping[str, InputStatistics]
+    histograms: Mapping[str, Histogram]
+
+    def serialize(self) -> bytes:
+        """The bytes of ``statistics.safetensors``."""
+        tensors: dict[str, Array] = {}
+        for name, statistics in self.layers.items():
+            largest = np.abs(statistics.factor).max(2, initial=0.0)
+            divisor = np.where(largest > 0, largest, 1.0)[:, :, None]
+            tensors[f"{name}/mean"] = statistics.mean
+            tensors[f"{name}/diagonal"] = statistics.diagonal
+            tensors[f"{name}/factor"] = (statistics.factor / divisor).astype(np.float16)
+            tensors[f"{name}/factor_scale"] = largest.astype(np.float32)
+        for name, histogram in self.histograms.items():
+            tensors[f"{name}/histogram"] = histogram.counts.astype(np.float32)
+            tensors[f"{name}/range"] = np.array([histogram.low, histogram.high], np.float32)
+        return safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in tensors.items()})
+
+    def record(self, data: bytes) -> StatisticsRecord:
+        """The entry of the manifest; ``data`` is what :meth:`serialize` gave."""
+        layers = [
+            LayerRecord(
+                weight=name,
+                bias=self.layouts[name][0],
+                layout=self.layouts[name][1],
+                groups=statistics.groups,
+                features=statistics.features,
+                rank=statistics.rank,
+                rows=statistics.rows,
+            )
+            for name, statistics in self.layers.items()
+        ]
+        return StatisticsRecord(
+            rank=self.rank,
+            layers=tuple(layers),
+            histograms=tuple(self.histograms),
+            file=FileRecord(bytes=len(data), sha256=sha256_bytes(data)),
+        )
+
+
+class StatisticsFile:
+    """``statistics.safetensors``, read layer by layer.
+
+    Raises:
+        BundleError: The file cannot be read, or holds other tensors than the record says.
+    """
+
+    def __init__(self, path: Path, record: StatisticsRecord) -> None:
+        self.path, self.record = path, record
+        self._layers = {layer.weight: layer for layer in record.layers}
+        needed = _needed(record.layers, record.histograms)
+        spans = read_header(path)
+        given = {name: (span.dtype, span.shape) for name, span in spans.items()}
+        for name in [*needed, *given]:
+            wanted, has = needed.get(name), given.get(name)
+            fits = has is not None and wanted is not None and has[0] == wanted[0]
+            if not fits or (wanted and wanted[1] and has and has[1] != wanted[1]):
+                raise BundleError(
+                    f"{path}: found {name} as {has}, the manifest says {wanted}; run hdrq strip, "
+                    "or calibrate again"
+                )
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Weights of the layers that were seen."""
+        return tuple(self._layers)
+
+    def layer(self, weight: str) -> InputStatistics:
+        """Statistics of the inputs of one layer.
+
+        Raises:
+            BundleError: The file cannot be read, or holds values that are not finite.
+        """
+        mean, diagonal, factor, scale = self._read(
+            f"{weight}/mean", f"{weight}/diagonal", f"{weight}/factor", f"{weight}/factor_scale"
+        )
+        real = factor.astype(np.float32) * scale[:, :, None]
+        return InputStatistics(self._layers[weight].rows, mean, np.maximum(diagonal, 0), real)
+
+    def histogram(self, scale: str) -> Histogram:
+        """Values of one activation, by the name of its scale.
+
+        Raises:
+            BundleError: The file cannot be read, or holds values that are not finite.
+        """
+        counts, edges = self._read(f"{scale}/histogram", f"{scale}/range")
+        return Histogram(float(edges[0]), float(edges[1]), counts)
+
+    def _read(self, *names: str) -> list[Array]:
+        try:
+            with safetensors.safe_open(self.path, framework="numpy") as file:
+                arrays = [file.get_tensor(name) for name in names]
+        except (OSError, safetensors.SafetensorError) as error:
+            raise BundleError(
+                f"{self.path}: cannot be read ({error}); run hdrq strip, or calibrate again"
+            ) from error
+        for name, array in zip(names, arrays, strict=True):
+            if not np.isfinite(array).all():
+                raise BundleError(
+                    f"{self.path}: found NaN or infinity in {name}; run hdrq strip, or calibrate "
+                    "again"
+                )
+        return arrays
+
+
+def _needed(
+    layers: Sequence[LayerRecord], histograms: Sequence[str]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of every tensor; an empty shape is any."""
+    needed: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for layer in layers:
+        each = (layer.groups, layer.features)
+        needed[f"{layer.weight}/mean"] = ("F32", each)
+        needed[f"{layer.weight}/diagonal"] = ("F32", each)
+        needed[f"{layer.weight}/factor"] = ("F16", (layer.groups, layer.rank, layer.features))
+        needed[f"{layer.weight}/factor_scale"] = ("F32", (layer.groups, layer.rank))
+    for name in histograms:
+        needed[f"{name}/histogram"] = ("F32", ())
+        needed[f"{name}/range"] = ("F32", (2,))
+    return needed
