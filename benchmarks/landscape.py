@@ -1,0 +1,131 @@
+"""Is the ground around HDRQ's models flatter than around QDrop's, and do merges show it?
+
+    python benchmarks/landscape.py --cells build/merge_statistics --results benchmarks/results
+
+Analyses (``hdrq analyze``) the parents that ``benchmarks/merge_statistics.py`` calibrated on the
+digits with both methods, on test images, and draws ``docs/landscape.svg`` out of the committed
+figures (``--draw`` draws only).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hdrq_deploy import Bundle
+from hdrq_deploy.analysis import Settings, analyze
+from hdrq_deploy.formats.atomic_files import write_bytes
+from hdrq_deploy.runtime.bench.environment import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+DOMAINS = ("handwriting", "photo", "night")
+METHODS = ("qdrop", "hdrq")
+BITS = ("w4a4", "w3a3")
+SEEDS = (0, 1, 2)
+IMAGES = 250
+# The plane and the spread over rounding seeds once; barriers and curvature for every seed.
+WHOLE = Settings(points=11, noises=3, grid=13, seeds=32, candidates=30, products=20)
+BRIEF = Settings(points=11, noises=3, grid=0, seeds=2, candidates=1, products=20)
+
+
+def analysis(cells: Path, method: str, bits: str, seed: int) -> dict[str, Any]:
+    """The analysis of the three parents of one method."""
+    from hdrq_deploy.calibration_data import digits
+
+    bundles = [
+        Bundle.open(cells / f"digits-{method}-{bits}-weights-s{seed}-{domain}.hdrq")
+        for domain in DOMAINS
+    ]
+    data = {}
+    for domain in DOMAINS:
+        split = digits.make(domain, "test")
+        pixels = np.ascontiguousarray(split.images.transpose(0, 3, 1, 2))
+        data[domain] = (pixels[:IMAGES].astype(np.float32) / 255, split.labels[:IMAGES])
+    result = analyze(bundles, data, None, WHOLE if seed == SEEDS[0] else BRIEF)
+    kept = ("barriers", "curvature", "surface", "rounding")
+    return {"method": method, "bits": bits, "seed": seed, **{key: result[key] for key in kept}}
+
+
+def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
+    """Barriers, curvature and the plane of both methods as one picture."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    colours = {"qdrop": "#b5651d", "hdrq": "#1f6fb2"}
+    with rc_context({"svg.hashsalt": "hdrq", "svg.fonttype": "path", "font.size": 9}):
+        figure = Figure(figsize=(10, 6.4), layout="constrained")
+        axes = figure.subplots(2, 3)
+        for line, bits in zip(axes, BITS, strict=True):
+            own = [row for row in rows if row["bits"] == bits]
+            _barriers(line[0], own, colours)
+            line[0].set_title(f"{bits.upper()}: loss between two models, rounded")
+            for axis, method in zip(line[1:], METHODS, strict=True):
+                row = next(r for r in own if r["method"] == method and r["surface"])
+                _surface(axis, row["surface"])
+                axis.set_title(f"{bits.upper()}, {method} parents: loss on their plane")
+        figure.savefig(target, metadata={"Date": None})
+
+
+def _barriers(axis: Any, rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
+    """Mean over pairs and seeds of the loss along the line, less that of the ends."""
+    for method, colour in colours.items():
+        curves = []
+        for row in rows:
+            for barrier in row["barriers"] if row["method"] == method else ():
+                loss = np.array(barrier["loss"]["quantized"])
+                ends = np.linspace(loss[0], loss[-1], len(loss))
+                curves.append(loss - ends)
+        place = np.linspace(0, 1, len(curves[0]))
+        axis.fill_between(place, np.min(curves, 0), np.max(curves, 0), color=colour, alpha=0.15)
+        axis.plot(place, np.mean(curves, 0), color=colour, label=method)
+    axis.set_xlabel("share of the second model")
+    axis.set_ylabel("nats above the ends")
+    axis.legend()
+
+
+def _surface(axis: Any, surface: Mapping[str, Any]) -> None:
+    x, y = np.array(surface["x"]), np.array(surface["y"])
+    loss = np.log10(np.array(surface["loss"]))
+    axis.contourf(x, y, loss, levels=np.linspace(-2, 1, 13), extend="both", cmap="viridis")
+    for name, (a, b) in surface["points"].items():
+        is_merge = name.startswith("merged")
+        axis.plot(a, b, "w*" if is_merge else "ro", markersize=7 if is_merge else 4)
+        if not is_merge:
+            axis.annotate(name, (a, b), color="white", fontsize=7)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Analyse, write JSON, draw."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cells", type=Path, default=Path("build/merge_statistics"))
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--draw", action="store_true", help="draw the committed figures, no more")
+    args = parser.parse_args(argv)
+    target = args.results / "landscape.json"
+    if not args.draw:
+        rows = []
+        for seed in SEEDS:
+            for bits in BITS:
+                for method in METHODS:
+                    rows.append(analysis(args.cells / "cells", method, bits, seed))
+                    print(method, bits, seed, rows[-1]["curvature"], flush=True)
+        record = {
+            "schema_version": 1,
+            "images_per_domain": IMAGES,
+            "environment": environment(),
+            "rows": rows,
+        }
+        write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
+    draw(json.loads(target.read_text())["rows"], ROOT / "docs" / "landscape.svg")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

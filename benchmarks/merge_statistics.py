@@ -1,0 +1,410 @@
+"""What does a merge gain from the statistics that calibration keeps?
+
+    python benchmarks/merge_statistics.py --out build/merge_statistics --results benchmarks/results
+
+Bundles of the digits and of the drawn streets, calibrated by every method and bit-width of
+``PARENTS``, are merged in every way of ``WAYS``: weighted mean or regression, rounded to nearest,
+by the paper's draws, or with compensated errors; at the parents' bits, or at fewer than theirs
+(``--wbits``). Every merge is a bundle as ``hdrq-merge`` writes it, and its graph is run unfused on
+the test images. Cells and rows that are there are not made again, so a stopped run resumes.
+Nothing was chosen on the test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from itertools import combinations
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hdrq_deploy import Bundle, merge
+from hdrq_deploy.experiments.tasks import Task, made, write_made
+from hdrq_deploy.formats.atomic_files import write_bytes
+from hdrq_deploy.formats.bench_result import harmonic_mean
+from hdrq_deploy.formats.bundle import GRAPH
+from hdrq_deploy.graph import reference_session
+from hdrq_deploy.merging import re_estimate
+from hdrq_deploy.runtime.bench.accuracy import confusion
+from hdrq_deploy.runtime.bench.environment import environment
+from hdrq_deploy.runtime.predictions import enlarge
+
+Array = npt.NDArray[Any]
+TASKS = {"digits": "office-home", "streets": "segmentation"}
+ITERS = 200
+# Rates for 200 iterations, each the best of four a factor of about three apart by the error of
+# the blocks' outputs on calibration images (``--tune``).
+RATES = {
+    "digits": {"hdrq": 3e-3, "qdrop": 3e-2},
+    "streets": {"hdrq": 3e-3, "qdrop": 1e-1},
+}
+RATES_TRIED = {"hdrq": (3e-4, 1e-3, 3e-3, 1e-2), "qdrop": (3e-3, 1e-2, 3e-2, 1e-1)}
+BITS = ((8, 8), (4, 8), (4, 4), (3, 3), (8, 4), (8, 3))
+ROUNDING_SEEDS = 4
+RENEW_IMAGES = {"digits": 64, "streets": 16}
+
+
+@dataclass(frozen=True)
+class Parents:
+    """How the bundles of all domains are calibrated."""
+
+    task: str
+    method: str
+    wbits: int
+    abits: int
+    fold: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The start of the cells' names."""
+        bits = "" if self.method == "float" else f"-w{self.wbits}a{self.abits}-{self.fold}"
+        return f"{self.task}-{self.method}{bits}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to merge: method, rounding, bits of the merged weights, new BatchNorm moments."""
+
+    method: str
+    rounding: str
+    wbits: int | None = None
+    renewed: bool = False
+
+    @property
+    def name(self) -> str:
+        """``regression-compensated-w3``."""
+        text = f"{self.method}-{self.rounding}"
+        text += "" if self.wbits is None else f"-w{self.wbits}"
+        return text + ("-renewed" if self.renewed else "")
+
+
+def ways(parents: Parents) -> Iterator[Way]:
+    """All ways to merge some parents."""
+    if parents.method == "float":
+        yield from (Way(method, "nearest") for method in ("mean", "regression"))
+        return
+    for rounding in ("nearest", "advanced", "compensated"):
+        yield Way("mean", rounding)
+    for rounding in ("nearest", "compensated"):
+        yield Way("regression", rounding)
+    if parents.fold == "steps":
+        for way in (("mean", "nearest"), ("mean", "compensated"), ("regression", "compensated")):
+            yield Way(*way, renewed=True)
+    if parents.wbits == 8:
+        for bits in (4, 3):
+            for way in (
+                ("mean", "nearest"),
+                ("mean", "compensated"),
+                ("regression", "compensated"),
+            ):
+                yield Way(*way, bits)
+
+
+def grid(task: str, seeds: Sequence[int]) -> Iterator[Parents]:
+    """All parents of a task, the most telling ones first."""
+    yield Parents(task, "float", 8, 8, "weights", 0)
+    for seed in seeds:
+        for method, fold in (
+            ("hdrq", "weights"),
+            ("qdrop", "weights"),
+            ("rtn", "weights"),
+            ("hdrq", "steps"),
+        ):
+            for wbits, abits in BITS:
+                if seed == 0 or method != "rtn":  # nothing is drawn
+                    yield Parents(task, method, wbits, abits, fold, seed)
+
+
+@cache
+def task_of(name: str, out: Path) -> Task:
+    """The task, its images written where they are missing."""
+    write_made(TASKS[name], out)
+    return made(TASKS[name], out)
+
+
+@cache
+def images_of(task: str, domain: str, split: str) -> tuple[Array, Array]:
+    """Inputs (N, 3, H, W) and labels of one split."""
+    from hdrq_deploy.calibration_data import digits, streets
+
+    data = (digits if task == "digits" else streets).make(domain, split)
+    pixels = np.ascontiguousarray(data.images.transpose(0, 3, 1, 2))
+    return pixels.astype(np.float32) / 255, data.labels
+
+
+def calibrated(parents: Parents, domain: str, out: Path, rate: float | None = None) -> Path:
+    """The bundle of one domain, made where it is missing."""
+    import torch
+
+    from hdrq_deploy.calibration.methods import Options
+    from hdrq_deploy.calibration.pipeline import run_calibration
+    from hdrq_deploy.calibration.request import CalibrationRequest
+
+    torch.set_num_threads(1)
+    task = task_of(parents.task, out)
+    rate = rate or RATES[parents.task].get(parents.method)
+    suffix = "" if rate == RATES[parents.task].get(parents.method) else f"-lr{rate:g}"
+    path = out / "cells" / f"{parents.name}{suffix}-{domain}.hdrq"
+    if path.exists():
+        return path
+    learning = dict(task.learning.get(parents.method, {}))
+    if rate is not None:
+        learning |= {"iters": ITERS, "lr": rate}
+    place = next(d for d in task.domains if d.name == domain)
+    request = CalibrationRequest(
+        model=task.model,
+        data=place.images,
+        domain=domain,
+        output=path,
+        weights=place.weights,
+        base=task.source,
+        method=parents.method,
+        wbits=parents.wbits,
+        abits=parents.abits,
+        fold=parents.fold,
+        options=Options.of(parents.method, **learning),
+        images=task.images,
+        wanted=task.wanted,
+        seed=parents.seed,
+        resume=True,
+    )
+    run_calibration(request)
+    return path
+
+
+def logits_of(bundle: Bundle, images: Array, batch: int = 32) -> Array:
+    """Outputs of a bundle's graph, every operator as it is written."""
+    session = reference_session.unfused_session(bundle.path / GRAPH, None, threads=1)
+    port = session.get_inputs()[0].name
+    parts = [
+        session.run(None, {port: images[i : i + batch]})[0] for i in range(0, len(images), batch)
+    ]
+    return np.concatenate(parts)
+
+
+def accuracy(bundle: Bundle, task: str, domain: str) -> float:
+    """Top-1 accuracy, or mean intersection over union, on the test images of a domain."""
+    images, labels = images_of(task, domain, "test")
+    return scored(logits_of(bundle, images), labels)
+
+
+def scored(logits: Array, labels: Array) -> float:
+    """Top-1 accuracy, or for label maps mean intersection over union."""
+    if labels.ndim == 1:
+        return float((logits.argmax(1) == labels).mean())
+    size = (labels.shape[1], labels.shape[2])
+    predicted = np.stack([enlarge(row, size).argmax(0) for row in logits])
+    table = confusion(labels, predicted, logits.shape[1])
+    hits, rows, columns = np.diag(table), table.sum(1), table.sum(0)[:-1]
+    counted = rows + columns - hits
+    return float(np.mean(hits[counted > 0] / counted[counted > 0]))
+
+
+def groups_of(task: Task) -> list[tuple[str, ...]]:
+    """All pairs of domains, and all domains."""
+    names = tuple(domain.name for domain in task.domains)
+    return [*combinations(names, 2), names]
+
+
+def evaluate(parents: Parents, out: Path) -> list[dict[str, Any]]:
+    """All merges of some parents on the test images, in %."""
+    task = task_of(parents.task, out)
+    names = [domain.name for domain in task.domains]
+    bundles = {name: Bundle.open(calibrated(parents, name, out)) for name in names}
+    single = {name: accuracy(bundles[name], parents.task, name) for name in names}
+    rows = []
+    for group in groups_of(task):
+        own = {name: single[name] for name in group}
+        rows.append(record(parents, group, "single", [own]))
+        for way in ways(parents):
+            draws = ROUNDING_SEEDS if way.rounding == "advanced" else 1
+            measured = [
+                merged(parents, [bundles[name] for name in group], way, group, draw)
+                for draw in range(draws)
+            ]
+            rows.append(record(parents, group, way.name, measured))
+    return rows
+
+
+def merged(
+    parents: Parents, bundles: Sequence[Bundle], way: Way, group: Sequence[str], draw: int
+) -> dict[str, float]:
+    """Accuracies of one merge on the domains of its parents."""
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = merge(
+            bundles,
+            Path(folder) / "merged.hdrq",
+            method=way.method,
+            rounding=way.rounding,
+            wbits=way.wbits,
+            candidates=30,  # as in the paper
+            seed=draw,
+            threads=1,
+        )
+        if way.renewed:
+            count = RENEW_IMAGES[parents.task]
+            images = {d: images_of(parents.task, d, "calibration")[0][:count] for d in group}
+            bundle = re_estimate(bundle, images, Path(folder) / "renewed.hdrq", draw)
+        return {name: accuracy(bundle, parents.task, name) for name in group}
+
+
+def record(
+    parents: Parents, group: Sequence[str], way: str, measured: Sequence[dict[str, float]]
+) -> dict[str, Any]:
+    """A row: harmonic means in %, one for each rounding seed."""
+    return {
+        "task": parents.task,
+        "parents": parents.method,
+        "bits": "" if parents.method == "float" else f"w{parents.wbits}a{parents.abits}",
+        "fold": parents.fold,
+        "seed": parents.seed,
+        "members": list(group),
+        "way": way,
+        "domains": {
+            name: round(100 * statistics.fmean(row[name] for row in measured), 2) for name in group
+        },
+        "harmonic_means": [round(100 * harmonic_mean(list(row.values())), 2) for row in measured],
+    }
+
+
+def folded_float(task: str, out: Path) -> list[dict[str, Any]]:
+    """The float weights with BatchNorm folded, averaged: the paper's upper row."""
+    import torch
+
+    from hdrq_deploy.calibration.capture import capture
+    from hdrq_deploy.calibration.fold_batch_norm import fold_batch_norm, fold_constants
+    from hdrq_deploy.calibration.loading import load_model, load_state, put_state
+
+    graphs, rows = {}, []
+    names = [domain.name for domain in task_of(task, out).domains]
+    for name in names:
+        place = next(d for d in task_of(task, out).domains if d.name == name)
+        network = load_model(task_of(task, out).model)
+        put_state(network, load_state(network, place.weights, "weights"))
+        graph = capture(network.eval(), torch.from_numpy(images_of(task, name, "test")[0][:2]))
+        fold_constants(graph)
+        fold_batch_norm(graph)
+        graphs[name] = graph.module
+    for group in groups_of(task_of(task, out)):
+        states = [graphs[name].state_dict() for name in group]
+        model = graphs[group[0]]
+        own = {key: value.clone() for key, value in model.state_dict().items()}
+        model.load_state_dict(
+            {
+                key: sum(s[key] for s in states) / len(states) if v.is_floating_point() else v
+                for key, v in own.items()
+            }
+        )
+        measured = {}
+        for name in group:
+            images, labels = images_of(task, name, "test")
+            with torch.no_grad():
+                parts = torch.from_numpy(images).split(32)
+                logits = torch.cat([model(part) for part in parts]).numpy()
+            measured[name] = scored(logits, labels)
+        model.load_state_dict(own)
+        parents = Parents(task, "float", 32, 32, "weights", 0)
+        rows.append(record(parents, group, "mean-folded", [measured]))
+    return rows
+
+
+def tune(task: str, out: Path) -> list[dict[str, Any]]:
+    """How much the merged triple differs from each domain's float model, for every rate tried.
+
+    Cross entropy with the predictions of the domain's float model on 128 calibration images a
+    domain, in nats; W4A4, rounded to nearest. No label is read.
+    """
+    from hdrq_deploy.merging.weight_search import score
+
+    rows = []
+    names = [domain.name for domain in task_of(task, out).domains]
+    floats = Parents(task, "float", 8, 8, "weights", 0)
+    for method, rates in RATES_TRIED.items():
+        parents = Parents(task, method, 4, 4, "weights", 0)
+        for rate in rates:
+            bundles = [Bundle.open(calibrated(parents, name, out, rate)) for name in names]
+            with tempfile.TemporaryDirectory() as folder:
+                bundle = merge(
+                    bundles, Path(folder) / "m.hdrq", method="mean", rounding="nearest", threads=1
+                )
+                differences = []
+                for name in names:
+                    images = images_of(task, name, "calibration")[0][:128]
+                    judge = logits_of(Bundle.open(calibrated(floats, name, out)), images)
+                    differences.append(score("agreement", logits_of(bundle, images), judge))
+            rows.append({"task": task, "method": method, "rate": rate, "nats": differences})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def work(parents: Parents, out: Path) -> str:
+    """Rows of some parents, kept on disk."""
+    target = out / "rows" / f"{parents.name}.json"
+    if not target.exists():
+        write_bytes(target, json.dumps(evaluate(parents, out)).encode())
+    return parents.name
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Calibrate, merge, measure, and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("build/merge_statistics"))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread")
+    parser.add_argument("--tune", action="store_true", help="compare the rates that are tried")
+    parser.add_argument("--collect", action="store_true", help="write the finished rows, no more")
+    args = parser.parse_args(argv)
+    out = args.out.absolute()
+    (out / "rows").mkdir(parents=True, exist_ok=True)
+    for task in args.tasks:
+        task_of(task, out)
+    if args.tune:
+        for task in args.tasks:
+            rows = tune(task, out)
+            write_bytes(out / f"tuning-{task}.json", json.dumps(rows).encode())
+        return 0
+    parents = [p for seed in args.seeds for t in args.tasks for p in grid(t, [seed])]
+    parents = list(dict.fromkeys(parents))
+    if not args.collect:
+        with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+            futures = [pool.submit(work, p, out) for p in parents]
+            for i, future in enumerate(as_completed(futures)):
+                print(f"{i + 1}/{len(futures)} {future.result()}", flush=True)
+    files = [out / "rows" / f"{p.name}.json" for p in parents]
+    rows = [row for file in files if file.exists() for row in json.loads(file.read_text())]
+    for task in args.tasks:
+        rows += folded_float(task, out)
+    tunings = [out / f"tuning-{task}.json" for task in args.tasks]
+    result = {
+        "schema_version": 1,
+        "iterations_per_block": ITERS,
+        "rates": RATES,
+        "rates_tried": [r for f in tunings if f.exists() for r in json.loads(f.read_text())],
+        "rounding_seeds": ROUNDING_SEEDS,
+        "missing": [f.stem for f in files if not f.exists()],
+        "environment": {**environment(), "torch": version("torch")},
+        "rows": rows,
+    }
+    write_bytes(
+        args.results / "merge_statistics.json", (json.dumps(result, indent=1) + "\n").encode()
+    )
+    print(f"{len(rows)} rows in {args.results / 'merge_statistics.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
