@@ -9,6 +9,7 @@ no torch for .safetensors.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import importlib.util
 import logging
@@ -32,6 +33,7 @@ __all__ = [
     "Checkpoint",
     "Stored",
     "bare_names",
+    "checkpoint_sha256",
     "from_float32",
     "is_checkpoint",
     "open_checkpoint",
@@ -130,6 +132,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 "bfloat16: convert it"
             )
     return opened
+
+
+def checkpoint_sha256(checkpoint: Checkpoint) -> str:
+    """Hash of names and values, whatever format and metadata the file has.
+
+    Counters of batches are left out: no network computes with them.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(checkpoint.tensors):
+        if not name.endswith("num_batches_tracked"):
+            digest.update(f"{name}\0{checkpoint.tensors[name].shape}\0".encode())
+            digest.update(np.ascontiguousarray(checkpoint.read(name)).tobytes())
+    return digest.hexdigest()
 
 
 def _together(folder: Path, parts: Mapping[str, Checkpoint]) -> Checkpoint:

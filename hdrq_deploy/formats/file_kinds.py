@@ -16,6 +16,7 @@ from typing import Any
 from .atomic_files import FileKind, FolderKind, read_json
 from .records import MANIFEST
 from .safetensors_layout import read_metadata
+from .statistics import STATISTICS
 
 __all__ = [
     "ADAPTED",
@@ -27,6 +28,7 @@ __all__ = [
     "BUNDLE",
     "CELL_INPUTS",
     "CELL_ROW",
+    "CHECKPOINT_STATISTICS",
     "COMPARE_JSON",
     "DEMO_COMMANDS",
     "DEMO_HTML",
@@ -51,7 +53,8 @@ __all__ = [
 _HEAD = 4096
 PICTURE_MARK = ("Software", "hdrq-deploy")
 
-BUNDLE = FolderKind("hdrq-bundle", MANIFEST)
+# Statistics are no part of a bundle's identity, so the manifest names them apart.
+BUNDLE = FolderKind("hdrq-bundle", MANIFEST, more=re.escape(STATISTICS))
 ENGINE = FolderKind("hdrq-engine", MANIFEST)
 ANALYSIS = FolderKind("hdrq-analysis", "report.json", before=("report.html",))
 SENSITIVITY = FolderKind("hdrq-sensitivity", "sensitivity.json", before=("sensitivity.svg",))
@@ -140,6 +143,14 @@ def _is_adapting(path: Path) -> bool:
     return all(key in text for key in (b"run", b"epoch", b"source_sha256", b"data_sha256"))
 
 
+def _is_statistics(path: Path) -> bool:
+    try:
+        record = json.loads(read_metadata(path).get("statistics", "null"))
+    except (ValueError, TypeError):
+        return False
+    return isinstance(record, dict) and record.get("kind") == "hdrq-statistics"
+
+
 def _is_picture(path: Path) -> bool:
     key, value = PICTURE_MARK
     head = _head(path)
@@ -155,6 +166,7 @@ def _is_timing_cache(path: Path) -> bool:
 ADAPTED = _checkpoint_kind("adapted", "checkpoint of hdrq adapt")
 TRAINED = _checkpoint_kind("trained", "checkpoint of a made benchmark")
 MERGED = _checkpoint_kind("merged", "checkpoint of hdrq-merge")
+CHECKPOINT_STATISTICS = FileKind("statistics of a checkpoint", _is_statistics)
 ADAPTING = FileKind("unfinished adaptation", _is_adapting)
 BENCH_JSON = _json_kind("hdrq-bench", "result of hdrq-bench")
 BENCH_CSV = _text_kind(

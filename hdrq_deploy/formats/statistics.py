@@ -7,6 +7,9 @@ bundle. For every layer with a weight it holds ``NAME/mean``, ``NAME/diagonal`` 
 (float32); ``NAME`` is the weight's tensor in the manifest. For every activation quantizer it holds
 ``NAME/histogram`` (float32 counts) over equal bins of ``NAME/range`` (float32, lowest and
 highest); ``NAME`` is its scale's tensor.
+
+The same tensors are a file of their own for a float checkpoint: names are then the checkpoint's,
+and the record lies in the file's metadata (:func:`read_statistics`).
 """
 
 from __future__ import annotations
@@ -20,25 +23,28 @@ import numpy as np
 import numpy.typing as npt
 import safetensors
 import safetensors.numpy
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ..errors import BundleError
 from ..numerics.layer_statistics import InputStatistics
 from ..typing import Array
 from .atomic_files import sha256_bytes
 from .records import MOST_ELEMENTS, FileRecord, Frozen
-from .safetensors_layout import read_header
+from .safetensors_layout import read_header, read_metadata
 
 __all__ = [
     "STATISTICS",
+    "CheckpointStatistics",
     "Histogram",
     "LayerRecord",
     "Statistics",
     "StatisticsFile",
     "StatisticsRecord",
+    "read_statistics",
 ]
 
 STATISTICS = "statistics.safetensors"
+_METADATA = "statistics"
 
 Layout = Literal["conv", "linear", "matmul", "transposed"]
 Count = Annotated[int, Field(ge=1)]
@@ -69,18 +75,43 @@ class LayerRecord(Frozen):
         return self
 
 
-class StatisticsRecord(Frozen):
-    """What the manifest says of ``statistics.safetensors``."""
+class _Contents(Frozen):
+    """Tensors of a file of statistics."""
 
     schema_version: Literal[1] = 1
     rank: Annotated[int, Field(ge=0)] | Literal["full"]
     layers: tuple[LayerRecord, ...]
     histograms: tuple[str, ...] = ()
-    file: FileRecord
+
+    @model_validator(mode="after")
+    def _check(self) -> _Contents:
+        names = [layer.weight for layer in self.layers]
+        if len({*names}) < len(names) or len({*self.histograms}) < len(self.histograms):
+            raise ValueError("found a layer or a histogram twice")
+        return self
 
     def layer(self, weight: str) -> LayerRecord | None:
         """The record of a weight; None where nothing was seen of its inputs."""
         return next((layer for layer in self.layers if layer.weight == weight), None)
+
+
+class StatisticsRecord(_Contents):
+    """What the manifest says of ``statistics.safetensors``."""
+
+    file: FileRecord
+
+
+class CheckpointStatistics(_Contents):
+    """What a file of statistics of a float checkpoint says of itself.
+
+    ``checkpoint_sha256`` is :func:`.checkpoints.checkpoint_sha256` of the checkpoint whose network
+    was seen; names of weights and biases are that checkpoint's.
+    """
+
+    kind: Literal["hdrq-statistics"] = "hdrq-statistics"
+    model: str
+    checkpoint_sha256: str
+    data_sha256: str
 
 
 @dataclass(frozen=True)
@@ -113,7 +144,7 @@ class Statistics:
     layers: Mapping[str, InputStatistics]
     histograms: Mapping[str, Histogram]
 
-    def serialize(self) -> bytes:
+    def serialize(self, metadata: Mapping[str, str] | None = None) -> bytes:
         """The bytes of ``statistics.safetensors``."""
         tensors: dict[str, Array] = {}
         for name, statistics in self.layers.items():
@@ -126,11 +157,40 @@ class Statistics:
         for name, histogram in self.histograms.items():
             tensors[f"{name}/histogram"] = histogram.counts.astype(np.float32)
             tensors[f"{name}/range"] = np.array([histogram.low, histogram.high], np.float32)
-        return safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in tensors.items()})
+        contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+        return safetensors.numpy.save(contiguous, dict(metadata) if metadata else None)
 
     def record(self, data: bytes) -> StatisticsRecord:
         """The entry of the manifest; ``data`` is what :meth:`serialize` gave."""
-        layers = [
+        return StatisticsRecord(
+            rank=self.rank,
+            layers=self._layer_records(),
+            histograms=tuple(self.histograms),
+            file=FileRecord(bytes=len(data), sha256=sha256_bytes(data)),
+        )
+
+    def serialize_for_checkpoint(
+        self, model: str, checkpoint_sha256: str, data_sha256: str
+    ) -> bytes:
+        """The bytes of a file of its own, which :func:`read_statistics` reads.
+
+        Args:
+            model: Name of the model, as for a calibration.
+            checkpoint_sha256: Hash of the checkpoint (:func:`.checkpoints.checkpoint_sha256`).
+            data_sha256: Hash of the images.
+        """
+        record = CheckpointStatistics(
+            rank=self.rank,
+            layers=self._layer_records(),
+            histograms=tuple(self.histograms),
+            model=model,
+            checkpoint_sha256=checkpoint_sha256,
+            data_sha256=data_sha256,
+        )
+        return self.serialize({_METADATA: record.model_dump_json()})
+
+    def _layer_records(self) -> tuple[LayerRecord, ...]:
+        return tuple(
             LayerRecord(
                 weight=name,
                 bias=self.layouts[name][0],
@@ -141,12 +201,6 @@ class Statistics:
                 rows=statistics.rows,
             )
             for name, statistics in self.layers.items()
-        ]
-        return StatisticsRecord(
-            rank=self.rank,
-            layers=tuple(layers),
-            histograms=tuple(self.histograms),
-            file=FileRecord(bytes=len(data), sha256=sha256_bytes(data)),
         )
 
 
@@ -157,8 +211,12 @@ class StatisticsFile:
         BundleError: The file cannot be read, or holds other tensors than the record says.
     """
 
-    def __init__(self, path: Path, record: StatisticsRecord) -> None:
+    def __init__(self, path: Path, record: StatisticsRecord | CheckpointStatistics) -> None:
         self.path, self.record = path, record
+        bundled = isinstance(record, StatisticsRecord)
+        self._remedy = (
+            "run hdrq strip, or calibrate again" if bundled else "run hdrq statistics again"
+        )
         self._layers = {layer.weight: layer for layer in record.layers}
         needed = _needed(record.layers, record.histograms)
         spans = read_header(path)
@@ -168,8 +226,7 @@ class StatisticsFile:
             fits = has is not None and wanted is not None and has[0] == wanted[0]
             if not fits or (wanted and wanted[1] and has and has[1] != wanted[1]):
                 raise BundleError(
-                    f"{path}: found {name} as {has}, the manifest says {wanted}; run hdrq strip, "
-                    "or calibrate again"
+                    f"{path}: found {name} as {has}, the record says {wanted}; {self._remedy}"
                 )
 
     @property
@@ -203,16 +260,34 @@ class StatisticsFile:
             with safetensors.safe_open(self.path, framework="numpy") as file:
                 arrays = [file.get_tensor(name) for name in names]
         except (OSError, safetensors.SafetensorError) as error:
-            raise BundleError(
-                f"{self.path}: cannot be read ({error}); run hdrq strip, or calibrate again"
-            ) from error
+            raise BundleError(f"{self.path}: cannot be read ({error}); {self._remedy}") from error
         for name, array in zip(names, arrays, strict=True):
             if not np.isfinite(array).all():
-                raise BundleError(
-                    f"{self.path}: found NaN or infinity in {name}; run hdrq strip, or calibrate "
-                    "again"
-                )
+                raise BundleError(f"{self.path}: found NaN or infinity in {name}; {self._remedy}")
         return arrays
+
+
+def read_statistics(path: Path) -> StatisticsFile:
+    """Open the statistics of a float checkpoint, as ``hdrq statistics`` writes them.
+
+    The record of the file is a :class:`CheckpointStatistics`; whether it belongs to a checkpoint,
+    its ``checkpoint_sha256`` says.
+
+    Raises:
+        BundleError: No such file, no statistics of a checkpoint, or other tensors than its record
+            says.
+    """
+    read_header(path)
+    try:
+        record = CheckpointStatistics.model_validate_json(read_metadata(path).get(_METADATA, ""))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "its metadata"
+        raise BundleError(
+            f"{path}: found no statistics of a checkpoint ({field}: {first['msg'].lower()}); "
+            "needed a file as hdrq statistics writes it"
+        ) from error
+    return StatisticsFile(path, record)
 
 
 def _needed(

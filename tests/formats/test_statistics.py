@@ -5,11 +5,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from hdrq_deploy import Bundle
 from hdrq_deploy.errors import BundleError
 from hdrq_deploy.formats.bundle import GRAPH
-from hdrq_deploy.formats.statistics import STATISTICS, Histogram, Statistics
+from hdrq_deploy.formats.checkpoints import checkpoint_sha256, open_checkpoint
+from hdrq_deploy.formats.file_kinds import BUNDLE, CHECKPOINT_STATISTICS
+from hdrq_deploy.formats.statistics import (
+    STATISTICS,
+    CheckpointStatistics,
+    Histogram,
+    Statistics,
+    read_statistics,
+)
 from hdrq_deploy.numerics.layer_statistics import InputStatistics
 
 WEIGHT = "conv1.weight_codes"
@@ -71,3 +80,38 @@ def test_a_record_that_fits_no_weight_is_refused(make: Any, tmp_path: Path) -> N
     manifest.write_text(text.replace(f'"features": {features}', f'"features": {features + 1}'))
     with pytest.raises(BundleError, match="statistics of 1 x"):
         Bundle.open(bundle.path)
+
+
+def test_statistics_of_a_checkpoint_carry_their_record(make: Any, tmp_path: Path) -> None:
+    path = tmp_path / "night.statistics.safetensors"
+    statistics = statistics_of(make())
+    path.write_bytes(statistics.serialize_for_checkpoint("a:B", "11", "22"))
+    file = read_statistics(path)
+    assert isinstance(file.record, CheckpointStatistics)
+    assert (file.record.model, file.record.checkpoint_sha256) == ("a:B", "11")
+    np.testing.assert_array_equal(file.layer(WEIGHT).mean, statistics.layers[WEIGHT].mean)
+    assert CHECKPOINT_STATISTICS.is_ours(path)
+    path.write_bytes(statistics.serialize())
+    assert not CHECKPOINT_STATISTICS.is_ours(path)
+    with pytest.raises(BundleError, match="found no statistics of a checkpoint"):
+        read_statistics(path)
+
+
+def test_the_hash_of_a_checkpoint_is_that_of_its_values(tmp_path: Path) -> None:
+    values = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float16)}
+
+    def hashed(name: str, **changed: np.ndarray[Any, Any]) -> str:
+        save_file({**values, **changed}, tmp_path / name, {"note": name})
+        return checkpoint_sha256(open_checkpoint(tmp_path / name))
+
+    same = hashed("a.safetensors")
+    assert hashed("b.safetensors", **{"n.num_batches_tracked": np.array(3)}) == same
+    others = [{"a": values["a"].reshape(3, 2)}, {"b": np.zeros(2, np.float16)}, {"c": values["b"]}]
+    assert len({same, *(hashed("c.safetensors", **other) for other in others)}) == 4
+
+
+def test_a_bundle_with_statistics_may_be_replaced(make: Any, tmp_path: Path) -> None:
+    bundle = with_statistics(make(), tmp_path / "full.hdrq")
+    assert BUNDLE.stranger(bundle.path) == ""
+    (bundle.path / "notes.txt").write_text("mine")
+    assert "notes.txt" in BUNDLE.stranger(bundle.path)
