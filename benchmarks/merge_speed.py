@@ -57,7 +57,7 @@ def brute_force(codes: list[Any], scales: list[Any], redraw: bool) -> Any:
     real = [float(s) * q.astype(np.float64) for s, q in zip(scales, codes, strict=True)]
     middle = (real[0] + real[1]) / 2
     scaled = middle / step
-    mask = rounding.ambiguous(codes, scaled, [0.5, 0.5])
+    mask = rounding.ambiguous(codes, [0.5, 0.5])
     floor = np.floor(scaled[mask])
     widths = [0.5 * float(s) / step for s in scales]
     chances = rounding.round_up_share(scaled[mask] - floor, widths)

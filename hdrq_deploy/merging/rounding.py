@@ -6,9 +6,11 @@
 ``advanced``  takes many such draws and keeps the first, replaced by any later one that points
               from every parent more nearly towards the real midpoint.
 
-Ambiguous means: two parents at equal weights whose codes have an odd sum. Other merge weights have
-no exact ties; there a position is ambiguous when the scaled sum lies within
-``TIE_DISTANCE`` of a half.
+Ambiguous means: the weighted sum of the codes is a half exactly, in integer arithmetic. For two
+parents at equal weights these are the odd sums; with weights k_i / n a position is ambiguous
+where sum_i k_i q_i leaves the remainder n / 2 on division by n. Three parents at equal weights
+have no ties, nor has any odd n: a third and two thirds are clear cases, and noise would move codes
+away from the nearer side. There all three ways round to nearest.
 
 Why it is fast. With errors e_i ~ U(-s_i/2, s_i/2) the noisy sum rounds either down or up: a
 position is one toss with a known probability, the distribution function of a sum of uniform
@@ -23,6 +25,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +36,6 @@ from ..typing import Array
 
 __all__ = [
     "ROUNDINGS",
-    "TIE_DISTANCE",
     "MergedCodes",
     "Rounding",
     "ambiguous",
@@ -42,7 +44,8 @@ __all__ = [
     "round_up_share",
 ]
 
-TIE_DISTANCE = 0.25
+# Merge weights that are no multiples of 1 / n for an n up to this have no ties.
+_LARGEST_DENOMINATOR = 1000
 # Weights at a time: the tosses of one piece stay in a core's cache.
 _PIECE = 1 << 14
 # Errors of a parent with a smaller share of the scale are treated as exact.
@@ -175,13 +178,11 @@ def round_target(
         spec: Range and axis of the codes.
     """
     wide = quantization.along(scale.astype(np.float64), target.ndim, spec.axis)
-    scaled = target / wide
-    codes = np.rint(scaled).clip(spec.lo, spec.hi).astype(np.int8)
-    near_half = np.abs(scaled - np.floor(scaled) - 0.5) <= TIE_DISTANCE
+    codes = np.rint(target / wide).clip(spec.lo, spec.hi).astype(np.int8)
     cosines = tuple(_cosine(codes * wide - real, target - real) for real in parents)
     return MergedCodes(
         codes=codes,
-        ambiguous=float(near_half.mean()) if near_half.size else 0.0,
+        ambiguous=0.0,
         changed=0.0,
         cosines=cosines,
         nearest_cosines=cosines,
@@ -194,22 +195,41 @@ def _cosine(a: Floats, b: Floats) -> float:
     return float(abs(np.vdot(a, b))) / norm if norm > 0 else 1.0
 
 
-def ambiguous(
-    codes: Sequence[Array], scaled: Array, merge_weights: Sequence[float]
-) -> npt.NDArray[np.bool_]:
-    """Where rounding is a toss-up (see the module's text).
+def ambiguous(codes: Sequence[Array], merge_weights: Sequence[float]) -> npt.NDArray[np.bool_]:
+    """Where the weighted sum of the codes is a half exactly (see the module's text).
 
     Args:
-        codes: Parents' integer codes.
-        scaled: Weighted sum of the real weights, divided by the merged scale; same shape.
+        codes: Parents' integer codes, one shape.
         merge_weights: One per parent, sum 1.
+
+    >>> ambiguous([np.array([1, 2]), np.array([2, 4])], [0.5, 0.5])
+    array([ True, False])
     """
-    odd: npt.NDArray[np.bool_]
-    if len(codes) == 2 and merge_weights[0] == merge_weights[1]:
-        odd = ((codes[0] ^ codes[1]) & 1).astype(bool)
+    parts, whole = _whole_parts(merge_weights)
+    if whole % 2:
+        return np.zeros(codes[0].shape, bool)
+    if whole == 2 and len(codes) == 2:
+        odd: npt.NDArray[np.bool_] = ((codes[0] ^ codes[1]) & 1).astype(bool)
         return odd
-    odd = np.abs(scaled - np.floor(scaled) - 0.5) <= TIE_DISTANCE
-    return odd
+    total = np.zeros(codes[0].shape, np.int32)
+    for part, values in zip(parts, codes, strict=True):
+        total += np.int32(part) * values
+    ties: npt.NDArray[np.bool_] = total % whole == whole // 2
+    return ties
+
+
+def _whole_parts(merge_weights: Sequence[float]) -> tuple[list[int], int]:
+    """Whole numbers k_i and n with weights k_i / n; n = 1 where no small n fits.
+
+    >>> _whole_parts([0.5, 0.25, 0.25]), _whole_parts([1 / 3] * 3)
+    (([2, 1, 1], 4), ([1, 1, 1], 3))
+    """
+    near = [Fraction(w).limit_denominator(_LARGEST_DENOMINATOR) for w in merge_weights]
+    whole = math.lcm(*(share.denominator for share in near))
+    exact = all(abs(float(share) - w) < 1e-12 for share, w in zip(near, merge_weights, strict=True))
+    if not exact or whole > _LARGEST_DENOMINATOR or sum(near) != 1:
+        return [0] * len(near), 1
+    return [int(share * whole) for share in near], whole
 
 
 def round_up_share(fraction: Floats, shares: Sequence[Floats | float]) -> Floats:
@@ -336,7 +356,7 @@ def _round(
         middle += share * values
     scaled = middle / piece.scale
     nearest = np.rint(scaled).clip(spec.lo, spec.hi)
-    mask = ambiguous(piece.codes, scaled, merge_weights)
+    mask = ambiguous(piece.codes, merge_weights)
     if not tosses:
         empty = np.zeros(0)
         return _RoundedPiece(

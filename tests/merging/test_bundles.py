@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,34 @@ def test_nearest_rounds_the_weighted_mean_of_the_real_weights() -> None:
             assert got[c, i] == max(-8, min(7, round(real / float(scale[c]))))
 
 
-def test_ambiguous_is_an_odd_sum_of_two_codes_at_half() -> None:
-    a, b = np.array([1, 2, -3, -8], np.int8), np.array([2, 4, -3, 7], np.int8)
-    found = ambiguous([a, b], np.zeros(4), [0.5, 0.5])
-    np.testing.assert_array_equal(found, [True, False, False, True])
-    # Three parents have no exact ties: a third and two thirds are within 0.25 of a half.
-    scaled = np.array([0, 1 / 3, 2 / 3, 0.1])
-    np.testing.assert_array_equal(
-        ambiguous([a, a, a], scaled, [1 / 3] * 3), [False, True, True, False]
-    )
+@pytest.mark.parametrize(
+    "shares", ["1/2 1/2", "1/3 1/3 1/3", "1/4 1/4 1/4 1/4", "1/2 1/4 1/4", "3/10 7/10", "1/5 4/5"]
+)
+def test_ambiguous_is_a_sum_that_is_a_half_exactly(shares: str) -> None:
+    exact = [Fraction(share) for share in shares.split()]
+    rng = np.random.default_rng(0)
+    codes = [rng.integers(-128, 128, 500).astype(np.int8) for _ in exact]
+    found = ambiguous(codes, [float(share) for share in exact])
+    sums = [sum(f * int(q[i]) for f, q in zip(exact, codes, strict=True)) for i in range(500)]
+    np.testing.assert_array_equal(found, [total % 1 == Fraction(1, 2) for total in sums])
+    assert found.any() == (shares not in {"1/3 1/3 1/3", "1/5 4/5"})
+
+
+def test_weights_that_are_no_small_fractions_have_no_ties() -> None:
+    codes = [np.array([1, 3], np.int8), np.array([2, 4], np.int8)]
+    assert not ambiguous(codes, [0.5 + 1e-9, 0.5 - 1e-9]).any()
+    assert ambiguous(codes, [0.5, 0.5]).all()
+
+
+@pytest.mark.parametrize("rounding", ["noise", "advanced"])
+def test_three_parents_at_equal_weights_are_rounded_to_nearest(rounding: str) -> None:
+    codes, scales = parents(3, 3)
+    scale = np.mean(scales, 0).astype(np.float32)
+    thirds, spec = [1 / 3] * 3, QuantSpec.weight(4, 0)
+    near = merge_codes(codes, scales, scale, thirds, spec, "nearest")
+    got = merge_codes(codes, scales, scale, thirds, spec, rounding)
+    np.testing.assert_array_equal(got.codes, near.codes)
+    assert got.ambiguous == 0 and got.changed == 0
 
 
 def test_noise_changes_only_ambiguous_codes_and_breaks_ties_both_ways() -> None:
@@ -77,7 +97,7 @@ def test_a_toss_has_the_probability_of_drawn_rounding_errors(shares: list[float]
         assert found == pytest.approx(drawn, abs=0.005)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("axis", [None, 0, 1])
 @pytest.mark.parametrize("seed", range(5))
 def test_advanced_keeps_the_draw_that_brute_force_keeps(
@@ -104,7 +124,7 @@ def test_advanced_keeps_the_draw_that_brute_force_keeps(
     scaled = middle / wide(scale)
     # Pieces follow the order of channels.
     order = (lambda x: x.T) if axis == 1 else (lambda x: x)
-    mask = order(ambiguous(codes, scaled, mix))
+    mask = order(ambiguous(codes, mix))
     tosses = np.concatenate(drawn, axis=1)
     assert tosses.shape == (40, mask.sum())
 
