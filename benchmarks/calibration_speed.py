@@ -52,7 +52,7 @@ BATCH = 16
 def plain_noise(u: Tensor, spec: QuantSpec) -> Tensor:
     """One draw per element from a histogram of 256 bins."""
     errors = torch.round(u) - u
-    inside = errors[(u >= spec.lo) & (u <= spec.hi)]
+    inside = errors[(u > spec.lo) & (u < spec.hi)]
     if inside.numel() == 0:
         return torch.zeros_like(u)
     counts = torch.histc(inside, 256, -0.5, 0.5)
@@ -64,7 +64,9 @@ def plain_quantize(x: Tensor, scale: Tensor, spec: QuantSpec, noisy: bool) -> Te
     """Fake quantization by autograd."""
     u = x / scale
     if noisy:
-        return (u + plain_noise(u.detach(), spec)).clamp(spec.lo, spec.hi) * scale
+        inside = (u > spec.lo) & (u < spec.hi)
+        noisy_u = u + plain_noise(u.detach(), spec)
+        return torch.where(inside, noisy_u, u.clamp(spec.lo, spec.hi)) * scale
     u = u.clamp(spec.lo, spec.hi)
     return (u + (torch.round(u) - u).detach()) * scale
 
@@ -75,7 +77,7 @@ class PlainWeight(WeightQuantizer):
     def _real(self) -> Tensor:
         if self.mode is Mode.OFF or self.frozen is not None:
             return super()._real()
-        return plain_quantize(self.latent, self._steps(), self.spec, self.mode is Mode.EMPIRICAL)
+        return plain_quantize(self.latent, self._scale(), self.spec, self.mode is Mode.EMPIRICAL)
 
 
 class PlainActivation(ActivationQuantizer):

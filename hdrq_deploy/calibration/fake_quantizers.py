@@ -90,11 +90,13 @@ def _range_errors(
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """scale * clamp(x / scale + noise) or scale * round(clamp(x / scale)), in few passes.
+    """scale * round(clamp(x / scale)), or x + scale * noise in the range, in few passes.
 
-    Elements with ``keep`` 1 stay real. With u = x / scale and q the codes, the gradient of x
-    is that of the output where u is in range, and the gradient of the scale is the sum of
-    grad * (q - u) in range and of grad * q beyond (LSQ, Esser et al., ICLR 2020, eq. 3).
+    With u = x / scale, an element is saturated where u >= hi or u <= lo; its code q is the
+    limit, with or without noise. Elements with ``keep`` 1 stay real. The gradient of x is that of
+    the output where u is not saturated. The gradient of the scale is the sum of grad * q of
+    saturated elements and of grad * (q - u) of the others, where q - u is the noise or the
+    rounding error (LSQ, Esser et al., ICLR 2020, eq. 3 and 5).
     """
 
     @staticmethod
@@ -108,35 +110,39 @@ class _FakeQuantize(torch.autograd.Function):
         factor: float,
     ) -> Tensor:
         u = x / scale
-        shifted = u if noise is None else u + noise
-        ctx.save_for_backward(u, shifted if noise is not None else None, scale, keep)
-        ctx.spec, ctx.factor = spec, factor
-        codes = shifted.clamp(spec.lo, spec.hi)
+        codes = u.clamp(spec.lo, spec.hi)
         if noise is None:
             codes.round_()
-        real = codes.mul_(scale)
+        else:
+            codes.add_(_inside(noise, u, spec))
+        ctx.save_for_backward(u, codes, scale, keep)
+        ctx.spec, ctx.factor = spec, factor
+        real = codes * scale
         return real if keep is None else torch.lerp(real, x, keep)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad = grads[0].contiguous()
-        u, shifted, scale, keep = ctx.saved_tensors
-        spec = ctx.spec
+        u, codes, scale, keep = ctx.saved_tensors
         coded = grad if keep is None else grad - grad * keep
-        position = u if shifted is None else shifted
-        # The native kernel excludes its bounds, where the zeros behind a ReLU lie.
-        inside = torch.ops.aten.hardtanh_backward(coded, position, spec.lo - 1e-6, spec.hi + 1e-6)
-        codes = position.clamp(spec.lo, spec.hi)
-        if shifted is None:
-            codes.round_()
-        if scale.ndim == 0:
-            grad_scale = coded.flatten().dot(codes.flatten()) - inside.flatten().dot(u.flatten())
-        else:
-            axes = [i for i, size in enumerate(scale.shape) if size == 1]
-            grad_scale = (coded * codes).sum(axes, keepdim=True)
-            grad_scale -= (inside * u).sum(axes, keepdim=True)
+        inside = _inside(coded, u, ctx.spec)
+        grad_scale = _sum(coded, codes, scale) - _sum(inside, u, scale)
         grad_x = inside if keep is None else inside.addcmul_(grad, keep)
         return grad_x, grad_scale * ctx.factor, None, None, None, None
+
+
+def _sum(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """Sum of products, over the axes along which a scale ``like`` is one value."""
+    if like.ndim == 0:
+        return a.flatten().dot(b.flatten())
+    axes = [i for i, size in enumerate(like.shape) if size == 1]
+    return (a * b).sum(axes, keepdim=True)
+
+
+def _inside(values: Tensor, u: Tensor, spec: QuantSpec) -> Tensor:
+    """``values`` where lo < u < hi, else 0, in one pass."""
+    result: Tensor = torch.ops.aten.hardtanh_backward(values, u, spec.lo, spec.hi)
+    return result
 
 
 def fake_quantize(
@@ -148,6 +154,10 @@ def fake_quantize(
     factor: float = 1.0,
 ) -> Tensor:
     """scale * clamp(x / scale), rounded, or with ``noise`` added instead.
+
+    Saturated elements, x >= scale * hi or x <= scale * lo (with lo = 0 every zero behind a
+    ReLU), take the limit exactly and get no noise. The others become x + scale * noise, which
+    is not clamped.
 
     Args:
         x: Real values, any shape.

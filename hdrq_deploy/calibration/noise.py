@@ -62,7 +62,7 @@ class Draws:
 
         The reference draws from a 256-bin histogram of these errors; drawing ``POOL`` of them
         and then every element's from these is the same distribution without the binning.
-        Saturated values do not take part.
+        Saturated values, at a limit of the codes or beyond it, do not take part.
 
         Args:
             x: Real values.
@@ -83,7 +83,7 @@ class Draws:
         if scale.ndim == 0:
             some = some / scale
         errors = torch.round(some) - some
-        inside = errors[(some >= spec.lo) & (some <= spec.hi)]
+        inside = errors[(some > spec.lo) & (some < spec.hi)]
         if inside.numel() == 0:
             return torch.zeros_like(x)
         pieces = list(self._pieces("index", self._indices, flat.numel()))

@@ -15,10 +15,9 @@ from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.calibration.activation_cache import Caches
 from hdrq_deploy.calibration.blocks import find_blocks
 from hdrq_deploy.calibration.capture import capture
-from hdrq_deploy.calibration.fake_quantizers import fake_quantize, search_scale
+from hdrq_deploy.calibration.fake_quantizers import search_scale
 from hdrq_deploy.calibration.fold_batch_norm import fold_batch_norm, fold_constants
 from hdrq_deploy.calibration.loading import load_model
-from hdrq_deploy.calibration.noise import Draws
 from hdrq_deploy.calibration.placement import plan_quantizers
 from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.calibration.request import Quantization
@@ -113,31 +112,6 @@ def test_search_scale_is_no_worse_than_any_scale_of_a_fine_grid() -> None:
     best = min(error(s) for s in np.linspace(0.01, 0.8, 2000))
     # The search tries 100 ranges, so it may miss the optimum by one of its own steps.
     assert error(float(search_scale(x, spec))) <= best * 1.02
-
-
-def test_resampled_noise_follows_the_rounding_errors() -> None:
-    u = torch.from_numpy(np.random.default_rng(0).normal(0, 3, 50000).astype(np.float32))
-    u[::3] = 0.3  # a distribution that is not uniform
-    spec = QuantSpec.weight(4)
-    errors = (torch.round(u) - u)[(u >= spec.lo) & (u <= spec.hi)]
-    step = torch.tensor(0.5)
-    noise = Draws(0, torch.device("cpu")).resample(u * step, step, spec)
-    quantiles = torch.linspace(0.05, 0.95, 10)
-    # A pool of 16,384 errors: quantiles of a unit interval are known to about 0.01.
-    torch.testing.assert_close(
-        torch.quantile(noise, quantiles), torch.quantile(errors, quantiles), atol=0.02, rtol=0
-    )
-
-
-def test_gradients_are_those_of_the_paper() -> None:
-    spec = QuantSpec.weight(3)
-    x = torch.tensor([0.6, 9.0, -9.0], requires_grad=True)
-    scale = torch.tensor(0.5, requires_grad=True)
-    fake_quantize(x, scale, spec, None).sum().backward()  # type: ignore[no-untyped-call]
-    assert x.grad is not None and scale.grad is not None
-    torch.testing.assert_close(x.grad, torch.tensor([1.0, 0.0, 0.0]))
-    # Inside: round(1.2) - 1.2 = -0.2; outside: the limits 3 and -4.
-    torch.testing.assert_close(scale.grad, torch.tensor(-0.2 + 3 - 4))
 
 
 @pytest.mark.parametrize("name", MODELS)
