@@ -171,7 +171,7 @@ def _plain_learn(
         for quantizer, source in sources:
             loss = loss + options.distance * torch.linalg.vector_norm(quantizer.latent - source)
         for optimizer, warmup in optimizers:
-            ours._set_rate(optimizer, i, options.iters, warmup)
+            ours._set_rate(optimizer, i, options.iters, warmup, options.schedule)
             optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         for optimizer, _ in optimizers:

@@ -33,6 +33,8 @@ _NOISY = (Mode.EMPIRICAL, Mode.UNIFORM)
 _STRETCH_LOW, _STRETCH_HIGH = -0.1, 1.1
 _CHUNK = 1 << 16
 _SKETCH, _NEAR = 1 << 15, 8
+# Values of a tensor that stand for all of it in a search.
+_SAMPLE = 1 << 13
 
 
 def search_scale(x: Tensor, spec: QuantSpec, candidates: int = 100, power: float = 2.4) -> Tensor:
@@ -253,8 +255,8 @@ class WeightQuantizer(nn.Module):
 
     def reset(self) -> None:
         """Forget what was learned of the weight; the scale is the caller's."""
-        self.rounding = None
-        self.latent.data.copy_(self.original)
+        self.rounding = self.frozen = None
+        self.latent.data = self.original.clone()
 
     def _scale(self) -> Tensor:
         return _along(self.scale, self.original.ndim, self.spec.axis)
@@ -272,12 +274,13 @@ class ActivationQuantizer(nn.Module):
         self.settled = False
         self.draws: Draws | None = None
         self.samples: list[Tensor] | None = None
+        self._most = _SAMPLE
         self.scale = nn.Parameter(torch.ones((), device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` fake-quantized as ``mode`` says; collects samples while observing."""
         if self.samples is not None:
-            self.samples.append(_thin(x.detach()))
+            self.samples.append(_thin(x.detach(), self._most))
         if self.mode is Mode.OFF:
             return x
         x = x.contiguous()
@@ -286,15 +289,16 @@ class ActivationQuantizer(nn.Module):
         factor = 1 / math.sqrt(x.numel() * self.spec.hi)
         return fake_quantize(x, self.scale, self.spec, noise, keep, factor)
 
-    def start_observing(self) -> None:
-        """Keep samples of what passes."""
-        self.samples = []
+    def start_observing(self, most: int = _SAMPLE) -> None:
+        """Keep about ``most`` values of every tensor that passes."""
+        self.samples, self._most = [], most
 
     @torch.no_grad()
-    def finish_observing(self) -> None:
-        """Set the scale from the samples."""
+    def finish_observing(self, pooled: bool = True) -> None:
+        """Set the scale from all samples ``pooled``, or to the largest that a sample wants."""
         assert self.samples
-        self.scale.copy_(search_scale(torch.cat(self.samples), self.spec))
+        samples = [torch.cat(self.samples)] if pooled else self.samples
+        self.scale.copy_(torch.stack([search_scale(x, self.spec) for x in samples]).amax())
         self.samples = None
 
 
@@ -316,7 +320,7 @@ def _along(values: Tensor, ndim: int, axis: int | None) -> Tensor:
     return values.reshape(shape)
 
 
-def _thin(x: Tensor, most: int = 1 << 13) -> Tensor:
+def _thin(x: Tensor, most: int) -> Tensor:
     """At most about ``most`` values, evenly spread, with the extremes."""
     flat = x.reshape(-1)
     every = max(1, flat.numel() // most)

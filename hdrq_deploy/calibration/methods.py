@@ -13,12 +13,29 @@ from typing import Any
 
 from ..errors import SpecError
 
-__all__ = ["FOLDS", "GRANULARITIES", "LEARNERS", "METHODS", "NOISES", "Method", "Options"]
+__all__ = [
+    "ACT_INITS",
+    "DISTANCE_FORMS",
+    "FOLDS",
+    "GRANULARITIES",
+    "LEARNERS",
+    "METHODS",
+    "NOISES",
+    "PUBLISHED_ITERS",
+    "SCHEDULES",
+    "Method",
+    "Options",
+]
 
 FOLDS = ("weights", "steps")
 NOISES = ("off", "empirical", "uniform")
 LEARNERS = ("none", "latent", "adaround")
 GRANULARITIES = ("block", "layer")
+SCHEDULES = ("constant", "cosine")
+ACT_INITS = ("pooled", "per-image-max")
+DISTANCE_FORMS = ("norm", "relative")
+# Iterations per block that the published learning rates belong to.
+PUBLISHED_ITERS = 20000
 
 
 @dataclass(frozen=True)
@@ -32,11 +49,24 @@ class Options:
         iters: Iterations per block.
         batch: Images per iteration.
         lr: Adam's rate for what is learned of the weights; the paper's text says 1e-3.
+        schedule: How ``lr`` goes on after its warm-up: ``cosine`` to 0, or ``constant`` (AdaRound
+            and what builds on it). The rate of activation scales always goes to 0.
         act_lr: Adam's rate for activation scales.
+        scale_rates: With fewer iterations than ``PUBLISHED_ITERS``, multiply ``lr`` and ``act_lr``
+            by PUBLISHED_ITERS / iters: Adam moves a variable by about rate x iterations / 2.
+        stages: 1 learns weights and activation scales together; 2 learns the weights first, in a
+            network with real activations, and then the activation scales alone, with ``iters``
+            iterations each.
+        act_init: Where the first scale of an activation comes from: a search over values of all
+            images (``pooled``), or the largest of the scales that searches over each of 8 images
+            find (``per-image-max``).
         noise: What replaces rounding at first: ``empirical`` (resampled rounding errors),
             ``uniform`` or ``off``.
         noise_fraction: Share of the iterations that use noise; the rest use real rounding.
         distance: lambda, the weight of the distance to the source weights; 0 for none.
+        distance_form: The distance of a layer is ``norm`` ||W - W_base||, as published, or
+            ``relative``, E ||W - W_base|| / ||W_base|| with the block's error E before learning:
+            the first depends on the size of layers and activations, the second does not.
         warmup: Share of the iterations with a rising learning rate, and of AdaRound's without
             its regularizer.
         input_prob: Probability that an input element comes from the quantized network.
@@ -67,12 +97,20 @@ class Options:
     beta_first: float = 20.0
     beta_last: float = 2.0
     keep_best: bool = True
+    schedule: str = "cosine"
+    stages: int = 1
+    act_init: str = "pooled"
+    scale_rates: bool = False
+    distance_form: str = "norm"
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("learner", LEARNERS),
             ("granularity", GRANULARITIES),
             ("noise", NOISES),
+            ("schedule", SCHEDULES),
+            ("act_init", ACT_INITS),
+            ("distance_form", DISTANCE_FORMS),
         ):
             if getattr(self, name) not in allowed:
                 raise SpecError(
@@ -85,6 +123,11 @@ class Options:
             )
         if self.iters < 1 or self.batch < 1:
             raise SpecError(f"found iters={self.iters}, batch={self.batch}; needed both 1 or more")
+        if self.stages not in (1, 2):
+            raise SpecError(
+                f"found stages={self.stages}; needed 1 (weights and activation scales together) or "
+                "2 (one after the other)"
+            )
         for name, value in asdict(self).items():
             if isinstance(value, str):
                 continue
@@ -94,6 +137,11 @@ class Options:
                 raise SpecError(f"found {name}={value}; needed a number >= 0")
             if name.endswith(("prob", "fraction", "warmup")) and value > 1:
                 raise SpecError(f"found {name}={value}; needed 0 to 1")
+
+    @property
+    def rate_factor(self) -> float:
+        """What ``lr`` and ``act_lr`` are multiplied by."""
+        return max(1.0, PUBLISHED_ITERS / self.iters) if self.scale_rates else 1.0
 
     @classmethod
     def of(cls, method: str, **changes: Any) -> Options:
@@ -125,20 +173,26 @@ class Method:
 
 
 _SEARCH = Options(learner="none", noise="off", distance=0.0)
-# AdaRound's own rate; the learned rounding of BRECQ and QDrop uses it too.
-_ROUNDING = Options(learner="adaround", noise="off", distance=0.0, lr=1e-3)
+# AdaRound's own rate, held constant; the learned rounding of BRECQ and QDrop uses it too.
+_ROUNDING = Options(learner="adaround", noise="off", distance=0.0, lr=1e-3, schedule="constant")
+_BLOCKWISE = replace(_ROUNDING, input_prob=1.0, drop_prob=0.0)
 METHODS: dict[str, Method] = {
     "float": Method("no quantization, the baseline of a merge", _SEARCH, quantizes=False),
     "rtn": Method("round to nearest, scales by search", _SEARCH),
     "adaround": Method(
         "learned rounding, layer by layer, on inputs of the quantized network",
-        replace(_ROUNDING, granularity="layer", input_prob=1.0, drop_prob=0.0),
+        replace(_BLOCKWISE, granularity="layer"),
         "Nagel et al., ICML 2020",
     ),
     "brecq": Method(
-        "learned rounding, block by block",
-        replace(_ROUNDING, input_prob=1.0, drop_prob=0.0),
+        "learned rounding, block by block, then activation scales",
+        replace(_BLOCKWISE, stages=2),
         "Li et al., ICLR 2021",
+    ),
+    "brecq-one-stage": Method(
+        "learned rounding and activation scales together, block by block",
+        _BLOCKWISE,
+        "Li et al., ICLR 2021, with QDrop's single stage",
     ),
     "qdrop": Method(
         "learned rounding with mixed inputs and dropped activation quantizers",

@@ -53,6 +53,11 @@ class Recipe(BaseModel):
     beta_first: float | None = None
     beta_last: float | None = None
     keep_best: bool | None = None
+    schedule: str | None = None
+    stages: int | None = None
+    act_init: str | None = None
+    scale_rates: bool | None = None
+    distance_form: str | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> Recipe:

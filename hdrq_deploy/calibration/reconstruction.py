@@ -9,8 +9,8 @@ block is stored, so that a stopped run resumes after it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -40,6 +40,33 @@ __all__ = ["reconstruct"]
 
 # A quantizer of a weight and the source model's weight, which it stays close to.
 Sources = list[tuple[WeightQuantizer, Tensor]]
+# The same, with the weight of their distance in the loss.
+Pulls = list[tuple[WeightQuantizer, Tensor, float]]
+# Images that say the first scales of activations one by one.
+_IMAGES, _VALUES = 8, 1 << 16
+
+
+class _Activation(NamedTuple):
+    """An activation for every calibration image, in every network that is run.
+
+    ``weighted`` is that of the network with quantized weights and real activations, where weights
+    are learned in it; else it is that of the quantized network.
+    """
+
+    real: Rows
+    coded: Rows
+    weighted: Rows
+
+    def free_real(self) -> None:
+        """Give the float network's rows back, where no other network shares them."""
+        if self.real is not self.coded:
+            self.real.free()
+
+    def free_others(self) -> None:
+        """Give the other networks' rows back."""
+        self.coded.free()
+        if self.weighted is not self.coded:
+            self.weighted.free()
 
 
 def reconstruct(
@@ -73,7 +100,7 @@ def reconstruct(
     """
     device, caches = device or torch.device("cpu"), caches or Caches(1 << 62)
     work = _Reconstruction(model, images, options, Draws(seed, device), device, caches)
-    per_block = options.iters if options.learner != "none" else 1
+    per_block = options.iters * options.stages if options.learner != "none" else 1
     count = len(model.blocks)
     for index, block in enumerate(model.blocks):
         name = module_path(block.heavy[0]) if block.heavy else f"block {index}"
@@ -110,8 +137,8 @@ class _Reconstruction:
         start = next(n for n in capture.graph.nodes if n.op == "placeholder" and is_tensor(n))
         first = caches.rows(len(images), images.shape[1:])
         first.write(0, images)
-        # Of every tensor that is still read: float activations, and the quantized network's.
-        self._rows: dict[fx.Node, tuple[Rows, Rows]] = {start: (first, first)}
+        # Of every tensor that is still read.
+        self._rows: dict[fx.Node, _Activation] = {start: _Activation(first, first, first)}
 
     def settle(
         self, index: int, name: str, partial: Partial | None, report: Callable[[int], None]
@@ -120,9 +147,14 @@ class _Reconstruction:
         block = self._model.blocks[index]
         module = block_module(self._model.capture, self._plan, block, self.quantizers)
         module = module.to(self._device)
-        real = [self._rows[node][0] for node in block.inputs]
-        mixed = [self._rows[node][1] for node in block.inputs]
-        run = _BlockRun(module, real, mixed, self._options, self._device, self._caches, self._batch)
+        options = self._options
+        inputs = [self._rows[node] for node in block.inputs]
+        common = (options, self._device, self._caches, self._batch)
+        real, coded, weighted = (list(rows) for rows in zip(*inputs, strict=True))
+        run = first = _BlockRun(module, real, coded, *common)
+        apart = options.stages == 2 and options.learner != "none"
+        if apart:
+            first = _BlockRun(module, real, weighted, *common, Mode.OFF)
         stored = partial.load(index) if partial else None
         if stored:
             targets = run.float_outputs()
@@ -133,21 +165,21 @@ class _Reconstruction:
             _check_finite(targets, block, name, run.batch)
             self._draws.restart(index)
             record = {"name": name, "layers": len(block.heavy), "outputs": len(block.outputs)}
-            record |= _settle(run, targets, self._sources(module), self._draws, report)
-        spent = [node for node in block.inputs if self._last_use[node] == index]
-        for node in spent:
-            if self._rows[node][0] is not self._rows[node][1]:
-                self._rows[node][0].free()
+            record |= _settle(first, run, targets, self._sources(module), self._draws, report)
+        spent = [self._rows.pop(n) for n in block.inputs if self._last_use[n] == index]
+        for activation in spent:
+            activation.free_real()
         outputs = run.quantized_outputs()
+        between = first.quantized_outputs() if apart else outputs
         if not stored:
             record["loss_after"] = run.loss(outputs, targets)
             if partial:
                 partial.save(index, block_state(module, self.quantizers), record)
         self.quantizers.blocks.append(record)
-        for node, target, output in zip(block.outputs, targets, outputs, strict=True):
-            self._rows[node] = (target, output)
-        for node in spent:
-            self._rows.pop(node)[1].free()
+        for node, *rows in zip(block.outputs, targets, outputs, between, strict=True):
+            self._rows[node] = _Activation(*rows)
+        for activation in spent:
+            activation.free_others()
 
     def _sources(self, module: BlockModule) -> Sources:
         """The source model's weight for every latent weight of the block."""
@@ -171,24 +203,42 @@ def _source_weight(name: str, capture: Capture, source: Capture) -> Tensor:
 
 
 def _settle(
+    first: _BlockRun,
     run: _BlockRun,
     targets: list[Rows],
     sources: Sources,
     draws: Draws,
     report: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Learn one block and freeze it; its error before, and whether learning was kept."""
+    """Learn one block and freeze it; its error before, and whether learning was kept.
+
+    Args:
+        first: What the weights are learned in; where it is not ``run``, activation scales are
+            learned in ``run`` when the weights are frozen.
+        run: The block in the quantized network.
+        targets: Outputs of the float block.
+        sources: Weights of the source model.
+        draws: Random numbers.
+        report: Called with the iterations done.
+    """
     module, options = run.module, run.options
     open_weights = run.open_weights
     before = run.round_loss(targets)
     record: dict[str, Any] = {"loss_before": before, "learned": False}
     if options.learner != "none" and open_weights:
-        first = [(q.scale, q.scale.detach().clone()) for q in run.open_quantizers]
-        _learn(run, targets, sources, draws, report)
+        scales = [(q.scale, q.scale.detach().clone()) for q in run.open_quantizers]
+        pulls = _pulls(sources, options, before)
+        _learn(first, open_weights, first.learned_activations, targets, pulls, draws, report)
+        if first is not run:
+            for weight in open_weights:
+                weight.freeze()
+            if run.open_activations:
+                later: Callable[[int], None] = lambda i: report(options.iters + i)  # noqa: E731
+                _learn(run, [], run.open_activations, targets, [], draws, later)
         record["learned"] = True
         if options.keep_best and not run.round_loss(targets) <= before:
             record["learned"] = False
-            for scale, value in first:
+            for scale, value in scales:
                 scale.data.copy_(value)
             for weight in open_weights:
                 weight.reset()
@@ -210,6 +260,7 @@ class _BlockRun:
         device: Device that computes.
         caches: Makes room for the outputs.
         batch: Images per pass where nothing is learned.
+        activations: What activation quantizers do: as the weights' by default, or ``OFF``.
     """
 
     def __init__(
@@ -221,8 +272,10 @@ class _BlockRun:
         device: torch.device,
         caches: Caches,
         batch: int,
+        activations: Mode | None = None,
     ) -> None:
         self.module, self.real, self.mixed = module, real, mixed
+        self.activations = activations
         self.options, self.device, self.batch = options, device, batch
         self._caches = caches
         self.open_weights = [q for q in module.weights if q.frozen is None]
@@ -233,27 +286,41 @@ class _BlockRun:
         """Those whose scales are still learned."""
         return [*self.open_weights, *self.open_activations]
 
+    @property
+    def learned_activations(self) -> list[ActivationQuantizer]:
+        """Open quantizers of activations, where they quantize."""
+        return [] if self.activations is Mode.OFF else self.open_activations
+
     def float_outputs(self, observe: bool = False) -> list[Rows]:
         """Outputs of the float block; while ``observe``, scales of activations are found."""
         watched = self.open_activations if observe else []
-        for quantizer in watched:
-            quantizer.start_observing()
+        pooled = self.options.act_init == "pooled"
         self.module.set_mode(Mode.OFF)
+        if pooled:
+            for quantizer in watched:
+                quantizer.start_observing()
         outputs = self._collect(self.real)
+        if watched and not pooled:
+            for quantizer in watched:
+                quantizer.start_observing(_VALUES)
+            count = len(self.real[0])
+            images = sorted({i * count // _IMAGES for i in range(_IMAGES)})
+            for _ in self._outputs(self.real, [(i, i + 1) for i in images]):
+                pass
         for quantizer in watched:
-            quantizer.finish_observing()
+            quantizer.finish_observing(pooled)
         return outputs
 
     def quantized_outputs(self) -> list[Rows]:
         """Outputs of the rounded block on the quantized network's activations."""
-        self.module.set_mode(Mode.ROUND)
+        self.module.set_mode(Mode.ROUND, self.activations)
         return self._collect(self.mixed)
 
     def round_loss(self, targets: list[Rows]) -> float:
         """Error of the rounded block on the quantized network's activations."""
-        self.module.set_mode(Mode.ROUND)
+        self.module.set_mode(Mode.ROUND, self.activations)
         total = 0.0
-        for (first, last), outputs in self._outputs(self.mixed):
+        for (first, last), outputs in self._outputs(self.mixed, self._batches(len(self.mixed[0]))):
             total += self._part_loss(first, last, outputs, targets)
         return total / len(self.mixed[0])
 
@@ -275,14 +342,16 @@ class _BlockRun:
         return float(sum(parts)) * (last - first)
 
     @torch.no_grad()
-    def _outputs(self, inputs: list[Rows]) -> Iterator[tuple[tuple[int, int], list[Tensor]]]:
-        for first, last in self._batches(len(inputs[0])):
+    def _outputs(
+        self, inputs: list[Rows], batches: Iterable[tuple[int, int]]
+    ) -> Iterator[tuple[tuple[int, int], list[Tensor]]]:
+        for first, last in batches:
             parts = [rows.read(first, last).to(self.device) for rows in inputs]
             yield (first, last), self.module(parts)
 
     def _collect(self, inputs: list[Rows]) -> list[Rows]:
         collected: list[Rows] = []
-        for (first, _), outputs in self._outputs(inputs):
+        for (first, _), outputs in self._outputs(inputs, self._batches(len(inputs[0]))):
             if not collected:
                 nodes = zip(self.module.block.outputs, outputs, strict=True)
                 collected = [
@@ -302,15 +371,45 @@ def _parts(count: int, most: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + most, count)
 
 
+def _pulls(sources: Sources, options: Options, before: float) -> Pulls:
+    """Weight of every layer's distance ||W - W_base|| in the loss.
+
+    Args:
+        sources: The layers.
+        options: lambda, and the form of the distance.
+        before: Error of the block before learning, which a relative distance is a share of.
+    """
+    pulls = []
+    for quantizer, source in sources if options.distance > 0 else []:
+        share = options.distance
+        if options.distance_form == "relative":
+            size = float(torch.linalg.vector_norm(source))
+            share = share * before / size if size > 0 else 0.0
+        pulls.append((quantizer, source, share))
+    return pulls
+
+
 def _learn(
     run: _BlockRun,
+    weights: list[WeightQuantizer],
+    activations: list[ActivationQuantizer],
     targets: list[Rows],
-    sources: Sources,
+    pulls: Pulls,
     draws: Draws,
     report: Callable[[int], None],
 ) -> None:
-    """Optimise one block, as HDRQ does or with AdaRound's rounding variables."""
-    module, options, weights = run.module, run.options, run.open_weights
+    """Optimise weights and activation scales of a block, as HDRQ does or with AdaRound's rounding.
+
+    Args:
+        run: The block, and the network that it stands in.
+        weights: Those that learn; others keep their codes.
+        activations: Those whose scales learn.
+        targets: Outputs of the float block.
+        pulls: Distances to the source model in the loss.
+        draws: Random numbers.
+        report: Called with the iterations done.
+    """
+    module, options = run.module, run.options
     adaround = options.learner == "adaround"
     for weight in weights:
         weight.draws = draws
@@ -319,21 +418,23 @@ def _learn(
     if adaround:
         for weight in weights:
             weight.start_adaround()
-    optimizers = _optimizers(run)
+    optimizers = _optimizers(options, weights, activations)
     noisy = 0 if options.noise == "off" else round(options.iters * options.noise_fraction)
-    floors = [(q.scale, q.scale.detach() * 1e-3) for q in run.open_quantizers]
+    learned: list[WeightQuantizer | ActivationQuantizer] = [*weights, *activations]
+    floors = [(q.scale, q.scale.detach() * 1e-3) for q in learned]
     for i in range(options.iters):
-        for optimizer, warmup in optimizers:
-            _set_rate(optimizer, i, options.iters, warmup)
+        for optimizer, warmup, schedule in optimizers:
+            _set_rate(optimizer, i, options.iters, warmup, schedule)
             optimizer.zero_grad()
         if i in {0, noisy}:
             later = Mode.SOFT if adaround else Mode.ROUND
-            module.set_mode(Mode(options.noise) if i < noisy else later, None, options.drop_prob)
-        loss = _batch_loss(run, targets, sources, draws)
-        if adaround and i >= options.iters * options.warmup:
+            mode = Mode(options.noise) if i < noisy else later
+            module.set_mode(mode, run.activations, options.drop_prob)
+        loss = _batch_loss(run, targets, pulls, draws)
+        if adaround and weights and i >= options.iters * options.warmup:
             loss = loss + options.round_weight * _undecided(weights, i, options)
         loss.backward()  # type: ignore[no-untyped-call]
-        for optimizer, _ in optimizers:
+        for optimizer, *_ in optimizers:
             optimizer.step()
         with torch.no_grad():  # a scale must stay positive
             for scale, floor in floors:
@@ -341,7 +442,7 @@ def _learn(
         report(i + 1)
 
 
-def _batch_loss(run: _BlockRun, targets: list[Rows], sources: Sources, draws: Draws) -> Tensor:
+def _batch_loss(run: _BlockRun, targets: list[Rows], pulls: Pulls, draws: Draws) -> Tensor:
     """Error of the block on one random batch, and the distance of its weights to the source."""
     options, device = run.options, run.device
     rows = draws.rows(len(run.real[0]), options.batch)
@@ -352,8 +453,8 @@ def _batch_loss(run: _BlockRun, targets: list[Rows], sources: Sources, draws: Dr
     loss = torch.zeros((), device=device)
     for output, target in zip(run.module(inputs), targets, strict=True):
         loss = loss + _error(output, target.take(rows).to(device))
-    for quantizer, source in sources:
-        loss = loss + options.distance * torch.linalg.vector_norm(quantizer.latent - source)
+    for quantizer, source, share in pulls:
+        loss = loss + share * torch.linalg.vector_norm(quantizer.latent - source)
     return loss
 
 
@@ -378,24 +479,25 @@ def _undecided(weights: list[WeightQuantizer], i: int, options: Options) -> Tens
     return torch.stack(parts).sum()
 
 
-def _optimizers(run: _BlockRun) -> list[tuple[torch.optim.Optimizer, float]]:
-    """One Adam for the weights with warm-up, one for the scales of activations without."""
-    options, weights = run.options, run.open_weights
+def _optimizers(
+    options: Options, weights: list[WeightQuantizer], activations: list[ActivationQuantizer]
+) -> list[tuple[torch.optim.Optimizer, float, str]]:
+    """Adam for the weights, and for the scales of activations; warm-up and schedule of each."""
+    lr, act_lr = (rate * options.rate_factor for rate in (options.lr, options.act_lr))
     if options.learner == "adaround":
-        groups = [{"params": [q.rounding], "rate": options.lr} for q in weights]
+        groups = [{"params": [q.rounding], "rate": lr} for q in weights]
         warmup = 0.0
     else:
-        groups = [{"params": [q.latent], "rate": options.lr} for q in weights]
-        groups += [_scale_group(q.scale, options.lr, options.step_change) for q in weights]
+        groups = [{"params": [q.latent], "rate": lr} for q in weights]
+        groups += [_scale_group(q.scale, lr, options.step_change) for q in weights]
         warmup = options.warmup
-    optimizers: list[tuple[torch.optim.Optimizer, float]] = [
-        (torch.optim.Adam(groups, lr=options.lr, fused=True), warmup)
-    ]
-    scales = [
-        _scale_group(q.scale, options.act_lr, options.step_change) for q in run.open_activations
-    ]
+    scales = [_scale_group(q.scale, act_lr, options.step_change) for q in activations]
+    optimizers: list[tuple[torch.optim.Optimizer, float, str]] = []
+    if groups:
+        adam = torch.optim.Adam(groups, lr=lr, fused=True)
+        optimizers.append((adam, warmup, options.schedule))
     if scales:
-        optimizers.append((torch.optim.Adam(scales, lr=options.act_lr, fused=True), 0.0))
+        optimizers.append((torch.optim.Adam(scales, lr=act_lr, fused=True), 0.0, "cosine"))
     return optimizers
 
 
@@ -405,11 +507,15 @@ def _scale_group(scale: nn.Parameter, rate: float, change: float) -> dict[str, A
     return {"params": [scale], "rate": min(rate, bound)}
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, i: int, iters: int, warmup: float) -> None:
-    """Linear warm-up from 0.001 of each group's rate, then cosine to 0."""
+def _set_rate(
+    optimizer: torch.optim.Optimizer, i: int, iters: int, warmup: float, schedule: str
+) -> None:
+    """Linear warm-up from 0.001 of each group's rate, then ``constant``, or ``cosine`` to 0."""
     rising = iters * warmup
     if i < rising:
         factor = 0.001 + 0.999 * i / rising
+    elif schedule == "constant":
+        factor = 1.0
     else:
         factor = 0.5 * (1 + math.cos(math.pi * (i - rising) / max(iters - rising, 1)))
     for group in optimizer.param_groups:

@@ -11,7 +11,17 @@ from .start import importing, run
 
 with importing("hdrq-calibrate"):
     from ..calibration.graph_cache import GraphCache
-    from ..calibration.methods import FOLDS, GRANULARITIES, LEARNERS, METHODS, NOISES
+    from ..calibration.methods import (
+        ACT_INITS,
+        DISTANCE_FORMS,
+        FOLDS,
+        GRANULARITIES,
+        LEARNERS,
+        METHODS,
+        NOISES,
+        SCHEDULES,
+        Options,
+    )
     from ..calibration.recipe import Recipe
     from ..calibration.request import CalibrationRequest
     from ..errors import ModelError, SpecError
@@ -117,6 +127,29 @@ def _learning_flags(knobs: argparse._ArgumentGroup) -> None:
     )
     knobs.add_argument("--act-lr", type=float, help="learning rate of activation scales (4e-5)")
     knobs.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        help="of the learning rate of weights, after its warm-up (hdrq: cosine, else constant)",
+    )
+    knobs.add_argument(
+        "--scale-rates",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="multiply learning rates by 20000 / iterations where iterations are fewer (no)",
+    )
+    knobs.add_argument(
+        "--stages",
+        type=int,
+        choices=(1, 2),
+        help="1: weights and activation scales together; 2: one after the other (1, brecq 2)",
+    )
+    knobs.add_argument(
+        "--act-init",
+        choices=ACT_INITS,
+        help="first activation scales: a search over all images, or the largest of the scales "
+        f"that 8 images want ({Options().act_init})",
+    )
+    knobs.add_argument(
         "--noise", choices=NOISES, help="noise in place of rounding (hdrq: empirical)"
     )
     knobs.add_argument(
@@ -128,6 +161,12 @@ def _learning_flags(knobs: argparse._ArgumentGroup) -> None:
         "--distance",
         type=float,
         help="weight of the distance to the source model, lambda (hdrq: 0.05)",
+    )
+    knobs.add_argument(
+        "--distance-form",
+        choices=DISTANCE_FORMS,
+        help="norm: as published; relative: independent of the size of layers and activations "
+        f"({Options().distance_form})",
     )
     knobs.add_argument(
         "--warmup", type=float, help="fraction of iterations in which the learning rate rises (0.2)"

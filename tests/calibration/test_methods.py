@@ -49,7 +49,9 @@ def test_every_row_says_what_it_does_and_makes_a_request() -> None:
         request = CalibrationRequest("m:F", "x.npz", "d", "b", base="s", method=name)
         assert request.learning == row.options
         assert request.quantizes == (name != "float")
-    with pytest.raises(SpecError, match="choose one of float, rtn, adaround, brecq, qdrop, hdrq"):
+    with pytest.raises(
+        SpecError, match="choose one of float, rtn, adaround, brecq, brecq-one-stage, qdrop, hdrq"
+    ):
         Options.of("magic")
 
 

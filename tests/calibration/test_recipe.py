@@ -61,14 +61,15 @@ def test_recipes_are_files_and_flags_win(
 
 def test_each_part_of_hdrq_can_be_switched(make: Any) -> None:
     assert Options.of("hdrq", noise="uniform").noise == "uniform"
-    assert set(METHODS) == {"float", "rtn", "adaround", "brecq", "qdrop", "hdrq"}
+    learned = {"adaround", "brecq", "brecq-one-stage", "qdrop", "hdrq"}
+    assert set(METHODS) == {"float", "rtn", *learned}
     with pytest.raises(HdrqError, match="noise='loud'"):
         Options.of("hdrq", noise="loud")
-    for a, b in itertools.combinations(("adaround", "brecq", "qdrop"), 2):
+    for a, b in itertools.combinations(sorted(learned), 2):
         assert Options.of(a) != Options.of(b)
 
 
-@pytest.mark.parametrize("method", ["adaround", "brecq", "qdrop", "hdrq"])
+@pytest.mark.parametrize("method", ["adaround", "brecq", "brecq-one-stage", "qdrop", "hdrq"])
 def test_every_method_lowers_the_error_of_rounding(make: Any, method: str) -> None:
     blocks = make("Net", method=method, wbits=3, abits=4).manifest.metrics["blocks"]
     learned = [b for b in blocks if b["learned"]]

@@ -102,7 +102,9 @@ def test_ten_kills_at_random_moments_leave_the_bytes_of_an_undisturbed_run(
     assert not (tmp_path / "killed.hdrq.partial").exists()
 
 
-def tiny(work: Path, output: Path, seed: int = 0, resume: bool = True) -> Bundle:
+def tiny(
+    work: Path, output: Path, seed: int = 0, resume: bool = True, method: str = "hdrq"
+) -> Bundle:
     return calibrate(
         "tiny_models:Tiny",
         work / "data.npz",
@@ -113,7 +115,8 @@ def tiny(work: Path, output: Path, seed: int = 0, resume: bool = True) -> Bundle
         wbits=4,
         seed=seed,
         resume=resume,
-        options=Options.of("hdrq", iters=3, batch=8),
+        method=method,
+        options=Options.of(method, iters=3, batch=8),
     )
 
 
@@ -121,7 +124,7 @@ class _Stop(Exception):
     pass
 
 
-def stop_after(work: Path, output: Path, blocks: int) -> None:
+def stop_after(work: Path, output: Path, blocks: int, method: str = "hdrq") -> None:
     save = Partial.save
 
     def counted(self: Partial, index: int, *rest: object) -> None:
@@ -131,7 +134,7 @@ def stop_after(work: Path, output: Path, blocks: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(_Stop):
         patch.setattr(Partial, "save", counted)
-        tiny(work, output)
+        tiny(work, output, method=method)
 
 
 def test_finished_blocks_are_not_learned_again(
@@ -151,6 +154,13 @@ def test_finished_blocks_are_not_learned_again(
     blocks = resumed.manifest.metrics["blocks"]
     assert len(learned) == len(blocks) - 2
     assert not partial.exists()
+
+
+def test_two_stages_resume_to_the_same_bytes(work: Path, tmp_path: Path) -> None:
+    stop_after(work, tmp_path / "a.hdrq", 1, "brecq")
+    resumed = tiny(work, tmp_path / "a.hdrq", method="brecq")
+    fresh = tiny(work, tmp_path / "b.hdrq", resume=False, method="brecq")
+    assert digest(resumed.path) == digest(fresh.path)
 
 
 def test_other_options_do_not_go_on_with_these_blocks(work: Path, tmp_path: Path) -> None:
