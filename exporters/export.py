@@ -41,7 +41,7 @@ from ..typing import Progress
 from . import precision
 from .engines import ENGINES, target_of
 from .io_signature import port_of, shape_ports
-from .mixed_precision import keep_float, weights_only
+from .mixed_precision import keep_float, real_weights, weights_only
 from .options import BuildOptions, GraphOptions
 from .precision_reasons import explain
 from .target import Target
@@ -153,6 +153,7 @@ def lowered(
         layers = weights_only(model, layers, options.weights_only)
     if options.keep_float:
         layers = keep_float(model, layers, options.keep_float)
+    real_weights(model, layers)
     shape_ports(model, options, bundle.manifest.preprocessing)
     return target.lower(model, options), layers
 

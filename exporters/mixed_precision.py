@@ -23,7 +23,7 @@ from ..graph.qdq import array, transposes_weight, weight_dequantizer
 from ..numerics.quantization import along, dequantize
 from ..typing import Array
 
-__all__ = ["BLOCKS", "keep_float", "weights_only"]
+__all__ = ["BLOCKS", "keep_float", "real_weights", "weights_only"]
 
 _log = logging.getLogger("hdrq_deploy")
 # Block sizes that both engines' kernels take, the fastest first.
@@ -104,6 +104,24 @@ def keep_float(model: ir.Model, layers: Sequence[Layer], patterns: Sequence[str]
     quantize_only(model, {layer.node for layer in result if layer.requested == "int8"})
     drop_unused(model)
     return result
+
+
+def real_weights(model: ir.Model, layers: Sequence[Layer]) -> None:
+    """Give, in place, layers that compute in float by the bundle's own account real weights.
+
+    From codes an engine would compute the same weights again at every run. A weight that a layer
+    in integers shares stays in codes.
+
+    Args:
+        model: The graph as :func:`~hdrq_deploy.graph.model_files.load` gives it.
+        layers: The bundle's layers.
+    """
+    nodes = {node.name: node for node in model.graph}
+    in_codes = {layer.weight for layer in layers if layer.requested != "float32"}
+    for layer in layers:
+        if layer.requested == "float32" and layer.weight and layer.weight not in in_codes:
+            _real_weight(model, nodes[layer.node])
+    drop_unused(model)
 
 
 def _real_weight(model: ir.Model, node: ir.Node) -> None:

@@ -101,11 +101,13 @@ def from_trt_inspector(engine: str, text: str, layers: Sequence[Layer]) -> Preci
     for entry in json.loads(text).get("Layers", []):
         if not isinstance(entry, Mapping):
             continue  # without DETAILED verbosity the inspector lists names only
-        kinds = [_datatype(t) for t in [*entry.get("Inputs", []), *entry.get("Constants", [])]]
+        inputs, constants = (
+            [_datatype(tensor) for tensor in entry.get(key, [])] for key in ("Inputs", "Constants")
+        )
         parsed.append(
             (
                 str(entry.get("LayerType", "")),
-                kinds,
+                _data_and_weight(inputs, constants),
                 str(entry.get("Metadata", "")),
                 str(entry.get("Name", "")),
             )
@@ -132,17 +134,28 @@ _COMPUTE = {
 
 
 def _parse_line(line: str) -> _Parsed:
-    """One line of the dump: layer type, datatypes of inputs then constants, metadata, name."""
+    """One line of the dump: layer type, datatypes of its operands, metadata, name."""
     kind = re.search(r"LayerType: ([^,]*)", line)
-    operands = line.split("Outputs: [", 1)[0]
+    inputs, _, constants = line.split("Outputs: [", 1)[0].partition("Constants: [")
     metadata = re.search(r"Metadata: (.*)$", line)
     name = re.match(r"Name: ([^,]*)", line)
     return (
         kind.group(1) if kind else "",
-        re.findall(r"Datatype: (\w+)", operands),
+        _data_and_weight(*(re.findall(r"Datatype: (\w+)", text) for text in (inputs, constants))),
         metadata.group(1) if metadata else "",
         name.group(1) if name else "",
     )
+
+
+def _data_and_weight(inputs: list[str], constants: list[str]) -> list[str]:
+    """Datatypes of inputs, then constants; of a layer that adds a real tensor without that one.
+
+    TensorRT fuses a residual sum into a convolution, which then reads the other branch as its
+    second input, before the weight among its constants.
+    """
+    weights = [kind for kind in constants if kind.lower().startswith("int8")]
+    codes = [kind.lower().startswith("int8") for kind in inputs[:2]]
+    return [inputs[0], *weights] if codes == [True, False] and weights else [*inputs, *constants]
 
 
 def _from_trt(

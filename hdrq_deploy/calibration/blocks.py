@@ -1,9 +1,13 @@
-"""Blocks by liveness: where exactly one tensor is alive, the network can be cut.
+"""What is learned together: blocks by liveness, or by residual unit.
 
+By liveness (:func:`find_blocks`): where exactly one tensor is alive, the network can be cut.
 Consecutive cuts that hold weights form a block; on a ResNet these are the stem, every
 residual block and the head. Long-lived skips (encoder-decoders) leave few such cuts: blocks
 with more than ``MOST_HEAVY`` heavy nodes are then cut where the fewest tensors are alive,
 and those tensors become extra inputs and outputs.
+
+By residual unit (:func:`find_units`): every residual unit is a block, and every layer outside
+of units is one of its own, whatever else is alive. On a ResNet both give the same.
 
 Activations are kept image by image between blocks, so a cut falls only where every live
 tensor has the images on axis 0 and nowhere else, the rows of one image together. Two images
@@ -13,6 +17,7 @@ are swapped to see that (sequence-first attention, for one, has them on axis 1).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,9 +25,18 @@ from torch import Tensor, fx
 
 from .capture import Capture
 from .placement import HEAVY
+from .residual_units import residual_units
 from .tensors import attribute
 
-__all__ = ["MOST_HEAVY", "Block", "find_blocks", "is_tensor", "rows_per_image", "scalar_value"]
+__all__ = [
+    "MOST_HEAVY",
+    "Block",
+    "find_blocks",
+    "find_units",
+    "is_tensor",
+    "rows_per_image",
+    "scalar_value",
+]
 
 MOST_HEAVY = 8
 # Relative to the RMS: a product sums in another order when the rows move.
@@ -63,14 +77,46 @@ def find_blocks(capture: Capture, most_heavy: int = MOST_HEAVY) -> list[Block]:
         most_heavy: A block with more convolutions and products than this is split where it
             can be.
     """
-    graph = capture.graph
-    nodes = [n for n in graph.nodes if n.op not in {"placeholder", "output", "get_attr"}]
-    by_image = _kept_by_image(capture)
-    alive = _alive_after(graph, nodes)
-    cuttable = [i for i, live in enumerate(alive) if live <= by_image]
+    nodes, alive, cuttable = _possible_cuts(capture)
     bounds = _heavy_runs(nodes, [i for i in cuttable if len(alive[i]) == 1])
     bounds = [part for b in bounds for part in _split(nodes, alive, set(cuttable), most_heavy, *b)]
     return [_block(nodes, first, last) for first, last in bounds]
+
+
+def find_units(capture: Capture, most_heavy: int = MOST_HEAVY) -> list[Block]:
+    """Cut a captured graph by residual unit; every compute node is in exactly one block.
+
+    A block ends behind the sum that closes its unit, or behind its layer, at the last of the
+    places where the fewest tensors are alive; where nothing can be cut in between, two blocks
+    are one.
+
+    Args:
+        capture: A captured model, on the CPU.
+        most_heavy: What joins more convolutions and products than this is no residual unit.
+    """
+    nodes, alive, cuttable = _possible_cuts(capture)
+    place = {node: i for i, node in enumerate(nodes)}
+    parts = residual_units(capture.graph, most_heavy)
+    inside = {node for part in parts for node in part}
+    alone = [(node,) for node in nodes if node.target in HEAVY and node not in inside]
+    parts = sorted([*parts, *alone], key=lambda part: place[part[0]])
+    bounds, first = [], 0
+    for part, following in pairwise(parts):
+        places = range(place[part[-1]], place[following[0]])
+        possible = [i for i in places if i in cuttable]
+        if possible:
+            best = min(possible, key=lambda i: (len(alive[i]), -i))
+            bounds.append((first, best + 1))
+            first = best + 1
+    return [_block(nodes, *bound) for bound in [*bounds, (first, len(nodes))]]
+
+
+def _possible_cuts(capture: Capture) -> tuple[list[fx.Node], list[set[fx.Node]], list[int]]:
+    """Compute nodes, the tensors alive after each, and after which of them a cut may fall."""
+    nodes = [n for n in capture.graph.nodes if n.op not in {"placeholder", "output", "get_attr"}]
+    by_image = _kept_by_image(capture)
+    alive = _alive_after(capture.graph, nodes)
+    return nodes, alive, [i for i, live in enumerate(alive) if live <= by_image]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from .inputs import CalibrationInputs
 from .loading import state_sha256
 from .preparation import Preparation
 from .reconstruction import reconstruct
-from .request import CalibrationRequest
+from .request import BLOCKS, PLACEMENTS, CalibrationRequest
 from .resume import Partial
 
 __all__ = ["RunRecord", "learn"]
@@ -52,9 +52,17 @@ class RunRecord:
                 "device": str(inputs.device),
                 "threads": torch.get_num_threads(),
                 **asdict(request.learning),
+                **_own_places(request),
             },
             versions={name: version(name) for name in _LIBRARIES},
         )
+
+
+def _own_places(request: CalibrationRequest) -> dict[str, str]:
+    """Placement and blocks where they are not the default, which earlier records do not name."""
+    chosen = {"placement": request.placement, "blocks": request.blocks}
+    defaults = {"placement": PLACEMENTS[0], "blocks": BLOCKS[0]}
+    return {name: value for name, value in chosen.items() if value != defaults[name]}
 
 
 def learn(

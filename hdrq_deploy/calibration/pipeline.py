@@ -44,6 +44,8 @@ def calibrate(
     resume: bool = False,
     cache_gb: float = 1.0,
     progress: Progress | None = None,
+    placement: str = "engine",
+    blocks: str = "live",
 ) -> Bundle:
     """Calibrate a model and write its bundle.
 
@@ -56,7 +58,7 @@ def calibrate(
         base: Source checkpoint that all domains were adapted from; needed by the distance
             term of ``hdrq``.
         method: A row of :data:`.methods.METHODS`.
-        wbits: Bits of the weights, 2 to 8; first and last layer keep 8.
+        wbits: Bits of the weights, 2 to 8; the first and the last layers keep 8.
         abits: Bits of the activations that heavy layers read, 2 to 8.
         per_channel: One weight scale per output channel instead of one per tensor (the paper).
         grid: ``int8`` or ``paper`` (see ``spec.activation_range``).
@@ -71,6 +73,10 @@ def calibrate(
         resume: Resume after the last finished block of a run that was stopped.
         cache_gb: Gigabytes of activations that are held in memory; more go to mapped files.
         progress: Called with (steps done, steps in all, block name).
+        placement: Where quantizers go: so that an ``engine`` runs every layer in INT8, or as in
+            the ``paper`` (:mod:`.placement`).
+        blocks: What is learned together: what lies between two cuts where one tensor is
+            ``live``, or a residual ``unit`` (:mod:`.blocks`).
 
     Raises:
         HdrqError: The input does not fit; the message says what to do.
@@ -98,6 +104,8 @@ def calibrate(
         device=device,
         resume=resume,
         cache_gb=cache_gb,
+        placement=placement,
+        blocks=blocks,
     )
     return run_calibration(request, progress=progress)
 

@@ -6,17 +6,30 @@
    before them.
 2. A convolution's output that rule 1 leaves alone (a branch of a residual add, the input of
    SiLU or HardSwish) gets an 8-bit one: engines only run a convolution in INT8 when it
-   writes codes. The network's outputs stay real.
+   writes codes. The outputs of last layers stay real.
 3. Transposed convolutions stay float: neither TensorRT nor ONNX Runtime runs them in INT8.
-4. Weights: ``wbits``, but 8 in the first and last layer. Operands: ``abits``, but 8 for the
-   network's input and the input of the last layer.
+4. Weights: ``wbits``, but 8 in the first layer and in every last layer. Operands: ``abits``,
+   but 8 for the network's input (and what is cut, resized or normalised from it before the
+   first layer) and for the inputs of the last layers.
+
+A last layer is one whose output reaches the network's output without passing another layer
+with codes for a weight (:func:`last_layers`). A network with two heads has two, and so has one
+that adds the output of a skip convolution to that of its head.
+
+With placement ``paper`` the quantizers are those of the paper instead:
+
+- Rule 2 does not apply, and the network's input stays real: the first layer computes in float.
+- Tensors that are joined by a concatenation have a scale each, and there is none behind it. A
+  layer that reads the joined tensor computes in float, because engines compute on codes of one
+  scale: TensorRT leaves INT8 where the scales before Concat differ, and ONNX Runtime where no
+  QuantizeLinear follows it. Placement ``engine`` has one scale, behind the concatenation.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,7 +42,16 @@ from .nodes import module_path
 from .request import Quantization
 from .tensors import attribute, free_name
 
-__all__ = ["HEAVY", "ActivationSite", "LayerSite", "Plan", "plan_quantizers", "root"]
+__all__ = [
+    "HEAVY",
+    "ActivationSite",
+    "LayerSite",
+    "Plan",
+    "last_layers",
+    "nonnegative_nodes",
+    "plan_quantizers",
+    "root",
+]
 
 aten = torch.ops.aten
 
@@ -74,6 +96,8 @@ _KEEPS_SIGN = _TRANSPARENT | {
     aten.upsample_bilinear2d.vec,
     operator.getitem,
 }
+# Values of nodes that are no tensors.
+_SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 _JOINS = {aten.add.Tensor, aten.mul.Tensor, aten.maximum.default}
 
 
@@ -92,12 +116,18 @@ class LayerSite:
     """One heavy node and the spec of its weight.
 
     The spec is None for a product of two activations and for a layer that stays float.
+
+    Attributes:
+        activation_bits: Bits of each operand that is quantized.
+        reason: Why the layer computes in float although it is no transposed convolution, or "".
     """
 
     node: fx.Node
     module: str
     weight: str | None
     spec: QuantSpec | None
+    activation_bits: tuple[int, ...] = ()
+    reason: str = ""
 
 
 @dataclass
@@ -108,48 +138,144 @@ class Plan:
     activations: list[ActivationSite] = field(default_factory=list)
 
 
-def plan_quantizers(capture: Capture, codes: Quantization) -> Plan:
+def plan_quantizers(capture: Capture, codes: Quantization, placement: str = "engine") -> Plan:
     """Apply the module's rules.
 
     Args:
         capture: The folded model.
         codes: Bits, granularity and grid.
+        placement: ``engine`` or ``paper``.
 
     Raises:
         ModelError: The graph holds nothing to quantize.
     """
-    heavy = [node for node in capture.graph.nodes if node.target in HEAVY]
+    graph = capture.graph
+    heavy = [node for node in graph.nodes if node.target in HEAVY]
     quantized = [node for node in heavy if node.target not in TRANSPOSED]
     weighted = [node for node in quantized if _weight_node(node) is not None]
     if not weighted:
         raise ModelError(
             "found no convolution or linear in the model's graph; there is nothing to quantize"
         )
-    plan = Plan()
+    last, images = last_layers(graph), _images(graph)
+    paper = placement == "paper"
+    sources = {
+        operand: _joined(root(operand), images) if paper else [root(operand)]
+        for node in quantized
+        for operand in operands(node)
+    }
+    bits: dict[fx.Node, int] = {}
+    for node in quantized:
+        for source in (s for operand in operands(node) for s in sources[operand]):
+            wide = node in last or source in images
+            bits[source] = max(bits.get(source, 0), 8 if wide else codes.abits)
+    if not paper:
+        for node in heavy:
+            if node.target in CONVOLUTIONS and node not in last:
+                bits.setdefault(_behind_activation(node), 8)
     # A weight that several layers share is as wide as the widest of them needs.
-    ends = {str(_weight_node(node).target) for node in (weighted[0], weighted[-1])}  # type: ignore[union-attr]
+    ends = {str(_weight_node(node).target) for node in weighted if node in last}  # type: ignore[union-attr]
+    ends.add(str(_weight_node(weighted[0]).target))  # type: ignore[union-attr]
+    plan = Plan()
     for node in heavy:
         weight = _weight_node(node)
         wide = weight is not None and str(weight.target) in ends
-        plan.layers.append(
-            _layer_site(capture, node, 8 if wide else codes.wbits, codes.per_channel)
-        )
-    bits = _operand_bits(quantized, weighted[-1], codes.abits)
-    for node in heavy:
-        if node.target in CONVOLUTIONS:
-            end = _behind_activation(node)
-            if end not in bits and not _reaches_output(end):
-                bits[end] = 8
+        site = _layer_site(capture, node, 8 if wide else codes.wbits, codes.per_channel)
+        if node in quantized:
+            groups = [sources[operand] for operand in operands(node)]
+            widths = tuple(max(bits[s] for s in group) for group in groups if group)
+            reason = _reason(node, sources)
+            site = replace(site, activation_bits=widths, reason=reason)
+        plan.layers.append(site)
+    plan.activations += _activation_sites(capture, bits, codes.grid)
+    return plan
+
+
+def _activation_sites(
+    capture: Capture, bits: Mapping[fx.Node, int], grid: str
+) -> Iterator[ActivationSite]:
+    """A quantizer behind every node of ``bits``, in graph order."""
     never_negative = nonnegative_nodes(capture.graph)
     taken: set[str] = set()
     for node in capture.graph.nodes:
         if node in bits:
-            spec = QuantSpec.activation(bits[node], node in never_negative, codes.grid)
+            spec = QuantSpec.activation(bits[node], node in never_negative, grid)
             path = "input" if node.op == "placeholder" else module_path(node)
             name = free_name(capture.module, f"{path}.act_scale", taken)
             taken.add(name)
-            plan.activations.append(ActivationSite(node, name, path, spec))
-    return plan
+            yield ActivationSite(node, name, path, spec)
+
+
+def last_layers(graph: fx.Graph) -> set[fx.Node]:
+    """Heavy nodes whose output reaches the network's output and passes no other on the way.
+
+    Found by a walk from the output backwards, through activation functions, resizing, sums and
+    products of scores, that ends at every layer which has a weight in codes. It goes on behind
+    transposed convolutions, which stay float, and behind products of two activations, which
+    have no weight: such a product is a last layer (its operands have 8 bits), and so are the
+    layers that write its operands. In a network without a head every layer that writes into
+    the last residual stream is a last layer.
+    """
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    waiting = list(output.all_input_nodes)
+    while waiting:
+        node = waiting.pop()
+        if node in seen or _is_size(node):
+            continue
+        seen.add(node)
+        if node.target in HEAVY:
+            found.add(node)
+            if node.target not in TRANSPOSED and _weight_node(node) is not None:
+                continue
+        waiting += node.all_input_nodes
+    return found
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), _SIZES)
+
+
+def _images(graph: fx.Graph) -> set[fx.Node]:
+    """The network's input, and what is computed from it alone before the first layer."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = [a for a in node.all_input_nodes if a.op != "get_attr" and not _is_size(a)]
+        light = node.op == "call_function" and node.target not in HEAVY
+        if node.op == "placeholder" or (light and inputs and found.issuperset(inputs)):
+            found.add(node)
+    return found
+
+
+def _joined(source: fx.Node, images: set[fx.Node]) -> list[fx.Node]:
+    """The tensors that get a scale each in placement ``paper``; none for the network's input."""
+    if source in images:
+        return []
+    parts = _parts(source)
+    if not parts:
+        return [source]
+    return list(dict.fromkeys(s for part in parts for s in _joined(root(part), images)))
+
+
+def _parts(node: fx.Node) -> list[fx.Node]:
+    """What a concatenation joins; empty where it joins parameters too, or is something else."""
+    parts = node.args[0] if node.target is aten.cat.default else []
+    nodes = [part for part in parts if isinstance(part, fx.Node)]  # type: ignore[union-attr]
+    return [] if any(root(part).op == "get_attr" for part in nodes) else nodes
+
+
+def _reason(node: fx.Node, sources: Mapping[fx.Node, Sequence[fx.Node]]) -> str:
+    """Why placement ``paper`` makes a layer compute in float, or ""."""
+    for operand in operands(node):
+        if not sources[operand]:
+            return "placement paper: its input is the network's input, which stays real"
+        if root(operand) not in sources[operand]:
+            return (
+                "placement paper: its input joins tensors that have a scale each, and engines "
+                "compute on codes of one scale"
+            )
+    return ""
 
 
 def nonnegative_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -234,16 +360,6 @@ def _channel_axis(node: fx.Node, weight: torch.Tensor) -> int | None:
     return 0
 
 
-def _operand_bits(heavy: list[fx.Node], last: fx.Node, abits: int) -> dict[fx.Node, int]:
-    bits: dict[fx.Node, int] = {}
-    for node in heavy:
-        for operand in operands(node):
-            source = root(operand)
-            wide = node is last or source.op == "placeholder"
-            bits[source] = max(bits.get(source, 0), 8 if wide else abits)
-    return bits
-
-
 def _behind_activation(conv: fx.Node) -> fx.Node:
     """The convolution's output, or that of the ReLU-like function that alone reads it."""
     users = list(conv.users)
@@ -252,10 +368,3 @@ def _behind_activation(conv: fx.Node) -> fx.Node:
         or (n.target in _CLAMPS and _clamps_to_nonnegative(n))
     )
     return users[0] if len(users) == 1 and fuses(users[0]) else conv
-
-
-def _reaches_output(node: fx.Node) -> bool:
-    return any(
-        user.op == "output" or (user.target in _TRANSPARENT and _reaches_output(user))
-        for user in node.users
-    )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckFailed
 from .activation_cache import run_batch
-from .blocks import MOST_HEAVY, Block, find_blocks
+from .blocks import Block, find_blocks, find_units
 from .capture import Capture, capture
 from .fold_batch_norm import fold_constants, folded
 from .graph_cache import GraphCache
@@ -67,8 +67,13 @@ def prepare(
     into_scales = quantization.scales_carry_batch_norm
     source = folded(graph.clone_with(inputs.base), into_scales) if inputs.base else None
     own = folded(own, into_scales)
-    plan = plan_quantizers(own, quantization)
-    blocks = find_blocks(own, 1 if options.granularity == "layer" else MOST_HEAVY)
+    plan = plan_quantizers(own, quantization, request.placement)
+    if options.granularity == "layer":
+        blocks = find_blocks(own, 1)
+    elif request.blocks == "unit":
+        blocks = find_units(own)
+    else:
+        blocks = find_blocks(own)
     return Preparation(own, plan, blocks, source, agreement)
 
 

@@ -34,6 +34,8 @@ class Recipe(BaseModel):
     per_channel: bool | None = None
     fold: Literal["weights", "steps"] | None = None
     grid: Literal["int8", "paper"] | None = None
+    placement: Literal["engine", "paper"] | None = None
+    blocks: Literal["live", "unit"] | None = None
     images: int | None = None
     seed: int | None = None
     learner: str | None = None

@@ -12,7 +12,12 @@ from ..formats.atomic_files import check_name
 from ..numerics.spec import GRIDS, check_bits, check_seed
 from .methods import FOLDS, METHODS, Options
 
-__all__ = ["CalibrationRequest", "Quantization"]
+__all__ = ["BLOCKS", "PLACEMENTS", "CalibrationRequest", "Quantization"]
+
+# Where quantizers go (:mod:`.placement`), and what is learned together (:mod:`.blocks`). The
+# first is the default.
+PLACEMENTS = ("engine", "paper")
+BLOCKS = ("live", "unit")
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Quantization:
     """Codes of weights and activations.
 
     Attributes:
-        wbits: Bits of the weights, 2 to 8; the first and the last layer keep 8.
+        wbits: Bits of the weights, 2 to 8; the first and the last layers keep 8.
         abits: Bits of the activations that heavy layers read, 2 to 8.
         per_channel: One weight scale per output channel instead of one per tensor.
         grid: ``int8`` or ``paper`` (see ``spec.activation_range``).
@@ -89,12 +94,19 @@ class CalibrationRequest:
     device: str = "auto"
     resume: bool = False
     cache_gb: float = 1.0
+    placement: str = "engine"
+    blocks: str = "live"
 
     def __post_init__(self) -> None:
         check_name(self.domain, "domain")
         check_seed(self.seed)
         Options.of(self.method)
         _ = self.quantization
+        for name, allowed in (("placement", PLACEMENTS), ("blocks", BLOCKS)):
+            if getattr(self, name) not in allowed:
+                raise SpecError(
+                    f"found {name} {getattr(self, name)!r}; choose one of {', '.join(allowed)}"
+                )
         if self.learning.distance > 0 and self.base is None:
             raise SpecError(
                 "found no source checkpoint; the distance term keeps the weights close to those "

@@ -31,7 +31,7 @@ from .bundle_model import PORTS, BundleModel
 from .capture import PRODUCTS, TRANSPOSED, Capture, quiet
 from .graph_cache import GraphCache
 from .nodes import module_path
-from .placement import HEAVY, Plan, root
+from .placement import HEAVY, Plan
 from .tensors import set_attribute
 
 __all__ = ["OPSET", "check_graph", "fit_biases", "onnx_graph"]
@@ -263,17 +263,15 @@ def _describe(
             reason=reason,
         )
     site = next(s for s in plan.layers if s.node.name == source.name)
-    bits = {s.source.name: s.spec.bits for s in plan.activations}
-    count = 2 if source.target in PRODUCTS else 1
-    sources = [a for a in source.args[:count] if isinstance(a, fx.Node) and a.op != "get_attr"]
     return Layer(
         node=node.name or "",
         op=node.op_type,
         module=path,
         weight=codes.get(site.weight) if site.weight else None,
         weight_bits=site.spec.bits if site.spec else None,
-        activation_bits=tuple(bits[root(a).name] for a in sources),
-        requested="int8",
+        activation_bits=site.activation_bits,
+        requested="float32" if site.reason else "int8",
+        reason=site.reason,
     )
 
 

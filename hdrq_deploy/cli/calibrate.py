@@ -23,7 +23,7 @@ with importing("hdrq-calibrate"):
         Options,
     )
     from ..calibration.recipe import Recipe
-    from ..calibration.request import CalibrationRequest
+    from ..calibration.request import BLOCKS, PLACEMENTS, CalibrationRequest
     from ..errors import ModelError, SpecError
     from ..experiments.bundles import forget, inputs_of, make_bundle
     from ..experiments.threads import calibration_threads
@@ -90,6 +90,13 @@ def arguments() -> argparse.ArgumentParser:
         "--grid",
         choices=GRIDS,
         help="range of the codes of non-negative activations (default: int8)",
+    )
+    p.add_argument(
+        "--placement",
+        choices=PLACEMENTS,
+        help="where quantizers go: so that engines run every layer in INT8 (engine, default), or "
+        "as in the paper (paper: network input and residual branches real, a scale for each "
+        "concatenated tensor; those layers run in float)",
     )
     p.add_argument(
         "--images", type=int, help="largest number of calibration images (default: 1024)"
@@ -187,6 +194,12 @@ def _learning_flags(knobs: argparse._ArgumentGroup) -> None:
     knobs.add_argument("--learner", choices=LEARNERS, help="what is learned of the weights")
     knobs.add_argument("--granularity", choices=GRANULARITIES, help="block (adaround: layer)")
     knobs.add_argument(
+        "--blocks",
+        choices=BLOCKS,
+        help="a block ends where one tensor is alive (live, default), or with a residual unit "
+        "(unit: as BRECQ, QDrop and the paper)",
+    )
+    knobs.add_argument(
         "--round-weight", type=float, help="AdaRound: weight of the rounding regularizer (0.01)"
     )
     knobs.add_argument(
@@ -232,6 +245,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             "pip install 'hdrq-deploy[calibrate]'"
         ) from error
     names = ("method", "wbits", "abits", "per_channel", "fold", "grid", "images", "seed")
+    names += ("placement", "blocks")
     common: dict[str, Any] = {
         "model": args.model,
         "base": args.base,

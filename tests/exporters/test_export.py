@@ -135,6 +135,21 @@ def test_a_layer_that_runs_in_float_fails_the_export() -> None:
     good = precision.from_trt_log("trt-rtx", dump.replace("{0}", "Int8"), [layer])
     precision.check(good, ())
     assert good.summary == "1/1 Conv INT8"
+    # A residual sum that was fused into the layer is its second input, before the weight.
+    both = dump.replace("N/A }]", "N/A }, { Name: skip, Datatype: Half } ]").replace("{0}", "Int8")
+    summed = precision.from_trt_log("trt-rtx", both, [layer])
+    assert summed.summary == "1/1 Conv INT8" and "Int8 x Int8" in summed.layers[0].evidence
+    entry = {
+        "LayerType": "correlation",
+        "Metadata": "[ONNX Layer: a/Conv]",
+        "Inputs": [{"Datatype": "Int8"}, {"Datatype": "Half"}],
+        "Constants": [{"Datatype": "Int8"}],
+    }
+    for weight, summary in (("Int8", "1/1 Conv INT8"), ("Half", "0/1 Conv INT8")):
+        entry["Constants"] = [{"Datatype": weight}]
+        text = json.dumps({"Layers": [entry]})
+        found = precision.from_trt_inspector("trt", text, [layer])
+        assert found.summary == summary
     bad = precision.from_trt_log("trt-rtx", dump.replace("{0}", "Float"), [layer])
     with pytest.raises(CheckFailed, match=r"first: a, Conv, asked int8, runs float32"):
         precision.check(bad, ())
