@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, fx, nn
 from .blocks import Block, is_tensor, rows_per_image, scalar_value
 from .capture import Capture
 from .fake_quantizers import ActivationQuantizer, Mode, WeightQuantizer
-from .placement import Plan
+from .nodes import weight_node
+from .placement import HEAVY, Plan
 from .tensors import attribute, set_attribute
 
 __all__ = [
@@ -34,25 +36,41 @@ class Quantizers:
 
 
 class BlockModule(nn.Module):
-    """A block of the graph as a module, quantizers included."""
+    """A block of the graph as a module, quantizers included.
 
-    def __init__(self, block: Block, body: fx.GraphModule, scalars: list[fx.Node]) -> None:
+    ``weight_names`` are the parameters that heavy nodes of ``body`` multiply by.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        body: fx.GraphModule,
+        scalars: list[fx.Node],
+        weight_names: dict[fx.Node, str],
+    ) -> None:
         super().__init__()
         self.block = block
         self.body = body
         self.scalars = scalars
+        self.weight_names = weight_names
         modules = list(body.modules())
         self.weights: list[WeightQuantizer] = [m for m in modules if isinstance(m, WeightQuantizer)]
         self.activations: list[ActivationQuantizer] = [
             m for m in modules if isinstance(m, ActivationQuantizer)
         ]
 
-    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
-        """Tensors of ``block.inputs`` to tensors of ``block.outputs``."""
+    def forward(
+        self, inputs: list[Tensor], run: Callable[..., list[Tensor]] | None = None
+    ) -> list[Tensor]:
+        """Tensors of ``block.inputs`` to tensors of ``block.outputs``.
+
+        Args:
+            inputs: One per node of ``block.inputs``.
+            run: Runs ``body`` in its place, with the same arguments.
+        """
         batch = len(inputs[0]) // rows_per_image(self.block.inputs[0])
         shapes = [scalar_value(node, batch) for node in self.scalars]
-        outputs: list[Tensor] = self.body(*inputs, *shapes)
-        return outputs
+        return (run or self.body)(*inputs, *shapes)
 
     def set_mode(self, weights: Mode, activations: Mode | None = None, drop: float = 0.0) -> None:
         """Set every quantizer of the block; ``activations`` as ``weights`` by default."""
@@ -141,8 +159,12 @@ def block_module(capture: Capture, plan: Plan, block: Block, result: Quantizers)
             copies[node] = add(result.weights[target])
         else:
             copies[node] = graph.get_attr(target)
+    weight_names = {}
     for node in block.nodes:
         copies[node] = graph.node_copy(node, lambda arg: copies[arg])
+        weight = weight_node(node) if node.target in HEAVY else None
+        if weight is not None:
+            weight_names[copies[node]] = str(weight.target)
         if node in sites:
             copies[node] = add(result.activations[sites[node].name], copies[node])
     graph.output([copies[node] for node in block.outputs])
@@ -153,4 +175,4 @@ def block_module(capture: Capture, plan: Plan, block: Block, result: Quantizers)
             set_attribute(parameters, target, attribute(capture.module, target))
     for key, quantizer in modules.items():
         parameters.add_module(key, quantizer)
-    return BlockModule(block, fx.GraphModule(parameters, graph), scalars)
+    return BlockModule(block, fx.GraphModule(parameters, graph), scalars, weight_names)

@@ -17,6 +17,7 @@ from .preparation import Preparation
 from .reconstruction import reconstruct
 from .request import BLOCKS, PLACEMENTS, CalibrationRequest
 from .resume import Partial
+from .statistics import Watch
 
 __all__ = ["RunRecord", "learn"]
 
@@ -71,6 +72,7 @@ def learn(
     preparation: Preparation,
     record: RunRecord,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> tuple[Quantizers, Partial]:
     """Learn all quantizers, block by block; resume where the request says so.
 
@@ -107,6 +109,7 @@ def learn(
         caches,
         partial,
         progress,
+        watch,
     )
     preparation.capture.module.cpu()
     return quantizers, partial

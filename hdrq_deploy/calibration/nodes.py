@@ -8,12 +8,18 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-__all__ = ["add_node", "module_path"]
+__all__ = ["add_node", "module_path", "weight_node"]
 
 
 def module_path(node: fx.Node) -> str:
     """Path of the module this node came from, or the node's own name."""
     return str(node.meta.get("hdrq_module") or node.name)
+
+
+def weight_node(node: fx.Node) -> fx.Node | None:
+    """The parameter that a heavy node multiplies by; None for a product of two activations."""
+    candidate = node.args[1]
+    return candidate if isinstance(candidate, fx.Node) and candidate.op == "get_attr" else None
 
 
 def add_node(like: fx.Node, target: Any, *args: Any) -> fx.Node:

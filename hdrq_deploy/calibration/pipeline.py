@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from ..calibration_data.readers import ImageSet, Wanted
 from ..formats.bundle import Bundle
 from ..typing import Progress
+from .activation_cache import Caches
 from .devices import torch_threads
 from .graph_cache import GraphCache
-from .inputs import load
+from .inputs import CalibrationInputs, load
 from .learning import RunRecord, learn
 from .loading import current_folder_importable
 from .methods import Options
-from .preparation import prepare
+from .preparation import Preparation, prepare
 from .rebuilding import fake_quantized, folded_weights
+from .reconstruction import observe_float
 from .request import CalibrationRequest
+from .statistics import Watch
 from .writing import write
 
 __all__ = ["calibrate", "fake_quantized", "folded_weights", "run_calibration", "torch_threads"]
@@ -46,6 +50,7 @@ def calibrate(
     progress: Progress | None = None,
     placement: str = "engine",
     blocks: str = "live",
+    statistics: int | Literal["auto", "full", "off"] = "auto",
 ) -> Bundle:
     """Calibrate a model and write its bundle.
 
@@ -77,6 +82,10 @@ def calibrate(
             the ``paper`` (:mod:`.placement`).
         blocks: What is learned together: what lies between two cuts where one tensor is
             ``live``, or a residual ``unit`` (:mod:`.blocks`).
+        statistics: Eigenvectors kept of the covariance of every layer's inputs, for merges by
+            regression and compensated rounding: a rank, ``full``, ``auto`` (as many as take no
+            more room than the codes at 8 bits), or ``off``. The bundle is the same bundle
+            whatever is chosen.
 
     Raises:
         HdrqError: The input does not fit; the message says what to do.
@@ -106,6 +115,7 @@ def calibrate(
         cache_gb=cache_gb,
         placement=placement,
         blocks=blocks,
+        statistics=statistics,
     )
     return run_calibration(request, progress=progress)
 
@@ -131,9 +141,24 @@ def run_calibration(
         inputs = load(request)
         preparation = prepare(request, inputs, graphs)
         record = RunRecord.of(request, inputs)
+        watch = _watch(request, inputs, preparation)
         if preparation.plan is None:
-            return write(request, inputs, preparation, None, record, graphs)
-        quantizers, partial = learn(request, inputs, preparation, record, progress)
-        bundle = write(request, inputs, preparation, quantizers, record, graphs)
+            if watch:
+                caches = Caches(round(request.cache_gb * 1e9))
+                observe_float(preparation, inputs.images, watch, inputs.device, caches)
+            return write(request, inputs, preparation, None, record, graphs, watch)
+        quantizers, partial = learn(request, inputs, preparation, record, progress, watch)
+        bundle = write(request, inputs, preparation, quantizers, record, graphs, watch)
         partial.close()
         return bundle
+
+
+def _watch(
+    request: CalibrationRequest, inputs: CalibrationInputs, preparation: Preparation
+) -> Watch | None:
+    """What looks at the inputs of the layers; None where that is switched off."""
+    rank = request.statistics
+    if rank == "off":
+        return None
+    count = len(preparation.plan.activations) if preparation.plan else 0
+    return Watch(preparation.capture, rank, len(inputs.images), request.seed, count)

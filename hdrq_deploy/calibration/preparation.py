@@ -30,7 +30,7 @@ class Preparation:
     Attributes:
         capture: The folded graph with the adapted weights.
         plan: Places of the quantizers; None for a float bundle.
-        blocks: What is learned together, in order.
+        blocks: What is learned together, in order; of a float bundle what is run together.
         source: The folded graph with the source weights, for the distance term.
         agreement: How far the graph is from the user's module, for the manifest.
     """
@@ -63,7 +63,7 @@ def prepare(
     own = graph.clone_with(inputs.state)
     if real:
         fold_constants(own)
-        return Preparation(own, None, agreement=agreement)
+        return Preparation(own, None, find_blocks(own), agreement=agreement)
     into_scales = quantization.scales_carry_batch_norm
     source = folded(graph.clone_with(inputs.base), into_scales) if inputs.base else None
     own = folded(own, into_scales)

@@ -37,6 +37,7 @@ class Recipe(BaseModel):
     placement: Literal["engine", "paper"] | None = None
     blocks: Literal["live", "unit"] | None = None
     images: int | None = None
+    statistics: int | str | None = None
     seed: int | None = None
     learner: str | None = None
     granularity: str | None = None
@@ -123,15 +124,17 @@ def _parse(path: Path) -> Any:
             "the recipe as .json"
         ) from error
     try:
-        # YAML 1.1 reads 1e-3 as text; a recipe means the number.
-        return {k: _number(v) for k, v in dict(yaml.safe_load(path.read_text())).items()}
+        # YAML 1.1 reads 1e-3 as text and off as false; a recipe means the number and the word.
+        return {k: _meant(k, v) for k, v in dict(yaml.safe_load(path.read_text())).items()}
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
     except TypeError as error:
         raise ValueError("found no mapping of keys to values") from error
 
 
-def _number(value: Any) -> Any:
+def _meant(key: Any, value: Any) -> Any:
+    if value is False and key in {"noise", "statistics"}:
+        return "off"
     if not isinstance(value, str):
         return value
     try:

@@ -9,7 +9,7 @@ block is stored, so that a stopped run resumes after it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,11 +32,13 @@ from .fake_quantizers import ActivationQuantizer, Mode, WeightQuantizer
 from .methods import Options
 from .nodes import module_path
 from .noise import Draws
+from .placement import Plan
 from .preparation import Preparation
 from .resume import Partial
+from .statistics import Watch
 from .tensors import attribute
 
-__all__ = ["reconstruct"]
+__all__ = ["observe_float", "reconstruct"]
 
 # A quantizer of a weight and the source model's weight, which it stays close to.
 Sources = list[tuple[WeightQuantizer, Tensor]]
@@ -78,6 +80,7 @@ def reconstruct(
     caches: Caches | None = None,
     partial: Partial | None = None,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Quantizers:
     """Learn all quantizers of a prepared model.
 
@@ -90,6 +93,7 @@ def reconstruct(
         caches: Holds the activations between blocks; in memory by default.
         partial: Finished blocks of a stopped run; this run's blocks are added.
         progress: Called with (steps done, steps in all, block name).
+        watch: Looks on while the activations move through every finished block.
 
     Raises:
         ModelError: NaN or infinity appears in a block's activations.
@@ -99,7 +103,8 @@ def reconstruct(
         Shin et al., ICML 2025, sections 4.1 and 4.2; block order and caches as in BRECQ.
     """
     device, caches = device or torch.device("cpu"), caches or Caches(1 << 62)
-    work = _Reconstruction(model, images, options, Draws(seed, device), device, caches)
+    draws = Draws(seed, device)
+    work = _Reconstruction(model, images, options, draws, device, caches, watch)
     per_block = options.iters * options.stages if options.learner != "none" else 1
     count = len(model.blocks)
     for index, block in enumerate(model.blocks):
@@ -114,6 +119,57 @@ def reconstruct(
     return work.quantizers
 
 
+def observe_float(
+    model: Preparation,
+    images: Tensor,
+    watch: Watch,
+    device: torch.device,
+    caches: Caches | None = None,
+) -> None:
+    """Move the images through a model without quantizers, block by block, before a watch.
+
+    Args:
+        model: Its ``blocks`` cover the whole graph.
+        images: (N, ...).
+        watch: Looks on.
+        device: Device that computes.
+        caches: Holds the activations between blocks; in memory by default.
+
+    Raises:
+        ModelError: NaN or infinity appears in a block's activations.
+        DataError: No room for the activations.
+    """
+    caches, capture = caches or Caches(1 << 62), model.capture
+    capture.module.to(device)
+    last_use = _last_use(model.blocks)
+    rows = dict([_first_rows(capture, images, caches)])
+    for index, block in enumerate(model.blocks):
+        module = block_module(capture, Plan(), block, Quantizers({}, {}, [])).to(device)
+        inputs = [rows[node] for node in block.inputs]
+        options, batch = Options.of("float"), run_batch(images)
+        run = _BlockRun(module, inputs, inputs, options, device, caches, batch)
+        outputs = run.quantized_outputs(watch)
+        _check_finite(outputs, block, f"block {index}", batch)
+        rows.update(zip(block.outputs, outputs, strict=True))
+        for node in block.inputs:
+            if last_use[node] == index:
+                rows.pop(node).free()
+    capture.module.cpu()
+
+
+def _last_use(blocks: Sequence[Block]) -> dict[fx.Node, int]:
+    """The last block that reads a tensor."""
+    return {node: i for i, block in enumerate(blocks) for node in block.inputs}
+
+
+def _first_rows(capture: Capture, images: Tensor, caches: Caches) -> tuple[fx.Node, Rows]:
+    """The graph's input, and the images as its rows."""
+    start = next(n for n in capture.graph.nodes if n.op == "placeholder" and is_tensor(n))
+    rows = caches.rows(len(images), images.shape[1:])
+    rows.write(0, images)
+    return start, rows
+
+
 class _Reconstruction:
     """The quantizers of a model, and the activations in front of its next block."""
 
@@ -125,18 +181,17 @@ class _Reconstruction:
         draws: Draws,
         device: torch.device,
         caches: Caches,
+        watch: Watch | None,
     ) -> None:
         assert model.plan is not None
         capture = model.capture
         capture.module.to(device)
         self.quantizers = quantizers_of(capture, model.plan, device)
         self._model, self._plan, self._options = model, model.plan, options
-        self._draws, self._device, self._caches = draws, device, caches
+        self._draws, self._device, self._caches, self._watch = draws, device, caches, watch
         self._batch = run_batch(images)
-        self._last_use = {n: i for i, block in enumerate(model.blocks) for n in block.inputs}
-        start = next(n for n in capture.graph.nodes if n.op == "placeholder" and is_tensor(n))
-        first = caches.rows(len(images), images.shape[1:])
-        first.write(0, images)
+        self._last_use = _last_use(model.blocks)
+        start, first = _first_rows(capture, images, caches)
         # Of every tensor that is still read.
         self._rows: dict[fx.Node, _Activation] = {start: _Activation(first, first, first)}
 
@@ -169,7 +224,7 @@ class _Reconstruction:
         spent = [self._rows.pop(n) for n in block.inputs if self._last_use[n] == index]
         for activation in spent:
             activation.free_real()
-        outputs = run.quantized_outputs()
+        outputs = run.quantized_outputs(self._watch)
         between = first.quantized_outputs() if apart else outputs
         if not stored:
             record["loss_after"] = run.loss(outputs, targets)
@@ -311,10 +366,13 @@ class _BlockRun:
             quantizer.finish_observing(pooled)
         return outputs
 
-    def quantized_outputs(self) -> list[Rows]:
+    def quantized_outputs(self, watch: Watch | None = None) -> list[Rows]:
         """Outputs of the rounded block on the quantized network's activations."""
         self.module.set_mode(Mode.ROUND, self.activations)
-        return self._collect(self.mixed)
+        outputs = self._collect(self.mixed, watch)
+        if watch:
+            watch.finish(self.module)
+        return outputs
 
     def round_loss(self, targets: list[Rows]) -> float:
         """Error of the rounded block on the quantized network's activations."""
@@ -343,15 +401,19 @@ class _BlockRun:
 
     @torch.no_grad()
     def _outputs(
-        self, inputs: list[Rows], batches: Iterable[tuple[int, int]]
+        self,
+        inputs: list[Rows],
+        batches: Iterable[tuple[int, int]],
+        watch: Watch | None = None,
     ) -> Iterator[tuple[tuple[int, int], list[Tensor]]]:
         for first, last in batches:
             parts = [rows.read(first, last).to(self.device) for rows in inputs]
-            yield (first, last), self.module(parts)
+            seen = watch.run(self.module, parts, last - first) if watch else self.module(parts)
+            yield (first, last), seen
 
-    def _collect(self, inputs: list[Rows]) -> list[Rows]:
+    def _collect(self, inputs: list[Rows], watch: Watch | None = None) -> list[Rows]:
         collected: list[Rows] = []
-        for (first, _), outputs in self._outputs(inputs, self._batches(len(inputs[0]))):
+        for (first, _), outputs in self._outputs(inputs, self._batches(len(inputs[0])), watch):
             if not collected:
                 nodes = zip(self.module.block.outputs, outputs, strict=True)
                 collected = [

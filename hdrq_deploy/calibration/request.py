@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..calibration_data.readers import ImageSet, Wanted
 from ..errors import SpecError
@@ -12,12 +13,26 @@ from ..formats.atomic_files import check_name
 from ..numerics.spec import GRIDS, check_bits, check_seed
 from .methods import FOLDS, METHODS, Options
 
-__all__ = ["BLOCKS", "PLACEMENTS", "CalibrationRequest", "Quantization"]
+__all__ = ["BLOCKS", "PLACEMENTS", "CalibrationRequest", "Quantization", "check_statistics"]
 
 # Where quantizers go (:mod:`.placement`), and what is learned together (:mod:`.blocks`). The
 # first is the default.
 PLACEMENTS = ("engine", "paper")
 BLOCKS = ("live", "unit")
+_STATISTICS = ("auto", "full", "off")
+
+
+def check_statistics(rank: int | str) -> None:
+    """Raise where a rank of statistics is no number >= 1, nor auto, full or off.
+
+    Raises:
+        SpecError: As said.
+    """
+    if isinstance(rank, bool) or not (rank in _STATISTICS if isinstance(rank, str) else rank >= 1):
+        raise SpecError(
+            f"found statistics={rank!r}; needed a rank of 1 or more, or one of "
+            f"{', '.join(_STATISTICS)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -96,8 +111,10 @@ class CalibrationRequest:
     cache_gb: float = 1.0
     placement: str = "engine"
     blocks: str = "live"
+    statistics: int | Literal["auto", "full", "off"] = "auto"
 
     def __post_init__(self) -> None:
+        check_statistics(self.statistics)
         check_name(self.domain, "domain")
         check_seed(self.seed)
         Options.of(self.method)

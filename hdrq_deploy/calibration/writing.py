@@ -30,6 +30,7 @@ from .module_tap import TorchTap
 from .placement import Plan
 from .preparation import Preparation
 from .request import CalibrationRequest
+from .statistics import Watch
 from .to_onnx import check_graph, fit_biases, onnx_graph
 
 __all__ = ["write"]
@@ -44,6 +45,7 @@ def write(
     quantizers: Quantizers | None,
     record: RunRecord,
     graphs: GraphCache,
+    watch: Watch | None = None,
 ) -> Bundle:
     """Write the bundle, after the written graph was compared with the fake-quantized model.
 
@@ -81,7 +83,10 @@ def write(
         tolerances=tolerances,
         versions=record.versions,
     )
-    return Bundle.write(inputs.target, manifest, model.tensors, graph, golden)
+    statistics = watch.statistics(model) if watch else None
+    return Bundle.write(
+        inputs.target, manifest, model.tensors, graph, golden, statistics=statistics
+    )
 
 
 def _scheme(request: CalibrationRequest, plan: Plan | None) -> Scheme:

@@ -44,6 +44,7 @@ with importing("hdrq-calibrate"):
         parser,
         progress_bar,
         progress_lines,
+        rank_or_word,
         seed_number,
         threads_of,
         wanted_of,
@@ -117,6 +118,13 @@ def arguments() -> argparse.ArgumentParser:
         type=float,
         default=1.0,
         help="gigabytes of activations in memory; the rest goes to files beside the output",
+    )
+    p.add_argument(
+        "--statistics",
+        type=rank_or_word,
+        metavar="RANK|full|off",
+        help="eigenvectors kept of the covariance of every layer's inputs, for merges by "
+        "regression (default: as many as take no more room than the codes at 8 bits)",
     )
     p.add_argument(
         "-o", "--output", required=True, help="bundle folder (NAME.hdrq), or folder of bundles"
@@ -245,7 +253,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             "pip install 'hdrq-deploy[calibrate]'"
         ) from error
     names = ("method", "wbits", "abits", "per_channel", "fold", "grid", "images", "seed")
-    names += ("placement", "blocks")
+    names += ("placement", "blocks", "statistics")
     common: dict[str, Any] = {
         "model": args.model,
         "base": args.base,

@@ -30,6 +30,7 @@ __all__ = [
     "paths_of",
     "progress_bar",
     "progress_lines",
+    "rank_or_word",
     "run",
     "seed_number",
     "threads_of",
@@ -178,6 +179,21 @@ def seed_number(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"found {shortened(text)!r}; needed a whole number of 0 to 2**63 - 1"
         ) from None
+
+
+def rank_or_word(text: str) -> int | str:
+    """The rank of ``--statistics``, ``full`` or ``off``.
+
+    Raises:
+        ArgumentTypeError: Neither of them.
+    """
+    if text in {"full", "off"}:
+        return text
+    if text.isascii() and text.isdigit() and 0 < len(text.lstrip("0")) < 10:
+        return int(text)
+    raise argparse.ArgumentTypeError(
+        f"found {shortened(text)!r}; needed a rank of 1 or more, full or off"
+    )
 
 
 def named(values: Sequence[str]) -> dict[str, str]:

@@ -37,17 +37,24 @@ __all__ = [
     "CheckpointStatistics",
     "Histogram",
     "LayerRecord",
+    "Layout",
+    "Rank",
     "Statistics",
     "StatisticsFile",
     "StatisticsRecord",
+    "file_bytes",
     "read_statistics",
 ]
 
 STATISTICS = "statistics.safetensors"
 _METADATA = "statistics"
+# Of one tensor's entry in a header: name, dtype, shape and place.
+_ENTRY = 120
 
 Layout = Literal["conv", "linear", "matmul", "transposed"]
 Count = Annotated[int, Field(ge=1)]
+# Eigenvectors of a layer: so many at most, all, or as many as there is room for.
+Rank = Annotated[int, Field(ge=0)] | Literal["auto", "full"]
 
 
 class LayerRecord(Frozen):
@@ -79,7 +86,7 @@ class _Contents(Frozen):
     """Tensors of a file of statistics."""
 
     schema_version: Literal[1] = 1
-    rank: Annotated[int, Field(ge=0)] | Literal["full"]
+    rank: Rank
     layers: tuple[LayerRecord, ...]
     histograms: tuple[str, ...] = ()
 
@@ -133,13 +140,13 @@ class Statistics:
     """Statistics of a bundle in memory, by the names of its tensors.
 
     Attributes:
-        rank: Rank that was asked for.
+        rank: Rank that was asked for: a number, ``full``, or ``auto``.
         layouts: Bias, layout and so on of every layer; see :class:`LayerRecord`.
         layers: Statistics of the inputs of every layer in ``layouts``, by its weight.
         histograms: Values of every activation, by its scale.
     """
 
-    rank: int | Literal["full"]
+    rank: Rank
     layouts: Mapping[str, tuple[str | None, Layout]]
     layers: Mapping[str, InputStatistics]
     histograms: Mapping[str, Histogram]
@@ -265,6 +272,21 @@ class StatisticsFile:
             if not np.isfinite(array).all():
                 raise BundleError(f"{self.path}: found NaN or infinity in {name}; {self._remedy}")
         return arrays
+
+
+def file_bytes(layers: Mapping[str, tuple[int, int, int]], histograms: int, bins: int) -> int:
+    """About the bytes of a file of statistics, its header included.
+
+    Args:
+        layers: (groups, features, rank) of every layer.
+        histograms: Their number.
+        bins: Of every histogram.
+    """
+    sizes = [
+        4 * _ENTRY + groups * (8 * features + rank * (2 * features + 4))
+        for groups, features, rank in layers.values()
+    ]
+    return sum(sizes) + histograms * (2 * _ENTRY + 4 * bins + 8)
 
 
 def read_statistics(path: Path) -> StatisticsFile:

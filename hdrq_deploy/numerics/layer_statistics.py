@@ -74,12 +74,19 @@ class InputStatistics:
         """
         factor = np.stack([_factor(c, min(rank, len(c))) for c in covariance])
         variances = np.diagonal(covariance, axis1=1, axis2=2)
-        return cls._with_rest(rows, mean, variances, factor)
+        return cls.of_factor(rows, mean, variances, factor)
 
     @classmethod
-    def _with_rest(
+    def of_factor(
         cls, rows: float, mean: Floats, variances: Floats, factor: Floats
     ) -> InputStatistics:
+        """Statistics whose diagonal is what a factor leaves of the variances.
+
+        Args:
+            rows: Number of rows.
+            mean, variances: (groups, features).
+            factor: (groups, rank, features).
+        """
         kept = factor.astype(np.float32)
         rest = np.maximum(variances - (kept.astype(np.float64) ** 2).sum(1), 0.0)
         return cls(float(rows), mean.astype(np.float32), rest.astype(np.float32), kept)
@@ -110,7 +117,7 @@ def mixture(
     most = max(p.rank for p in parts) if rank is None else rank
     factor = np.stack([_narrowed(f, min(most, f.shape[1])) for f in whole])
     rows = sum(p.rows for p in parts)
-    return InputStatistics._with_rest(rows, mean, variances, factor)
+    return InputStatistics.of_factor(rows, mean, variances, factor)
 
 
 def _factor(covariance: Floats, rank: int) -> Floats:

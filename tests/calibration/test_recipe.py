@@ -20,6 +20,7 @@ def test_recipes_are_files_and_flags_win(
 ) -> None:
     (tmp_path / "r.yaml").write_text(
         "method: qdrop\nwbits: 4\niters: 4\nbatch: 8\nlr: 1e-3\ndrop_prob: 0.25\nseed: 3\n"
+        "noise: off\nstatistics: off\n"
     )
     common = [
         "--model", "tiny_models:Tiny", "--weights", str(work / "Tiny-night.safetensors"),
@@ -30,6 +31,7 @@ def test_recipes_are_files_and_flags_win(
     assert calibrate_command.main(argv) == 0
     manifest = Bundle.open(out).manifest
     assert (manifest.method, manifest.seed, manifest.scheme.wbits) == ("qdrop", 3, 4)
+    assert manifest.statistics is None
     resolved = manifest.options
     assert (resolved["iters"], resolved["drop_prob"], resolved["lr"]) == (3, 0.25, 1e-3)
     assert resolved["learner"] == "adaround" and resolved["noise"] == "off"
@@ -46,6 +48,8 @@ def test_recipes_are_files_and_flags_win(
         "range.yaml": ("drop_prob: 1.5", "found drop_prob=1.5; needed 0 to 1"),
         "method.yaml": ("method: magic", "choose one of"),
         "noise.yaml": ("method: qdrop\nnoise: uniform", "act on latent weights"),
+        "rank.yaml": ("statistics: 0", "found statistics=0; needed a rank of 1 or more"),
+        "word.yaml": ("statistics: some", "found statistics='some'; needed a rank"),
         "list.yaml": ("- 1", "no mapping"),
         "broken.json": ("{", "cannot be read"),
     }
