@@ -82,10 +82,8 @@ def calibrate(
             the ``paper`` (:mod:`.placement`).
         blocks: What is learned together: what lies between two cuts where one tensor is
             ``live``, or a residual ``unit`` (:mod:`.blocks`).
-        statistics: Eigenvectors kept of the covariance of every layer's inputs, for merges by
-            regression and compensated rounding: a rank, ``full``, ``auto`` (as many as take no
-            more room than the codes at 8 bits), or ``off``. The bundle is the same bundle
-            whatever is chosen.
+        statistics: Rank of the covariances kept of the layers' inputs, which merges may use, or
+            ``auto`` (no more room than codes at 8 bits), ``full`` or ``off``.
 
     Raises:
         HdrqError: The input does not fit; the message says what to do.
