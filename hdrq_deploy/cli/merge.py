@@ -30,6 +30,7 @@ with importing("hdrq-merge"):
         re_estimate,
     )
     from ..merging.methods import MethodOptions
+    from ..merging.ways import way_of
     from .common import named, parser, paths_of, progress_bar, seed_number
 
 __all__ = ["arguments", "main"]
@@ -46,7 +47,7 @@ and written in the dtype that they have (in float32 where they differ):
 # Flags of one kind of merge: what is given, and ignored, would be taken for what was done.
 _OF_BUNDLES = ("data", "re_estimate", "criterion", "rounding", "candidates")
 _METHOD_OPTIONS = tuple(option.name for option in fields(MethodOptions))
-_OF_CHECKPOINTS = ("base", *_METHOD_OPTIONS)
+_OF_CHECKPOINTS = ("base",)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -59,9 +60,19 @@ def arguments() -> argparse.ArgumentParser:
         help="one per bundle, sum 1 (equal); auto chooses them from --data without labels",
     )
     p.add_argument(
+        "--method",
+        choices=METHODS,
+        help=f"how parameters are merged; {_summaries(METHODS)} (regression where all bundles hold "
+        "statistics, else mean)",
+    )
+    for option in fields(MethodOptions):
+        text = f"{option.metadata['help']} ({option.default})"
+        p.add_argument(f"--{option.name}", type=float, help=text)
+    p.add_argument(
         "--rounding",
         choices=ROUNDINGS,
-        help=f"how merged codes are rounded; {_summaries(ROUNDINGS)} (advanced)",
+        help=f"how merged codes are rounded; {_summaries(ROUNDINGS)} (compensated with "
+        "regression, advanced with the mean of two, else nearest)",
     )
     p.add_argument("--candidates", type=int, help="draws of advanced rounding (100)")
     p.add_argument("--seed", type=seed_number, default=0)
@@ -88,14 +99,8 @@ def arguments() -> argparse.ArgumentParser:
     )
     p.add_argument("-o", "--output", required=True, help="bundle folder, or .safetensors file")
     floats = p.add_argument_group("checkpoints", "float merging of .safetensors or torch files")
-    floats.add_argument(
-        "--method", choices=METHODS, help=f"how parameters are merged; {_summaries(METHODS)} (mean)"
-    )
     needing = [name for name, method in METHODS.items() if method.needs_base]
     floats.add_argument("--base", help=f"source checkpoint of {' and '.join(needing)}")
-    for option in fields(MethodOptions):
-        text = f"{option.metadata['help']} ({option.default})"
-        floats.add_argument(f"--{option.name}", type=float, help=text)
     return p
 
 
@@ -121,9 +126,15 @@ def _merge(args: argparse.Namespace) -> int:
     weights = None if auto else _numbers(args.weights)
     if auto and not args.data:
         raise MergeError("found --weights auto without images; pass --data NAME=PATH ...")
-    rounding, method = _rounding_of(args), args.method or "mean"
+    parents = [Bundle.open(path) for path in args.bundles]
+    method, rounding = way_of(parents, args.method, args.rounding)
+    numbers = _method_options(args, method)
+    if args.candidates is not None and rounding != "advanced":
+        raise MergeError(
+            f"found --candidates with --rounding {rounding}; they are draws of advanced rounding"
+        )
     candidates = 100 if args.candidates is None else args.candidates
-    merger = Merger(args.bundles, rounding, candidates, args.seed, method)
+    merger = Merger(parents, rounding, candidates, args.seed, method, numbers)
     check_different([Path(path) for path in args.bundles])
     if not auto:
         merger.check_weights(weights)
@@ -134,7 +145,7 @@ def _merge(args: argparse.Namespace) -> int:
         images = _images(args.data, first, args.images, args.seed)
         with progress_bar("choose weights") as progress:
             chosen = choose_weights(
-                Merger(merger.parents, method=method),
+                Merger(merger.parents, method=method, method_options=numbers, keep=True),
                 images,
                 args.criterion,
                 renewed,
@@ -158,6 +169,7 @@ def _merge(args: argparse.Namespace) -> int:
                 lambda done, total: progress(done, total, ""),
                 options=options,
                 method=method,
+                method_options=numbers,
             )
         if renewed:
             bundle = re_estimate(bundle, renewed, target, args.seed)
@@ -204,10 +216,17 @@ def _given(args: argparse.Namespace, names: Sequence[str]) -> str:
     return f"--{given[0].replace('_', '-')}" if given else ""
 
 
-def _rounding_of(args: argparse.Namespace) -> str:
-    """The rounding as given, or the best one that the method allows."""
-    is_mean = args.method is None or METHODS[args.method].is_mean
-    return args.rounding or ("advanced" if is_mean else "nearest")
+def _method_options(args: argparse.Namespace, method: str) -> MethodOptions:
+    """The numbers that the method reads.
+
+    Raises:
+        MergeError: Others are given.
+    """
+    unused = [name for name in _METHOD_OPTIONS if name not in METHODS[method].options]
+    if flag := _given(args, unused):
+        raise MergeError(f"found {flag} with --method {method}, which does not use it")
+    values = {name: getattr(args, name) for name in _METHOD_OPTIONS}
+    return MethodOptions(**{name: value for name, value in values.items() if value is not None})
 
 
 def _check_flags(args: argparse.Namespace) -> None:
@@ -224,11 +243,6 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise MergeError("found --criterion without --weights auto, which it is for")
     if args.data and args.weights != ["auto"]:
         raise MergeError("found --data without --weights auto, which reads it; pass both")
-    rounding = _rounding_of(args)
-    if args.candidates is not None and rounding != "advanced":
-        raise MergeError(
-            f"found --candidates with --rounding {rounding}; they are draws of advanced rounding"
-        )
 
 
 def _merge_checkpoints(args: argparse.Namespace) -> int:
@@ -239,11 +253,7 @@ def _merge_checkpoints(args: argparse.Namespace) -> int:
             "(--method float keeps them float)"
         )
     method = args.method or "mean"
-    unused = [name for name in _METHOD_OPTIONS if name not in METHODS[method].options]
-    if flag := _given(args, unused):
-        raise MergeError(f"found {flag} with --method {method}, which does not use it")
-    values = {name: getattr(args, name) for name in _METHOD_OPTIONS}
-    options: dict[str, Any] = {name: v for name, v in values.items() if v is not None}
+    numbers = _method_options(args, method)
     with progress_bar("merge") as progress:
         path = merge_checkpoints(
             args.bundles,
@@ -252,7 +262,8 @@ def _merge_checkpoints(args: argparse.Namespace) -> int:
             method,
             args.base,
             progress=lambda done, total: progress(done, total, ""),
-            **options,
+            scaling=numbers.scaling,
+            density=numbers.density,
         )
     print(path)
     return 0

@@ -20,19 +20,24 @@ from ..comparison.golden import check_merge
 from ..errors import MergeError
 from ..formats.atomic_files import check_output
 from ..formats.bundle import Bundle
-from ..formats.bundle_manifest import Manifest, ParentRecord
+from ..formats.bundle_manifest import Manifest
 from ..formats.file_kinds import BUNDLE
-from ..formats.records import Tolerances
+from ..formats.statistics import Statistics
 from ..graph.biases import bias_sites, fitted, shifts
 from ..numerics.batchnorm_fold import graph_tensors
 from ..numerics.quantization import along, dequantize
 from ..numerics.spec import check_seed
 from ..typing import Array
+from .compatibility import check_compatible
+from .layers import LayerMerge, scale_of
 from .merge_weights import check_different, check_merge_weights
+from .merged_manifest import merged_manifest
+from .merged_statistics import merged_statistics
 from .methods import MethodOptions, method_of
 from .methods.base import float64
 from .methods.mean import matched_variance, weighted_mean
 from .rounding import ROUNDINGS, merge_codes, round_target
+from .ways import check_way, way_of
 
 __all__ = ["Merger", "golden_inputs", "in_parallel", "merge"]
 
@@ -43,14 +48,15 @@ def merge(
     bundles: Sequence[Bundle | str | os.PathLike[str]],
     output: str | os.PathLike[str],
     weights: Sequence[float] | None = None,
-    rounding: str = "advanced",
+    rounding: str | None = None,
     candidates: int = 100,
     seed: int = 0,
     progress: Progress | None = None,
     threads: int | None = None,
     options: Mapping[str, Any] | None = None,
     *,
-    method: str = "mean",
+    method: str | None = None,
+    method_options: MethodOptions | None = None,
 ) -> Bundle:
     """Merge two or more bundles of one architecture, source and scheme.
 
@@ -58,13 +64,16 @@ def merge(
         bundles: Bundles or their paths.
         output: Folder of the merged bundle.
         weights: One per bundle, >= 0, sum 1; equal by default.
-        rounding: Name of one of ``ROUNDINGS``.
+        rounding: Name of one of ``ROUNDINGS``; by default the best that the bundles allow, see
+            :func:`.ways.way_of`.
         candidates: Draws of ``advanced``.
         seed: Seed of the draws.
         progress: Called with (tensors done, tensors in all).
         threads: Tensors merged at a time; one per core by default. The result is the same.
         options: Further entries of the manifest's record of this merge.
-        method: Name of one of ``METHODS`` that needs no source checkpoint.
+        method: Name of one of ``METHODS`` that needs no source checkpoint; by default regression
+            where all bundles hold statistics, else the mean.
+        method_options: Numbers that the method reads.
 
     Raises:
         MergeError: Fewer than two bundles, one named twice, weights, a rounding or a method that
@@ -75,9 +84,13 @@ def merge(
         CheckFailed: The merged graph gives no finite output for a golden input.
 
     Source:
-        Shin et al., ICML 2025, section 4.3 (rounding); Li et al., ECCV 2024 (BatchNorm).
+        Shin et al., ICML 2025, section 4.3 (rounding); Li et al., ECCV 2024 (BatchNorm); Jin et
+        al., ICLR 2023 (regression); Frantar et al., ICLR 2023 (compensated rounding).
     """
-    merger = Merger(bundles, rounding, candidates, seed, method)
+    check_merge_weights(None, len(bundles), "bundle")
+    parents = [b if isinstance(b, Bundle) else Bundle.open(b) for b in bundles]
+    method, rounding = way_of(parents, method, rounding)
+    merger = Merger(parents, rounding, candidates, seed, method, method_options)
     merge_weights = merger.check_weights(weights)
     check_different([parent.path for parent in merger.parents])
     return merger.write(output, merge_weights, progress, threads, options)
@@ -109,6 +122,9 @@ class Merger:
         candidates: Draws of ``advanced``.
         seed: Seed of the draws.
         method: Name of one of ``METHODS`` that needs no source checkpoint.
+        method_options: Numbers that the method reads.
+        keep: Keep in memory what the parents give to every layer of a merge with statistics:
+            merges at further weights then cost little.
 
     Raises:
         MergeError: See :func:`merge`.
@@ -121,9 +137,12 @@ class Merger:
         candidates: int = 1,
         seed: int = 0,
         method: str = "mean",
+        method_options: MethodOptions | None = None,
+        keep: bool = False,
     ) -> None:
         check_merge_weights(None, len(bundles), "bundle")
-        _check_method(method, rounding)
+        check_way(method, rounding)
+        self.method_options = method_options or MethodOptions()
         if candidates < 1:
             raise MergeError(f"found candidates={candidates}; needed 1 or more")
         if seed < 0:
@@ -131,12 +150,16 @@ class Merger:
         check_seed(seed)
         self.parents = [b if isinstance(b, Bundle) else Bundle.open(b) for b in bundles]
         for other in self.parents[1:]:
-            _check_compatible(self.parents[0], other)
+            check_compatible(self.parents[0], other)
         self.rounding, self.candidates, self.seed = rounding, candidates, seed
         self.method = method
         entries = self.parents[0].manifest.tensors
         self.code_names = sorted(n for n, entry in entries.items() if entry.role == "codes")
         self._sites = bias_sites(self.parents[0].graph_ir())
+        chosen = method_of(method)
+        self._layers: LayerMerge | None = None
+        if chosen.needs_statistics or ROUNDINGS[rounding].needs_statistics:
+            self._layers = LayerMerge(self.parents, chosen, rounding, self.method_options, keep)
 
     def check_weights(self, weights: Sequence[float] | None) -> list[float]:
         """See :func:`.merge_weights.check_merge_weights`."""
@@ -153,44 +176,73 @@ class Merger:
         """The merge as a bundle; see :func:`merge`."""
         check_output(output, BUNDLE, [parent.path for parent in self.parents])
         layers: dict[str, Any] = {}
-        done = 0
+        extra = dict(options or {})
 
         def put_all(put: Callable[[str, Array], None]) -> Manifest:
-            names = self.parents[0].manifest.tensors
-            small = self.floats(merge_weights)
-            for name, value in small.items():
-                put(name, value)
+            report = _counter(progress, len(self.parents[0].manifest.tensors))
+            if self._layers is not None:
+                merged, fallbacks = self._with_statistics(
+                    self._layers, merge_weights, layers, threads, report
+                )
+                for name, value in merged.items():
+                    put(name, value)
+                if fallbacks:
+                    extra["fallbacks"] = fallbacks
+            else:
+                small = self.floats(merge_weights)
+                for name, value in small.items():
+                    put(name, value)
+                    report()
 
-            def one(name: str) -> None:
-                nonlocal done
-                codes, layers[name] = self.codes(name, merge_weights, small)
-                put(name, codes)
-                done += 1
-                if progress:
-                    progress(len(small) + done, len(names))
+                def one(name: str) -> None:
+                    codes, layers[name] = self.codes(name, merge_weights, small)
+                    put(name, codes)
+                    report()
 
-            in_parallel(one, self.code_names, threads)
-            return self.manifest(merge_weights, dict(sorted(layers.items())), options or {})
+                in_parallel(one, self.code_names, threads)
+            return self.manifest(merge_weights, dict(sorted(layers.items())), extra)
 
         golden = golden_inputs(self.parents)
-        return Bundle.write_like(output, self.parents[0], put_all, golden, check_merge)
+
+        def statistics() -> Statistics | None:
+            return merged_statistics(
+                self.parents,
+                merge_weights,
+                lambda work, names: in_parallel(work, names, threads),
+            )
+
+        return Bundle.write_like(output, self.parents[0], put_all, golden, check_merge, statistics)
 
     def tensors(self, merge_weights: Sequence[float]) -> dict[str, Array]:
         """All tensors of a merge, in memory."""
+        if self._layers is not None:
+            return self._with_statistics(self._layers, merge_weights, {}, None, lambda: None)[0]
         merged = self.floats(merge_weights)
         for name in self.code_names:
             merged[name] = self.codes(name, merge_weights, merged)[0]
         return merged
 
     def floats(self, merge_weights: Sequence[float]) -> dict[str, Array]:
-        """Everything but the codes; what follows from a fold is computed from its parts."""
+        """Everything but the codes; what follows from a fold is computed from its parts.
+
+        Scales and biases are weighted means here, also where a merge with statistics gives its
+        layers others.
+        """
+        return self._fitted(self._means(merge_weights))
+
+    def _means(self, merge_weights: Sequence[float]) -> dict[str, Array]:
+        """Everything but the codes and what follows from folds."""
         manifest = self.parents[0].manifest
         derived = {name for fold in manifest.folds.values() for name in (fold.scale, fold.bias)}
-        merged = {
+        return {
             name: self._float(name, merge_weights)
             for name, entry in manifest.tensors.items()
             if entry.role != "codes" and name not in derived
         }
+
+    def _fitted(self, merged: dict[str, Array]) -> dict[str, Array]:
+        """With what follows from folds, and biases that integer kernels hold."""
+        manifest = self.parents[0].manifest
         for fold in manifest.folds.values():
             merged[fold.scale], merged[fold.bias] = graph_tensors(
                 merged[fold.raw_scale],
@@ -203,11 +255,57 @@ class Merger:
             )
         return merged | fitted(merged, self._sites, shifts(manifest.tensors), manifest.folds)
 
+    def _with_statistics(
+        self,
+        merging: LayerMerge,
+        merge_weights: Sequence[float],
+        layers: dict[str, Any],
+        threads: int | None,
+        report: Callable[[], None],
+    ) -> tuple[dict[str, Array], dict[str, str]]:
+        """All tensors, layer by layer, and why layers are not as asked for, by weight.
+
+        ``layers`` is given the statistics of each tensor of codes.
+        """
+        manifest = self.parents[0].manifest
+        merged, fallbacks = self._means(merge_weights), dict[str, str]()
+        scales = {name: merged[scale_of(name, self.parents[0])] for name in self.code_names}
+        found: dict[str, dict[str, Array]] = {}
+
+        def one(name: str) -> None:
+            record = merging.record(name)
+            bias = record.bias if record else None
+            if name not in scales:
+                real = merging.real(name, merge_weights)
+                values = {name: real.weight.astype(np.float32)}
+                fallback, vector = real.fallback, real.bias
+            else:
+                layer = merging.rounded(
+                    name, merge_weights, scales[name], manifest.scheme.per_channel
+                )
+                values = {
+                    name: layer.codes.codes,
+                    scale_of(name, self.parents[0]): layer.scale,
+                }
+                fallback, vector = layer.fallback, layer.bias
+                layers[name] = layer.codes.record()
+            if bias is not None and vector is not None:
+                values[bias] = vector.astype(np.float32)
+            if fallback:
+                fallbacks[name] = fallback
+            found[name] = values
+            report()
+
+        in_parallel(one, sorted({*self.code_names, *merging.weights}), threads)
+        for name in sorted(found):
+            merged |= found[name]
+        return self._fitted(merged), dict(sorted(fallbacks.items()))
+
     def codes(
         self, name: str, merge_weights: Sequence[float], floats: Mapping[str, Array]
     ) -> tuple[Array, dict[str, Any]]:
         """Merged codes of one tensor, and statistics of its rounding."""
-        entry, scale = self.parents[0].manifest.tensors[name], self._scale_of(name)
+        entry, scale = self.parents[0].manifest.tensors[name], scale_of(name, self.parents[0])
         if method_of(self.method).is_mean:
             merged = merge_codes(
                 [parent.tensor(name) for parent in self.parents],
@@ -224,53 +322,56 @@ class Merger:
             merged = round_target(
                 self._merged(real, merge_weights), real, floats[scale], entry.spec
             )
-        statistics = {
-            "codes": merged.codes.size,
-            "ambiguous": merged.ambiguous,
-            "changed": merged.changed,
-            "cosines": merged.cosines,
-            "nearest_cosines": merged.nearest_cosines,
-        }
-        return merged.codes, statistics
+        return merged.codes, merged.record()
 
     def unrounded(
         self, merge_weights: Sequence[float], floats: Mapping[str, Array]
     ) -> dict[str, Array]:
         """``floats``, and in place of codes the real weights (float32) that they stand for."""
         manifest = self.parents[0].manifest
-        result = dict(floats)
+        result, biases = dict(floats), {}
         for name in self.code_names:
-            merged = self._merged(self._dequantized(name), merge_weights)
+            merged, bias = self._real(name, merge_weights)
+            biases |= bias
             real: Array = merged.astype(np.float32)
             if fold := manifest.folds.get(name):
                 gain = np.asarray(floats[fold.scale] / floats[fold.raw_scale])
                 real = real * along(gain, real.ndim, manifest.tensors[name].axis)
             result[name] = real
-        return result
+        return result | biases
+
+    def _real(self, name: str, merge_weights: Sequence[float]) -> tuple[Array, dict[str, Array]]:
+        """The merged weight of a tensor of codes, and its bias where that is merged with it."""
+        if self._layers is None:
+            return self._merged(self._dequantized(name), merge_weights), {}
+        real, record = self._layers.real(name, merge_weights), self._layers.record(name)
+        if record is None or record.bias is None or real.bias is None:
+            return real.weight, {}
+        return real.weight, {record.bias: real.bias.astype(np.float32)}
 
     def manifest(
         self, merge_weights: Sequence[float], layers: Mapping[str, Any], options: Mapping[str, Any]
     ) -> Manifest:
         """The manifest of a merge; ``layers`` are the statistics of each tensor of codes."""
-        return _manifest(self, merge_weights, layers, options)
+        record = {
+            "rounding": self.rounding,
+            "candidates": self.candidates,
+            **({} if self.method == "mean" else {"method": self.method}),
+            **{n: getattr(self.method_options, n) for n in method_of(self.method).options},
+            **options,
+        }
+        return merged_manifest(self.parents, merge_weights, record, layers, self.seed)
 
     def _dequantized(self, codes: str) -> list[Array]:
         """The real weights that each parent's codes stand for, BatchNorm not applied."""
-        axis, scale = self.parents[0].manifest.tensors[codes].axis, self._scale_of(codes)
+        axis = self.parents[0].manifest.tensors[codes].axis
+        scale = scale_of(codes, self.parents[0])
         return [dequantize(p.tensor(codes), p.tensor(scale), axis) for p in self.parents]
 
     def _merged(self, tensors: Sequence[Array], merge_weights: Sequence[float]) -> Array:
         """Trained parameters merged by the method, float64."""
         method = method_of(self.method)
-        return method.merge(float64(tensors), merge_weights, None, MethodOptions())
-
-    def _scale_of(self, codes: str) -> str:
-        """The tensor with the scales that ``codes`` were rounded with, BatchNorm not applied."""
-        manifest = self.parents[0].manifest
-        fold = manifest.folds.get(codes)
-        scale = fold.raw_scale if fold else manifest.tensors[codes].scale
-        assert scale is not None
-        return scale
+        return method.merge(float64(tensors), merge_weights, None, self.method_options)
 
     def _float(self, name: str, merge_weights: Sequence[float]) -> Array:
         values = [parent.tensor(name) for parent in self.parents]
@@ -291,21 +392,17 @@ class Merger:
         return weighted_mean(values, merge_weights)
 
 
-def _check_method(method: str, rounding: str) -> None:
-    """Refuse a method or a rounding that does not work on bundles."""
-    if rounding not in ROUNDINGS:
-        raise MergeError(f"found rounding {rounding!r}; choose one of {', '.join(ROUNDINGS)}")
-    chosen = method_of(method)
-    if not chosen.merges_bundles:
-        raise MergeError(
-            f"found method {method!r} with bundles; it needs the source weights, which bundles do "
-            "not hold: merge the float checkpoints and calibrate the result"
-        )
-    if not chosen.is_mean and ROUNDINGS[rounding].tosses:
-        raise MergeError(
-            f"found rounding {rounding!r} with method {method!r}; noise has known probabilities "
-            "for the weighted mean only: choose nearest"
-        )
+def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
+    """Calls ``progress`` with one more tensor done each time it is called."""
+    done = 0
+
+    def report() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, total)
+
+    return report
 
 
 def _mean_of(variance: str, manifest: Manifest) -> str:
@@ -317,89 +414,3 @@ def _mean_of(variance: str, manifest: Manifest) -> str:
     if mean in manifest.tensors:
         return mean
     raise MergeError(f"found a variance {variance} without a mean; make the bundle again")
-
-
-def _check_compatible(first: Bundle, other: Bundle) -> None:
-    a, b = first.manifest, other.manifest
-    pairs: list[tuple[str, Any, Any]] = [
-        ("model", a.model, b.model),
-        ("method is float", a.method == "float", b.method == "float"),
-        *((f"scheme {k}", v, getattr(b.scheme, k)) for k, v in a.scheme),
-        ("source weights (sha256)", a.source_sha256[:12], b.source_sha256[:12]),
-        ("classes", a.classes, b.classes),
-        ("input shape", a.input_shape, b.input_shape),
-        ("preprocessing", a.preprocessing, b.preprocessing),
-        ("folds", sorted(a.folds.items()), sorted(b.folds.items())),
-        ("tensor names", sorted(a.tensors), sorted(b.tensors)),
-        *((f"tensor {name}", entry, b.tensors.get(name)) for name, entry in a.tensors.items()),
-        ("graph (sha256)", first.graph_sha256[:12], other.graph_sha256[:12]),
-    ]
-    for what, mine, theirs in pairs:
-        if mine != theirs:
-            raise MergeError(
-                f"found different {what}: {_short(mine, theirs)} in {first.path}, "
-                f"{_short(theirs, mine)} in {other.path}; merging needs bundles of one model, "
-                "source and scheme: calibrate them with the same options"
-            )
-
-
-def _short(value: Any, other: Any) -> str:
-    """``value``, or for long sequences its first item that is not in ``other``."""
-    if isinstance(value, (list, tuple)) and isinstance(other, (list, tuple)):
-        lacking = [item for item in value if item not in other]
-        return f"{len(value)} items" + (f" with {lacking[0]}" if lacking else "")
-    return str(value)
-
-
-def _manifest(
-    merger: Merger,
-    merge_weights: Sequence[float],
-    layers: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> Manifest:
-    parents = merger.parents
-    domains: dict[str, float] = {}
-    for parent, weight in zip(parents, merge_weights, strict=True):
-        for domain, share in parent.manifest.domains.items():
-            domains[domain] = domains.get(domain, 0.0) + weight * share
-    first = parents[0].manifest
-    methods = sorted({parent.manifest.method for parent in parents})
-    return first.model_copy(
-        update={
-            "method": "+".join(methods),
-            "domains": domains,
-            "adapted_sha256": _union(p.manifest.adapted_sha256 for p in parents),
-            "data_sha256": _union(p.manifest.data_sha256 for p in parents),
-            "seed": merger.seed,
-            "options": {
-                "merge": {
-                    "weights": list(merge_weights),
-                    "rounding": merger.rounding,
-                    "candidates": merger.candidates,
-                    **({} if merger.method == "mean" else {"method": merger.method}),
-                    **options,
-                },
-                "parents": [p.manifest.options for p in parents],
-            },
-            "metrics": {"layers": dict(layers)},
-            "tolerances": _tolerances(parents),
-            "parents": tuple(
-                ParentRecord(
-                    manifest_sha256=parent.manifest_sha256,
-                    domains=parent.manifest.domains,
-                    weight=weight,
-                )
-                for parent, weight in zip(parents, merge_weights, strict=True)
-            ),
-        }
-    )
-
-
-def _tolerances(parents: Sequence[Bundle]) -> Tolerances:
-    """The loosest of the parents; how far ties spread in the merge nobody has measured."""
-    loosest = max((p.manifest.tolerances for p in parents), key=lambda t: t.output_rms)
-    return loosest.model_copy(update={"spread": None})
-
-
-def _union(records: Any) -> dict[str, str]:
-    return {key: value for record in records for key, value in record.items()}

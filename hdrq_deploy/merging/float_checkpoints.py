@@ -72,6 +72,11 @@ def merge_checkpoints(
     merge_weights = check_merge_weights(weights, len(files), "checkpoint")
     check_different(files)
     chosen = method_of(method)
+    if chosen.needs_statistics:
+        raise MergeError(
+            f"found method {method!r} with checkpoints; it needs statistics of the layers' inputs, "
+            "which bundles hold: calibrate the checkpoints (`method` float keeps them float)"
+        )
     options = MethodOptions(scaling, density)
     sources = [*files, *_base_of(method, base)]
     if Path(output).suffix != ".safetensors":

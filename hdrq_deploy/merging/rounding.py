@@ -4,7 +4,8 @@
 ``noise``     rounds after a draw of the parents' rounding errors, but only where the sum is
               ambiguous, so that ties are not all broken one way (paper section 4.3);
 ``advanced``  takes many such draws and keeps the first, replaced by any later one that points
-              from every parent more nearly towards the real midpoint.
+              from every parent more nearly towards the real midpoint;
+``compensated`` needs statistics of the layers' inputs and is done by :mod:`.error_compensation`.
 
 Ambiguous means: the weighted sum of the codes is a half exactly, in integer arithmetic. For two
 parents at equal weights these are the odd sums; with weights k_i / n a position is ambiguous
@@ -26,6 +27,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,11 +65,14 @@ class Rounding:
         draws: The number of draws that are made, from the number of candidates asked for.
         choose: The index of the draw that is taken, from the draws' cosines (draws, parents);
             -1 for the codes of rounding to nearest.
+        needs_statistics: Whether layers are rounded by :mod:`.error_compensation`, with the
+            statistics of their inputs; the draws are not asked for then.
     """
 
     summary: str
     draws: Callable[[int], int]
     choose: Callable[[Floats], int]
+    needs_statistics: bool = False
 
     @property
     def tosses(self) -> bool:
@@ -88,6 +93,12 @@ ROUNDINGS: dict[str, Rounding] = {
     "nearest": Rounding("round to the nearest code", lambda candidates: 0, lambda cosines: -1),
     "noise": Rounding("one draw decides ties", lambda candidates: 1, lambda cosines: 0),
     "advanced": Rounding("the best of several draws", lambda candidates: candidates, _best),
+    "compensated": Rounding(
+        "later weights make up for the errors of earlier ones",
+        lambda candidates: 0,
+        lambda cosines: -1,
+        needs_statistics=True,
+    ),
 }
 
 
@@ -108,6 +119,16 @@ class MergedCodes:
     changed: float
     cosines: tuple[float, ...]
     nearest_cosines: tuple[float, ...]
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest keeps of it."""
+        return {
+            "codes": self.codes.size,
+            "ambiguous": self.ambiguous,
+            "changed": self.changed,
+            "cosines": self.cosines,
+            "nearest_cosines": self.nearest_cosines,
+        }
 
 
 def merge_codes(
@@ -167,25 +188,34 @@ def merge_codes(
 
 
 def round_target(
-    target: Array, parents: Sequence[Array], scale: Array, spec: QuantSpec
+    target: Array,
+    parents: Sequence[Array],
+    scale: Array,
+    spec: QuantSpec,
+    codes: npt.NDArray[np.int8] | None = None,
 ) -> MergedCodes:
-    """Codes nearest to merged weights that a method other than the weighted mean gave.
+    """Codes of merged weights that a method other than the weighted mean gave.
 
     Args:
         target: Merged real weights, shape of the codes.
         parents: Real weights of the parents, of the same shape.
         scale: Merged scale, () or (target.shape[spec.axis],).
         spec: Range and axis of the codes.
+        codes: The codes where they are found already; else the nearest ones are taken.
     """
     wide = quantization.along(scale.astype(np.float64), target.ndim, spec.axis)
-    codes = np.rint(target / wide).clip(spec.lo, spec.hi).astype(np.int8)
-    cosines = tuple(_cosine(codes * wide - real, target - real) for real in parents)
+    nearest = np.rint(target / wide).clip(spec.lo, spec.hi).astype(np.int8)
+    taken = nearest if codes is None else codes
+    near = tuple(_cosine(nearest * wide - real, target - real) for real in parents)
+    cosines = near
+    if codes is not None:
+        cosines = tuple(_cosine(codes * wide - real, target - real) for real in parents)
     return MergedCodes(
-        codes=codes,
+        codes=taken,
         ambiguous=0.0,
-        changed=0.0,
+        changed=float((taken != nearest).mean()) if taken.size else 0.0,
         cosines=cosines,
-        nearest_cosines=cosines,
+        nearest_cosines=near,
     )
 
 

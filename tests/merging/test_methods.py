@@ -80,7 +80,7 @@ def test_bundles_refuse_what_they_cannot_be_merged_with(
     bundles = [make(domain=d) for d in ("night", "day")]
     for options, message in (
         ({"method": "ties"}, "needs the source weights"),
-        ({"method": "median"}, "choose one of mean, task-arithmetic, ties"),
+        ({"method": "median"}, "choose one of mean, regression, task-arithmetic, ties"),
         ({"method": toy}, "choose nearest"),
         ({"rounding": "up"}, "choose one of nearest, noise, advanced"),
     ):

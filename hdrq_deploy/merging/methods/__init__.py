@@ -9,6 +9,7 @@ from __future__ import annotations
 from ...errors import MergeError
 from .base import MergeMethod, MethodOptions
 from .mean import MEAN
+from .regression import REGRESSION
 from .task_arithmetic import TASK_ARITHMETIC
 from .ties import TIES
 
@@ -16,6 +17,7 @@ __all__ = ["METHODS", "MergeMethod", "MethodOptions", "method_of"]
 
 METHODS: dict[str, MergeMethod] = {
     "mean": MEAN,
+    "regression": REGRESSION,
     "task-arithmetic": TASK_ARITHMETIC,
     "ties": TIES,
 }

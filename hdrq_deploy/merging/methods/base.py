@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,8 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import MergeError
+from ...numerics.layer_statistics import InputStatistics
+from ...numerics.moments import Moments
 
-__all__ = ["Floats", "MergeFunction", "MergeMethod", "MethodOptions", "float64"]
+__all__ = [
+    "Floats",
+    "LayerMethod",
+    "LayerPart",
+    "MergeFunction",
+    "MergeMethod",
+    "MethodOptions",
+    "float64",
+]
 
 Floats = npt.NDArray[np.float64]
 
@@ -24,6 +34,8 @@ class MethodOptions:
     Attributes:
         scaling: Factor of the merged task vector; finite.
         density: Share of each task vector that ``ties`` keeps, above 0 and up to 1.
+        alpha: What ``regression`` keeps of the products of different inputs, 0 to 1.
+        ridge: What ``regression`` adds to its diagonal, as a share of the mean; 0 or more.
 
     Raises:
         MergeError: A number is out of its range.
@@ -31,12 +43,19 @@ class MethodOptions:
 
     scaling: float = field(default=1.0, metadata={"help": "factor of the task vector"})
     density: float = field(default=0.2, metadata={"help": "share that ties keeps"})
+    alpha: float = field(default=0.9, metadata={"help": "weight of inputs' products in regression"})
+    ridge: float = field(default=1e-4, metadata={"help": "pull of regression towards the mean"})
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1 or not math.isfinite(self.scaling):
             raise MergeError(
                 f"found density={self.density}, scaling={self.scaling}; needed a density above 0, "
                 "up to 1, and a finite scaling"
+            )
+        if not 0 <= self.alpha <= 1 or not 0 <= self.ridge < math.inf:
+            raise MergeError(
+                f"found alpha={self.alpha}, ridge={self.ridge}; needed an alpha of 0 to 1, and a "
+                "finite ridge of 0 or more"
             )
 
 
@@ -62,6 +81,39 @@ class MergeFunction(Protocol):
 
 
 @dataclass(frozen=True)
+class LayerPart:
+    """What one parent gives to a layer that is merged with statistics, whatever its weight.
+
+    Attributes:
+        rows: The parent's weight, (groups, features, outputs of a group); see
+            :mod:`hdrq_deploy.merging.layer_rows`.
+        moments: Of its inputs.
+        product: ``moments`` times ``rows``.
+        bias: Whether the last feature is the bias.
+    """
+
+    rows: Floats
+    moments: Moments
+    product: Floats
+    bias: bool
+
+
+@dataclass(frozen=True)
+class LayerMethod:
+    """How a method merges a layer of whose inputs there are statistics.
+
+    Attributes:
+        prepare: What one parent gives, from (its rows, the statistics of its inputs, whether the
+            last row is the bias, the options); merge weights do not matter to it.
+        merge: The merged rows, from (the parts, the merge weights, the options).
+            :class:`~hdrq_deploy.numerics.moments.SingularError` says that there are none.
+    """
+
+    prepare: Callable[[Floats, InputStatistics, bool, MethodOptions], LayerPart]
+    merge: Callable[[Sequence[LayerPart], Sequence[float], MethodOptions], Floats]
+
+
+@dataclass(frozen=True)
 class MergeMethod:
     """A merge method, as the table :data:`hdrq_deploy.merging.methods.METHODS` holds it.
 
@@ -77,6 +129,8 @@ class MergeMethod:
         options: Names of the :class:`MethodOptions` that the method reads.
         is_mean: Whether the result is the weighted mean. Codes are rounded with noise only then:
             the probabilities are those of a weighted mean.
+        layers: How layers are merged of whose inputs all parents have statistics; ``merge``
+            serves all others. None where the method reads no statistics.
     """
 
     merge: MergeFunction
@@ -84,6 +138,12 @@ class MergeMethod:
     needs_base: bool = False
     options: tuple[str, ...] = ()
     is_mean: bool = False
+    layers: LayerMethod | None = None
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the parents must hold statistics of their layers' inputs."""
+        return self.layers is not None
 
     @property
     def merges_bundles(self) -> bool:

@@ -1,0 +1,226 @@
+"""Layers merged and rounded with what calibration saw of their inputs.
+
+Every layer is merged by itself. What a parent gives to it does not depend on the merge weights and
+is prepared once where :class:`LayerMerge` is asked to keep it; another mix then costs the sum of
+the parts and one solution. A layer whose inputs not all parents saw, or whose system has no
+solution, gets the weighted mean, and the result says so.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import MergeError
+from ..formats.bundle import Bundle
+from ..formats.statistics import LayerRecord, StatisticsFile
+from ..numerics.moments import SingularError, covariance, mean_of, mixed, second_moments
+from ..numerics.quantization import along, dequantize
+from ..typing import Array
+from .error_compensation import compensated, damped
+from .layer_rows import bias_of, rows_of, weight_of, with_bias
+from .merged_statistics import common_layers
+from .methods.base import Floats, LayerPart, MergeMethod, MethodOptions, float64
+from .rounding import ROUNDINGS, MergedCodes, round_target
+from .scales import searched_scale
+
+__all__ = ["LayerMerge", "RealLayer", "RoundedLayer", "scale_of"]
+
+
+@dataclass(frozen=True)
+class RealLayer:
+    """A merged layer before it is rounded.
+
+    Attributes:
+        weight: float64, of the weight's shape.
+        bias: float64; None where the layer has none of its own.
+        fallback: Why the weighted mean was taken; empty where the method was used.
+    """
+
+    weight: Floats
+    bias: Floats | None
+    fallback: str
+
+
+@dataclass(frozen=True)
+class RoundedLayer:
+    """A merged layer in codes.
+
+    Attributes:
+        codes: And what rounding did.
+        scale: float32, of its tensor's shape.
+        bias: float32, corrected for what rounding changes in the mean output; None as above.
+        fallback: Why the layer was not rounded as asked; empty where it was.
+    """
+
+    codes: MergedCodes
+    scale: npt.NDArray[np.float32]
+    bias: npt.NDArray[np.float32] | None
+    fallback: str
+
+
+class LayerMerge:
+    """The layers of several bundles, merged by a method or rounded in a way with statistics.
+
+    Args:
+        parents: Bundles that fit each other.
+        method: Merges the layers.
+        rounding: Name of one of ``ROUNDINGS`` that draws nothing.
+        options: Numbers of the method.
+        keep: Keep what the parents give to each layer, for merges at other weights.
+
+    Raises:
+        MergeError: A parent without statistics.
+    """
+
+    def __init__(
+        self,
+        parents: Sequence[Bundle],
+        method: MergeMethod,
+        rounding: str,
+        options: MethodOptions,
+        keep: bool = False,
+    ) -> None:
+        self.parents, self.method, self.options = parents, method, options
+        self.rounding = ROUNDINGS[rounding]
+        self._files = [_statistics_of(parent) for parent in parents]
+        self._records, self.missing = common_layers(self._files)
+        self._bias_counts = Counter(r.bias for r in self._records.values())
+        self._kept: dict[str, list[LayerPart]] | None = {} if keep else None
+
+    def record(self, name: str) -> LayerRecord | None:
+        """The layer of a weight that all parents saw; its bias is the layer's own alone."""
+        record = self._records.get(name)
+        if record is None or record.bias is None:
+            return record
+        shared = self._bias_counts[record.bias] > 1
+        if shared or record.layout == "transposed":
+            return record.model_copy(update={"bias": None})
+        return record
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Weights of the layers that all parents saw."""
+        return tuple(self._records)
+
+    def real(self, name: str, merge_weights: Sequence[float]) -> RealLayer:
+        """The merged weight of a layer, and its bias.
+
+        Args:
+            name: The weight's tensor.
+            merge_weights: One per parent, sum 1.
+        """
+        record, fallback = self.record(name), self.missing.get(name, "no statistics")
+        entry = self.parents[0].manifest.tensors[name]
+        layers = self.method.layers
+        if layers is not None and record is not None:
+            try:
+                rows = layers.merge(self._parts(name, record), merge_weights, self.options)
+                bias = None if record.bias is None else bias_of(rows)
+                inner = rows if bias is None else rows[:, :-1]
+                return RealLayer(weight_of(inner, record, entry.shape), bias, "")
+            except SingularError as error:
+                fallback = str(error)
+        mean = self.method.merge(float64(self.weights_of(name)), merge_weights, None, self.options)
+        bias = None
+        if record is not None and record.bias is not None:
+            biases = [parent.tensor(record.bias) for parent in self.parents]
+            bias = self.method.merge(float64(biases), merge_weights, None, self.options)
+        return RealLayer(mean, bias, fallback if layers is not None else "")
+
+    def rounded(
+        self, name: str, merge_weights: Sequence[float], scale: Array, per_channel: bool
+    ) -> RoundedLayer:
+        """The merged layer in codes, with a scale that is searched on its weights.
+
+        Args:
+            name: Tensor of the codes.
+            merge_weights: One per parent, sum 1.
+            scale: The mean of the parents' scales.
+            per_channel: Search a scale for every channel; else one for all.
+        """
+        real, record = self.real(name, merge_weights), self.record(name)
+        spec = self.parents[0].manifest.tensors[name].spec
+        found = searched_scale(real.weight, spec, scale, per_channel)
+        codes, bias, fallback = None, real.bias, real.fallback
+        if self.rounding.needs_statistics and record is not None:
+            codes, bias = self._compensated(name, real, record, found, merge_weights)
+        elif self.rounding.needs_statistics:
+            fallback = fallback or self.missing.get(name, "no statistics")
+        merged = round_target(real.weight, self.weights_of(name), found, spec, codes)
+        single = None if bias is None else bias.astype(np.float32)
+        return RoundedLayer(merged, found, single, fallback)
+
+    def _compensated(
+        self,
+        name: str,
+        real: RealLayer,
+        record: LayerRecord,
+        scale: Array,
+        merge_weights: Sequence[float],
+    ) -> tuple[npt.NDArray[np.int8], Floats | None]:
+        """Codes, and the bias with the mean of what they lose."""
+        inputs = [file.layer(name) for file in self._files]
+        spec, shape = self.parents[0].manifest.tensors[name].spec, real.weight.shape
+        wide = along(scale.astype(np.float64), len(shape), spec.axis)
+        rows = rows_of(real.weight, record)
+        steps = rows_of(np.broadcast_to(wide, shape), record)
+        if real.bias is None:
+            # Nothing makes up for a change of the mean: it is an error as well.
+            whole = [second_moments(part, 1.0, bias=False) for part in inputs]
+            moments = mixed(whole, merge_weights)
+        else:
+            moments = covariance(inputs, merge_weights)
+        codes = compensated(rows, damped(moments), steps, spec)
+        bias = real.bias
+        if bias is not None:
+            lost = mean_of(inputs, merge_weights)[:, None] @ (rows - codes * steps)
+            bias = bias + lost.reshape(-1)
+        return weight_of(codes, record, shape), bias
+
+    def weights_of(self, name: str) -> list[Array]:
+        """The real weights of the parents, BatchNorm not applied."""
+        manifest = self.parents[0].manifest
+        entry = manifest.tensors[name]
+        if entry.role != "codes":
+            return [parent.tensor(name) for parent in self.parents]
+        scale = scale_of(name, self.parents[0])
+        return [dequantize(p.tensor(name), p.tensor(scale), entry.axis) for p in self.parents]
+
+    def _parts(self, name: str, record: LayerRecord) -> list[LayerPart]:
+        """What each parent gives to a layer."""
+        if self._kept is not None and name in self._kept:
+            return self._kept[name]
+        layers = self.method.layers
+        assert layers is not None
+        parts = []
+        weights = self.weights_of(name)
+        for parent, file, weight in zip(self.parents, self._files, weights, strict=True):
+            bias = None if record.bias is None else parent.tensor(record.bias)
+            rows = with_bias(rows_of(weight.astype(np.float64), record), bias)
+            parts.append(layers.prepare(rows, file.layer(name), bias is not None, self.options))
+        if self._kept is not None:
+            self._kept[name] = parts
+        return parts
+
+
+def scale_of(codes: str, bundle: Bundle) -> str:
+    """The tensor with the scales that ``codes`` were rounded with, BatchNorm not applied."""
+    fold = bundle.manifest.folds.get(codes)
+    scale = fold.raw_scale if fold else bundle.manifest.tensors[codes].scale
+    assert scale is not None
+    return scale
+
+
+def _statistics_of(bundle: Bundle) -> StatisticsFile:
+    statistics = bundle.statistics()
+    if statistics is None:
+        raise MergeError(
+            f"{bundle.path}: found no statistics of its layers' inputs; needed those of every "
+            "bundle: calibrate it again, or choose `method` mean and a `rounding` without them"
+        )
+    return statistics

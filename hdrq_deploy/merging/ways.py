@@ -1,0 +1,62 @@
+"""Which method and rounding go together, and which are taken where none is named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import MergeError
+from ..formats.bundle import Bundle
+from .merged_statistics import common_layers
+from .methods import method_of
+from .rounding import ROUNDINGS
+
+__all__ = ["check_way", "way_of"]
+
+
+def way_of(parents: Sequence[Bundle], method: str | None, rounding: str | None) -> tuple[str, str]:
+    """Method and rounding as given, or the best that the bundles allow.
+
+    Where all bundles hold statistics of the same layers it is regression with compensated
+    rounding; else the weighted mean, with advanced rounding of a pair. Three bundles at equal
+    weights have no ties, so the mean of three or more is rounded to nearest.
+
+    Raises:
+        MergeError: Names no row of a table, or two that do not go together.
+    """
+    check_way(method or "mean", rounding or "nearest")
+    draws = rounding is not None and ROUNDINGS[rounding].tosses
+    if method is None:
+        method = "regression" if not draws and _have_statistics(parents) else "mean"
+    if rounding is None and method_of(method).needs_statistics:
+        rounding = "compensated"
+    if rounding is None:
+        pair = len(parents) == 2 and method_of(method).is_mean
+        rounding = "advanced" if pair else "nearest"
+    check_way(method, rounding)
+    return method, rounding
+
+
+def _have_statistics(parents: Sequence[Bundle]) -> bool:
+    files = [file for file in (parent.statistics() for parent in parents) if file is not None]
+    return len(files) == len(parents) and bool(common_layers(files)[0])
+
+
+def check_way(method: str, rounding: str) -> None:
+    """Refuse a method or a rounding that does not work on bundles, or not with the other.
+
+    Raises:
+        MergeError: Says what to choose.
+    """
+    if rounding not in ROUNDINGS:
+        raise MergeError(f"found rounding {rounding!r}; choose one of {', '.join(ROUNDINGS)}")
+    chosen = method_of(method)
+    if not chosen.merges_bundles:
+        raise MergeError(
+            f"found method {method!r} with bundles; it needs the source weights, which bundles do "
+            "not hold: merge the float checkpoints and calibrate the result"
+        )
+    if not chosen.is_mean and ROUNDINGS[rounding].tosses:
+        raise MergeError(
+            f"found rounding {rounding!r} with method {method!r}; noise has known probabilities "
+            "for the weighted mean only: choose nearest or compensated"
+        )
