@@ -33,6 +33,7 @@ from hdrq_deploy.runtime import load_engine
 MODELS = {
     "hdrq_deploy.models:shot_resnet50": (224, 4, 8),
     "hdrq_deploy.models:hrda_resnet101": (256, 4, 8),
+    "hdrq_deploy.models:hrda_resnet101_conv1x1": (256, 4, 8),
     "hdrq_deploy.models:hrda_mit_b5": (256, 4, 8),
     "transformers:segformer": (128, 4, 8),
     "torchvision:deeplabv3_resnet50": (128, 4, 8),

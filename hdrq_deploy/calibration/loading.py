@@ -230,7 +230,10 @@ def load_state(model: nn.Module, path: str | Path, what: str) -> dict[str, Tenso
     """
     state, own = load_checkpoint(path), model.state_dict()
     if callable(rename := getattr(model, "map_checkpoint", None)):
-        state = rename(state)
+        try:
+            state = rename(state)
+        except ModelError as error:
+            raise ModelError(f"{path}: {error}") from error
     counters = {key for key in own if key.endswith("num_batches_tracked")}
     state = _fitted(state, own, counters)
     missing = [k for k in own if k not in state and k not in counters]

@@ -19,8 +19,9 @@ with importing("hdrq reproduce"):
     from ..experiments.cells import jobs
     from ..experiments.comparison_sheets import SCENES, draw, picture_name
     from ..experiments.grid import BITS, SETTINGS, Grid, bundle_path, parse_bits, row_path
-    from ..experiments.table import cells, header, markdown, rows
+    from ..experiments.table import cells, header, markdown, network, rows
     from ..experiments.tasks import (
+        HRDA,
         Task,
         is_written,
         made,
@@ -70,7 +71,18 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--checkpoints", type=Path, help="folder of source and adapted checkpoints")
     p.add_argument("--source", default="Real World", help="source domain of Office-Home")
     p.add_argument("--targets", nargs="+", default=[], help="target domains (all there are)")
-    p.add_argument("--backbone", choices=("resnet101", "mit_b5"), default="resnet101", help="HRDA")
+    forms = "; ".join(f"{name}: {form}" for name, form in HRDA.items())
+    which = p.add_mutually_exclusive_group()
+    which.add_argument(
+        "--model",
+        choices=tuple(HRDA),
+        help=f"network of the segmentation protocol ({forms}; default: {next(iter(HRDA))})",
+    )
+    which.add_argument(
+        "--backbone",
+        choices=("resnet101", "mit_b5"),
+        help="the same by encoder: hrda_resnet101, hrda_mit_b5",
+    )
     grid = p.add_argument_group("cells")
     grid.add_argument("--methods", nargs="+", default=["brecq", "qdrop", "hdrq"])
     grid.add_argument("--bits", nargs="+", default=list(BITS), metavar="wXaY")
@@ -148,6 +160,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         "protocol": args.protocol,
         "task": task.name,
         "model": task.model,
+        "form": task.form,
         **({} if args.table else ran),
         "environment": {**environment(), "torch": version("torch")},
         "rows": records,
@@ -155,6 +168,7 @@ def _reproduce(args: argparse.Namespace) -> int:
     text = json.dumps(record, indent=1) + "\n"
     write_bytes(out / "results.json", text.encode(), REPRODUCE_JSON)
     write_bytes(out / "table.md", markdown(grid, records).encode(), REPRODUCE_TABLE)
+    print(network(grid))
     print_table(header(grid), [cells(grid, row) for row in records])
     if args.draw:
         files = draw(grid, out, args.draw.lower())
@@ -188,6 +202,10 @@ def _limited(task: Task, images: int | None) -> Task:
 
 
 def _task(args: argparse.Namespace, out: Path) -> Task:
+    flag = "--model" if args.model else "--backbone"
+    if (args.model or args.backbone) and (args.made or args.protocol == "office-home"):
+        place = "--made" if args.made else args.protocol
+        raise HdrqError(f"found {flag} with {place}, which has a network of its own; leave it out")
     if args.made:
         if args.data or args.checkpoints:
             raise HdrqError("found --made with --data or --checkpoints; it brings its own")
@@ -200,4 +218,5 @@ def _task(args: argparse.Namespace, out: Path) -> Task:
     data, checkpoints = args.data.absolute(), args.checkpoints.absolute()
     if args.protocol == "office-home":
         return office_home(data, checkpoints, args.source, args.targets)
-    return segmentation(data, checkpoints, args.backbone, args.targets)
+    model = f"hrda_{args.backbone}" if args.backbone else args.model or next(iter(HRDA))
+    return segmentation(data, checkpoints, model, args.targets)

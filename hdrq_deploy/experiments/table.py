@@ -10,7 +10,7 @@ from typing import Any
 from ..formats.bundle import Bundle
 from .grid import Grid, Merge, Run, bundle_path, read_row
 
-__all__ = ["cells", "header", "markdown", "rows"]
+__all__ = ["cells", "header", "markdown", "network", "rows"]
 
 
 def rows(grid: Grid, out: Path) -> list[dict[str, Any]]:
@@ -113,6 +113,13 @@ def _figure(summary: dict[str, float]) -> str:
 
 
 def markdown(grid: Grid, records: Sequence[dict[str, Any]]) -> str:
-    """The table as Markdown."""
+    """The table as Markdown, below the name of the network."""
     lines = [header(grid), ["---"] * len(header(grid)), *(cells(grid, r) for r in records)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{network(grid)}\n\n{table}"
+
+
+def network(grid: Grid) -> str:
+    """What was run: the model's name, and which form of it where there are several."""
+    task = grid.task
+    return f"{task.model} ({task.form})" if task.form else task.model

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..calibration_data.training import BenchmarkTraining
 
 __all__ = [
+    "HRDA",
     "OFFICE_HOME",
     "SEGMENTATION",
     "Domain",
@@ -39,6 +40,12 @@ __all__ = [
 _log = logging.getLogger("hdrq_deploy")
 OFFICE_HOME = ("Art", "Clipart", "Product", "Real World")
 SEGMENTATION = ("cityscapes", "idd", "bdd100k")
+# HRDA's forms by factory; the first is that of the paper.
+HRDA = {
+    "hrda_resnet101_conv1x1": "ResNet-101, fusion by a 1x1 convolution, as published with HDRQ",
+    "hrda_resnet101": "ResNet-101, fusion by separable ASPP",
+    "hrda_mit_b5": "MiT-B5, fusion by separable ASPP",
+}
 _IMAGENET = Wanted(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 # (height, width) that scenes are measured at: each data set's own shape, as tall as the window.
 _SIZES = {"cityscapes": (1024, 2048), "idd": (1152, 2048), "bdd100k": (1152, 2048)}
@@ -67,6 +74,7 @@ class Task:
 
     Attributes:
         model: The model as ``hdrq-calibrate --model`` takes it.
+        form: What tells this model from others of its name, in words.
         source: Checkpoint that all domains started from.
         wanted: Size and normalisation of the images.
         split: Split of street scenes that is measured.
@@ -88,6 +96,7 @@ class Task:
     renew_images: int = 64
     learning: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    form: str = ""
 
     def calibrated_with(self, **changes: Any) -> Task:
         """The task with options of every learning method changed; None changes nothing."""
@@ -131,19 +140,25 @@ def office_home(
 
 
 def segmentation(
-    data: Path, checkpoints: Path, model: str = "resnet101", targets: Sequence[str] = ()
+    data: Path,
+    checkpoints: Path,
+    model: str = "hrda_resnet101_conv1x1",
+    targets: Sequence[str] = (),
 ) -> Task:
     """GTA5 to Cityscapes, IDD and BDD100K with HRDA.
 
     Args:
         data: Folder with ``cityscapes``, ``idd``, ``bdd100k`` as they are distributed.
         checkpoints: ``source.pth`` and ``cityscapes.pth``, ``idd.pth``, ...
-        model: ``resnet101`` or ``mit_b5``.
+        model: A key of ``HRDA``. Published figures are those of the first.
         targets: Those of which there are data by default.
 
     Raises:
         DataError: A data set or a checkpoint is not there.
+        ModelError: There is no such form of HRDA.
     """
+    if model not in HRDA:
+        raise ModelError(f"found HRDA's form {model!r}; choose one of {', '.join(HRDA)}")
     names = list(targets) or [n for n in SEGMENTATION if (data / n).is_dir()]
     if not names:
         raise DataError(f"{data}: found none of {', '.join(SEGMENTATION)}; needed their folders")
@@ -154,10 +169,10 @@ def segmentation(
         size = _SIZES.get(_key(name), _SIZES["cityscapes"])
         domains.append(Domain(_key(name), str(file), str(folder), str(folder), size))
     figures = {"qdrop-w4a4": {"merged": 58.92}, "hdrq-w4a4": {"merged": 63.00}}
-    known = model == "resnet101" and [d.name for d in domains] == ["cityscapes", "idd"]
+    known = model == next(iter(HRDA)) and [d.name for d in domains] == ["cityscapes", "idd"]
     return Task(
         "segmentation",
-        f"hdrq_deploy.models:hrda_{model}",
+        f"hdrq_deploy.models:{model}",
         str(_checkpoint(checkpoints, "source")),
         tuple(domains),
         replace(_IMAGENET, size=(1024, 1024), resize=(1024, 2048)),
@@ -166,6 +181,7 @@ def segmentation(
         renew_images=8,
         learning={m: {"batch": 1} for m in ("brecq", "qdrop", "hdrq")},
         published=figures if known else {},
+        form=HRDA[model],
     )
 
 

@@ -7,9 +7,15 @@ every weight is met once: in calibration, and in the engine.
 The encoders are torchvision's ResNet-101 with mmseg's deep stem (ResNetV1c, output stride 8) and
 transformers' MiT-B5; modules outside them have the names of the public checkpoints.
 
+The features of four levels are fused in one of two ways. Separable atrous convolutions
+(``sepaspp``), as HRDA was published with MiT-B5, or one 1x1 convolution (``conv1x1``), as HDRQ's
+authors trained their ResNet-101. The scale attention is always fused by a 1x1 convolution.
+
 Source:
     github.com/lhoyer/HRDA: mmseg/models/segmentors/hrda_encoder_decoder.py (crops),
     decode_heads/hrda_head.py (fusion), decode_heads/daformer_head.py, configs/_base_/models.
+    Widths of ``hrda_resnet101_conv1x1``: configs/_base_/models/segformer_r101.py of the authors
+    of Shin et al., ICML 2025.
 """
 
 from __future__ import annotations
@@ -25,8 +31,9 @@ from torch.nn import functional
 
 from ..errors import ModelError
 
-__all__ = ["Hrda", "hrda_mit_b5", "hrda_resnet101"]
+__all__ = ["FUSIONS", "Hrda", "hrda_mit_b5", "hrda_resnet101", "hrda_resnet101_conv1x1"]
 
+FUSIONS = ("sepaspp", "conv1x1")
 _CROPS = 9
 _DILATIONS = (1, 6, 12, 18)
 
@@ -78,6 +85,13 @@ class Pyramid(nn.Module):
         return cast(Tensor, self.bottleneck(torch.cat([m(x) for m in self.aspp_modules], 1)))
 
 
+class _Pointwise(ConvNorm):
+    """A 1x1 convolution with BatchNorm and ReLU."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 1)
+
+
 class Embed(nn.Module):
     """A linear layer on every position, named as SegFormer's MLP."""
 
@@ -92,16 +106,26 @@ class Embed(nn.Module):
 
 
 class DAFormerHead(nn.Module):
-    """Features of four levels, brought to one size, fused, classified."""
+    """Features of four levels, brought to one size, fused, classified.
 
-    def __init__(self, inputs: Sequence[int], width: int, classes: int, context: bool) -> None:
+    Args:
+        inputs: Channels of the levels.
+        width: Channels that every level is embedded in.
+        channels: Channels of the fused features.
+        classes: Number of classes.
+        fusion: One of ``FUSIONS``.
+    """
+
+    def __init__(
+        self, inputs: Sequence[int], width: int, channels: int, classes: int, fusion: str
+    ) -> None:
         super().__init__()
         self.embed_layers = nn.ModuleDict(
-            {str(i): Embed(channels, width) for i, channels in enumerate(inputs)}
+            {str(i): Embed(count, width) for i, count in enumerate(inputs)}
         )
-        total = len(inputs) * width
-        self.fuse_layer = Pyramid(total, width) if context else ConvNorm(total, width, 1)
-        self.conv_seg = nn.Conv2d(width, classes, 1)
+        fuse = Pyramid if fusion == "sepaspp" else _Pointwise
+        self.fuse_layer = fuse(len(inputs) * width, channels)
+        self.conv_seg = nn.Conv2d(channels, classes, 1)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Features, the largest first, to scores of its size (N, classes, h, w)."""
@@ -177,15 +201,38 @@ class Mit(nn.Module):
 
 
 class Hrda(nn.Module):
-    """Encoder, DAFormer head and scale attention."""
+    """Encoder, DAFormer head and scale attention.
 
-    def __init__(self, backbone: ResNetV1c | Mit, classes: int, width: int = 256) -> None:
+    Args:
+        backbone: The encoder.
+        classes: Number of classes.
+        width: Channels that the head embeds every level in.
+        channels: Channels of the head's fused features; ``width`` by default.
+        fusion: How the head fuses, one of ``FUSIONS``.
+        attention: Width and channels of the scale attention; ``width`` by default.
+
+    Raises:
+        ModelError: Another fusion.
+    """
+
+    def __init__(
+        self,
+        backbone: ResNetV1c | Mit,
+        classes: int,
+        width: int = 256,
+        channels: int | None = None,
+        fusion: str = "sepaspp",
+        attention: int | None = None,
+    ) -> None:
         super().__init__()
-        self.backbone = backbone
+        if fusion not in FUSIONS:
+            raise ModelError(f"found fusion {fusion!r}; choose one of {', '.join(FUSIONS)}")
+        self.backbone, self.fusion = backbone, fusion
+        inputs, inner = backbone.channels, attention or width
         self.decode_head = nn.ModuleDict(
             {
-                "head": DAFormerHead(backbone.channels, width, classes, True),
-                "scale_attention": DAFormerHead(backbone.channels, width, classes, False),
+                "head": DAFormerHead(inputs, width, channels or width, classes, fusion),
+                "scale_attention": DAFormerHead(inputs, inner, inner, classes, "conv1x1"),
             }
         )
 
@@ -218,15 +265,55 @@ class Hrda(nn.Module):
 
         Of a checkpoint of the adaptation itself (``model.``, ``ema_model.``, ``imnet_model.``) the
         model that was trained is taken.
+
+        Raises:
+            ModelError: A checkpoint of the other encoder or the other fusion; the factory that
+                takes it is named.
         """
         trained = "model."
         if any(key.startswith(trained) for key in state):
             state = {k.removeprefix(trained): v for k, v in state.items() if k.startswith(trained)}
         kept = {k: v for k, v in state.items() if not k.startswith("auxiliary_head.")}
+        self._check_form(kept)
         if isinstance(self.backbone, Mit):
             own = self.backbone.state_dict()
             return _mit_names(kept, any(key.startswith("encoder.stages.") for key in own))
         return kept
+
+    def _check_form(self, state: Mapping[str, Tensor]) -> None:
+        own = ("mit" if isinstance(self.backbone, Mit) else "resnet", self.fusion)
+        found = _form_of(state)
+        if found is not None and found != own:
+            factory = _FACTORIES.get(found)
+            way = f"use hdrq_deploy.models:{factory}" if factory else "no factory builds it"
+            raise ModelError(
+                f"found a checkpoint of HRDA with {_said(found)} for a network with {_said(own)}; "
+                f"the model must have the checkpoint's form: {way}"
+            )
+
+
+_FACTORIES = {
+    ("resnet", "sepaspp"): "hrda_resnet101",
+    ("resnet", "conv1x1"): "hrda_resnet101_conv1x1",
+    ("mit", "sepaspp"): "hrda_mit_b5",
+}
+
+
+def _form_of(state: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """Encoder and fusion of a public checkpoint; None where its keys do not show both."""
+    fuse = "decode_head.head.fuse_layer."
+    marks = (
+        {"mit": "backbone.patch_embed1.", "resnet": "backbone.layer1."},
+        {"sepaspp": f"{fuse}aspp_modules.", "conv1x1": f"{fuse}conv."},
+    )
+    form = [n for row in marks for n, m in row.items() if any(k.startswith(m) for k in state)]
+    return (form[0], form[1]) if len(form) == 2 and form[1] in FUSIONS else None
+
+
+def _said(form: tuple[str, str]) -> str:
+    encoder = {"mit": "MiT", "resnet": "ResNet"}[form[0]]
+    fusion = "separable ASPP" if form[1] == "sepaspp" else "a 1x1 convolution"
+    return f"{encoder} and fusion by {fusion}"
 
 
 def _starts(side: int) -> tuple[int, int, int]:
@@ -350,8 +437,17 @@ def _need(module: str) -> Any:
 
 
 def hrda_resnet101(classes: int = 19) -> Hrda:
-    """HRDA with ResNet-101 and DAFormer's head, Cityscapes' 19 classes."""
+    """HRDA with ResNet-101, fused by separable ASPP, Cityscapes' 19 classes."""
     return Hrda(ResNetV1c(), classes)
+
+
+def hrda_resnet101_conv1x1(classes: int = 19) -> Hrda:
+    """HRDA with ResNet-101 as HDRQ was published with it, Cityscapes' 19 classes.
+
+    The head embeds in 786 channels and fuses by a 1x1 convolution to 128; the attention's width
+    is 256.
+    """
+    return Hrda(ResNetV1c(), classes, 786, 128, "conv1x1", 256)
 
 
 def hrda_mit_b5(classes: int = 19) -> Hrda:

@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 
 from hdrq_deploy.cli import reproduce
-from hdrq_deploy.errors import DataError, HdrqError, SpecError
+from hdrq_deploy.errors import DataError, HdrqError, ModelError, SpecError
 from hdrq_deploy.experiments.cells import jobs
 from hdrq_deploy.experiments.grid import Grid, Run, bundle_path, parse_bits, row_path
-from hdrq_deploy.experiments.table import cells, header, markdown, rows
+from hdrq_deploy.experiments.table import cells, header, markdown, network, rows
 from hdrq_deploy.experiments.tasks import Domain, Task, office_home, segmentation
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.jobs.job import Job, run_jobs
@@ -132,7 +132,10 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     line = dict(zip(header(grid), cells(grid, advanced), strict=True))
     assert line["published"] == "63.00" and line["bits"] == "W4A4"
     assert [cells(grid, r)[-1] for r in records].count("63.00") == 1
-    assert markdown(grid, records).count("\n") == 7
+    text = markdown(grid, records)
+    assert text.startswith(f"{grid.task.model}\n\n| setting |") and text.count("\n") == 9
+    named = replace(grid, task=replace(grid.task, form="fused by hand"))
+    assert network(named) == f"{grid.task.model} (fused by hand)"
 
 
 def test_a_run_goes_on_where_it_was(
@@ -355,10 +358,15 @@ def test_the_segmentation_protocol_finds_its_data(tmp_path: Path) -> None:
     for name in ("source.pth", "cityscapes.pth", "idd.pth"):
         (tmp_path / name).touch()
     task = segmentation(tmp_path / "data", tmp_path)
-    assert task.model == "hdrq_deploy.models:hrda_resnet101"
+    assert task.model == "hdrq_deploy.models:hrda_resnet101_conv1x1"
     assert [d.image_size for d in task.domains] == [(1024, 2048), (1152, 2048)]
     assert task.published["qdrop-w4a4"]["merged"] == 58.92
-    assert not segmentation(tmp_path / "data", tmp_path, "mit_b5").published
+    # Figures of the paper stand beside its own network only.
+    for other in ("hrda_resnet101", "hrda_mit_b5"):
+        found = segmentation(tmp_path / "data", tmp_path, other)
+        assert not found.published and found.model.endswith(f":{other}") and found.form
+    with pytest.raises(ModelError, match="found HRDA's form 'resnet101'; choose one of hrda_"):
+        segmentation(tmp_path / "data", tmp_path, "resnet101")
     (tmp_path / "idd.pth").unlink()
     with pytest.raises(DataError, match=r"idd: found no checkpoint; needed idd with .safetensors"):
         segmentation(tmp_path / "data", tmp_path)
@@ -387,6 +395,8 @@ def test_grids_that_make_no_sense(task: Task) -> None:
         (["--made", "--workers", "0"], "needed 1 or more"),
         (["--made", "--targets", "photo", "snow"], "found the target snow; there are handwriting"),
         (["--data", "nowhere", "--checkpoints", "nowhere"], "not there"),
+        (["--model", "hrda_resnet101"], "found --model with office-home, which has a network of"),
+        (["--backbone", "mit_b5", "--made"], "found --backbone with --made, which has a network"),
     ],
 )
 def test_commands_that_make_no_sense(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,21 @@ from torch.nn import functional
 
 from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.calibration.activation_cache import Caches
+from hdrq_deploy.calibration.capture import capture
 from hdrq_deploy.calibration.loading import load_model, load_state
+from hdrq_deploy.calibration.placement import plan_quantizers
 from hdrq_deploy.calibration.recipe import Options
+from hdrq_deploy.calibration.request import PLACEMENTS, Quantization
 from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.errors import ModelError
+from hdrq_deploy.experiments.tasks import HRDA
 from hdrq_deploy.exporters import export
 
 pytest.importorskip("torchvision")
 pytest.importorskip("transformers")
 
-from hdrq_deploy.models.hrda import Hrda, Mit, ResNetV1c
+from hdrq_deploy import models
+from hdrq_deploy.models.hrda import FUSIONS, Hrda, Mit
 from hdrq_deploy.models.shot import Shot
 
 CLASSES = 7
@@ -38,6 +43,12 @@ def small_hrda() -> Hrda:
     """HRDA over a MiT of five blocks, for calibration by name."""
     torch.manual_seed(0)
     return Hrda(Mit(**SMALL), CLASSES, 32)
+
+
+def small_conv1x1() -> Hrda:
+    """The same as HDRQ's authors fuse: another width, other channels, attention of its own."""
+    torch.manual_seed(0)
+    return Hrda(Mit(**SMALL), CLASSES, 24, 16, "conv1x1", 32)
 
 
 def shaken(module: nn.Module) -> nn.Module:
@@ -112,18 +123,24 @@ def layer(name: str, *shape: int) -> Iterator[tuple[str, Any]]:
     yield f"{name}.bias", shape[:1]
 
 
-def public_head(channels: tuple[int, ...], classes: int, width: int) -> Iterator[tuple[str, Any]]:
-    """Keys of mmseg's HRDAHead over two DAFormerHeads (sepaspp, and conv1 for attention)."""
-    for head in ("head", "scale_attention"):
+def public_head(
+    channels: tuple[int, ...], classes: int, width: int, fused: int = 0, attention: int = 0
+) -> Iterator[tuple[str, Any]]:
+    """Keys of mmseg's HRDAHead over two DAFormerHeads (conv1 for attention).
+
+    The head is sepaspp, or conv1 where ``fused`` gives its channels.
+    """
+    widths = {"head": (width, fused or width), "scale_attention": (attention or width,) * 2}
+    for head, (embedded, outputs) in widths.items():
         stem = f"decode_head.{head}"
-        yield from layer(f"{stem}.conv_seg", classes, width, 1, 1)
+        yield from layer(f"{stem}.conv_seg", classes, outputs, 1, 1)
         for i, inputs in enumerate(channels):
-            yield from layer(f"{stem}.embed_layers.{i}.proj", width, inputs)
-        total = 4 * width
-        if head == "scale_attention":
-            yield from conv_module(f"{stem}.fuse_layer", width, total, 1)
-            continue
+            yield from layer(f"{stem}.embed_layers.{i}.proj", embedded, inputs)
+        total = 4 * embedded
         fuse = f"{stem}.fuse_layer"
+        if head == "scale_attention" or fused:
+            yield from conv_module(fuse, outputs, total, 1)
+            continue
         yield from conv_module(f"{fuse}.aspp_modules.0", width, total, 1)
         for i in (1, 2, 3):
             yield from conv_module(f"{fuse}.aspp_modules.{i}.depthwise_conv", total, 1, 3)
@@ -176,18 +193,23 @@ def public_resnet() -> Iterator[tuple[str, Any]]:
 
 
 def public(kind: str) -> dict[str, Tensor]:
-    backbone = public_mit(**B5) if kind == "mit_b5" else public_resnet()
-    channels = B5["widths"] if kind == "mit_b5" else (256, 512, 1024, 2048)
-    keys = [*backbone, *public_head(channels, 19, 256)]
+    backbone = public_mit(**B5) if kind == "hrda_mit_b5" else public_resnet()
+    channels = B5["widths"] if kind == "hrda_mit_b5" else (256, 512, 1024, 2048)
+    widths = (786, 128, 256) if kind == "hrda_resnet101_conv1x1" else (256,)
+    keys = [*backbone, *public_head(channels, 19, *widths)]
     return {name: torch.empty(shape, device="meta") for name, shape in keys}
 
 
-@pytest.mark.parametrize("kind", ["resnet101", "mit_b5"])
+def built(kind: str) -> Hrda:
+    """The network of a factory, without memory for its weights."""
+    with torch.device("meta"):
+        return getattr(models, kind)()
+
+
+@pytest.mark.parametrize("kind", HRDA)
 @pytest.mark.parametrize("adapting", [False, True])
 def test_the_keys_of_public_hrda_checkpoints_fit(kind: str, adapting: bool) -> None:
-    with torch.device("meta"):
-        model = Hrda(Mit() if kind == "mit_b5" else ResNetV1c(), 19)
-    state = public(kind)
+    model, state = built(kind), public(kind)
     if adapting:  # student, teacher and the network of the feature distance
         prefixes = ("model.", "ema_model.", "imnet_model.")
         state = {prefix + k: v for prefix in prefixes for k, v in state.items()}
@@ -195,13 +217,43 @@ def test_the_keys_of_public_hrda_checkpoints_fit(kind: str, adapting: bool) -> N
     assert mapped == {k: tuple(v.shape) for k, v in model.state_dict().items()}
 
 
+def test_hrda_as_hdrq_s_authors_have_it_is_of_their_size() -> None:
+    """Widths are written in their configuration; the count is that of its convolutions."""
+    head = 786 * (256 + 512 + 1024 + 2048) + 4 * 786 + 4 * 786 * 128 + 2 * 128 + 128 * 19 + 19
+    share = 256 * (256 + 512 + 1024 + 2048) + 4 * 256 + 4 * 256 * 256 + 2 * 256 + 256 * 19 + 19
+    # torchvision's ResNet-101 without its classifier, with the deep stem in place of 7x7.
+    encoder = 44_549_160 - 1000 * 2049 - (64 * 3 * 49 + 128) + (27 * 32 + 288 * 32 + 288 * 64 + 256)
+    model = built("hrda_resnet101_conv1x1")
+    assert sum(p.numel() for p in model.parameters()) == head + share + encoder
+    assert model.decode_head["head"].fuse_layer.conv.weight.shape == (128, 3144, 1, 1)
+
+
+@pytest.mark.parametrize("own", HRDA)
+@pytest.mark.parametrize("other", HRDA)
+def test_a_checkpoint_of_another_form_names_the_factory_that_takes_it(own: str, other: str) -> None:
+    state = {f"model.{key}": value for key, value in public(other).items()}
+    if own == other:
+        assert built(own).map_checkpoint(state)
+        return
+    with pytest.raises(ModelError, match=rf"use hdrq_deploy.models:{other}$") as error:
+        built(own).map_checkpoint(state)
+    assert "\n" not in str(error.value)
+
+
+def test_a_refused_checkpoint_is_named(tmp_path: Path) -> None:
+    form = {k: v for k, v in public("hrda_resnet101").items() if "layer1.0" in k or "aspp" in k}
+    torch.save({"state_dict": {k: torch.zeros(1) for k in form}}, tmp_path / "aspp.pth")
+    with pytest.raises(ModelError, match=r"aspp.pth: found a checkpoint of HRDA with ResNet"):
+        load_state(built("hrda_resnet101_conv1x1"), tmp_path / "aspp.pth", "source")
+    with pytest.raises(ModelError, match="found fusion 'aspp'; choose one of sepaspp, conv1x1"):
+        Hrda(Mit(**SMALL), CLASSES, fusion="aspp")
+
+
 def test_a_checkpoint_of_the_other_encoder_is_refused(tmp_path: Path) -> None:
-    state = {k: torch.zeros(v.shape) for k, v in public("mit_b5").items() if "block1" in k}
+    state = {k: torch.zeros(v.shape) for k, v in public("hrda_mit_b5").items() if "block1" in k}
     torch.save({"state_dict": state, "meta": {"CLASSES": ["road"]}}, tmp_path / "mit.pth")
-    with torch.device("meta"):
-        model = Hrda(ResNetV1c(), 19)
     with pytest.raises(ModelError, match=r"first: backbone.stem.0.weight.*first: backbone.block1"):
-        load_state(model, tmp_path / "mit.pth", "adapted")
+        load_state(built("hrda_resnet101"), tmp_path / "mit.pth", "adapted")
 
 
 def reference_mit(x: Tensor, state: dict[str, Tensor], heads: tuple[int, ...]) -> list[Tensor]:
@@ -263,8 +315,9 @@ def test_mit_computes_what_the_public_encoder_does() -> None:
             assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_hrda_fuses_crops_as_the_public_decoder_does() -> None:
-    model = shaken(small_hrda())
+@pytest.mark.parametrize("build", [small_hrda, small_conv1x1])
+def test_hrda_fuses_crops_as_the_public_decoder_does(build: Callable[[], Hrda]) -> None:
+    model = shaken(build())
     x = torch.randn(2, 3, 128, 192)
     resize = {"mode": "bilinear", "align_corners": False}
     with torch.no_grad():
@@ -283,6 +336,73 @@ def test_hrda_fuses_crops_as_the_public_decoder_does() -> None:
         share = functional.interpolate(share, scale_factor=2, **resize)
         expected = share * total / count + coarse
         assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def public_head_scores(state: dict[str, Tensor], stem: str, features: list[Tensor]) -> Tensor:
+    """DAFormerHead with one 1x1 convolution, written out over mmseg's names."""
+    size, parts = features[0].shape[2:], []
+    for i, feature in enumerate(features):
+        name = f"{stem}.embed_layers.{i}.proj"
+        weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
+        part = torch.einsum("nchw,dc->ndhw", feature, weight) + bias[:, None, None]
+        parts.append(functional.interpolate(part, size, mode="bilinear", align_corners=False))
+    joined = torch.einsum(
+        "nchw,dc->ndhw", torch.cat(parts, 1), state[f"{stem}.fuse_layer.conv.weight"][:, :, 0, 0]
+    )
+    moments = [state[f"{stem}.fuse_layer.bn.{n}"] for n in ("running_mean", "running_var")]
+    affine = [state[f"{stem}.fuse_layer.bn.{n}"] for n in ("weight", "bias")]
+    fused = functional.batch_norm(joined, *moments, *affine).relu()
+    weight, bias = state[f"{stem}.conv_seg.weight"], state[f"{stem}.conv_seg.bias"]
+    return functional.conv2d(fused, weight, bias)
+
+
+def test_a_head_fused_by_a_1x1_convolution_computes_what_the_public_one_does() -> None:
+    model = shaken(small_conv1x1())
+    sizes = zip(SMALL["widths"], (1, 2, 4, 4), strict=True)
+    features = [torch.randn(2, n, 8 // s, 12 // s) for n, s in sizes]
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, head in model.decode_head.items():
+            expected = public_head_scores(state, f"decode_head.{name}", features)
+            assert torch.allclose(head(features), expected, rtol=1e-4, atol=1e-5)
+
+
+class Steps(nn.Module):
+    """An encoder of four convolutions, which is captured in a second."""
+
+    channels = (8, 8, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = zip((3, *self.channels), self.channels, (4, 2, 1, 1), strict=False)
+        self.steps = nn.ModuleList(nn.Conv2d(i, o, 3, stride, 1) for i, o, stride in widths)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features: list[Tensor] = []
+        for step in self.steps:
+            features.append(torch.relu(step(features[-1] if features else x)))
+        return features
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_both_classifiers_of_hrda_are_last_layers(fusion: str) -> None:
+    torch.manual_seed(0)
+    model = Hrda(Steps(), CLASSES, 16, fusion=fusion)  # type: ignore[arg-type]
+    found = capture(model.eval(), torch.rand(2, 3, 128, 128))
+    plan = plan_quantizers(found, Quantization(4, 4))
+    wide = {site.module: site for site in plan.layers if site.spec and site.spec.bits == 8}
+    heads = [f"decode_head.{name}.conv_seg" for name in ("head", "scale_attention")]
+    first, *others = wide  # the first layer reads the images, resized and cut
+    assert others == heads and first == "backbone.steps.0"
+    assert all(site.activation_bits == (8,) for site in wide.values())
+    # The embedded levels: one scale behind their concatenation, or one each.
+    places = {name: plan_quantizers(found, Quantization(4, 4), name) for name in PLACEMENTS}
+    levels = [f"decode_head.head.embed_layers.{i}.proj" for i in range(4)]
+    real = {site.module: site.reason for site in places["paper"].layers if site.reason}
+    fuse = "aspp_modules.0.conv" if fusion == "sepaspp" else "conv"
+    assert "a scale each" in real[f"decode_head.head.fuse_layer.{fuse}"]
+    assert real[first] and not set(levels) & set(real)
+    assert not any(site.reason for site in places["engine"].layers)
 
 
 def test_too_small_crops_are_one_line() -> None:
