@@ -219,20 +219,22 @@ def calibrate_all(out: Path, workers: int, minutes: float) -> list[Cell]:
 
 
 class Judge:
-    """Accuracies of tensors in a graph on the test splits."""
+    """Accuracies of tensors in a graph on one of the splits."""
 
     def __init__(self, like: Bundle) -> None:
         self._graph = (like.path / GRAPH).read_bytes()
         self._entries = like.manifest.tensors
 
-    def __call__(self, tensors: Mapping[str, Array], domains: Sequence[str]) -> dict[str, float]:
-        """Top-1 accuracy of every domain, 0 to 1."""
+    def __call__(
+        self, tensors: Mapping[str, Array], domains: Sequence[str], name: str = "test"
+    ) -> dict[str, float]:
+        """Top-1 accuracy of every domain, 0 to 1, on the split ``name``."""
         weights = serialize(tensors, self._entries)
         session = reference_session.unfused_session(self._graph, {WEIGHTS: weights}, threads=1)
         port = session.get_inputs()[0].name
         result = {}
         for domain in domains:
-            x, labels = split(domain, "test")
+            x, labels = split(domain, name)
             result[domain] = float((session.run(None, {port: x})[0].argmax(1) == labels).mean())
         return result
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import SpecError
 from .methods import FOLDS, GRANULARITIES, LEARNERS, METHODS, NOISES, Options
+from .settings import SETTINGS
 
 __all__ = ["FOLDS", "GRANULARITIES", "LEARNERS", "METHODS", "NOISES", "Options", "Recipe"]
 
@@ -24,10 +25,14 @@ _LONGEST_FILE = 1 << 20
 
 
 class Recipe(BaseModel):
-    """A recipe file; a key that is left out has the method's own value."""
+    """A recipe file; a key that is left out has the method's own value.
+
+    ``settings`` names a row of :data:`.settings.SETTINGS`, whose keys stand for those left out.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+    settings: Literal["paper", "ours"] | None = None
     method: str | None = None
     wbits: int | None = None
     abits: int | None = None
@@ -102,14 +107,20 @@ class Recipe(BaseModel):
         """This recipe with every value of ``values`` that is not None."""
         return self.model_copy(update={k: v for k, v in values.items() if v is not None})
 
+    def resolved(self) -> Recipe:
+        """This recipe with the keys of its setting where it leaves them out."""
+        preset = SETTINGS[self.settings].recipe if self.settings else {}
+        return self.model_copy(update={k: v for k, v in preset.items() if getattr(self, k) is None})
+
     def options(self) -> Options:
-        """The learning options, resolved.
+        """The learning options, those of its setting included.
 
         Raises:
             SpecError: An unknown method or a value out of range.
         """
+        recipe = self.resolved()
         names = [field.name for field in fields(Options)]
-        given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        given = {n: getattr(recipe, n) for n in names if getattr(recipe, n) is not None}
         return Options.of(self.method or "hdrq", **given)
 
 

@@ -24,6 +24,7 @@ with importing("hdrq-calibrate"):
     )
     from ..calibration.recipe import Recipe
     from ..calibration.request import BLOCKS, PLACEMENTS, CalibrationRequest
+    from ..calibration.settings import SETTINGS
     from ..errors import ModelError, SpecError
     from ..experiments.bundles import forget, inputs_of, make_bundle
     from ..experiments.threads import calibration_threads
@@ -72,6 +73,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     p.add_argument("--domain", required=True, nargs="+", help="name of the domain")
     p.add_argument("--recipe", help="YAML or JSON with any of the settings below; flags win")
+    p.add_argument("--settings", choices=SETTINGS, help=_settings())
     p.add_argument("--method", choices=METHODS, help=_methods())
     p.add_argument("--wbits", type=int, help="bits of weights, 2 to 8 (8)")
     p.add_argument("--abits", type=int, help="bits of activations, 2 to 8 (8)")
@@ -229,6 +231,11 @@ def _methods() -> str:
     return f"{rows} (hdrq)"
 
 
+def _settings() -> str:
+    rows = "; ".join(f"{name}: {row.summary}" for name, row in SETTINGS.items())
+    return f"preset of settings below, which the recipe and flags override ({rows})"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``hdrq-calibrate``."""
     stopped = "no bundle was written; --resume goes on behind the last finished block"
@@ -241,6 +248,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     check_scratch()
     recipe = Recipe.read(args.recipe) if args.recipe else Recipe()
     recipe = recipe.override({k: v for k, v in vars(args).items() if k in Recipe.model_fields})
+    recipe = recipe.resolved()
     options = recipe.options()
     if args.cache_gb < 0:
         raise SpecError(f"found --cache-gb {args.cache_gb}; needed 0 or more")

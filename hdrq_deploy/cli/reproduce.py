@@ -14,11 +14,12 @@ from pathlib import Path
 from .start import importing, run
 
 with importing("hdrq reproduce"):
+    from ..calibration.settings import SETTINGS
     from ..errors import HdrqError, ModelError
     from ..experiments.bundles import inputs_of
     from ..experiments.cells import jobs
     from ..experiments.comparison_sheets import SCENES, draw, picture_name
-    from ..experiments.grid import BITS, SETTINGS, Grid, bundle_path, parse_bits, row_path
+    from ..experiments.grid import BITS, Grid, bundle_path, parse_bits, row_path
     from ..experiments.table import cells, header, markdown, network, rows
     from ..experiments.tasks import (
         HRDA,

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.graph_cache import GraphCache
-from ..calibration.methods import Options
 from ..calibration.request import CalibrationRequest
+from ..calibration.settings import SETTINGS
 from ..calibration_data.readers import Wanted, read
 from ..exporters import export
 from ..formats.atomic_files import scratch_folder, write_bytes
@@ -63,6 +63,7 @@ def calibrate_cell(
     """The bundle of one domain, and its engine's accuracy there."""
     cell = run.single(domain)
     where = next(d for d in task.domains if d.name == domain)
+    codes = SETTINGS[run.setting].codes if run.method != "float" else {}
     request = CalibrationRequest(
         model=task.model,
         data=where.images,
@@ -73,12 +74,12 @@ def calibrate_cell(
         method=run.method,
         wbits=run.wbits,
         abits=run.abits,
-        fold="steps" if run.setting == "ours" else "weights",
-        options=Options.of(run.method, **task.learning.get(run.method, {})),
+        options=task.options(run.method, run.setting),
         images=task.images,
         wanted=task.wanted,
         seed=run.seed,
         device=device,
+        **codes,
     )
     make_bundle(request, graphs)
     _measure(task, out, cell, (domain,), device, threads, {"setting": run.setting})

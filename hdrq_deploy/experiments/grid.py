@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.methods import METHODS
+from ..calibration.settings import SETTINGS
 from ..errors import SpecError
 from ..numerics.spec import check_bits, check_seed
 from .tasks import Task
 
 __all__ = [
     "BITS",
-    "SETTINGS",
     "Grid",
     "Merge",
     "Run",
@@ -29,10 +29,6 @@ __all__ = [
 
 # Weights and activations, as the paper has them; first and last layers keep 8 bits.
 BITS = ("w8a8", "w8a4", "w6a6", "w4a8", "w4a4", "w3a3")
-# paper: one scale per tensor, BatchNorm folded into the weights, equal merge weights. ours:
-# BatchNorm folded into per-channel scales; merge weights are chosen, and BatchNorm and activation
-# scales measured again, on unlabelled images.
-SETTINGS = ("paper", "ours")
 
 
 def parse_bits(words: Sequence[str]) -> tuple[tuple[int, int], ...]:
@@ -112,6 +108,9 @@ class Grid:
     pairs: bool = False
 
     def __post_init__(self) -> None:
+        for setting in self.settings:
+            if setting not in SETTINGS:
+                raise SpecError(f"found setting {setting!r}; choose among {', '.join(SETTINGS)}")
         for method in self.methods:
             if method not in METHODS or not METHODS[method].quantizes:
                 known = ", ".join(name for name, row in METHODS.items() if row.quantizes)
@@ -145,9 +144,8 @@ class Grid:
 
     def merges(self, run: Run) -> Iterator[Merge]:
         """All merges of one run."""
-        groups = list(combinations(self.domains, 2)) if self.pairs else []
-        for members in dict.fromkeys([*groups, self.domains]):
-            for way in self.ways(run):
+        for members in dict.fromkeys([*combinations(self.domains, 2), self.domains]):
+            for way in self.ways(run, members):
                 rounds = way != "nearest" and run.method != "float"
                 yield Merge(run, members, way, self.rounding_seeds if rounds else 1)
 
@@ -158,11 +156,21 @@ class Grid:
             for merge in self.merges(run):
                 yield from (merge.cell(draw) for draw in range(merge.draws))
 
-    def ways(self, run: Run) -> Sequence[str]:
-        """Names of the ways in which the bundles of a run are merged: a rounding, or ``auto``."""
-        if run.method == "float":
-            return ("nearest", "auto") if "ours" in self.settings else ("nearest",)
-        return ("auto",) if run.setting == "ours" else ("nearest", "advanced")
+    def ways(self, run: Run, members: Sequence[str]) -> Sequence[str]:
+        """Names of the ways in which bundles of a run are merged: a rounding, or ``auto``.
+
+        Float models are merged in each way of the grid's settings, though nothing is rounded.
+        """
+        if run.method != "float":
+            return self._ways_in(run.setting, members)
+        ways = [way for setting in self.settings for way in self._ways_in(setting, members)]
+        return ["nearest"] * any(ways) + ["auto"] * ("auto" in ways)
+
+    def _ways_in(self, setting: str, members: Sequence[str]) -> Sequence[str]:
+        row = SETTINGS[setting]
+        if tuple(members) != self.domains and not (self.pairs or row.pairs):
+            return ()
+        return row.pair_ways if len(members) == 2 else row.ways
 
 
 def bundle_path(out: Path, cell: str) -> Path:

@@ -63,6 +63,27 @@ def test_recipes_are_files_and_flags_win(
     assert not (tmp_path / "no.hdrq").exists()
 
 
+def test_a_setting_stands_where_recipe_and_flags_say_nothing(work: Path, tmp_path: Path) -> None:
+    published = Recipe(settings="paper", iters=200).options()
+    assert published == Options.of(
+        "hdrq", iters=200, scale_rates=True, keep_best=False, step_change=0.0,
+        act_init="per-image-max", distance_form="norm",
+    )  # fmt: skip
+    assert published.rate_factor == 100
+    assert Recipe(settings="paper", method="qdrop", keep_best=True).options().keep_best
+    (tmp_path / "r.json").write_text(
+        json.dumps({"settings": "paper", "method": "rtn", "act_init": "pooled"})
+    )
+    out = tmp_path / "a.hdrq"
+    argv = ["--model", "tiny_models:Tiny", "--data", str(work / "data.npz"), "--domain", "night"]
+    argv += ["--recipe", str(tmp_path / "r.json"), "--step-change", "0.5", "-o", str(out)]
+    assert calibrate_command.main(argv) == 0
+    manifest = Bundle.open(out).manifest
+    assert manifest.scheme.grid == "paper"
+    found = {key: manifest.options[key] for key in ("act_init", "step_change", "keep_best")}
+    assert found == {"act_init": "pooled", "step_change": 0.5, "keep_best": False}
+
+
 def test_each_part_of_hdrq_can_be_switched(make: Any) -> None:
     assert Options.of("hdrq", noise="uniform").noise == "uniform"
     learned = {"adaround", "brecq", "brecq-one-stage", "qdrop", "hdrq"}

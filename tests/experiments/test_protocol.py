@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hdrq_deploy.calibration.methods import Options
 from hdrq_deploy.cli import reproduce
 from hdrq_deploy.errors import DataError, HdrqError, ModelError, SpecError
 from hdrq_deploy.experiments.cells import jobs
@@ -31,7 +32,9 @@ from hdrq_deploy.jobs.job import Job, run_jobs
 from hdrq_deploy.jobs.pool import open_pool
 
 ROOT = Path(__file__).resolve().parents[2]
-LEARNING = {"iters": 20, "batch": 8, "lr": 1e-3}
+# Rates that 20 iterations multiply by 1000, and one that they leave alone.
+LEARNING = {"iters": 20, "batch": 8, "lr": 2e-6, "act_lr": 1e-6}
+RATES = {"lr": 1e-3}
 
 
 @pytest.fixture
@@ -51,6 +54,7 @@ def task(work: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
         mix_images=16,
         renew_images=16,
         learning={"hdrq": LEARNING, "qdrop": LEARNING},
+        rates={"hdrq": RATES, "qdrop": RATES},
         published={"hdrq-w4a4": {"merged": 63.0}},
     )
 
@@ -104,38 +108,66 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
 ) -> None:
     made = local(grid, tmp_path, expected)
     bundles = {name.split("/")[1] for name in made if ".hdrq/" in name}
-    # Float: three and two merges. Twice two seeds: three, and nearest and two draws, or two.
-    assert len(bundles) == 5 + 2 * (3 + 3) + 2 * (3 + 2)
+    # Float: three, the pairs, and of all two merges. Twice two seeds: three, and of each pair
+    # nearest and two draws, of all nearest; or of all two draws.
+    assert len(bundles) == 3 + 3 + 2 + 2 * (3 + 3 * 3 + 1) + 2 * (3 + 2)
     merged = Bundle.open(bundle_path(tmp_path, "ours-hdrq-w4a4-s1-night+day+snow-auto-r1"))
     assert merged.manifest.options["merge"]["auto"]["criterion"] == "agreement"
     assert merged.manifest.options["re_estimate"]["images"] == dict.fromkeys(
         ("night", "day", "snow"), 16
     )
     records = rows(grid, tmp_path)
-    assert [(r["setting"], r["method"], r["way"]) for r in records] == [
-        ("float", "float", "nearest"),
-        ("float", "float", "auto"),
-        ("paper", "hdrq", "nearest"),
-        ("paper", "hdrq", "advanced"),
-        ("ours", "hdrq", "auto"),
+    assert [(r["setting"], r["method"], len(r["members"]), r["way"]) for r in records] == [
+        *[("float", "float", 2, "nearest") for _ in range(3)],
+        *[("float", "float", 3, way) for way in ("nearest", "auto")],
+        *[("paper", "hdrq", 2, way) for _ in range(3) for way in ("nearest", "advanced")],
+        ("paper", "hdrq", 3, "nearest"),
+        ("ours", "hdrq", 3, "auto"),
     ]
-    advanced = records[3]
+    check_settings(tmp_path)
+    advanced, triple = records[6], records[11]
+    assert advanced["members"] == ("night", "day")
     # By hand: the mean over two calibration and two rounding seeds, in %.
-    names = [f"paper-hdrq-w4a4-s{s}-night+day+snow-advanced-r{r}" for s in (0, 1) for r in (0, 1)]
+    names = [f"paper-hdrq-w4a4-s{s}-night+day-advanced-r{r}" for s in (0, 1) for r in (0, 1)]
     found = [json.loads(row_path(tmp_path, name).read_text())["domains"] for name in names]
-    harmonic = [100 * 3 / sum(1 / v for v in domains.values()) for domains in found]
+    harmonic = [100 * 2 / sum(1 / v for v in domains.values()) for domains in found]
     assert advanced["merged"]["harmonic mean"]["mean"] == pytest.approx(np.mean(harmonic), abs=1e-3)
     assert advanced["merged"]["harmonic mean"]["std"] == pytest.approx(
         np.std(harmonic, ddof=1), abs=1e-3
     )
     assert advanced["merged"]["night"]["count"] == 4 and advanced["single"]["night"]["count"] == 2
-    line = dict(zip(header(grid), cells(grid, advanced), strict=True))
+    line = dict(zip(header(grid), cells(grid, triple), strict=True))
     assert line["published"] == "63.00" and line["bits"] == "W4A4"
     assert [cells(grid, r)[-1] for r in records].count("63.00") == 1
     text = markdown(grid, records)
-    assert text.startswith(f"{grid.task.model}\n\n| setting |") and text.count("\n") == 9
+    assert text.startswith(f"{grid.task.model}\n\n| setting |") and text.count("\n") == 4 + 13
     named = replace(grid, task=replace(grid.task, form="fused by hand"))
     assert network(named) == f"{grid.task.model} (fused by hand)"
+
+
+def check_settings(out: Path) -> None:
+    """Both settings of a bundle are what the table says."""
+    paper, ours = (
+        Bundle.open(bundle_path(out, f"{setting}-hdrq-w4a4-s0-night")).manifest
+        for setting in ("paper", "ours")
+    )
+    assert (paper.scheme.grid, ours.scheme.grid) == ("paper", "int8")
+    keys = ("scale_rates", "keep_best", "step_change", "act_init", "distance_form")
+    found = [paper.options[key] for key in keys]
+    assert found == [True, False, 0, "per-image-max", "norm"]
+    own = Options.of("hdrq")
+    assert [ours.options[key] for key in keys] == [getattr(own, key) for key in keys]
+
+
+def test_rates_of_a_protocol_stand_where_the_published_are_not_scaled(task: Task) -> None:
+    task = replace(task, rates={"hdrq": {"lr": 0.5}}, learning={"hdrq": {"iters": 100}})
+    paper, ours = (task.options("hdrq", setting) for setting in ("paper", "ours"))
+    assert (paper.lr, paper.rate_factor) == (1e-4, 200)
+    assert (ours.lr, ours.rate_factor) == (0.5, 1)
+    assert task.options("float", "float") == Options.of("float")
+    assert not task.options("qdrop", "paper").keep_best
+    with pytest.raises(SpecError, match="found setting 'theirs'; choose among paper, ours"):
+        Grid(task, settings=("theirs",))
 
 
 def test_a_run_goes_on_where_it_was(

@@ -1,0 +1,69 @@
+"""The two settings of a calibration, one row each: the paper's and ours.
+
+A setting names keys of a recipe: the codes of weights and activations, and how they are learned
+whatever the method. ``hdrq-calibrate`` takes one as a preset, ``hdrq reproduce`` runs its grid in
+one or both. What a setting leaves out is the method's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["SETTINGS", "Setting"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of the table of settings.
+
+    Attributes:
+        summary: What it is, for help texts.
+        codes: How weights and activations are quantized, by keys of a recipe.
+        learning: Options of every method, by keys of a recipe.
+        pairs: Whether all pairs of domains are merged beside all domains together.
+        pair_ways: How two models are merged: roundings, or ``auto`` (merge weights are chosen,
+            and BatchNorm and activation scales measured again, on unlabelled images).
+        ways: How more than two models are merged.
+    """
+
+    summary: str
+    codes: Mapping[str, Any]
+    learning: Mapping[str, Any]
+    pairs: bool
+    pair_ways: tuple[str, ...]
+    ways: tuple[str, ...]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """All keys of a recipe that it sets."""
+        return {**self.codes, **self.learning}
+
+
+SETTINGS: dict[str, Setting] = {
+    "paper": Setting(
+        "as published: one scale per tensor, BatchNorm folded into the weights, codes of "
+        "non-negative activations to 255, published rates scaled to the iterations",
+        codes={"grid": "paper", "per_channel": False, "fold": "weights"},
+        learning={
+            "scale_rates": True,
+            "keep_best": False,
+            "step_change": 0.0,
+            "act_init": "per-image-max",
+            "distance_form": "norm",
+        },
+        # Two models at equal weights have ties; three at equal thirds have none.
+        pairs=True,
+        pair_ways=("nearest", "advanced"),
+        ways=("nearest",),
+    ),
+    "ours": Setting(
+        "BatchNorm folded into per-channel scales",
+        codes={"grid": "int8", "fold": "steps"},
+        learning={},
+        pairs=False,
+        pair_ways=("auto",),
+        ways=("auto",),
+    ),
+}
