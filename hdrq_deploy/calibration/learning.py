@@ -53,13 +53,13 @@ class RunRecord:
                 "device": str(inputs.device),
                 "threads": torch.get_num_threads(),
                 **asdict(request.learning),
-                **_own_places(request),
+                **_placement_and_blocks(request),
             },
             versions={name: version(name) for name in _LIBRARIES},
         )
 
 
-def _own_places(request: CalibrationRequest) -> dict[str, str]:
+def _placement_and_blocks(request: CalibrationRequest) -> dict[str, str]:
     """Placement and blocks where they are not the default, which earlier records do not name."""
     chosen = {"placement": request.placement, "blocks": request.blocks}
     defaults = {"placement": PLACEMENTS[0], "blocks": BLOCKS[0]}

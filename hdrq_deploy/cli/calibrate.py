@@ -260,8 +260,8 @@ def _calibrate(args: argparse.Namespace) -> int:
             f"calibration needs {error.name}, which is not installed: "
             "pip install 'hdrq-deploy[calibrate]'"
         ) from error
-    names = ("method", "wbits", "abits", "per_channel", "fold", "grid", "images", "seed")
-    names += ("placement", "blocks", "statistics")
+    names = ["method", "wbits", "abits", "per_channel", "fold", "grid", "images", "seed"]
+    names += ["placement", "blocks", "statistics"]
     common: dict[str, Any] = {
         "model": args.model,
         "base": args.base,
