@@ -248,7 +248,7 @@ def merged(
             Path(folder) / "merged.hdrq",
             method=way.method,
             rounding=way.rounding,
-            wbits=way.wbits,
+            **({} if way.wbits is None else {"wbits": way.wbits}),
             candidates=30,  # as in the paper
             seed=draw,
             threads=1,
