@@ -23,6 +23,10 @@ With placement ``paper`` the quantizers are those of the paper instead:
   layer that reads the joined tensor computes in float, because engines compute on codes of one
   scale: TensorRT leaves INT8 where the scales before Concat differ, and ONNX Runtime where no
   QuantizeLinear follows it. Placement ``engine`` has one scale, behind the concatenation.
+
+Bundles of version 0.1 have the placement ``EARLIER``: one last layer, the last in the graph with
+a weight; the network's input only as it is given; real outputs only where a last layer's is the
+network's own. They are read and run, not made.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ from .request import Quantization
 from .tensors import attribute, free_name
 
 __all__ = [
+    "EARLIER",
     "HEAVY",
     "ActivationSite",
     "LayerSite",
@@ -55,6 +60,7 @@ __all__ = [
 
 aten = torch.ops.aten
 
+EARLIER = "earlier"
 HEAVY = CONVOLUTIONS | TRANSPOSED | LINEAR | PRODUCTS
 # Codes pass through these unchanged.
 _TRANSPARENT = {
@@ -144,7 +150,7 @@ def plan_quantizers(capture: Capture, codes: Quantization, placement: str = "eng
     Args:
         capture: The folded model.
         codes: Bits, granularity and grid.
-        placement: ``engine`` or ``paper``.
+        placement: ``engine``, ``paper`` or ``EARLIER``.
 
     Raises:
         ModelError: The graph holds nothing to quantize.
@@ -158,6 +164,10 @@ def plan_quantizers(capture: Capture, codes: Quantization, placement: str = "eng
             "found no convolution or linear in the model's graph; there is nothing to quantize"
         )
     last, images = last_layers(graph), _images(graph)
+    real = last
+    if placement == EARLIER:
+        last, images = {weighted[-1]}, {node for node in images if node.op == "placeholder"}
+        real = {node for node in heavy if _reaches_output(_behind_activation(node))}
     paper = placement == "paper"
     sources = {
         operand: _joined(root(operand), images) if paper else [root(operand)]
@@ -171,7 +181,7 @@ def plan_quantizers(capture: Capture, codes: Quantization, placement: str = "eng
             bits[source] = max(bits.get(source, 0), 8 if wide else codes.abits)
     if not paper:
         for node in heavy:
-            if node.target in CONVOLUTIONS and node not in last:
+            if node.target in CONVOLUTIONS and node not in real:
                 bits.setdefault(_behind_activation(node), 8)
     # A weight that several layers share is as wide as the widest of them needs.
     ends = {str(_weight_node(node).target) for node in weighted if node in last}  # type: ignore[union-attr]
@@ -368,3 +378,11 @@ def _behind_activation(conv: fx.Node) -> fx.Node:
         or (n.target in _CLAMPS and _clamps_to_nonnegative(n))
     )
     return users[0] if len(users) == 1 and fuses(users[0]) else conv
+
+
+def _reaches_output(node: fx.Node) -> bool:
+    """Whether the network's output holds these values and no others."""
+    return any(
+        user.op == "output" or (user.target in _TRANSPARENT and _reaches_output(user))
+        for user in node.users
+    )

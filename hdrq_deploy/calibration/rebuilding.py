@@ -12,11 +12,11 @@ from ..errors import ModelError
 from ..formats.bundle import Bundle
 from .block_module import quantizers_of
 from .bundle_model import BundleModel, emit_float, emit_quantized
-from .capture import capture, run_model
+from .capture import Capture, capture, run_model
 from .fold_batch_norm import fold_constants, folded
 from .loading import current_folder_importable, is_lazy, load_model, load_state
-from .placement import plan_quantizers
-from .request import Quantization
+from .placement import EARLIER, Plan, plan_quantizers
+from .request import PLACEMENTS, Quantization
 
 __all__ = ["fake_quantized", "folded_weights"]
 
@@ -57,8 +57,25 @@ def _bundle_model(bundle: Bundle, example: Tensor) -> BundleModel:
         scheme.wbits, scheme.abits, scheme.per_channel, scheme.grid, scheme.fold
     )
     folded(graph, codes.scales_carry_batch_norm)
-    plan = plan_quantizers(graph, codes)
+    plan = _plan_of(bundle, graph, codes)
     return emit_quantized(graph, plan, quantizers_of(graph, plan, torch.device("cpu")))
+
+
+def _plan_of(bundle: Bundle, graph: Capture, codes: Quantization) -> Plan:
+    """The plan that a bundle was made with: of all placements the one that gives what it holds.
+
+    A merged bundle does not name its placement, nor does one of version 0.1.
+    """
+    manifest = bundle.manifest
+    activations = [(a.scale, a.bits, a.lo, a.hi) for a in manifest.activations]
+    weights = [layer.weight_bits for layer in manifest.layers]
+    for placement in (*PLACEMENTS, EARLIER):
+        plan = plan_quantizers(graph, codes, placement)
+        sites = [(s.name, s.spec.bits, s.spec.lo, s.spec.hi) for s in plan.activations]
+        bits = [site.spec.bits if site.spec else None for site in plan.layers]
+        if (sites, bits) == (activations, weights):
+            return plan
+    return plan_quantizers(graph, codes)
 
 
 def folded_weights(model: str, weights: str | Path, example: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sys
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hdrq_deploy.calibration import calibrate
+from hdrq_deploy.calibration import calibrate, fake_quantized, preparation
 from hdrq_deploy.calibration.capture import Capture, capture
 from hdrq_deploy.calibration.nodes import module_path
-from hdrq_deploy.calibration.placement import Plan, last_layers, plan_quantizers
+from hdrq_deploy.calibration.placement import EARLIER, Plan, last_layers, plan_quantizers
 from hdrq_deploy.calibration.recipe import Recipe
 from hdrq_deploy.calibration.request import CalibrationRequest, Quantization
 from hdrq_deploy.calibration_data.readers import ImageSet
@@ -191,7 +192,7 @@ def test_the_paper_places_no_quantizers_that_only_engines_need(bundles: dict[str
     assert layers["share"].weight_bits == 8 and layers["share"].activation_bits == (8,)
 
 
-def fake_quantized(bundle: Bundle, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def by_hand(bundle: Bundle, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The paper's network written by hand, from the bundle's tensors."""
     manifest, tensors = bundle.manifest, dict(bundle.tensors())
 
@@ -238,7 +239,7 @@ def test_exports_of_the_paper_s_placement_are_right_and_say_what_runs_in_float(
         x = np.random.default_rng(1).standard_normal((5, 3, SIDE, SIDE)).astype(np.float32)
         session = reference_session.unfused_session(folder / "model.onnx")
         got = session.run(None, {session.get_inputs()[0].name: x})[0]
-        expected = fake_quantized(bundles["paper"], x)
+        expected = by_hand(bundles["paper"], x)
         assert reference_session.compare(expected, got)["relative_rms"] < 1e-3
         # Layers in float compute from real weights, not from codes at every run.
         graph = onnx.load(str(folder / "model.onnx"), load_external_data=False).graph
@@ -269,3 +270,46 @@ def test_unknown_placements_and_blocks_are_refused(tmp_path: Path) -> None:
         recipe.write_text(json.dumps({name: "other"}))
         with pytest.raises(SpecError, match=f"found {name}: 'other'"):
             Recipe.read(recipe)
+
+
+def two_heads() -> Heads:
+    torch.manual_seed(0)
+    return Heads(attended)
+
+
+def built_again(bundle: Bundle) -> None:
+    """A bundle's model in torch computes what its graph does."""
+    x = np.random.default_rng(1).standard_normal((4, 3, SIDE, SIDE)).astype(np.float32)
+    module = fake_quantized(bundle, torch.from_numpy(x[:2]))
+    session = reference_session.unfused_session(bundle.path / "model.onnx")
+    with torch.no_grad():
+        expected = module(torch.from_numpy(x)).numpy()
+    got = session.run(None, {"input": x})[0]
+    assert reference_session.compare(expected, got)["relative_rms"] < 1e-3
+
+
+@pytest.mark.parametrize("placement", ["engine", "paper"])
+def test_bundles_of_both_placements_are_built_again_in_torch(
+    bundles: dict[str, Bundle], placement: str, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(bundles[placement].path, tmp_path / "copy.hdrq")
+    for bundle in (bundles[placement], merge([bundles[placement], copy], tmp_path / "m.hdrq")):
+        built_again(bundle)
+
+
+def test_a_bundle_of_version_0_1_with_two_heads_is_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "placed_levels", sys.modules[__name__])
+    earlier = functools.partial(plan_quantizers, placement=EARLIER)
+    monkeypatch.setattr(preparation, "plan_quantizers", lambda *a: earlier(*a[:2]))
+    x = np.random.default_rng(0).standard_normal((4, 3, SIDE, SIDE)).astype(np.float32)
+    bundle = calibrate(
+        "placed_levels:two_heads", ImageSet(x, None, None, None), "d", tmp_path / "a.hdrq",
+        method="rtn", wbits=4, abits=4,
+    )  # fmt: skip
+    # Of both heads it held one, of the outputs of both the codes.
+    wide = {layer.module for layer in bundle.manifest.layers if layer.weight_bits == 8}
+    assert wide == {"stem", "one"}
+    assert {"one", "two"} <= {a.module for a in bundle.manifest.activations}
+    built_again(bundle)
