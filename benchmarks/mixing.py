@@ -29,7 +29,8 @@ from merge_quality import DOMAINS, Cell, Setting, harmonic, split
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.merging import Merger
-from hdrq_deploy.merging.weight_search import Network, simplex
+from hdrq_deploy.merging.unrounded_network import Network
+from hdrq_deploy.merging.weight_search import simplex
 from hdrq_deploy.mixing import DomainMixer
 from hdrq_deploy.runtime.bench.environment import environment
 

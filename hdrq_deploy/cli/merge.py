@@ -149,11 +149,13 @@ def _merge(args: argparse.Namespace) -> int:
                 images,
                 args.criterion,
                 renewed,
-                lambda done, total: progress(done, total, ""),
+                lambda done, total: progress(done, total, "images"),
+                seed=args.seed,
             )
         weights = list(chosen.weights)
         options["auto"] = chosen.record()
         print("weights " + " ".join(f"{w:g}" for w in weights))
+        print(f"chosen from {chosen.summary}")
     target = Path(args.output).absolute()
     check_parent(target)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:

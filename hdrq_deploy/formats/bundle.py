@@ -60,6 +60,7 @@ class Bundle:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
+        self._held: dict[str, Array] | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], check: bool = True) -> Bundle:
@@ -216,8 +217,23 @@ class Bundle:
 
     def tensor(self, name: str) -> Array:
         """One tensor, codes unpacked."""
+        if self._held is not None and name in self._held:
+            return self._held[name]
         with self._opened() as file:
-            return self._unpack(name, file.get_tensor(name))
+            value = self._unpack(name, file.get_tensor(name))
+        if self._held is not None:
+            value.setflags(write=False)  # Other callers are given the same array.
+            self._held[name] = value
+        return value
+
+    def in_memory(self) -> Bundle:
+        """The same bundle, whose :meth:`tensor` reads every tensor once and gives it again.
+
+        For many merges of the same bundles, where opening the file takes longer than merging.
+        """
+        bundle = Bundle(self.path, self.manifest)
+        bundle._held = {}
+        return bundle
 
     def tensors(self) -> dict[str, Array]:
         """All tensors, codes unpacked."""

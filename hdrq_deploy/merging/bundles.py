@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -160,6 +161,12 @@ class Merger:
         self._layers: LayerMerge | None = None
         if chosen.needs_statistics or ROUNDINGS[rounding].needs_statistics:
             self._layers = LayerMerge(self.parents, chosen, rounding, self.method_options, keep)
+
+    def in_memory(self) -> Merger:
+        """The same merger, which reads every tensor of its parents once; for many merges."""
+        merger = copy(self)
+        merger.parents = [parent.in_memory() for parent in self.parents]
+        return merger
 
     def check_weights(self, weights: Sequence[float] | None) -> list[float]:
         """See :func:`.merge_weights.check_merge_weights`."""

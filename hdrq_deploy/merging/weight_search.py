@@ -1,10 +1,10 @@
 """Merge weights from images without labels.
 
-Every point of a grid on the simplex is merged in memory and run on a few images of each
-domain; the point of the lowest score is taken. The weights that are run are those before
-rounding to codes: the noise of rounding at one point would be larger than the difference between
-neighbours. Scores are means over the domains, in nats; lower is better. ``CRITERIA`` describes
-them:
+Points of a grid on the simplex are merged in memory and run on a few images of each domain; the
+point of the lowest score is taken. Points that are clearly worse leave early (see
+:mod:`.weight_race`). The weights that are run are those before rounding to codes: the noise of
+rounding at one point would be larger than the difference between neighbours. Scores are means
+over the domains, in nats; lower is better. ``CRITERIA`` describes them:
 
 ``entropy``      How unsure the merged model's predictions are.
 ``information``  The same, less the entropy of the mean prediction: a model that is sure of one
@@ -17,28 +17,28 @@ them:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import permutations
 from math import comb
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from ..errors import DataError
 from ..formats.bundle import Bundle
-from ..graph import reference_session
-from ..graph.model_files import serialized
-from ..numerics.batches import in_batches
+from ..numerics.spec import check_seed
 from ..typing import Array
 from .bundles import Merger
 from .re_estimate import moved
+from .unrounded_network import Network
+from .weight_race import Point, Race
 
 __all__ = ["CRITERIA", "ChosenWeights", "Criterion", "choose_weights", "score", "simplex"]
 
 _MOST_POINTS = 100
-_BATCH = 64
 
 Images = Mapping[str, npt.NDArray[np.float32]]
 
@@ -49,13 +49,16 @@ class Criterion:
 
     Attributes:
         summary: One line for the command's help.
-        score: Called with predictions and judgements, see :func:`score`; nats, lower is better.
+        of_images: Called with predictions and judgements, see :func:`score`; gives the score of
+            each image, shape (N,), in nats; lower is better.
+        varied: Whether the entropy of the mean prediction is subtracted.
         judged: Whether the score compares with the predictions of the parents.
         own_judge: Whether each domain is judged by the parent that was calibrated for it.
     """
 
     summary: str
-    score: Callable[[_Prediction, _Prediction | None], float]
+    of_images: Callable[[_Prediction, _Prediction | None], Array]
+    varied: bool = False
     judged: bool = False
     own_judge: bool = False
 
@@ -79,26 +82,29 @@ class _Prediction:
         result: Array = -(self.share * self.log_share).sum(1, keepdims=True)
         return result
 
-
-def _entropy(prediction: _Prediction, judge: _Prediction | None) -> float:
-    return float(prediction.entropies().mean())
-
-
-def _information(prediction: _Prediction, judge: _Prediction | None) -> float:
-    share = prediction.share
-    mean = np.moveaxis(share, 1, -1).reshape(-1, share.shape[1]).mean(0)
-    of_the_mean = float((mean * np.log(np.maximum(mean, 1e-30))).sum())
-    return _entropy(prediction, judge) + of_the_mean
+    def rows(self, first: int, end: int) -> _Prediction:
+        """Those of the images ``first`` to ``end``."""
+        return _Prediction(self.share[first:end], self.log_share[first:end])
 
 
-def _cross_entropy(prediction: _Prediction, judge: _Prediction | None) -> float:
+def _per_image(values: Array) -> Array:
+    """Mean over the positions of each image: (N, ...) becomes (N,)."""
+    result: Array = values.reshape(len(values), -1).mean(1)
+    return result
+
+
+def _entropy(prediction: _Prediction, judge: _Prediction | None) -> Array:
+    return _per_image(prediction.entropies())
+
+
+def _cross_entropy(prediction: _Prediction, judge: _Prediction | None) -> Array:
     assert judge is not None
-    return float(-(judge.share * prediction.log_share).sum(1).mean())
+    return _per_image(-(judge.share * prediction.log_share).sum(1))
 
 
 CRITERIA: dict[str, Criterion] = {
     "entropy": Criterion("surest predictions", _entropy),
-    "information": Criterion("sure and varied predictions", _information),
+    "information": Criterion("sure and varied predictions", _entropy, varied=True),
     "agreement": Criterion(
         "most like each domain's own bundle", _cross_entropy, judged=True, own_judge=True
     ),
@@ -109,22 +115,76 @@ CRITERIA: dict[str, Criterion] = {
 
 
 @dataclass(frozen=True)
+class _Scored:
+    """What a criterion needs to know of the images of a domain.
+
+    Attributes:
+        scores: Score of each image, (N,).
+        shares: Mean prediction of each image, (N, classes); None where nothing is subtracted.
+    """
+
+    scores: Array
+    shares: Array | None
+
+    @classmethod
+    def of(cls, criterion: Criterion, outputs: _Prediction, judge: _Prediction | None) -> _Scored:
+        """From predictions, and from the judge's predictions of the same images."""
+        share = outputs.share
+        mean = share.reshape(*share.shape[:2], -1).mean(2) if criterion.varied else None
+        return cls(criterion.of_images(outputs, judge), mean)
+
+    def __add__(self, more: _Scored) -> _Scored:
+        scores = np.concatenate([self.scores, more.scores])
+        if self.shares is None or more.shares is None:
+            return _Scored(scores, None)
+        return _Scored(scores, np.concatenate([self.shares, more.shares]))
+
+    def parts(self) -> Array:
+        """Each image's part of the score, (N,); their mean is the score."""
+        if self.shares is None:
+            return self.scores
+        log_mean = np.log(np.maximum(self.shares.mean(0), 1e-30))
+        result: Array = self.scores + self.shares @ log_mean
+        return result
+
+
+@dataclass(frozen=True)
 class ChosenWeights:
     """The result of a search.
 
     Attributes:
         weights: The merge weights of the lowest score.
         criterion: Name of the criterion that scored.
-        tried: Every point that was tried, with its score.
+        tried: Every point that was run on all images, with its score.
+        left: Every point that was clearly worse on fewer images, with its score on them and their
+            number in each domain.
+        runs: Images run, summed over the points.
+        seconds: Time that the search took.
     """
 
-    weights: tuple[float, ...]
+    weights: Point
     criterion: str
-    tried: tuple[tuple[tuple[float, ...], float], ...]
+    tried: tuple[tuple[Point, float], ...]
+    left: tuple[tuple[Point, float, int], ...]
+    runs: int
+    seconds: float
+
+    @property
+    def summary(self) -> str:
+        """Mixes, images and seconds, for people."""
+        mixes = len(self.tried) + len(self.left)
+        return f"{mixes} mixes, {self.runs} images run in {self.seconds:.1f} s"
 
     def record(self) -> dict[str, Any]:
-        """The entry of the manifest."""
-        return asdict(self)
+        """The entry of the manifest: all but the seconds, so that equal merges have equal bytes."""
+        return {
+            "weights": self.weights,
+            "criterion": self.criterion,
+            "tried": self.tried,
+            "left": self.left,
+            "mixes": len(self.tried) + len(self.left),
+            "images_run": self.runs,
+        }
 
 
 def choose_weights(
@@ -133,47 +193,106 @@ def choose_weights(
     criterion: str | None = None,
     renewed: Images | None = None,
     progress: Callable[[int, int], None] | None = None,
-    also: Sequence[tuple[float, ...]] = (),
+    also: Sequence[Point] = (),
+    *,
+    seed: int = 0,
+    exhaustive: bool = False,
 ) -> ChosenWeights:
     """The merge weights of the lowest score.
 
+    Every second point of the grid is run on a few images first, then the neighbours of those
+    that are not clearly worse, on more and more images. The weights that are chosen were run on
+    all images, and so were their neighbours on the grid.
+
     Args:
-        merger: The merger whose parents are merged at every point of the grid.
+        merger: The merger whose parents are merged at the points of the grid.
         images: Inputs (N, C, H, W) of each domain, as the parents' preprocessing makes them;
             every domain counts the same.
         criterion: Name of one of ``CRITERIA``; by default agreement where every name in
             ``images`` is a domain of one parent, else information.
         renewed: Images for :func:`re_estimate`; every point is then scored with new moments.
-        progress: Called with (points done, points in all).
-        also: Further points, beside the grid's.
+        progress: Called with (images run, images in all as far as is known), over all points.
+        also: Further points, beside the grid's; they are run on all images.
+        seed: Seed of the order in which images are taken.
+        exhaustive: Run every point of the grid on all images.
 
     Raises:
         DataError: No images, images that the graph does not take, or the criterion agreement
             where a name is no parent's domain.
         MergeError: Images for new moments, and bundles that keep no BatchNorm separately.
+        SpecError: A seed that NumPy does not take.
     """
-    if not images:
+    if not images or not all(len(rows) for rows in images.values()):
         raise DataError("found no images; a search of merge weights needs `data` of every domain")
-    parents = merger.parents
-    network = Network(parents[0])
-    name = _criterion_of(criterion, parents, images)
-    chosen = CRITERIA[name]
-    judges = _judges(merger, network, images, chosen) if chosen.judged else {}
-    points = list(dict.fromkeys([*simplex(len(parents)), *also]))
-    tried = []
-    for done, point in enumerate(points):
-        floats = (
-            moved(parents[0], merger.tensors(point), renewed) if renewed else merger.floats(point)
-        )
-        weights = merger.unrounded(point, floats)
-        scores = [
-            chosen.score(_Prediction.of(network(weights, rows, domain)), judges.get(domain))
-            for domain, rows in images.items()
-        ]
-        tried.append((point, float(np.mean(scores))))
-        if progress:
-            progress(done + 1, len(points))
-    return ChosenWeights(min(tried, key=lambda item: item[1])[0], name, tuple(tried))
+    check_seed(seed)
+    began = time.monotonic()
+    name = _criterion_of(criterion, merger.parents, images)
+    grid = list(simplex(len(merger.parents)))
+    points = list(dict.fromkeys([*grid, *also]))
+    race = Race(
+        points,
+        _Sampler(merger.in_memory(), _shuffled(images, seed), CRITERIA[name], renewed),
+        [len(rows) for rows in images.values()],
+        lambda point: _neighbours(point, grid),
+        _every_second(grid),
+        points if exhaustive else also,
+        progress,
+    )
+    best = race.run()
+    tried = tuple((p, race.finished[p]) for p in points if p in race.finished)
+    left = tuple((p, *race.left[p]) for p in points if p in race.left)
+    return ChosenWeights(best, name, tried, left, race.runs, time.monotonic() - began)
+
+
+def _shuffled(images: Images, seed: int) -> dict[str, Array]:
+    """Images of each domain in an order that says nothing of their classes."""
+    order = {n: np.random.default_rng(seed).permutation(len(rows)) for n, rows in images.items()}
+    return {name: rows[order[name]] for name, rows in images.items()}
+
+
+class _Sampler:
+    """Runs points on images, each point on each image once; see :class:`Race`."""
+
+    def __init__(
+        self, merger: Merger, images: Images, criterion: Criterion, renewed: Images | None
+    ) -> None:
+        self._merger, self._images, self._criterion = merger, images, criterion
+        self._renewed = renewed
+        self._network = Network(merger.parents[0])
+        self._judges = _judges(merger, self._network, images, criterion) if criterion.judged else {}
+        self._floats: dict[Point, dict[str, Array]] = {}
+        self._scored: dict[tuple[Point, str], _Scored] = {}
+
+    def __call__(self, point: Point, count: int) -> list[Array]:
+        new = {name: rows[self._done(point, name) : count] for name, rows in self._images.items()}
+        if any(map(len, new.values())):
+            weights = self._merger.unrounded(point, self._floats_of(point))
+            for name, rows in new.items():
+                if len(rows):
+                    self._add(point, name, _Prediction.of(self._network(weights, rows, name)))
+        return [self._scored[point, name].parts() for name in self._images]
+
+    def _done(self, point: Point, name: str) -> int:
+        found = self._scored.get((point, name))
+        return 0 if found is None else len(found.scores)
+
+    def _add(self, point: Point, name: str, outputs: _Prediction) -> None:
+        done = self._done(point, name)
+        judge = self._judges.get(name)
+        part = None if judge is None else judge.rows(done, done + len(outputs.share))
+        more = _Scored.of(self._criterion, outputs, part)
+        before = self._scored.get((point, name))
+        self._scored[point, name] = more if before is None else before + more
+
+    def _floats_of(self, point: Point) -> dict[str, Array]:
+        """Everything but the weights, which would not fit into memory for all points."""
+        if point not in self._floats:
+            floats = self._merger.floats(point)
+            if self._renewed:
+                tensors = moved(self._merger.parents[0], self._merger.tensors(point), self._renewed)
+                floats = {name: tensors[name] for name in floats}
+            self._floats[point] = floats
+        return self._floats[point]
 
 
 def _criterion_of(criterion: str | None, parents: Sequence[Bundle], images: Images) -> str:
@@ -227,6 +346,34 @@ def simplex(parents: int) -> Iterator[tuple[float, ...]]:
         yield tuple(n / parts for n in point)
 
 
+def _parts_of(grid: Sequence[Point]) -> int:
+    """How many steps of the grid lie between two corners."""
+    return round(1 / min(share for point in grid for share in point if share > 0))
+
+
+def _every_second(grid: Sequence[Point]) -> list[Point]:
+    """The points of the grid of twice the spacing; none where there is no such grid."""
+    parts = _parts_of(grid)
+    if parts % 2 or parts < 4:
+        return []
+    return [p for p in grid if all(round(share * parts) % 2 == 0 for share in p)]
+
+
+def _neighbours(point: Point, grid: Sequence[Point]) -> list[Point]:
+    """The points of the grid at which one parent has one step more and another one less."""
+    parts = _parts_of(grid)
+    steps = {tuple(round(share * parts) for share in p): p for p in grid}
+    if point not in steps.values():
+        return []
+    near = []
+    for more, less in permutations(range(len(point)), 2):
+        moved_by = [(i == more) - (i == less) for i in range(len(point))]
+        place = tuple(round(s * parts) + m for s, m in zip(point, moved_by, strict=True))
+        if place in steps:
+            near.append(steps[place])
+    return near
+
+
 def score(criterion: str, logits: Array, judge: Array | None = None) -> float:
     """How bad predictions are, in nats, without labels.
 
@@ -240,7 +387,8 @@ def score(criterion: str, logits: Array, judge: Array | None = None) -> float:
     (1.3863, 0.0)
     """
     judgement = None if judge is None else _Prediction.of(judge)
-    return CRITERIA[criterion].score(_Prediction.of(logits), judgement)
+    scored = _Scored.of(CRITERIA[criterion], _Prediction.of(logits), judgement)
+    return float(scored.parts().mean())
 
 
 def _surest(opinions: Sequence[_Prediction]) -> _Prediction:
@@ -254,49 +402,3 @@ def _surest(opinions: Sequence[_Prediction]) -> _Prediction:
         return result
 
     return _Prediction(taken([o.share for o in opinions]), taken([o.log_share for o in opinions]))
-
-
-class Network:
-    """A bundle's graph in one session whose weights, scales and biases are inputs.
-
-    Weights come as real values in place of codes, so that the mean of several models need not
-    be rounded to be run, and one session serves all merge weights.
-    """
-
-    def __init__(self, bundle: Bundle) -> None:
-        model = bundle.graph_ir()
-        graph = model.graph
-        tensors = bundle.manifest.tensors
-        for name, value in list(graph.initializers.items()):
-            if name not in tensors:
-                continue
-            graph.initializers.pop(name)
-            if tensors[name].role == "codes":
-                (use,) = value.uses()
-                shape = value.shape
-                real = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
-                use.node.outputs[0].replace_all_uses_with(real)
-                graph.remove(use.node, safe=True)
-                graph.inputs.append(real)
-            elif value.uses():
-                value.const_value = None
-                graph.inputs.append(value)
-        # Nothing reads the scales of the codes any more.
-        graph.inputs[:] = [value for value in graph.inputs if value.uses()]
-        self._session = reference_session.unfused_session(serialized(model))
-        self._image, *rest = (port.name for port in self._session.get_inputs())
-        self._tensors = set(rest)
-
-    def __call__(self, tensors: Mapping[str, Array], images: Array, name: str) -> Array:
-        """Logits of ``images``; ``name`` is what an error calls them."""
-        feeds = {key: np.asarray(tensors[key]) for key in self._tensors}
-        try:
-            parts = [
-                self._session.run(None, {**feeds, self._image: rows})[0]
-                for rows in in_batches(images, _BATCH)
-            ]
-        except Exception as error:  # ONNX Runtime's exceptions have no public base class
-            raise DataError(
-                f"the images of {name} do not fit the model: {' '.join(str(error).split())[:200]}"
-            ) from error
-        return np.concatenate(parts)

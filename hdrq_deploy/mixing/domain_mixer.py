@@ -248,7 +248,7 @@ class DomainMixer:
             criterion: See :func:`hdrq_deploy.merging.choose_weights`.
             margin: How much lower (nats) the score must be than that of the running mix, so
                 that the mix does not flap between neighbours.
-            progress: Called with (mixes tried, mixes in all).
+            progress: Called with (images run, images in all as far as is known), over all mixes.
 
         Raises:
             DataError: Frames that do not fit the model.

@@ -14,7 +14,7 @@ from hdrq_deploy.errors import HdrqError
 from hdrq_deploy.formats.bundle import WEIGHTS
 from hdrq_deploy.formats.safetensors_layout import serialize
 from hdrq_deploy.graph import reference_session
-from hdrq_deploy.merging import Merger, choose_weights
+from hdrq_deploy.merging import Merger, choose_weights, weight_race
 from hdrq_deploy.merging.weight_search import score
 
 
@@ -26,12 +26,13 @@ def logits(bundle: Bundle, tensors: Any, x: Any) -> Any:
 
 @pytest.mark.parametrize("criterion", ["entropy", "information", "agreement"])
 def test_the_chosen_weights_have_the_lowest_score_of_the_grid(
-    make: Any, inputs: Any, criterion: str
+    make: Any, inputs: Any, criterion: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parents = [make(domain=d, fold="steps", wbits=8) for d in ("night", "day")]
     images = {"night": inputs[:24], "day": inputs[24:]}
     merger = Merger(parents)
-    found = choose_weights(merger, images, criterion)
+    found = choose_weights(merger, images, criterion, exhaustive=True)
+    assert len(found.tried) == 21 and not found.left and found.runs == 21 * len(inputs)
     scores = {}
     for share in (0.0, 0.35, 0.5, 1.0):  # some points of the grid, from scratch
         mix = (share, 1 - share)
@@ -55,6 +56,12 @@ def test_the_chosen_weights_have_the_lowest_score_of_the_grid(
         # The weights that are scored are not rounded; a corner's are codes anyway.
         assert tried[near] == pytest.approx(value, rel=1e-5, abs=0 if 1 in mix else 2e-3)
     assert tried[found.weights] == min(tried.values())
+    # The search gives the same scores, of fewer points, and the same choice.
+    monkeypatch.setattr(weight_race, "FIRST", 6)
+    searched = choose_weights(merger, images, criterion, seed=1)
+    assert searched.weights == found.weights and searched.runs < found.runs
+    for mix, value in searched.tried:
+        assert tried[mix] == pytest.approx(value, rel=1e-12)
 
 
 def test_without_the_bundles_own_domains_information_decides(make: Any, inputs: Any) -> None:
@@ -84,7 +91,10 @@ def test_the_merge_command_chooses_and_re_estimates(
     assert merge_command.main([*argv, "--images", "16", "--re-estimate-images", "12"]) == 0
     options = Bundle.open(out).manifest.options
     assert options["merge"]["auto"]["criterion"] == "agreement"
-    assert len(options["merge"]["auto"]["tried"]) == 21
+    auto = options["merge"]["auto"]
+    assert auto["mixes"] == len(auto["tried"]) + len(auto["left"]) <= 21
+    assert len(auto["tried"]) * 32 <= auto["images_run"] <= 21 * 32
+    assert f"{auto['mixes']} mixes, {auto['images_run']} images run in " in capsys.readouterr().out
     assert options["re_estimate"]["images"] == {"night": 12, "day": 12}
     assert [p.name for p in tmp_path.iterdir()] == ["m.hdrq"]
     assert merge_command.main([*bundles, "--weights", "auto", "-o", str(out)]) == 2

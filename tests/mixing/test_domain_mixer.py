@@ -115,7 +115,8 @@ def test_what_does_not_fit_leaves_the_running_engine_alone(
 
 def test_adapting_takes_the_best_mix_and_does_not_flap(parents: list[Bundle], inputs: Any) -> None:
     merger = Merger(parents)
-    tried = dict(choose_weights(merger, {"stream": inputs}, "confidence").tried)
+    whole = choose_weights(merger, {"stream": inputs}, "confidence", exhaustive=True)
+    tried = dict(whole.tried)
     best, worst = min(tried, key=tried.__getitem__), max(tried, key=tried.__getitem__)
     gap = tried[worst] - tried[best]
     assert gap > 1e-4
