@@ -29,13 +29,13 @@ from .nodes import weight_node
 from .placement import HEAVY
 from .tensors import attribute
 
-__all__ = ["Watch", "ranks_within"]
+__all__ = ["Watch", "rank_within"]
 
 # Rows per layer at most, and values of all of them together.
 _ROWS, _VALUES = 1 << 14, 1 << 26
 # Bins of a histogram, and values per batch that are counted.
 _BINS, _COUNTED = 512, 1 << 16
-# Fewer eigenvectors than these make a merge no better.
+# Fewer eigenvectors than these do little for a merge, whatever room there is.
 _LEAST = 8
 
 
@@ -69,12 +69,13 @@ class Watch:
     ) -> None:
         self._capture, self._rank, self._images = capture, rank, images
         shapes, readers = _shapes(capture)
-        ranks = _ranks(shapes, rank, activations)
+        most = rank_within(shapes, activations) if rank == "auto" else rank
         self._layers: dict[str, _Layer] = {}
         for i, (name, shape) in enumerate(shapes.items()):
             draws = torch.Generator().manual_seed((seed << 20) + i)
-            nodes = readers[name]
-            self._layers[name] = _Layer(shape, ranks[name], draws, nodes, len(nodes))
+            nodes, features = readers[name], shape.features
+            own = features if most == "full" else min(most, features)
+            self._layers[name] = _Layer(shape, own, draws, nodes, len(nodes))
         self._histograms: dict[str, _Counts] = {}
 
     @torch.no_grad()
@@ -215,44 +216,26 @@ def _shapes(capture: Capture) -> tuple[dict[str, LayerShape], dict[str, list[fx.
     return {name: shape for name, shape in shapes.items() if name not in mixed}, readers
 
 
-def _ranks(shapes: Mapping[str, LayerShape], rank: Rank, activations: int) -> dict[str, int]:
-    """The rank of every layer."""
-    if rank == "auto":
-        return ranks_within(shapes, activations)
-    most = None if rank == "full" else rank
-    return {n: s.features if most is None else min(most, s.features) for n, s in shapes.items()}
+def rank_within(shapes: Mapping[str, LayerShape], activations: int) -> int:
+    """The largest rank at which the file takes no more room than codes of one byte.
 
-
-def ranks_within(shapes: Mapping[str, LayerShape], activations: int) -> dict[str, int]:
-    """The largest ranks at which the file takes no more room than codes of one byte.
-
-    A layer's rank is in proportion to its outputs in a group, so that every layer's statistics
-    take about the share of the room that its codes take; a small layer keeps all of its features.
+    One rank for all layers: ranks in proportion to the layers' outputs, or by the share of the
+    variance that an eigenvector holds, were no better at equal bytes (digits benchmark).
 
     Args:
-        shapes: All layers.
+        shapes: All layers; one with fewer features than the rank keeps all of them.
         activations: Number of the histograms that lie in the same file.
     """
-    room = sum(s.features * s.outputs for s in shapes.values()) - file_bytes({}, activations, _BINS)
-
-    def ranks(factor: float) -> dict[str, int]:
-        return {n: _share(shape, factor) for n, shape in shapes.items()}
-
-    def size(given: Mapping[str, int]) -> int:
-        sizes = {n: (s.groups, s.features, given[n]) for n, s in shapes.items()}
-        return file_bytes(sizes, 0, _BINS)
-
-    low, high = 0.0, float(max((s.features for s in shapes.values()), default=1))
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if size(ranks(middle)) <= room else (low, middle)
-    return ranks(low)
-
-
-def _share(shape: LayerShape, factor: float) -> int:
-    return max(
-        min(_LEAST, shape.features), min(shape.features, int(factor * shape.outputs / shape.groups))
-    )
+    room = sum(s.features * s.outputs for s in shapes.values())
+    fits, beyond = _LEAST, max((s.features for s in shapes.values()), default=0) + 1
+    while fits + 1 < beyond:
+        middle = (fits + beyond) // 2
+        sizes = {n: (s.groups, s.features, min(middle, s.features)) for n, s in shapes.items()}
+        if file_bytes(sizes, activations, _BINS) <= room:
+            fits = middle
+        else:
+            beyond = middle
+    return fits
 
 
 def _bundle_names(capture: Capture, model: BundleModel) -> dict[fx.Node, fx.Node]:

@@ -2,11 +2,20 @@
 
 A merge by regression, and rounding that compensates its own errors, read it; an engine does not.
 The file is optional and lies outside the bundle's identity: a bundle without it is the same
-bundle. For every layer with a weight it holds ``NAME/mean``, ``NAME/diagonal`` (float32) and
-``NAME/factor`` (float16, each row divided by its largest magnitude) with ``NAME/factor_scale``
-(float32); ``NAME`` is the weight's tensor in the manifest. For every activation quantizer it holds
-``NAME/histogram`` (float32 counts) over equal bins of ``NAME/range`` (float32, lowest and
-highest); ``NAME`` is its scale's tensor.
+bundle. ``NAME`` is a weight's tensor in the manifest, and for every layer the file holds
+
+* ``NAME/moments``, float16 (groups, 2, features): the mean and what the factor leaves of the
+  covariance's diagonal;
+* ``NAME/factor``, int8 (groups, rank, features): eigenvectors times the roots of their
+  eigenvalues, as codes of -127 to 127;
+* ``NAME/scales``, float32 (groups, 2 + rank): what mean, diagonal and each row of the factor are
+  multiplied by.
+
+A code's error is 0.4% of its row's largest entry, and the diagonal takes up what it does to the
+variances. At equal bytes twice the rank of float16 serves a merge better (measured on the digits
+benchmark, by regression: 92.4 against 90.8, all eigenvectors 92.7). For every activation quantizer
+the file holds ``NAME/histogram``, float16 counts over equal bins, the largest of them 1, and
+``NAME/range``, float32: lowest value, highest value, largest count; ``NAME`` is its scale's tensor.
 
 The same tensors are a file of their own for a float checkpoint: names are then the checkpoint's,
 and the record lies in the file's metadata (:func:`read_statistics`).
@@ -50,6 +59,7 @@ STATISTICS = "statistics.safetensors"
 _METADATA = "statistics"
 # Of one tensor's entry in a header: name, dtype, shape and place.
 _ENTRY = 120
+_LARGEST_CODE = 127
 
 Layout = Literal["conv", "linear", "matmul", "transposed"]
 Count = Annotated[int, Field(ge=1)]
@@ -155,15 +165,13 @@ class Statistics:
         """The bytes of ``statistics.safetensors``."""
         tensors: dict[str, Array] = {}
         for name, statistics in self.layers.items():
-            largest = np.abs(statistics.factor).max(2, initial=0.0)
-            divisor = np.where(largest > 0, largest, 1.0)[:, :, None]
-            tensors[f"{name}/mean"] = statistics.mean
-            tensors[f"{name}/diagonal"] = statistics.diagonal
-            tensors[f"{name}/factor"] = (statistics.factor / divisor).astype(np.float16)
-            tensors[f"{name}/factor_scale"] = largest.astype(np.float32)
+            parts = _stored(statistics)
+            tensors |= {f"{name}/{part}": value for part, value in parts.items()}
         for name, histogram in self.histograms.items():
-            tensors[f"{name}/histogram"] = histogram.counts.astype(np.float32)
-            tensors[f"{name}/range"] = np.array([histogram.low, histogram.high], np.float32)
+            largest = max(float(histogram.counts.max(initial=0)), 1.0)
+            span = (histogram.low, histogram.high, largest)
+            tensors[f"{name}/histogram"] = (histogram.counts / largest).astype(np.float16)
+            tensors[f"{name}/range"] = np.array(span, np.float32)
         contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
         return safetensors.numpy.save(contiguous, dict(metadata) if metadata else None)
 
@@ -247,11 +255,15 @@ class StatisticsFile:
         Raises:
             BundleError: The file cannot be read, or holds values that are not finite.
         """
-        mean, diagonal, factor, scale = self._read(
-            f"{weight}/mean", f"{weight}/diagonal", f"{weight}/factor", f"{weight}/factor_scale"
-        )
-        real = factor.astype(np.float32) * scale[:, :, None]
-        return InputStatistics(self._layers[weight].rows, mean, np.maximum(diagonal, 0), real)
+        names = (f"{weight}/{part}" for part in ("moments", "factor", "scales"))
+        moments, codes, scales = self._read(*names)
+        with np.errstate(over="ignore"):
+            mean, diagonal = (moments * scales[:, :2, None]).swapaxes(0, 1)
+            factor = codes * scales[:, 2:, None]
+        if not all(np.isfinite(values).all() for values in (mean, diagonal, factor)):
+            raise BundleError(f"{self.path}: found {weight} beyond float32; {self._remedy}")
+        rows = self._layers[weight].rows
+        return InputStatistics(rows, mean, np.maximum(diagonal, 0), factor)
 
     def histogram(self, scale: str) -> Histogram:
         """Values of one activation, by the name of its scale.
@@ -259,8 +271,14 @@ class StatisticsFile:
         Raises:
             BundleError: The file cannot be read, or holds values that are not finite.
         """
-        counts, edges = self._read(f"{scale}/histogram", f"{scale}/range")
-        return Histogram(float(edges[0]), float(edges[1]), counts)
+        counts, span = self._read(f"{scale}/histogram", f"{scale}/range")
+        low, high, largest = (float(value) for value in span)
+        if counts.ndim != 1 or not len(counts) or counts.min() < 0 or largest < 0 or low >= high:
+            raise BundleError(
+                f"{self.path}: found {scale}/histogram of shape {counts.shape} from {low:g} to "
+                f"{high:g}, or counts below 0; {self._remedy}"
+            )
+        return Histogram(low, high, counts.astype(np.float32) * np.float32(largest))
 
     def _read(self, *names: str) -> list[Array]:
         try:
@@ -283,10 +301,30 @@ def file_bytes(layers: Mapping[str, tuple[int, int, int]], histograms: int, bins
         bins: Of every histogram.
     """
     sizes = [
-        4 * _ENTRY + groups * (8 * features + rank * (2 * features + 4))
+        3 * _ENTRY + groups * (4 * features + rank * features + 4 * (2 + rank))
         for groups, features, rank in layers.values()
     ]
-    return sum(sizes) + histograms * (2 * _ENTRY + 4 * bins + 8)
+    return sum(sizes) + histograms * (2 * _ENTRY + 2 * bins + 12)
+
+
+def _stored(statistics: InputStatistics) -> dict[str, Array]:
+    """A layer's tensors by the last part of their names."""
+    factor = statistics.factor.astype(np.float64)
+    steps = np.abs(factor).max(2, initial=0.0) / _LARGEST_CODE
+    divisors = np.where(steps > 0, steps, 1.0)
+    codes = np.round(factor / divisors[:, :, None])
+    scales = divisors.astype(np.float32)
+    # Variances stay what they are, whatever rounding does to the factor.
+    variances = statistics.diagonal + (factor**2).sum(1)
+    rest = np.maximum(variances - ((codes * scales[:, :, None]) ** 2).sum(1), 0.0)
+    moments = np.stack([statistics.mean, rest], 1)
+    largest = np.abs(moments).max(2)
+    largest = np.where(largest > 0, largest, 1.0).astype(np.float32)
+    return {
+        "moments": (moments / largest[:, :, None]).astype(np.float16),
+        "factor": codes.astype(np.int8),
+        "scales": np.concatenate([largest, scales], 1),
+    }
 
 
 def read_statistics(path: Path) -> StatisticsFile:
@@ -318,12 +356,11 @@ def _needed(
     """Dtype and shape of every tensor; an empty shape is any."""
     needed: dict[str, tuple[str, tuple[int, ...]]] = {}
     for layer in layers:
-        each = (layer.groups, layer.features)
-        needed[f"{layer.weight}/mean"] = ("F32", each)
-        needed[f"{layer.weight}/diagonal"] = ("F32", each)
-        needed[f"{layer.weight}/factor"] = ("F16", (layer.groups, layer.rank, layer.features))
-        needed[f"{layer.weight}/factor_scale"] = ("F32", (layer.groups, layer.rank))
+        groups, rank, features = layer.groups, layer.rank, layer.features
+        needed[f"{layer.weight}/moments"] = ("F16", (groups, 2, features))
+        needed[f"{layer.weight}/factor"] = ("I8", (groups, rank, features))
+        needed[f"{layer.weight}/scales"] = ("F32", (groups, 2 + rank))
     for name in histograms:
-        needed[f"{name}/histogram"] = ("F32", ())
-        needed[f"{name}/range"] = ("F32", (2,))
+        needed[f"{name}/histogram"] = ("F16", ())
+        needed[f"{name}/range"] = ("F32", (3,))
     return needed

@@ -19,9 +19,9 @@ from hdrq_deploy.calibration.layer_rows import LayerShape
 from hdrq_deploy.calibration.pipeline import fake_quantized
 from hdrq_deploy.calibration.preparation import Preparation
 from hdrq_deploy.calibration.reconstruction import observe_float
-from hdrq_deploy.calibration.statistics import Watch, ranks_within
+from hdrq_deploy.calibration.statistics import Watch, rank_within
 from hdrq_deploy.formats.bundle import Bundle
-from hdrq_deploy.formats.statistics import Statistics
+from hdrq_deploy.formats.statistics import Histogram, Statistics
 from hdrq_deploy.numerics.layer_statistics import InputStatistics
 
 
@@ -207,7 +207,7 @@ def test_inputs_are_those_of_the_quantized_network(make: Any, inputs: Any, fold:
         assert record.rows == rows.shape[1]
         np.testing.assert_allclose(layer.mean, rows.mean(1), rtol=1e-3, atol=2e-4, err_msg=weight)
         variances = np.diagonal([layer.covariance(g) for g in range(record.groups)], 0, 1, 2)
-        np.testing.assert_allclose(variances, rows.var(1), rtol=5e-3, atol=2e-5, err_msg=weight)
+        np.testing.assert_allclose(variances, rows.var(1), rtol=1e-2, atol=2e-5, err_msg=weight)
         folds = bundle.manifest.folds
         own = None if weight in folds else f"{weight.split('.')[0]}.bias"
         assert record.bias == own
@@ -265,8 +265,8 @@ def test_a_float_bundle_has_statistics_of_the_float_network(make: Any, inputs: A
     assert statistics is not None and statistics.record.rank == 3
     rows = unfolded(torch.from_numpy(inputs), nn.Conv2d(3, 8, 3, padding=1))[0]
     layer = statistics.layer("stem.weight")
-    np.testing.assert_allclose(layer.mean[0], rows.mean(0), rtol=1e-4)
-    np.testing.assert_allclose(np.diag(layer.covariance(0)), rows.var(0), rtol=1e-3)
+    np.testing.assert_allclose(layer.mean[0], rows.mean(0), rtol=1e-3)
+    np.testing.assert_allclose(np.diag(layer.covariance(0)), rows.var(0), rtol=2e-3)
     assert {layer.rank for layer in statistics.record.layers} == {3}
 
 
@@ -277,18 +277,18 @@ def test_as_much_room_as_codes_of_a_byte() -> None:
         "depthwise": LayerShape("conv", 512, 9, 512),
         "head": LayerShape("linear", 1, 2048, 1000),
     }
-    ranks = ranks_within(shapes, 10)
-    parts = {
-        name: InputStatistics.of_factor(
-            1.0,
-            np.zeros((s.groups, s.features)),
-            np.ones((s.groups, s.features)),
-            np.random.default_rng(0).standard_normal((s.groups, ranks[name], s.features)),
-        )
-        for name, s in shapes.items()
-    }
-    layouts: dict[str, Any] = {name: (None, s.layout) for name, s in shapes.items()}
+    histograms = {f"{i}.act_scale": Histogram(0.0, 1.0, np.ones(512, np.float32)) for i in range(9)}
     codes = sum(s.features * s.outputs for s in shapes.values())
-    size = len(Statistics("auto", layouts, parts, {}).serialize())
-    assert 0.95 * codes < size <= codes
-    assert ranks["head"] > ranks["large"] > ranks["small"]
+
+    def size(rank: int) -> int:
+        parts = {}
+        for name, s in shapes.items():
+            factor = np.zeros((s.groups, min(rank, s.features), s.features))
+            each = np.ones((s.groups, s.features))
+            parts[name] = InputStatistics.of_factor(1.0, each, each, factor)
+        layouts: dict[str, Any] = {name: (None, s.layout) for name, s in shapes.items()}
+        return len(Statistics("auto", layouts, parts, histograms).serialize())
+
+    rank = rank_within(shapes, len(histograms))
+    assert size(rank) <= codes < size(rank + 5)
+    assert rank_within({"tiny": LayerShape("conv", 1, 27, 4)}, 1) == 8

@@ -53,10 +53,15 @@ def test_statistics_come_back_and_are_no_part_of_the_identity(make: Any, tmp_pat
     file, needed = bundle.statistics(), statistics_of(plain).layers[WEIGHT]
     assert file is not None and file.weights == (WEIGHT,)
     layer = file.layer(WEIGHT)
-    np.testing.assert_array_equal(layer.mean, needed.mean)
+    largest = np.abs(needed.mean).max()
+    np.testing.assert_allclose(layer.mean, needed.mean, rtol=2**-11, atol=1e-7 * largest)
     largest = np.abs(needed.factor).max(2, keepdims=True)
-    assert np.max(np.abs(layer.factor - needed.factor) / largest) < 2**-11
-    assert file.histogram("input.act_scale").counts.sum() == 120
+    assert np.max(np.abs(layer.factor - needed.factor) / largest) < 0.501 / 127
+    variances = np.diag(needed.covariance(0))
+    np.testing.assert_allclose(
+        np.diag(layer.covariance(0)), variances, rtol=2e-3, atol=1e-5 * variances.max()
+    )
+    np.testing.assert_allclose(file.histogram("input.act_scale").counts, np.arange(16), rtol=2**-11)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
@@ -89,7 +94,7 @@ def test_statistics_of_a_checkpoint_carry_their_record(make: Any, tmp_path: Path
     file = read_statistics(path)
     assert isinstance(file.record, CheckpointStatistics)
     assert (file.record.model, file.record.checkpoint_sha256) == ("a:B", "11")
-    np.testing.assert_array_equal(file.layer(WEIGHT).mean, statistics.layers[WEIGHT].mean)
+    np.testing.assert_allclose(file.layer(WEIGHT).mean, statistics.layers[WEIGHT].mean, 1e-3, 1e-4)
     assert CHECKPOINT_STATISTICS.is_ours(path)
     path.write_bytes(statistics.serialize())
     assert not CHECKPOINT_STATISTICS.is_ours(path)
