@@ -18,11 +18,11 @@ import numpy.typing as npt
 from ..errors import MergeError
 from ..formats.bundle import Bundle
 from ..formats.statistics import LayerRecord, StatisticsFile
+from ..numerics.error_compensation import compensated, damped
+from ..numerics.layer_matrix import bias_of, rows_of, weight_of, with_bias
 from ..numerics.moments import SingularError, covariance, mean_of, mixed, second_moments
 from ..numerics.quantization import along, dequantize
 from ..typing import Array
-from .error_compensation import compensated, damped
-from .layer_rows import bias_of, rows_of, weight_of, with_bias
 from .merged_statistics import common_layers
 from .methods.base import Floats, LayerPart, MergeMethod, MethodOptions, float64
 from .rounding import ROUNDINGS, MergedCodes, round_target

@@ -5,7 +5,8 @@
               ambiguous, so that ties are not all broken one way (paper section 4.3);
 ``advanced``  takes many such draws and keeps the first, replaced by any later one that points
               from every parent more nearly towards the real midpoint;
-``compensated`` needs statistics of the layers' inputs and is done by :mod:`.error_compensation`.
+``compensated`` needs statistics of the layers' inputs and is done by
+:mod:`hdrq_deploy.numerics.error_compensation`.
 
 Ambiguous means: the weighted sum of the codes is a half exactly, in integer arithmetic. For two
 parents at equal weights these are the odd sums; with weights k_i / n a position is ambiguous
@@ -65,8 +66,8 @@ class Rounding:
         draws: The number of draws that are made, from the number of candidates asked for.
         choose: The index of the draw that is taken, from the draws' cosines (draws, parents);
             -1 for the codes of rounding to nearest.
-        needs_statistics: Whether layers are rounded by :mod:`.error_compensation`, with the
-            statistics of their inputs; the draws are not asked for then.
+        needs_statistics: Whether layers are rounded by :mod:`..numerics.error_compensation`,
+            with the statistics of their inputs; the draws are not asked for then.
     """
 
     summary: str

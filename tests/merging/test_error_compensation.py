@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from hdrq_deploy import merge
-from hdrq_deploy.merging import error_compensation as module
-from hdrq_deploy.merging.error_compensation import compensated, damped, error_of
+from hdrq_deploy.numerics import error_compensation as module
+from hdrq_deploy.numerics.error_compensation import compensated, damped, error_of
 from hdrq_deploy.numerics.moments import Moments
 from hdrq_deploy.numerics.spec import QuantSpec
 from tests.merging.seen import with_statistics

@@ -14,8 +14,8 @@ from hdrq_deploy.cli import merge as command
 from hdrq_deploy.errors import MergeError
 from hdrq_deploy.formats.statistics import LayerRecord
 from hdrq_deploy.merging import METHODS
-from hdrq_deploy.merging.layer_rows import bias_of, rows_of, weight_of, with_bias
 from hdrq_deploy.merging.methods import MethodOptions
+from hdrq_deploy.numerics.layer_matrix import bias_of, rows_of, weight_of, with_bias
 from hdrq_deploy.numerics.moments import Moments, SingularError, second_moments
 from hdrq_deploy.numerics.quantization import dequantize
 from tests.merging.seen import drawn_rows, statistics_of, with_statistics

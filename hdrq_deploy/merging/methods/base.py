@@ -86,7 +86,7 @@ class LayerPart:
 
     Attributes:
         rows: The parent's weight, (groups, features, outputs of a group); see
-            :mod:`hdrq_deploy.merging.layer_rows`.
+            :mod:`hdrq_deploy.numerics.layer_matrix`.
         moments: Of its inputs.
         product: ``moments`` times ``rows``.
         bias: Whether the last feature is the bias.

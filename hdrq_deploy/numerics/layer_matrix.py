@@ -8,24 +8,43 @@ bias is merged with the weight.
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import numpy as np
 import numpy.typing as npt
 
-from ..formats.statistics import LayerRecord
-from ..typing import Array
-
-__all__ = ["bias_of", "rows_of", "weight_of", "with_bias"]
+__all__ = ["LayerMatrix", "bias_of", "rows_of", "weight_of", "with_bias"]
 
 Floats = npt.NDArray[np.float64]
+Array = npt.NDArray[Any]
 
 
-def rows_of(weight: Array, layer: LayerRecord) -> Array:
+class LayerMatrix(Protocol):
+    """How a weight's axes are made of outputs and features (:mod:`hdrq_deploy.formats.statistics`).
+
+    ``layout`` is ``conv`` (outputs, inputs / groups, kernel...), ``linear`` (outputs, features),
+    ``matmul`` (features, outputs) or ``transposed`` (inputs, outputs / groups, kernel...).
+    """
+
+    @property
+    def layout(self) -> str:
+        """The order of the axes."""
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution, else 1."""
+
+    @property
+    def features(self) -> int:
+        """Length of the rows that one group multiplies."""
+
+
+def rows_of(weight: Array, layer: LayerMatrix) -> Array:
     """(groups, features, outputs of a group), of the weight's dtype.
 
-    >>> record = LayerRecord(
-    ...     weight="w", bias=None, layout="linear", groups=1, features=3, rank=0, rows=1
-    ... )
-    >>> rows_of(np.zeros((5, 3)), record).shape
+    >>> from types import SimpleNamespace
+    >>> layer = SimpleNamespace(layout="linear", groups=1, features=3)
+    >>> rows_of(np.zeros((5, 3)), layer).shape
     (1, 3, 5)
     """
     if layer.layout in {"conv", "linear"}:
@@ -33,7 +52,7 @@ def rows_of(weight: Array, layer: LayerRecord) -> Array:
     return weight.reshape(layer.groups, layer.features, -1)
 
 
-def weight_of(rows: Array, layer: LayerRecord, shape: tuple[int, ...]) -> Array:
+def weight_of(rows: Array, layer: LayerMatrix, shape: tuple[int, ...]) -> Array:
     """The weight of ``shape`` whose rows these are."""
     turned = rows.swapaxes(1, 2) if layer.layout in {"conv", "linear"} else rows
     return np.ascontiguousarray(turned).reshape(shape)

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..numerics.moments import Moments
-from ..numerics.spec import QuantSpec
+from .moments import Moments
+from .spec import QuantSpec
 
 __all__ = ["DAMPING", "compensated", "damped", "error_of"]
 
