@@ -29,7 +29,7 @@ __all__ = [
 
 FOLDS = ("weights", "steps")
 NOISES = ("off", "empirical", "uniform")
-LEARNERS = ("none", "latent", "adaround")
+LEARNERS = ("none", "latent", "adaround", "compensated")
 GRANULARITIES = ("block", "layer")
 SCHEDULES = ("constant", "cosine")
 ACT_INITS = ("pooled", "per-image-max")
@@ -43,8 +43,9 @@ class Options:
     """How a network is reconstructed, block by block.
 
     Attributes:
-        learner: ``none`` (scales by search only), ``latent`` (weights and scales, as HDRQ) or
-            ``adaround`` (up or down for every weight).
+        learner: ``none`` (scales by search only), ``latent`` (weights and scales, as HDRQ),
+            ``adaround`` (up or down for every weight) or ``compensated`` (weights rounded one
+            after another, the next ones making up for the error; nothing is iterated).
         granularity: ``block``, or ``layer`` (each convolution or linear alone).
         iters: Iterations per block.
         batch: Images per iteration.
@@ -139,6 +140,11 @@ class Options:
                 raise SpecError(f"found {name}={value}; needed 0 to 1")
 
     @property
+    def iterates(self) -> bool:
+        """Whether weights are learned in iterations, from batches."""
+        return self.learner in {"latent", "adaround"}
+
+    @property
     def rate_factor(self) -> float:
         """What ``lr`` and ``act_lr`` are multiplied by."""
         return max(1.0, PUBLISHED_ITERS / self.iters) if self.scale_rates else 1.0
@@ -179,6 +185,11 @@ _BLOCKWISE = replace(_ROUNDING, input_prob=1.0, drop_prob=0.0)
 METHODS: dict[str, Method] = {
     "float": Method("no quantization, the baseline of a merge", _SEARCH, quantizes=False),
     "rtn": Method("round to nearest, scales by search", _SEARCH),
+    "gptq": Method(
+        "weights rounded with error compensation, layer by layer, scales by search",
+        replace(_SEARCH, learner="compensated", granularity="layer", keep_best=False),
+        "Frantar et al., ICLR 2023",
+    ),
     "adaround": Method(
         "learned rounding, layer by layer, on inputs of the quantized network",
         replace(_BLOCKWISE, granularity="layer"),

@@ -28,6 +28,7 @@ from .block_module import (
 )
 from .blocks import Block, is_tensor, rows_per_image
 from .capture import Capture
+from .compensation import compensate
 from .fake_quantizers import ActivationQuantizer, Mode, WeightQuantizer
 from .methods import Options
 from .nodes import module_path
@@ -105,7 +106,7 @@ def reconstruct(
     device, caches = device or torch.device("cpu"), caches or Caches(1 << 62)
     draws = Draws(seed, device)
     work = _Reconstruction(model, images, options, draws, device, caches, watch)
-    per_block = options.iters * options.stages if options.learner != "none" else 1
+    per_block = options.iters * options.stages if options.iterates else 1
     count = len(model.blocks)
     for index, block in enumerate(model.blocks):
         name = module_path(block.heavy[0]) if block.heavy else f"block {index}"
@@ -207,7 +208,7 @@ class _Reconstruction:
         common = (options, self._device, self._caches, self._batch)
         real, coded, weighted = (list(rows) for rows in zip(*inputs, strict=True))
         run = first = _BlockRun(module, real, coded, *common)
-        apart = options.stages == 2 and options.learner != "none"
+        apart = options.stages == 2 and options.iterates
         if apart:
             first = _BlockRun(module, real, weighted, *common, Mode.OFF)
         stored = partial.load(index) if partial else None
@@ -265,7 +266,7 @@ def _settle(
     draws: Draws,
     report: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Learn one block and freeze it; its error before, and whether learning was kept.
+    """Learn or round one block and freeze it; its error before, and whether that was kept.
 
     Args:
         first: What the weights are learned in; where it is not ``run``, activation scales are
@@ -282,14 +283,11 @@ def _settle(
     record: dict[str, Any] = {"loss_before": before, "learned": False}
     if options.learner != "none" and open_weights:
         scales = [(q.scale, q.scale.detach().clone()) for q in run.open_quantizers]
-        pulls = _pulls(sources, options, before)
-        _learn(first, open_weights, first.learned_activations, targets, pulls, draws, report)
-        if first is not run:
-            for weight in open_weights:
-                weight.freeze()
-            if run.open_activations:
-                later: Callable[[int], None] = lambda i: report(options.iters + i)  # noqa: E731
-                _learn(run, [], run.open_activations, targets, [], draws, later)
+        if options.iterates:
+            pulls = _pulls(sources, options, before)
+            _iterate(first, run, targets, pulls, draws, report)
+        else:
+            compensate(module, run.quantized_inputs, len(run.mixed[0]))
         record["learned"] = True
         if options.keep_best and not run.round_loss(targets) <= before:
             record["learned"] = False
@@ -302,6 +300,26 @@ def _settle(
     for activation in module.activations:
         activation.settled = True
     return record
+
+
+def _iterate(
+    first: _BlockRun,
+    run: _BlockRun,
+    targets: list[Rows],
+    pulls: Pulls,
+    draws: Draws,
+    report: Callable[[int], None],
+) -> None:
+    """Learn weights and activation scales, in one stage or in two; as :func:`_settle`."""
+    weights = run.open_weights
+    _learn(first, weights, first.learned_activations, targets, pulls, draws, report)
+    if first is run:
+        return
+    for weight in weights:
+        weight.freeze()
+    if run.open_activations:
+        later: Callable[[int], None] = lambda i: report(run.options.iters + i)  # noqa: E731
+        _learn(run, [], run.open_activations, targets, [], draws, later)
 
 
 class _BlockRun:
@@ -365,6 +383,11 @@ class _BlockRun:
         for quantizer in watched:
             quantizer.finish_observing(pooled)
         return outputs
+
+    def quantized_inputs(self) -> Iterator[tuple[int, list[Tensor]]]:
+        """Images and inputs of every batch, in the quantized network."""
+        for first, last in self._batches(len(self.mixed[0])):
+            yield last - first, [rows.read(first, last).to(self.device) for rows in self.mixed]
 
     def quantized_outputs(self, watch: Watch | None = None) -> list[Rows]:
         """Outputs of the rounded block on the quantized network's activations."""

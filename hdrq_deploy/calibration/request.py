@@ -137,8 +137,8 @@ class CalibrationRequest:
 
     @property
     def learns(self) -> bool:
-        """Whether weights are learned, and images needed for a batch."""
-        return self.learning.learner != "none"
+        """Whether weights are learned in iterations, and images needed for a batch."""
+        return self.learning.iterates
 
     @property
     def quantizes(self) -> bool:

@@ -330,7 +330,7 @@ def _streets(data: Path) -> Task:
 
 
 def _learners() -> list[str]:
-    return [name for name, row in METHODS.items() if row.options.learner != "none"]
+    return [name for name, row in METHODS.items() if row.options.iterates]
 
 
 def _rounding_rates(rate: float) -> dict[str, dict[str, float]]:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from .moments import Moments
 from .spec import QuantSpec
 
-__all__ = ["DAMPING", "compensated", "damped", "error_of"]
+__all__ = ["DAMPING", "compensated", "damped", "error_of", "with_damping"]
 
 Floats = npt.NDArray[np.float64]
 # Share of the mean diagonal that is added to it, as in GPTQ.
@@ -38,30 +38,49 @@ _FLOOR = 1e-12
 
 def damped(moments: Moments, share: float = DAMPING) -> Moments:
     """With a share of each group's mean diagonal added to it; never zero."""
-    each = moments.variances().mean(1, keepdims=True)
-    each = np.maximum(each, max(1e-6 * float(each.mean()), _FLOOR))
-    return moments.raised(np.broadcast_to(share * each, moments.diagonal.shape))
+    raised = share * _mean_variance(moments.variances())
+    return moments.raised(np.broadcast_to(raised, moments.diagonal.shape))
+
+
+def with_damping(matrices: Floats, share: float = DAMPING) -> Floats:
+    """The same for matrices that are written out, (groups, features, features)."""
+    result = matrices.astype(np.float64)
+    places = np.arange(result.shape[1])
+    variances = result[:, places, places]
+    result[:, places, places] = variances + share * _mean_variance(variances)
+    return result
+
+
+def _mean_variance(variances: Floats) -> Floats:
+    """(groups, 1), never zero."""
+    each = variances.mean(1, keepdims=True)
+    result: Floats = np.maximum(each, max(1e-6 * float(each.mean()), _FLOOR))
+    return result
 
 
 def compensated(
-    rows: Floats, moments: Moments, scale: Floats, spec: QuantSpec
+    rows: Floats, moments: Moments | Floats, scale: Floats, spec: QuantSpec
 ) -> npt.NDArray[np.int8]:
     """Codes of ``rows``, features in order of falling variance.
 
     Args:
         rows: Real weights, (groups, features, outputs).
-        moments: Damped covariance of the inputs: see :func:`damped`.
+        moments: Damped covariance of the inputs (see :func:`damped`), or the matrices themselves,
+            (groups, features, features).
         scale: (groups, 1, outputs), or what broadcasts to it.
         spec: Range of the codes.
 
     Returns:
         Codes, shape of ``rows``.
     """
-    order = np.argsort(-moments.variances(), axis=1, kind="stable")
-    turned = Moments(
-        np.take_along_axis(moments.factor, order[:, None, :], 2),
-        np.take_along_axis(moments.diagonal, order, 1),
-    )
+    if isinstance(moments, Moments):
+        order = np.argsort(-moments.variances(), axis=1, kind="stable")
+        factor = np.take_along_axis(moments.factor, order[:, None, :], 2)
+        turned: Moments | Floats = Moments(factor, np.take_along_axis(moments.diagonal, order, 1))
+    else:
+        order = np.argsort(-np.diagonal(moments, axis1=1, axis2=2), axis=1, kind="stable")
+        turned = np.take_along_axis(moments, order[:, None, :], 2)
+        turned = np.take_along_axis(turned, order[:, :, None], 1)
     real = np.take_along_axis(rows, order[:, :, None], 1) / scale
     rounded = _in_order(real, turned, spec)
     codes = np.empty(rows.shape, np.int8)
@@ -75,15 +94,17 @@ def error_of(errors: Floats, moments: Moments) -> float:
     return float((low**2).sum() + (moments.diagonal[:, :, None] * errors**2).sum())
 
 
-def _in_order(real: Floats, moments: Moments, spec: QuantSpec) -> Floats:
+def _in_order(real: Floats, moments: Moments | Floats, spec: QuantSpec) -> Floats:
     """Codes of weights in units of their scale, features first to last."""
     codes, errors = np.empty_like(real), np.zeros_like(real)
-    # The errors so far, or with a low rank what U makes of them.
-    low = moments.low_rank
-    carried = np.zeros((len(real), moments.factor.shape[1], real.shape[2])) if low else errors
+    # U of a low rank: what it makes of the errors so far stands for them.
+    factor = moments.factor if isinstance(moments, Moments) and moments.low_rank else None
+    carried = errors
+    if factor is not None:
+        carried = np.zeros((len(real), factor.shape[1], real.shape[2]))
     for block in _blocks(moments):
         cut = block.cut
-        before = carried if low else carried[:, : cut.start]
+        before = carried if factor is not None else carried[:, : cut.start]
         wanted = real[:, cut] - block.links @ before
         for j in range(wanted.shape[1]):
             place = cut.start + j
@@ -91,8 +112,8 @@ def _in_order(real: Floats, moments: Moments, spec: QuantSpec) -> Floats:
             errors[:, place] = codes[:, place] - real[:, place]
             # What this feature's error asks of those behind it in the block.
             wanted[:, j + 1 :] -= block.ties[:, j + 1 :, j, None] * errors[:, place][:, None, :]
-        if low:
-            carried += moments.factor[:, :, cut] @ errors[:, cut]
+        if factor is not None:
+            carried += factor[:, :, cut] @ errors[:, cut]
     return codes
 
 
@@ -111,8 +132,11 @@ class _Block:
     links: Floats
 
 
-def _blocks(moments: Moments) -> Iterator[_Block]:
+def _blocks(moments: Moments | Floats) -> Iterator[_Block]:
     """Blocks in the order of their features."""
+    if not isinstance(moments, Moments):
+        yield from _dense_blocks(moments)
+        return
     if not moments.low_rank:
         yield from _dense_blocks(moments.whole())
         return

@@ -1,0 +1,155 @@
+"""Weights of a block rounded one after another, each column's error made up for by the next ones.
+
+The layers of a block are rounded in the order in which the network runs them. Each sees the inputs
+that it has in the quantized network, in which all layers before it are rounded already.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from ..numerics.error_compensation import compensated, with_damping
+from ..numerics.layer_matrix import rows_of, weight_of
+from ..numerics.quantization import along
+from .block_module import BlockModule
+from .fake_quantizers import Mode, WeightQuantizer
+from .layer_rows import LayerShape, layer_rows, layer_shape
+from .placement import HEAVY
+
+__all__ = ["compensate", "inputs_of", "layers_of", "rounded_weight", "some_rows"]
+
+# Rows per layer at most, evenly spread over images and positions, and rows of one product.
+_ROWS, _AT_ONCE = 1 << 17, 1 << 12
+# (images, inputs of the block) of every batch.
+Batches = Callable[[], Iterator[tuple[int, list[Tensor]]]]
+
+
+@torch.no_grad()
+def compensate(module: BlockModule, batches: Batches, images: int) -> None:
+    """Give all open weights of a block their codes; scales stay as they are.
+
+    A weight of which no matrix of inputs exists (a product with one matrix per head) is rounded to
+    nearest.
+
+    Args:
+        module: The block, its activation quantizers observed.
+        batches: The block's inputs in the quantized network.
+        images: Images of all batches together.
+
+    Source:
+        Frantar et al., GPTQ, ICLR 2023, with features in order of falling size (``act-order``)
+        and a damping of 1%.
+    """
+    for weight, nodes in layers_of(module).items():
+        if weight.frozen is not None:
+            continue
+        shapes = {layer_shape(node, weight.original) for node in nodes}
+        shape = shapes.pop()
+        module.set_mode(Mode.ROUND)
+        if shape is None or shapes:
+            weight.freeze()
+            continue
+        hessian = _hessian(module, nodes, shape, weight.original, batches, images)
+        weight.freeze(rounded_weight(weight, weight.original, shape, hessian))
+
+
+def layers_of(module: BlockModule) -> dict[WeightQuantizer, list[fx.Node]]:
+    """The heavy nodes that read each quantized weight of a block, in the order of the graph."""
+    readers: dict[WeightQuantizer, list[fx.Node]] = {}
+    for node in module.body.graph.nodes:
+        source = node.args[1] if node.target in HEAVY else None
+        if isinstance(source, fx.Node) and source.op == "call_module":
+            quantizer = module.body.get_submodule(str(source.target))
+            if isinstance(quantizer, WeightQuantizer):
+                readers.setdefault(quantizer, []).append(node)
+    return readers
+
+
+def inputs_of(module: BlockModule, nodes: list[fx.Node]) -> fx.GraphModule:
+    """The part of a block's body that computes what the heavy ``nodes`` read, one output each."""
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in module.body.graph.nodes:
+        if node.op == "output":
+            break
+        copies[node] = graph.node_copy(node, lambda arg: copies[arg])
+    graph.output([copies[n] for node in nodes if isinstance(n := node.args[0], fx.Node)])
+    part = fx.GraphModule(module.body, graph)
+    part.graph.eliminate_dead_code()
+    part.recompile()
+    return part
+
+
+def rounded_weight(
+    quantizer: WeightQuantizer, weight: Tensor, shape: LayerShape, hessian: Tensor
+) -> Tensor:
+    """int8 codes of ``weight`` on the quantizer's scale.
+
+    Args:
+        quantizer: Its scale and range.
+        weight: Real values, of the quantizer's shape.
+        shape: How they are made of outputs and features.
+        hessian: (groups, features, features): sums of x x^T of the layer's inputs.
+    """
+    spec, sizes = quantizer.spec, tuple(weight.shape)
+    scale = quantizer.scale.detach().double().cpu().numpy()
+    steps = np.broadcast_to(along(scale, weight.ndim, spec.axis), sizes)
+    codes = compensated(
+        rows_of(weight.detach().double().cpu().numpy(), shape),
+        with_damping(hessian.cpu().numpy()),
+        rows_of(steps, shape),
+        spec,
+    )
+    return torch.from_numpy(weight_of(codes, shape, sizes))
+
+
+def _hessian(
+    module: BlockModule,
+    nodes: list[fx.Node],
+    shape: LayerShape,
+    weight: Tensor,
+    batches: Batches,
+    images: int,
+) -> Tensor:
+    """(groups, features, features) float64: mean of x x^T of the rows that the nodes multiply."""
+    part = inputs_of(module, nodes)
+    draws = torch.Generator().manual_seed(0)
+    most = max(1, _ROWS // len(nodes))
+    total = weight.new_zeros(shape.groups, shape.features, shape.features, dtype=torch.float64)
+    count = 0
+    for size, inputs in batches():
+        for node, x in zip(nodes, module(inputs, part), strict=True):
+            share = max(1, most * size // images)
+            rows = some_rows(*layer_rows(node, x, weight), shape, share, draws)
+            count += rows.shape[1]
+            for few in rows.split(_AT_ONCE, 1):
+                total += torch.bmm(few.transpose(1, 2), few)
+    return total / count
+
+
+def some_rows(
+    view: Tensor, leading: int, shape: LayerShape, most: int, draws: torch.Generator
+) -> Tensor:
+    """About ``most`` rows of a view at most, (groups, rows, features).
+
+    One row comes of every stretch of equal length, so that they are even over images and over
+    positions.
+
+    Args:
+        view: As :func:`.layer_rows.layer_rows` gives it.
+        leading: The number of its axes that count rows.
+        shape: Of the layer.
+        most: Rows wanted.
+        draws: Where in its stretch a row lies.
+    """
+    sizes = view.shape[:leading]
+    count = math.prod(sizes)
+    if count > most:
+        inside = torch.rand(most, generator=draws, dtype=torch.float64)
+        index = ((torch.arange(most) + inside) * (count / most)).long().to(view.device)
+        view, count = view[torch.unravel_index(index, sizes)], most
+    return view.reshape(count, shape.groups, shape.features).transpose(0, 1).float()
