@@ -13,10 +13,21 @@ from .arrays import ARRAYS
 from .base import ImageSet, Reader, Selection, Wanted
 from .decoding import cut
 from .folder import IMAGE_FOLDER
+from .joining import joined
 from .numbering import numbered, relabel
 from .street_scenes import STREET_SCENES
 
-__all__ = ["READERS", "ImageSet", "Reader", "Wanted", "cut", "numbered", "read", "relabel"]
+__all__ = [
+    "READERS",
+    "ImageSet",
+    "Reader",
+    "Wanted",
+    "cut",
+    "joined",
+    "numbered",
+    "read",
+    "relabel",
+]
 
 # The first reader that claims a path reads it: street scenes lie in folders too.
 READERS: dict[str, Reader] = {

@@ -126,7 +126,8 @@ def _hessian(
             share = max(1, most * size // images)
             rows = some_rows(*layer_rows(node, x, weight), shape, share, draws)
             count += rows.shape[1]
-            for few in rows.split(_AT_ONCE, 1):
+            for first in range(0, rows.shape[1], _AT_ONCE):
+                few = rows[:, first : first + _AT_ONCE]
                 total += torch.bmm(few.transpose(1, 2), few)
     return total / count
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration_data.readers import ImageSet, Wanted, read
+from ..calibration_data.readers import ImageSet, Wanted, joined, read
 from ..errors import DataError
 from ..formats.atomic_files import check_output
 from ..formats.file_kinds import BUNDLE, PARTIAL
 from .capture import run_model
 from .devices import torch_device
 from .loading import is_lazy, load_model, load_state, put_state
-from .request import CalibrationRequest
+from .request import CalibrationRequest, Source
 from .resume import partial_of
 
 __all__ = ["CalibrationInputs", "load", "own_wanted"]
@@ -32,7 +32,8 @@ class CalibrationInputs:
         network: The user's module, with ``state``.
         state: The adapted weights.
         base: The source weights, or None.
-        dataset: The calibration images.
+        datasets: The calibration images of every domain.
+        dataset: All of them, one domain after the other.
         images: The same as a tensor (N, C, H, W).
     """
 
@@ -41,6 +42,7 @@ class CalibrationInputs:
     network: nn.Module
     state: Mapping[str, Tensor]
     base: Mapping[str, Tensor] | None
+    datasets: Mapping[str, ImageSet]
     dataset: ImageSet
     images: Tensor
 
@@ -58,32 +60,44 @@ def load(request: CalibrationRequest) -> CalibrationInputs:
     network = load_model(request.model)
     wanted = own_wanted(network, request.wanted)
     # Lazy modules have no parameters before they have seen an image; others fail early.
-    dataset = _read(request, wanted) if is_lazy(network) else None
-    if dataset is not None:
-        run_model(network, torch.from_numpy(dataset.x[:2]))
+    datasets = _read_all(request, wanted) if is_lazy(network) else None
+    if datasets is not None:
+        run_model(network, torch.from_numpy(datasets[request.domains[0]].x[:2]))
     own = {name: value.clone() for name, value in network.state_dict().items()}
     base = load_state(network, request.base, "source") if request.base else None
     state = load_state(network, request.weights, "adapted") if request.weights else own
     put_state(network, state)
-    dataset = _read(request, wanted) if dataset is None else dataset
-    _check_count(request, len(dataset.x))
+    datasets = _read_all(request, wanted) if datasets is None else datasets
+    names = [
+        _name(source, domain) for source, domain in zip(request.sources, datasets, strict=True)
+    ]
+    dataset = joined(list(datasets.values()), names)
+    _check_count(request, len(dataset.x), names)
     images = torch.from_numpy(dataset.x)
-    return CalibrationInputs(target, device, network, state, base, dataset, images)
+    return CalibrationInputs(target, device, network, state, base, datasets, dataset, images)
 
 
-def _read(request: CalibrationRequest, wanted: Wanted) -> ImageSet:
-    if isinstance(request.data, ImageSet):
-        return request.data
-    return read(request.data, wanted, request.images, request.seed, request.skip_corrupt)
+def _read_all(request: CalibrationRequest, wanted: Wanted) -> dict[str, ImageSet]:
+    pairs = zip(request.domains, request.sources, strict=True)
+    return {domain: _read(request, source, wanted) for domain, source in pairs}
 
 
-def _check_count(request: CalibrationRequest, count: int) -> None:
+def _read(request: CalibrationRequest, source: Source, wanted: Wanted) -> ImageSet:
+    if isinstance(source, ImageSet):
+        return source
+    return read(source, wanted, request.images, request.seed, request.skip_corrupt)
+
+
+def _name(source: Source, domain: str) -> str:
+    return f"the data of {domain}" if isinstance(source, ImageSet) else str(source)
+
+
+def _check_count(request: CalibrationRequest, count: int, names: Sequence[str]) -> None:
     needed = max(2, request.learning.batch if request.learns else 2)
     if count < needed:
-        name = "the data" if isinstance(request.data, ImageSet) else request.data
         raise DataError(
-            f"{name}: found {count} images; needed {needed} or more (one batch): add images"
-            + (" or choose a smaller `batch`" if request.learns else "")
+            f"{', '.join(names)}: found {count} images; needed {needed} or more (one batch): add "
+            "images" + (" or choose a smaller `batch`" if request.learns else "")
         )
 
 

@@ -41,12 +41,12 @@ class RunRecord:
     @classmethod
     def of(cls, request: CalibrationRequest, inputs: CalibrationInputs) -> RunRecord:
         """The record of a run that begins."""
-        domain = request.domain
+        adapted = state_sha256(inputs.state)
         return cls(
             hashes={
-                "source_sha256": state_sha256(inputs.base or inputs.state),
-                "adapted_sha256": {domain: state_sha256(inputs.state)},
-                "data_sha256": {domain: inputs.dataset.sha256},
+                "source_sha256": state_sha256(inputs.base) if inputs.base else adapted,
+                "adapted_sha256": dict.fromkeys(inputs.datasets, adapted),
+                "data_sha256": {domain: d.sha256 for domain, d in inputs.datasets.items()},
             },
             options={
                 "images": len(inputs.images),

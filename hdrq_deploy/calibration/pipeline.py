@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from ..calibration_data.readers import ImageSet, Wanted
+from ..calibration_data.readers import Wanted
 from ..formats.bundle import Bundle
 from ..typing import Progress
 from .activation_cache import Caches
@@ -19,7 +20,7 @@ from .methods import Options
 from .preparation import Preparation, prepare
 from .rebuilding import fake_quantized, folded_weights
 from .reconstruction import observe_float
-from .request import CalibrationRequest
+from .request import CalibrationRequest, Source
 from .statistics import Watch
 from .writing import write
 
@@ -28,8 +29,8 @@ __all__ = ["calibrate", "fake_quantized", "folded_weights", "run_calibration", "
 
 def calibrate(
     model: str,
-    data: str | Path | ImageSet,
-    domain: str,
+    data: Source | Sequence[Source],
+    domain: str | Sequence[str],
     output: str | os.PathLike[str],
     weights: str | Path | None = None,
     base: str | Path | None = None,
@@ -56,8 +57,10 @@ def calibrate(
 
     Args:
         model: ``PKG.MOD:FACTORY``, ``timm:NAME``, ``torchvision:NAME`` or ``transformers:NAME``.
-        data: Image folder, street scenes, .npz, or images already read.
-        domain: Name of the domain the weights were adapted to.
+        data: Image folder, street scenes, .npz, or images already read; one for every domain.
+        domain: Name of the domain that the weights were adapted to; several names for weights
+            that serve several domains, such as a merge: the bundle is calibrated with the images
+            of all of them.
         output: Folder of the bundle.
         weights: Adapted checkpoint; without it the factory's own weights are used.
         base: Source checkpoint that all domains were adapted from; needed by the distance
@@ -70,7 +73,7 @@ def calibrate(
         fold: Where BatchNorm is folded: into the ``weights`` (the paper), or (``steps``) into
             the per-channel scales of the weights, so that a merge averages it separately.
         options: How to learn; by default as ``method`` does.
-        images: Calibration images at most.
+        images: Calibration images of a domain at most.
         wanted: Size and normalisation of images.
         skip_corrupt: Leave out images that cannot be decoded.
         seed: Seed of every random number.

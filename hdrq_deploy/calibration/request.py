@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,14 @@ from ..formats.atomic_files import check_name
 from ..numerics.spec import GRIDS, check_bits, check_seed
 from .methods import FOLDS, METHODS, Options
 
-__all__ = ["BLOCKS", "PLACEMENTS", "CalibrationRequest", "Quantization", "check_statistics"]
+__all__ = [
+    "BLOCKS",
+    "PLACEMENTS",
+    "CalibrationRequest",
+    "Quantization",
+    "Source",
+    "check_statistics",
+]
 
 # Where quantizers go (:mod:`.placement`), and what is learned together (:mod:`.blocks`). The
 # first is the default.
@@ -81,17 +89,22 @@ class Quantization:
         return cls(wbits, abits, per_channel or carried, grid, carried)
 
 
+# Images of one domain: a folder, an .npz, or images already read.
+Source = str | Path | ImageSet
+
+
 @dataclass(frozen=True)
 class CalibrationRequest:
     """One calibration; the attributes are the arguments of :func:`.pipeline.calibrate`.
 
     Raises:
-        SpecError: A value is out of range, or the distance term has no source checkpoint.
+        SpecError: A value is out of range, the distance term has no source checkpoint, or there
+            are not as many ``data`` as domains.
     """
 
     model: str
-    data: str | Path | ImageSet
-    domain: str
+    data: Source | Sequence[Source]
+    domain: str | Sequence[str]
     output: str | os.PathLike[str]
     weights: str | Path | None = None
     base: str | Path | None = None
@@ -115,7 +128,15 @@ class CalibrationRequest:
 
     def __post_init__(self) -> None:
         check_statistics(self.statistics)
-        check_name(self.domain, "domain")
+        for domain in self.domains:
+            check_name(domain, "domain")
+        if len(self.sources) != len(self.domains) or not self.domains:
+            raise SpecError(
+                f"found {len(self.sources)} in `data` for {len(self.domains)} in `domain`; give "
+                "the images of every domain"
+            )
+        if len(set(self.domains)) < len(self.domains):
+            raise SpecError(f"found a name twice in `domain`: {', '.join(self.domains)}")
         check_seed(self.seed)
         Options.of(self.method)
         _ = self.quantization
@@ -129,6 +150,17 @@ class CalibrationRequest:
                 "found no source checkpoint; the distance term keeps the weights close to those "
                 "that all domains started from: give `base`, or set `distance` to 0"
             )
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains; the bundle is for all of them."""
+        return (self.domain,) if isinstance(self.domain, str) else tuple(self.domain)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Images of every domain."""
+        one = isinstance(self.data, (str, Path, ImageSet))
+        return (self.data,) if one else tuple(self.data)  # type: ignore[arg-type, return-value]
 
     @property
     def learning(self) -> Options:
@@ -153,5 +185,5 @@ class CalibrationRequest:
     @property
     def inputs(self) -> list[str | Path | None]:
         """Files and folders that are read, which the output must not replace."""
-        data = None if isinstance(self.data, ImageSet) else self.data
-        return [data, self.weights, self.base]
+        paths = [source for source in self.sources if not isinstance(source, ImageSet)]
+        return [*paths, self.weights, self.base]

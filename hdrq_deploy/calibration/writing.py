@@ -66,7 +66,7 @@ def write(
     manifest = Manifest(
         model=request.model,
         method=request.method,
-        domains={request.domain: 1.0},
+        domains={name: len(d) / len(images) for name, d in inputs.datasets.items()},
         scheme=_scheme(request, plan),
         layers=tuple(layers),
         activations=activations,

@@ -61,7 +61,8 @@ def arguments() -> argparse.ArgumentParser:
         "hdrq-calibrate",
         "Quantize an adapted model so that it stays mergeable. To calibrate several domains in one "
         "call, give --domain, --weights and --data the same number of values; the bundles are "
-        "written to DIR/<domain>.hdrq, where DIR is the value of -o.",
+        "written to DIR/<domain>.hdrq, where DIR is the value of -o. With --together one "
+        "checkpoint that serves all domains, such as a merge, becomes one bundle.",
     )
     p.add_argument(
         "--model", required=True, help="PKG.MOD:FACTORY, {timm,torchvision,transformers}:NAME"
@@ -72,6 +73,11 @@ def arguments() -> argparse.ArgumentParser:
         "--data", required=True, nargs="+", help="image folder (one folder per class) or .npz"
     )
     p.add_argument("--domain", required=True, nargs="+", help="name of the domain")
+    p.add_argument(
+        "--together",
+        action="store_true",
+        help="one bundle for all of --domain, from one checkpoint and the images of all --data",
+    )
     p.add_argument("--recipe", help="YAML or JSON with any of the settings below; flags win")
     p.add_argument("--settings", choices=SETTINGS, help=_settings())
     p.add_argument("--method", choices=METHODS, help=_methods())
@@ -102,7 +108,9 @@ def arguments() -> argparse.ArgumentParser:
         "concatenated tensor; those layers run in float)",
     )
     p.add_argument(
-        "--images", type=int, help="largest number of calibration images (default: 1024)"
+        "--images",
+        type=int,
+        help="largest number of calibration images of a domain (default: 1024)",
     )
     image_flags(p)
     p.add_argument(
@@ -274,7 +282,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         **{n: getattr(recipe, n) for n in names if getattr(recipe, n) is not None},
     }
     if len(each) == 1:
-        with progress_bar(f"calibrate {args.domain[0]}") as progress:
+        with progress_bar(f"calibrate {'+'.join(args.domain)}") as progress:
             request = CalibrationRequest(**{**common, **each[0], "output": args.output})
             bundle = run_calibration(request, progress=progress)
         print(bundle.path)
@@ -304,7 +312,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 def _check_outputs(args: argparse.Namespace) -> None:
     """Whether every bundle, and what is unfinished of it, may be written where it goes."""
     inputs = [*args.data, *(args.weights or []), args.base, args.recipe]
-    if len(args.domain) == 1:
+    if len(args.domain) == 1 or args.together:
         check_output(args.output, BUNDLE, inputs)
         check_output(f"{Path(args.output)}.partial", PARTIAL, inputs)
         return
@@ -327,19 +335,32 @@ def _of_each(args: argparse.Namespace) -> list[dict[str, Any]]:
     count = len(args.domain)
     for name in args.domain:
         check_name(name)
-    for flag, values in (("--data", args.data), ("--weights", args.weights)):
+    if args.together and args.weights is not None and len(args.weights) > 1:
+        raise SpecError(
+            f"found {len(args.weights)} after --weights with --together; needed one checkpoint "
+            "that serves all domains: merge them first (hdrq-merge)"
+        )
+    each = (
+        {"--data": args.data} if args.together else {"--data": args.data, "--weights": args.weights}
+    )
+    for flag, values in each.items():
         if values is not None and len(values) != count:
             raise SpecError(
                 f"found {len(values)} after {flag} for {count} after --domain; give one for each"
             )
     if len(set(args.domain)) < count:
         raise SpecError(f"found a name twice in --domain {' '.join(args.domain)}")
-    if count == 1 and (args.ray or args.workers != 1 or args.threads or args.gpus):
+    if (count == 1 or args.together) and (
+        args.ray or args.workers != 1 or args.threads or args.gpus
+    ):
         raise SpecError(
-            "found --workers, --threads, --ray or --gpus with one domain; they apply only "
-            "when several domains are calibrated at once: name them all after --domain, or set "
-            "OMP_NUM_THREADS to limit the threads of one"
+            "found --workers, --threads, --ray or --gpus with one domain or --together; they apply "
+            "only when several domains are calibrated at once: name them all after --domain, or "
+            "set OMP_NUM_THREADS to limit the threads of one"
         )
+    if args.together:
+        own = args.weights[0] if args.weights else None
+        return [{"domain": args.domain, "data": args.data, "weights": own}]
     weights = args.weights or [None] * count
     return [
         {"domain": domain, "data": data, "weights": own}

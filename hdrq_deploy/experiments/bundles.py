@@ -25,7 +25,7 @@ from ..formats.staleness import CALIBRATION, change_since, code_of, plain, stamp
 __all__ = ["forget", "inputs_of", "is_merged", "make_bundle", "record_ingredients"]
 
 # Arguments that name what is read, and those that say only where and how the work is done.
-_READ = ("data", "weights", "base")
+_READ = ("weights", "base")
 _PLACES = {"output", "resume", "cache_gb"}
 _log = logging.getLogger("hdrq_deploy")
 
@@ -94,9 +94,13 @@ def inputs_of(output: Path) -> Path:
 
 def _ingredients(request: CalibrationRequest) -> dict[str, Any]:
     """All that a bundle depends on: the request but for its place, libraries and code."""
-    assert not isinstance(request.data, ImageSet)
-    names = sorted({field.name for field in fields(request)} - _PLACES - {*_READ})
+    names = sorted({field.name for field in fields(request)} - _PLACES - {*_READ, "data"})
+    images = []
+    for source in request.sources:
+        assert not isinstance(source, ImageSet)
+        images.append(stamp(source))
     return {
+        "data": images[0] if len(images) == 1 else images,
         **{name: stamp(getattr(request, name)) for name in _READ},
         "versions": versions_of("torch", "onnx", "onnxruntime", "onnxscript", "numpy", "pillow"),
         "code": code_of(*CALIBRATION),

@@ -247,6 +247,33 @@ def test_several_domains_in_one_call(
     capsys.readouterr()
     one = [*argv, "--domain", "night", "--data", f"{work}/images", "--weights", "x", "--threads"]
     assert calibrate.main([*one, "2"]) == 2
-    assert "--threads, --ray or --gpus with one domain" in capsys.readouterr().err
+    assert "--threads, --ray or --gpus with one domain or" in capsys.readouterr().err
     assert calibrate.main([*argv, "--domain", "night"]) == 2
     assert "found 2 after --data for 1 after --domain" in capsys.readouterr().err
+
+
+def test_domains_together_in_one_bundle(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with np.load(work / "data.npz") as data:
+        np.savez(tmp_path / "few.npz", x=data["x"][:16], y=data["y"][:16])
+    target, float_merge = tmp_path / "both.hdrq", tmp_path / "mean.safetensors"
+    checkpoints = [f"{work}/Tiny-{name}.safetensors" for name in ("night", "day")]
+    assert merge.main([*checkpoints, "--method", "mean", "-o", str(float_merge)]) == 0
+    argv = ["--model", "tiny_models:Tiny", "--domain", "night", "day", "--together"]
+    argv += ["--method", "gptq", "--wbits", "4", "-o", str(target)]
+    data = ["--data", f"{work}/data.npz", f"{tmp_path}/few.npz"]
+    assert calibrate.main([*argv, *data, "--weights", str(float_merge)]) == 0
+    assert capsys.readouterr().out.split() == [str(float_merge), str(target)]
+    bundle = Bundle.open(target)
+    assert bundle.manifest.domains == {"night": 0.75, "day": 0.25} and bundle.domain is None
+    assert set(bundle.manifest.data_sha256) == {"night", "day"}
+    assert bundle.manifest.options["images"] == 64
+    for wrong, message in (
+        ([*data, "--weights", *checkpoints], "found 2 after --weights with --together; needed one"),
+        (["--data", f"{work}/data.npz"], "found 1 after --data for 2 after --domain"),
+        ([*data, "--workers", "2"], "--gpus with one domain or --together"),
+        (["--data", f"{work}/data.npz", f"{work}/images"], "found another preprocessing after"),
+    ):
+        assert calibrate.main([*argv, *wrong]) == 2
+        assert message in capsys.readouterr().err
