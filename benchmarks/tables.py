@@ -633,8 +633,62 @@ def _digits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def _pooled(rows: Sequence[Mapping[str, Any]], bits: str, split: str) -> list[str]:
+    """Single models, pairs and triple at some bits, mean over seeds; dashes where none ran."""
+    own = [row[split] for row in rows if row["bits"] == bits]
+    keys = ("single", "pairs", "triple")
+    return [f"{statistics.fmean(row[key] for row in own):.1f}" if own else "-" for key in keys]
+
+
+def distance(record: Mapping[str, Any]) -> str:
+    """The section on the distance to the source and on first activation scales."""
+    rows, bits = record["distances"], ("w8a8", "w4a4", "w3a3")
+    options = record["first_scales"][0]["options"]
+    labels = {"norm": "hdrq, λ = {:g}", "relative": "hdrq, relative, λ = {:g}"}
+    labels["qdrop"] = "qdrop, rate {:g}"
+
+    def lines(split: str) -> list[list[str]]:
+        found = []
+        for family, label in labels.items():
+            for value in sorted({row["value"] for row in rows if row["family"] == family}):
+                own = [r for r in rows if (r["family"], r["value"]) == (family, value)]
+                cells = [cell for b in bits for cell in _pooled(own, b, split)]
+                found.append([label.format(value), *cells])
+        return found
+
+    columns = [f"{b.upper()} {key}" for b in bits for key in ("single", "pairs", "triple")]
+    scales = []
+    for rule in ("pooled", "per-image-max"):
+        own = [row for row in record["first_scales"] if row["family"] == rule]
+        scales.append([rule, *_pooled(own, "w4a4", "test"), *_pooled(own, "w3a3", "test")])
+    return "\n".join(
+        [
+            "## Distance to the source, and first activation scales",
+            "",
+            f"Digits benchmark, ResNet-14, one scale per tensor, {options['iters']} iterations of "
+            f"{options['batch']} images a block, published rates scaled to them; harmonic means "
+            "of top-1 accuracies in %, merged to nearest, of seed 0, and the mean with seed 1 of "
+            "what was run again (`benchmarks/distance_ablation.py`). Choices are made on the "
+            "calibration split.",
+            "",
+            "Test split:",
+            "",
+            table(["method", *columns], lines("test")),
+            "",
+            "Calibration split:",
+            "",
+            table(["method", *columns], lines("calibration")),
+            "",
+            "First activation scales of HDRQ, test split, seeds 0 and 1:",
+            "",
+            table(["first scales", *columns[3:]], scales),
+        ]
+    )
+
+
 SECTIONS = {
     "merge_quality": merge_quality,
+    "distance": distance,
     "architectures": architectures,
     "calibration_speed": calibration_speed,
     "merge_speed": merge_speed,

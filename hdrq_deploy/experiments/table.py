@@ -70,7 +70,8 @@ def _row(
 def _options(path: Path) -> dict[str, Any]:
     """Options of a cell's calibration, from its own manifest."""
     options = Bundle.open(path).manifest.options
-    return {key: options[key] for key in ("images", "iters", "batch", "lr", "threads")}
+    names = ("images", "iters", "batch", "lr", "scale_rates", "threads")
+    return {key: options[key] for key in names if key in options}
 
 
 def _summary(figures: list[dict[str, float]]) -> dict[str, Any]:

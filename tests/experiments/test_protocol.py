@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from hdrq_deploy.calibration.methods import Options
+from hdrq_deploy.calibration.settings import SETTINGS
 from hdrq_deploy.cli import reproduce
 from hdrq_deploy.errors import DataError, HdrqError, ModelError, SpecError
 from hdrq_deploy.experiments.cells import jobs
@@ -155,8 +156,9 @@ def check_settings(out: Path) -> None:
     keys = ("scale_rates", "keep_best", "step_change", "act_init", "distance_form")
     found = [paper.options[key] for key in keys]
     assert found == [True, False, 0, "per-image-max", "norm"]
-    own = Options.of("hdrq")
+    own = Options.of("hdrq", **SETTINGS["ours"].learning)
     assert [ours.options[key] for key in keys] == [getattr(own, key) for key in keys]
+    assert ours.options["keep_best"] and ours.options["step_change"] > 0
 
 
 def test_rates_of_a_protocol_stand_where_the_published_are_not_scaled(task: Task) -> None:
