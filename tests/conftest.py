@@ -160,7 +160,7 @@ class Maker:
     ) -> Bundle:
         key = (name, domain, method, tuple(sorted(options.items())))
         if key not in self._made:
-            settings: dict[str, Any] = {"wbits": 4, "abits": 8, **options}
+            settings: dict[str, Any] = {"wbits": 4, "abits": 8, "statistics": "off", **options}
             self._made[key] = calibrate(
                 f"tiny_models:{name}",
                 self.work / "data.npz",
