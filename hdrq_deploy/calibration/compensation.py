@@ -6,8 +6,7 @@ that it has in the quantized network, in which all layers before it are rounded 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,10 +17,10 @@ from ..numerics.layer_matrix import rows_of, weight_of
 from ..numerics.quantization import along
 from .block_module import BlockModule
 from .fake_quantizers import Mode, WeightQuantizer
-from .layer_rows import LayerShape, layer_rows, layer_shape
+from .layer_rows import LayerShape, layer_rows, layer_shape, some_rows
 from .placement import HEAVY
 
-__all__ = ["compensate", "inputs_of", "layers_of", "rounded_weight", "some_rows"]
+__all__ = ["compensate", "layers_of", "operand_of", "rounded_weight", "values_of"]
 
 # Rows per layer at most, evenly spread over images and positions, and rows of one product.
 _ROWS, _AT_ONCE = 1 << 17, 1 << 12
@@ -70,18 +69,25 @@ def layers_of(module: BlockModule) -> dict[WeightQuantizer, list[fx.Node]]:
     return readers
 
 
-def inputs_of(module: BlockModule, nodes: list[fx.Node]) -> fx.GraphModule:
-    """The part of a block's body that computes what the heavy ``nodes`` read, one output each."""
+def values_of(module: BlockModule, nodes: Sequence[fx.Node]) -> fx.GraphModule:
+    """The part of a block's body that computes ``nodes``, one output each."""
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in module.body.graph.nodes:
         if node.op == "output":
             break
         copies[node] = graph.node_copy(node, lambda arg: copies[arg])
-    graph.output([copies[n] for node in nodes if isinstance(n := node.args[0], fx.Node)])
+    graph.output([copies[node] for node in nodes])
     part = fx.GraphModule(module.body, graph)
     part.graph.eliminate_dead_code()
     part.recompile()
     return part
+
+
+def operand_of(node: fx.Node) -> fx.Node:
+    """What a heavy node multiplies by its weight."""
+    operand = node.args[0]
+    assert isinstance(operand, fx.Node)
+    return operand
 
 
 def rounded_weight(
@@ -116,7 +122,7 @@ def _hessian(
     images: int,
 ) -> Tensor:
     """(groups, features, features) float64: mean of x x^T of the rows that the nodes multiply."""
-    part = inputs_of(module, nodes)
+    part = values_of(module, [operand_of(node) for node in nodes])
     draws = torch.Generator().manual_seed(0)
     most = max(1, _ROWS // len(nodes))
     total = weight.new_zeros(shape.groups, shape.features, shape.features, dtype=torch.float64)
@@ -124,33 +130,9 @@ def _hessian(
     for size, inputs in batches():
         for node, x in zip(nodes, module(inputs, part), strict=True):
             share = max(1, most * size // images)
-            rows = some_rows(*layer_rows(node, x, weight), shape, share, draws)
+            rows = some_rows(*layer_rows(node, x, weight), shape, share, draws).float()
             count += rows.shape[1]
             for first in range(0, rows.shape[1], _AT_ONCE):
                 few = rows[:, first : first + _AT_ONCE]
                 total += torch.bmm(few.transpose(1, 2), few)
     return total / count
-
-
-def some_rows(
-    view: Tensor, leading: int, shape: LayerShape, most: int, draws: torch.Generator
-) -> Tensor:
-    """About ``most`` rows of a view at most, (groups, rows, features).
-
-    One row comes of every stretch of equal length, so that they are even over images and over
-    positions.
-
-    Args:
-        view: As :func:`.layer_rows.layer_rows` gives it.
-        leading: The number of its axes that count rows.
-        shape: Of the layer.
-        most: Rows wanted.
-        draws: Where in its stretch a row lies.
-    """
-    sizes = view.shape[:leading]
-    count = math.prod(sizes)
-    if count > most:
-        inside = torch.rand(most, generator=draws, dtype=torch.float64)
-        index = ((torch.arange(most) + inside) * (count / most)).long().to(view.device)
-        view, count = view[torch.unravel_index(index, sizes)], most
-    return view.reshape(count, shape.groups, shape.features).transpose(0, 1).float()

@@ -15,7 +15,14 @@ from ..formats.statistics import Layout
 from ..numerics.layer_statistics import InputStatistics
 from .capture import CONVOLUTIONS, LINEAR, PRODUCTS, TRANSPOSED
 
-__all__ = ["LayerShape", "RowStatistics", "layer_rows", "layer_shape", "row_statistics"]
+__all__ = [
+    "LayerShape",
+    "RowStatistics",
+    "layer_rows",
+    "layer_shape",
+    "row_statistics",
+    "some_rows",
+]
 
 aten = torch.ops.aten
 
@@ -93,6 +100,30 @@ def layer_rows(node: fx.Node, x: Tensor, weight: Tensor) -> tuple[Tensor, int]:
         (len(x), *sizes, x.shape[1], *kernel), (steps[0], *apart, steps[1], *within)
     )
     return view, 1 + len(kernel)
+
+
+def some_rows(
+    view: Tensor, leading: int, shape: LayerShape, most: int, draws: torch.Generator
+) -> Tensor:
+    """About ``most`` rows of a view at most, (groups, rows, features).
+
+    One row comes of every stretch of equal length, so that they are even over images and over
+    positions.
+
+    Args:
+        view: As :func:`layer_rows` gives it.
+        leading: The number of its axes that count rows.
+        shape: Of the layer.
+        most: Rows wanted.
+        draws: Where in its stretch a row lies.
+    """
+    sizes = view.shape[:leading]
+    count = math.prod(sizes)
+    if count > most:
+        inside = torch.rand(most, generator=draws, dtype=torch.float64)
+        index = ((torch.arange(most) + inside) * (count / most)).long().to(view.device)
+        view, count = view[torch.unravel_index(index, sizes)], most
+    return view.reshape(count, shape.groups, shape.features).transpose(0, 1)
 
 
 def _padded(x: Tensor, padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> Tensor:

@@ -24,7 +24,14 @@ from .block_module import BlockModule
 from .bundle_model import BundleModel
 from .capture import PRODUCTS, Capture
 from .fake_quantizers import ActivationQuantizer
-from .layer_rows import LayerShape, RowStatistics, layer_rows, layer_shape, row_statistics
+from .layer_rows import (
+    LayerShape,
+    RowStatistics,
+    layer_rows,
+    layer_shape,
+    row_statistics,
+    some_rows,
+)
 from .nodes import weight_node
 from .placement import HEAVY
 from .tensors import attribute
@@ -100,23 +107,15 @@ class Watch:
         if layer is None:
             return
         view, leading = layer_rows(node, x, weight)
-        sizes = view.shape[:leading]
-        count, groups, features = math.prod(sizes), layer.shape.groups, layer.shape.features
+        count = math.prod(view.shape[:leading])
+        groups, features = layer.shape.groups, layer.shape.features
         uses = len(layer.nodes)
         most = min(_ROWS, _VALUES // (groups * features)) // uses
         share = max(1, most // self._images) * images
         if layer.seen is None:
             expected = min(count, share) / images * self._images * uses
             layer.seen = row_statistics(int(expected), features)
-        if count <= share:
-            rows = view.reshape(count, groups, features)
-        else:
-            # One row of every stretch of equal length: even over images and over positions.
-            inside = torch.rand(share, generator=layer.draws, dtype=torch.float64)
-            index = ((torch.arange(share) + inside) * (count / share)).long().to(x.device)
-            chosen = view[torch.unravel_index(index, sizes)]
-            rows = chosen.reshape(share, groups, features)
-        layer.seen.add(rows.transpose(0, 1))
+        layer.seen.add(some_rows(view, leading, layer.shape, share, layer.draws))
 
     def see_activation(self, name: str, x: Tensor) -> None:
         """Count values of an activation before it is quantized."""

@@ -156,9 +156,9 @@ def _triangle(matrix: Floats) -> Floats:
 
 def _dense_blocks(matrix: Floats) -> Iterator[_Block]:
     triangle = _triangle(matrix)
-    triangle = triangle / np.diagonal(triangle, axis1=1, axis2=2)[:, :, None]
+    scaled: Floats = triangle / np.diagonal(triangle, axis1=1, axis2=2)[:, :, None]
     for cut in _cuts(matrix.shape[1]):
-        yield _Block(cut, triangle[:, cut, cut], triangle[:, cut, : cut.start])
+        yield _Block(cut, scaled[:, cut, cut], scaled[:, cut, : cut.start])
 
 
 def _low_rank_blocks(moments: Moments) -> Iterator[_Block]:

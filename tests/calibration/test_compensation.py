@@ -13,8 +13,8 @@ import torch
 from torch.nn import functional
 
 from hdrq_deploy import Bundle
-from hdrq_deploy.calibration import calibrate, compensation
-from hdrq_deploy.calibration.layer_rows import LayerShape
+from hdrq_deploy.calibration import calibrate
+from hdrq_deploy.calibration.layer_rows import LayerShape, some_rows
 from hdrq_deploy.calibration.methods import Options
 from hdrq_deploy.calibration.pipeline import folded_weights
 from hdrq_deploy.calibration.request import CalibrationRequest
@@ -134,8 +134,8 @@ def test_rows_are_even_over_images_and_positions() -> None:
     shape = LayerShape("linear", 1, 2, 3)
     view = torch.arange(1000.0).repeat(2, 1).T  # every row says its place
     draws = torch.Generator().manual_seed(0)
-    some = compensation.some_rows(view, 1, shape, 10, draws)
+    some = some_rows(view, 1, shape, 10, draws)
     assert some.shape == (1, 10, 2)
     assert (some[0, :, 0] // 100).tolist() == list(range(10))
     assert len(set((some[0, :, 0] % 100).tolist())) > 5
-    assert torch.equal(compensation.some_rows(view, 1, shape, 1000, draws)[0], view)
+    assert torch.equal(some_rows(view, 1, shape, 1000, draws)[0], view)
