@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 
 from .start import importing, run
@@ -31,6 +32,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run("hdrq inspect", lambda: _inspect(arguments().parse_args(argv)))
 
 
+def _statistics(bundle: Bundle) -> str:
+    """Rank, layers, bytes, and their share of the codes at 8 bits."""
+    record, tensors = bundle.manifest.statistics, bundle.manifest.tensors
+    if record is None:
+        return "none: merges average"
+    rank = max((layer.rank for layer in record.layers), default=0)
+    how = f" ({record.rank})" if isinstance(record.rank, str) else ""
+    weights = sum(math.prod(tensors[layer.weight].shape) for layer in record.layers)
+    return (
+        f"rank {rank}{how}, {len(record.layers)} layers, {len(record.histograms)} histograms, "
+        f"{record.file.bytes:,} bytes, {record.file.bytes / max(weights, 1):.2f} of the codes at "
+        "8 bits"
+    )
+
+
 def _inspect(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     manifest = bundle.manifest
@@ -47,12 +63,13 @@ def _inspect(args: argparse.Namespace) -> int:
         "input": f"{manifest.input_shape}, classes {len(manifest.classes or ()) or 'unnamed'}",
         "source": manifest.source_sha256[:16],
         "size": f"{bundle.size_bytes:,} bytes in {len(manifest.tensors)} tensors",
+        "statistics": _statistics(bundle),
         "options": json.dumps(manifest.options),
         "parents": ", ".join(f"{p.weight:.3g} x {'+'.join(p.domains)}" for p in manifest.parents)
         or "none: calibrated",
     }
     for name, value in facts.items():
-        print(f"{name:<9}{value}")
+        print(f"{name:<11}{value}")
     print()
     rows = []
     for layer in manifest.layers:

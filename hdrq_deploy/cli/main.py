@@ -25,6 +25,7 @@ COMMANDS = {
     "analyze": "show why a merge works or fails",
     "sensitivity": "rank layers by what their quantization costs",
     "inspect": "show a bundle",
+    "strip": "remove a bundle's statistics, which only a merge reads",
     "verify": "compare torch, bundle, lowered graph and engine",
     "reproduce": "the paper's two protocols, cell by cell",
     "demo": "the whole path on digits, no download",

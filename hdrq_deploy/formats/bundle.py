@@ -25,7 +25,14 @@ from ..errors import BundleError
 from ..numerics.int4 import unpack_int4
 from ..typing import Array
 from . import onnx_file
-from .atomic_files import check_output, new_directory, sha256_bytes, sha256_file, write_bytes
+from .atomic_files import (
+    check_output,
+    explained,
+    new_directory,
+    sha256_bytes,
+    sha256_file,
+    write_bytes,
+)
 from .bundle_manifest import Manifest
 from .file_kinds import BUNDLE
 from .golden_inputs import GOLDEN, read_golden
@@ -192,6 +199,41 @@ class Bundle:
             bundle._check_scales()
             check(bundle)
         return cls(target, manifest)
+
+    def strip(self, output: str | os.PathLike[str] | None = None) -> int:
+        """Remove the statistics; the bundle stays the same bundle (:attr:`manifest_sha256`).
+
+        In place the manifest goes first: whatever interrupts this leaves a whole bundle. A file of
+        statistics that the manifest does not name is removed too.
+
+        Args:
+            output: Folder of a copy without statistics; by default they are removed in place.
+
+        Returns:
+            Bytes that the bundle is smaller by.
+
+        Raises:
+            BundleError: What is left is damaged.
+            HdrqError: The place cannot be written to, or is taken by something else.
+        """
+        file = self.path / STATISTICS
+        size = file.stat().st_size if file.is_file() else 0
+        manifest = self.manifest.model_copy(update={"statistics": None})
+        if output is not None:
+            target = check_output(output, BUNDLE, [self.path])
+            with new_directory(target, BUNDLE) as folder:
+                for name in self.manifest.files:
+                    shutil.copyfile(self.path / name, folder / name)
+                write_bytes(folder / MANIFEST, manifest.to_json())
+                type(self)(folder, manifest).validate()
+            return size
+        type(self)(self.path, manifest).validate()
+        if self.manifest.statistics is not None:
+            write_bytes(self.path / MANIFEST, manifest.to_json())
+            self.manifest = manifest
+        with explained(file):
+            file.unlink(missing_ok=True)
+        return size
 
     @property
     def size_bytes(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..formats.bundle import Bundle
-from ..formats.statistics import Histogram, LayerRecord, Statistics, StatisticsFile
+from ..formats.statistics import Histogram, LayerRecord, Rank, Statistics, StatisticsFile
 from ..numerics.layer_statistics import InputStatistics, mixture
 
 __all__ = ["common_layers", "merged_histogram", "merged_statistics"]
@@ -66,10 +66,9 @@ def merged_statistics(
         layers[name] = mixture(parts, merge_weights)
 
     each(one, list(records))
-    ranks = [file.record.rank for file in files]
     histograms = [n for n in files[0].record.histograms if all(_has(file, n) for file in files)]
     return Statistics(
-        rank="full" if "full" in ranks else max(rank for rank in ranks if rank != "full"),
+        rank=_widest([file.record.rank for file in files]),
         layouts={name: (record.bias, record.layout) for name, record in records.items()},
         layers={name: layers[name] for name in records},
         histograms={
@@ -77,6 +76,14 @@ def merged_statistics(
             for name in histograms
         },
     )
+
+
+def _widest(ranks: Sequence[Rank]) -> Rank:
+    """``full`` before ``auto`` before the largest number."""
+    numbers = [rank for rank in ranks if isinstance(rank, int)]
+    if len(numbers) == len(ranks):
+        return max(numbers)
+    return "full" if "full" in ranks else "auto"
 
 
 def _has(file: StatisticsFile, histogram: str) -> bool:
