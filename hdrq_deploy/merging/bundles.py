@@ -37,7 +37,7 @@ from .merged_statistics import merged_statistics
 from .methods import MethodOptions, method_of
 from .methods.base import float64
 from .methods.mean import matched_variance, weighted_mean
-from .rounding import ROUNDINGS, merge_codes, round_target
+from .rounding import ROUNDINGS, MergedCodes, merge_codes, round_target
 from .ways import check_way, way_of
 
 __all__ = ["Merger", "golden_inputs", "in_parallel", "merge"]
@@ -274,39 +274,48 @@ class Merger:
 
         ``layers`` is given the statistics of each tensor of codes.
         """
-        manifest = self.parents[0].manifest
         merged, fallbacks = self._means(merge_weights), dict[str, str]()
         scales = {name: merged[scale_of(name, self.parents[0])] for name in self.code_names}
         found: dict[str, dict[str, Array]] = {}
 
         def one(name: str) -> None:
-            record = merging.record(name)
-            bias = record.bias if record else None
-            if name not in scales:
-                real = merging.real(name, merge_weights)
-                values = {name: real.weight.astype(np.float32)}
-                fallback, vector = real.fallback, real.bias
-            else:
-                layer = merging.rounded(
-                    name, merge_weights, scales[name], manifest.scheme.per_channel
-                )
-                values = {
-                    name: layer.codes.codes,
-                    scale_of(name, self.parents[0]): layer.scale,
-                }
-                fallback, vector = layer.fallback, layer.bias
-                layers[name] = layer.codes.record()
-            if bias is not None and vector is not None:
-                values[bias] = vector.astype(np.float32)
+            found[name], fallback, codes = self._layer(merging, name, merge_weights, scales)
             if fallback:
                 fallbacks[name] = fallback
-            found[name] = values
+            if codes is not None:
+                layers[name] = codes.record()
             report()
 
         in_parallel(one, sorted({*self.code_names, *merging.weights}), threads)
         for name in sorted(found):
             merged |= found[name]
         return self._fitted(merged), dict(sorted(fallbacks.items()))
+
+    def _layer(
+        self,
+        merging: LayerMerge,
+        name: str,
+        merge_weights: Sequence[float],
+        scales: Mapping[str, Array],
+    ) -> tuple[dict[str, Array], str, MergedCodes | None]:
+        """The tensors of one layer, why it is not as asked for, and what rounding did."""
+        if name in scales:
+            per_channel = self.parents[0].manifest.scheme.per_channel
+            layer = merging.rounded(name, merge_weights, scales[name], per_channel)
+            values: dict[str, Array] = {
+                name: layer.codes.codes,
+                scale_of(name, self.parents[0]): layer.scale,
+            }
+            bias, fallback, codes = layer.bias, layer.fallback, layer.codes
+        else:
+            real = merging.real(name, merge_weights)
+            values = {name: real.weight.astype(np.float32)}
+            bias = None if real.bias is None else real.bias.astype(np.float32)
+            fallback, codes = real.fallback, None
+        record = merging.record(name)
+        if bias is not None and record is not None and record.bias is not None:
+            values[record.bias] = bias
+        return values, fallback, codes
 
     def codes(
         self, name: str, merge_weights: Sequence[float], floats: Mapping[str, Array]
@@ -336,7 +345,8 @@ class Merger:
     ) -> dict[str, Array]:
         """``floats``, and in place of codes the real weights (float32) that they stand for."""
         manifest = self.parents[0].manifest
-        result, biases = dict(floats), {}
+        result = dict(floats)
+        biases: dict[str, Array] = {}
         for name in self.code_names:
             merged, bias = self._real(name, merge_weights)
             biases |= bias

@@ -6,7 +6,6 @@ A merge of merges is then solved and rounded like a merge of all their parents a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from ..formats.bundle import Bundle
 from ..formats.statistics import Histogram, LayerRecord, Rank, Statistics, StatisticsFile
 from ..numerics.layer_statistics import InputStatistics, mixture
 
-__all__ = ["common_layers", "merged_histogram", "merged_statistics"]
+__all__ = ["common_layers", "in_turn", "merged_histogram", "merged_statistics"]
 
 
 def common_layers(
@@ -41,12 +40,16 @@ def _shape(record: LayerRecord) -> tuple[object, ...]:
     return record.layout, record.groups, record.features, record.bias
 
 
+def in_turn(work: Callable[[str], None], names: Sequence[str]) -> None:
+    """Call ``work`` with every name, one after the other."""
+    for name in names:
+        work(name)
+
+
 def merged_statistics(
     parents: Sequence[Bundle],
     merge_weights: Sequence[float],
-    each: Callable[[Callable[[str], None], Sequence[str]], Any] = lambda work, names: [
-        work(name) for name in names
-    ],
+    each: Callable[[Callable[[str], None], Sequence[str]], None],
 ) -> Statistics | None:
     """The weighted statistics of the parents; None where not all of them hold some.
 

@@ -30,6 +30,7 @@ from ..numerics.batchnorm_fold import SMALLEST_GAIN, gain
 from ..numerics.quantization import search_scale
 from ..numerics.spec import QuantSpec
 from ..typing import Array
+from .merged_statistics import in_turn, merged_statistics
 
 __all__ = ["moved", "re_estimate"]
 
@@ -63,10 +64,12 @@ def re_estimate(
         **manifest.options,
         "re_estimate": {"images": {n: len(rows) for n, rows in images.items()}, "seed": seed},
     }
-    updated = manifest.model_copy(update={"options": options})
+    updated = manifest.model_copy(update={"options": options, "statistics": None})
     graph = (bundle.path / GRAPH).read_bytes()
     golden = {name: value for name, value in bundle.golden().items() if name == "input"}
-    return Bundle.write(output, updated, tensors, graph, golden, check_merge)
+    # Inputs of layers are about what they were; a later merge is better off with these.
+    statistics = merged_statistics([bundle], [1.0], in_turn)
+    return Bundle.write(output, updated, tensors, graph, golden, check_merge, statistics)
 
 
 def moved(

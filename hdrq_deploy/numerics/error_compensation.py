@@ -150,8 +150,8 @@ def _cuts(count: int) -> list[slice]:
 
 def _triangle(matrix: Floats) -> Floats:
     """Lower triangular R with R^T R = matrix: its row i holds no feature behind i."""
-    result: Floats = np.linalg.cholesky(matrix[:, ::-1, ::-1])[:, ::-1, ::-1].swapaxes(1, 2)
-    return result
+    turned = np.linalg.cholesky(matrix[:, ::-1, ::-1])[:, ::-1, ::-1]
+    return np.asarray(turned, np.float64).swapaxes(1, 2)
 
 
 def _dense_blocks(matrix: Floats) -> Iterator[_Block]:

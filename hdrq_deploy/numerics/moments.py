@@ -47,7 +47,7 @@ class Moments:
     @property
     def low_rank(self) -> bool:
         """Whether the form saves work; the whole matrix serves otherwise."""
-        return self.factor.shape[1] < _DENSE * self.factor.shape[2]
+        return bool(self.factor.shape[1] < _DENSE * self.factor.shape[2])
 
     def variances(self) -> Floats:
         """The diagonal of the whole matrices, (groups, features)."""

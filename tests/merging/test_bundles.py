@@ -151,7 +151,7 @@ def test_advanced_keeps_the_draw_that_brute_force_keeps(
 
 def test_merging_is_the_same_on_any_number_of_threads(make: Any, tmp_path: Path) -> None:
     bundles = [make(domain=d) for d in ("night", "day")]
-    one, four = (merge(bundles, tmp_path / f"{n}.hdrq", threads=n) for n in (1, 4))
+    one, four = (merge(bundles, tmp_path / f"{n}.hdrq", threads=n, method="mean") for n in (1, 4))
     assert one.manifest == four.manifest
     layers = one.manifest.metrics["layers"]
     assert set(layers) == {n for n, e in one.manifest.tensors.items() if e.role == "codes"}
@@ -162,9 +162,9 @@ def test_bundles_with_the_fold_in_the_steps_merge_like_unfolded_models(
     make: Any, work: Path, inputs: Any, tmp_path: Path
 ) -> None:
     bundles = [make(domain=d, fold="steps", wbits=8) for d in ("night", "day")]
-    merged = merge(bundles, tmp_path / "m.hdrq", rounding="nearest")
+    merged = merge(bundles, tmp_path / "m.hdrq", rounding="nearest", method="mean")
     floats = [make(domain=d, method="float") for d in ("night", "day")]
-    unfolded = merge(floats, tmp_path / "f.hdrq")
+    unfolded = merge(floats, tmp_path / "f.hdrq", method="mean")
     fold = merged.manifest.folds["conv1.weight_codes"]
     gamma, variance = unfolded.tensor("bn1.weight"), unfolded.tensor("bn1.running_var")
     np.testing.assert_allclose(merged.tensor(fold.variance), variance, rtol=1e-6)
@@ -188,7 +188,7 @@ def test_bundles_with_the_fold_in_the_steps_merge_like_unfolded_models(
 
 def test_a_merge_of_bundles_averages_steps_and_biases(make: Any, tmp_path: Path) -> None:
     bundles = [make(domain=d) for d in ("night", "day")]
-    merged = merge(bundles, tmp_path / "m.hdrq", [0.25, 0.75], "nearest")
+    merged = merge(bundles, tmp_path / "m.hdrq", [0.25, 0.75], "nearest", method="mean")
     again = Bundle.open(merged.path)
     assert again.manifest.domains == {"night": 0.25, "day": 0.75}
     assert again.graph_sha256 == bundles[0].graph_sha256
@@ -199,7 +199,7 @@ def test_a_merge_of_bundles_averages_steps_and_biases(make: Any, tmp_path: Path)
 
 def test_float_bundles_match_batch_norm_moments(make: Any, tmp_path: Path) -> None:
     bundles = [make(domain=d, method="float") for d in ("night", "day")]
-    merged = merge(bundles, tmp_path / "f.hdrq")
+    merged = merge(bundles, tmp_path / "f.hdrq", method="mean")
     means = [b.tensor("bn.running_mean") for b in bundles]
     variances = [b.tensor("bn.running_var") for b in bundles]
     centre = np.mean(means, 0)

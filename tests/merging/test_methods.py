@@ -81,7 +81,7 @@ def test_bundles_refuse_what_they_cannot_be_merged_with(
     for options, message in (
         ({"method": "ties"}, "needs the source weights"),
         ({"method": "median"}, "choose one of mean, regression, task-arithmetic, ties"),
-        ({"method": toy}, "choose nearest"),
+        ({"method": toy, "rounding": "advanced"}, "choose nearest"),
         ({"rounding": "up"}, "choose one of nearest, noise, advanced"),
     ):
         with pytest.raises(MergeError, match=message):

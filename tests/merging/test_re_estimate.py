@@ -22,10 +22,11 @@ def test_moments_are_those_of_the_images(
     import tiny_models
 
     parents = [make(domain=d, method=method, wbits=8, **options) for d in ("night", "day")]
-    merged = merge(parents, tmp_path / "m.hdrq", rounding="nearest")
+    merged = merge(parents, tmp_path / "m.hdrq", rounding="nearest", method="mean")
     found = re_estimate(merged, {"all": inputs}, tmp_path / "r.hdrq")
     model = tiny_models.Tiny()
-    floats = merge([make(domain=d, method="float") for d in ("night", "day")], tmp_path / "f.hdrq")
+    unfolded = [make(domain=d, method="float") for d in ("night", "day")]
+    floats = merge(unfolded, tmp_path / "f.hdrq", method="mean")
     tensors = {n: torch.from_numpy(np.array(t)) for n, t in floats.tensors().items()}
     model.load_state_dict(tensors, strict=False)
     if method == "rtn":  # the weights that the bundle really has

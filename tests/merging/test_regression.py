@@ -271,7 +271,7 @@ def test_regression_is_the_same_on_any_number_of_threads(seen: Any, tmp_path: Pa
 def test_what_a_merge_with_statistics_refuses(
     seen: Any, make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = [make(domain=d) for d in ("night", "day")]
+    plain = [make(domain=d, statistics="off") for d in ("night", "day")]
     for arguments, text in (
         ({"method": "regression"}, "found no statistics"),
         ({"rounding": "compensated"}, "found no statistics"),
@@ -293,7 +293,7 @@ def test_what_a_merge_with_statistics_refuses(
 
 
 def test_bundles_without_statistics_are_averaged_as_before(make: Any, tmp_path: Path) -> None:
-    plain = [make(domain=d) for d in ("night", "day")]
+    plain = [make(domain=d, statistics="off") for d in ("night", "day")]
     merged = merge(plain, tmp_path / "m.hdrq")
     assert merged.manifest.options["merge"] == {
         "weights": [0.5, 0.5],
@@ -301,6 +301,6 @@ def test_bundles_without_statistics_are_averaged_as_before(make: Any, tmp_path: 
         "candidates": 100,
     }
     assert merged.manifest.statistics is None
-    third = make(domain="night", per_channel=False, method="rtn", seed=1)
+    third = make(domain="night", per_channel=False, method="rtn", seed=1, statistics="off")
     triple = merge([*plain, third], tmp_path / "t.hdrq")
     assert triple.manifest.options["merge"]["rounding"] == "nearest"

@@ -100,7 +100,7 @@ def test_the_merge_command_chooses_and_re_estimates(
     assert merge_command.main([*bundles, "--weights", "auto", "-o", str(out)]) == 2
     assert "--data NAME=PATH" in capsys.readouterr().err
     for flags, message in (
-        (["--candidates", "0"], "candidates=0"),
+        (["--rounding", "advanced", "--candidates", "0"], "candidates=0"),
         (["--weights", "-0.5", "1.5"], "weights >= 0"),
     ):
         assert merge_command.main([*bundles, *flags, "-o", str(tmp_path / "no.hdrq")]) == 2
