@@ -79,7 +79,7 @@ class ExpertTargets:
     """
 
     experts: Mapping[str, str | Path]
-    anchor: float = 1.0
+    anchor: float = 0.01
     targets: str = "network"
 
     def __post_init__(self) -> None:
