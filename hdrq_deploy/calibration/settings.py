@@ -68,9 +68,7 @@ SETTINGS: dict[str, Setting] = {
     "ours": Setting(
         "BatchNorm folded into per-channel scales",
         codes={"grid": "int8", "fold": "steps"},
-        # Digits, HDRQ at W4A4 and W3A3, two seeds, test split: merged pairs +0.3 and triple +1.0
-        # points above a pooled search, single models -0.6.
-        learning={"act_init": "per-image-max"},
+        learning={},
         pairs=False,
         pair_ways=("auto",),
         ways=("auto",),
