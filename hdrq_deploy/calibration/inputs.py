@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..calibration_data.readers import ImageSet, Wanted, joined, read
 from ..errors import DataError
-from ..formats.atomic_files import check_output
+from ..formats.atomic_files import Kind, check_output
 from ..formats.file_kinds import BUNDLE, PARTIAL
 from .capture import run_model
 from .devices import torch_device
@@ -27,7 +27,7 @@ class CalibrationInputs:
     """A model with the weights of its domain, and the domain's images.
 
     Attributes:
-        target: Absolute path of the bundle.
+        target: Absolute path of what will be written.
         device: Device that learns.
         network: The user's module, with ``state``.
         state: The adapted weights.
@@ -47,15 +47,20 @@ class CalibrationInputs:
     images: Tensor
 
 
-def load(request: CalibrationRequest) -> CalibrationInputs:
+def load(request: CalibrationRequest, kind: Kind = BUNDLE) -> CalibrationInputs:
     """Read model, checkpoints and images.
+
+    Args:
+        request: What to read.
+        kind: What will be written.
 
     Raises:
         HdrqError: One of them cannot be read, they do not fit each other, or the output may
             not be written.
     """
-    target = check_output(request.output, BUNDLE, request.inputs)
-    check_output(partial_of(target), PARTIAL, request.inputs)
+    target = check_output(request.output, kind, request.inputs)
+    if kind is BUNDLE:
+        check_output(partial_of(target), PARTIAL, request.inputs)
     device = torch_device(request.device)
     network = load_model(request.model)
     wanted = own_wanted(network, request.wanted)

@@ -20,6 +20,7 @@ from ..errors import ModelError
 from ..formats.checkpoints import bare_names, shot_parts, torch_state
 
 __all__ = [
+    "checkpoint_names",
     "current_folder_importable",
     "is_lazy",
     "load_checkpoint",
@@ -228,14 +229,9 @@ def load_state(model: nn.Module, path: str | Path, what: str) -> dict[str, Tenso
         ModelError: Names the first missing, unexpected and mis-shaped key, or the first
             tensor with NaN.
     """
-    state, own = load_checkpoint(path), model.state_dict()
-    if callable(rename := getattr(model, "map_checkpoint", None)):
-        try:
-            state = rename(state)
-        except ModelError as error:
-            raise ModelError(f"{path}: {error}") from error
-    counters = {key for key in own if key.endswith("num_batches_tracked")}
-    state = _fitted(state, own, counters)
+    own = model.state_dict()
+    counters = _counters(own)
+    state = _as_model(model, load_checkpoint(path), path)
     missing = [k for k in own if k not in state and k not in counters]
     unexpected = [k for k in state if k not in own]
     misshaped = [
@@ -265,6 +261,36 @@ def load_state(model: nn.Module, path: str | Path, what: str) -> dict[str, Tenso
             )
     _load(model, state, str(path))
     return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def checkpoint_names(model: nn.Module, path: str | Path) -> dict[str, str]:
+    """Names of a model's tensors in a checkpoint that :func:`load_state` takes.
+
+    A tensor that the model's own ``map_checkpoint`` computes anew has none.
+
+    Raises:
+        ModelError: The checkpoint cannot be read.
+    """
+    stored = load_checkpoint(path)
+    names = {id(value): name for name, value in stored.items()}
+    state = _as_model(model, stored, path)
+    return {key: names[id(value)] for key, value in state.items() if id(value) in names}
+
+
+def _as_model(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """A checkpoint's tensors by the names of the model, where they can be brought to fit."""
+    if callable(rename := getattr(model, "map_checkpoint", None)):
+        try:
+            state = rename(state)
+        except ModelError as error:
+            raise ModelError(f"{path}: {error}") from error
+    own = model.state_dict()
+    return _fitted(state, own, _counters(own))
+
+
+def _counters(state: Mapping[str, Tensor]) -> set[str]:
+    """Tensors that no network computes with."""
+    return {key for key in state if key.endswith("num_batches_tracked")}
 
 
 def _fitted(

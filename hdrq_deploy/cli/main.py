@@ -17,6 +17,7 @@ __all__ = ["main"]
 COMMANDS = {
     "adapt": "a source model learns a domain from unlabelled images",
     "calibrate": "an adapted checkpoint becomes a bundle",
+    "statistics": "what the layers of a float checkpoint read, for a merge",
     "merge": "bundles of several domains become one",
     "export": "a bundle becomes an engine",
     "bench": "measure engines",

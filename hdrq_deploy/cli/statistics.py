@@ -1,0 +1,88 @@
+"""``hdrq statistics``: what the layers of a float network read, for a merge of checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from .start import importing, run
+
+with importing("hdrq statistics"):
+    from ..errors import ModelError, SpecError
+    from ..formats.atomic_files import check_output, check_scratch
+    from ..formats.file_kinds import CHECKPOINT_STATISTICS
+    from .common import image_flags, parser, rank_or_word, seed_number, wanted_of
+
+__all__ = ["arguments", "main"]
+
+_EPILOG = """\
+a merge by regression reads one file for every checkpoint:
+  hdrq statistics --model shop.models:resnet18 --weights night.safetensors --data images/night \\
+                  -o night.statistics.safetensors
+  hdrq-merge night.safetensors day.safetensors --method regression \\
+             --statistics night.statistics.safetensors day.statistics.safetensors \\
+             -o merged.safetensors
+"""
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command's flags."""
+    p = parser(
+        "hdrq statistics",
+        "Run images through a float checkpoint and keep mean and covariance of every layer's "
+        "inputs, for merges of checkpoints by regression. Bundles hold theirs already.",
+        _EPILOG,
+    )
+    p.add_argument("--model", required=True, help="PKG.MOD:FACTORY, {timm,torchvision,...}:NAME")
+    p.add_argument("--weights", required=True, help="checkpoint (.safetensors, .pt)")
+    p.add_argument("--data", required=True, help="image folder, street scenes or .npz")
+    p.add_argument(
+        "--rank",
+        type=rank_or_word,
+        metavar="RANK|full",
+        help="eigenvectors kept of every covariance (default: as many as take no more room than "
+        "the weights would at 8 bits)",
+    )
+    p.add_argument("--images", type=int, default=1024, help="largest number of images")
+    image_flags(p)
+    p.add_argument(
+        "--skip-corrupt", action="store_true", help="leave out images that cannot be decoded"
+    )
+    p.add_argument("--seed", type=seed_number, default=0, help="seed of the rows that are read")
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    p.add_argument("-o", "--output", required=True, help="file to write (.safetensors)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``hdrq statistics``."""
+    return run("hdrq statistics", lambda: _statistics(arguments().parse_args(argv)))
+
+
+def _statistics(args: argparse.Namespace) -> int:
+    if args.rank == "off":
+        raise SpecError("found --rank off; needed a rank of 1 or more, or full")
+    check_output(args.output, CHECKPOINT_STATISTICS, [args.weights, args.data])
+    check_scratch()
+    try:
+        with importing("hdrq statistics"):
+            from ..calibration.checkpoint_statistics import write_statistics
+    except ImportError as error:
+        raise ModelError(
+            f"statistics need {error.name}, which is not installed: "
+            "pip install 'hdrq-deploy[calibrate]'"
+        ) from error
+    path = write_statistics(
+        args.model,
+        args.weights,
+        args.data,
+        args.output,
+        "auto" if args.rank is None else args.rank,
+        args.images,
+        wanted_of(args),
+        args.skip_corrupt,
+        args.seed,
+        args.device,
+    )
+    print(path)
+    return 0
