@@ -197,8 +197,7 @@ class Manifest(Frozen):
     def _check_statistics(self, statistics: StatisticsRecord) -> None:
         for layer in statistics.layers:
             weight = self._need(layer.weight, None, "statistics")
-            per_row = layer.features * (1 if layer.layout == "matmul" else layer.groups)
-            if math.prod(weight.shape) % per_row:
+            if not layer.fits(weight.shape):
                 raise ValueError(
                     f"found statistics of {layer.groups} x {layer.features} features for "
                     f"{layer.weight} of shape {weight.shape}"

@@ -23,6 +23,7 @@ and the record lies in the file's metadata (:func:`read_statistics`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,20 @@ class LayerRecord(Frozen):
         if self.rank > self.features or self.groups * self.features**2 > MOST_ELEMENTS:
             raise ValueError(f"found rank {self.rank} of {self.groups} x {self.features} features")
         return self
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a weight of this shape multiplies rows of these groups and features."""
+        if self.layout == "conv":
+            return (
+                len(shape) > 2
+                and math.prod(shape[1:]) == self.features
+                and shape[0] % self.groups == 0
+            )
+        if self.layout == "transposed":
+            return len(shape) > 2 and shape[0] == self.features * self.groups
+        if len(shape) != 2 or self.groups != 1:
+            return False
+        return shape[1 if self.layout == "linear" else 0] == self.features
 
 
 class _Contents(Frozen):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -13,18 +14,20 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.cli import calibrate as calibrate_command
 from hdrq_deploy.cli import compare as compare_command
 from hdrq_deploy.cli import export as export_command
+from hdrq_deploy.cli import strip as strip_command
 from hdrq_deploy.errors import BundleError, EngineError, HdrqError, SpecError, one_line
 from hdrq_deploy.exporters import export
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.formats.golden_inputs import read_golden
 from hdrq_deploy.formats.onnx_file import check_graph, tensors_of
 from hdrq_deploy.formats.safetensors_layout import read_header
+from hdrq_deploy.formats.statistics import read_statistics
 from hdrq_deploy.graph.reference_session import unfused_session
 from hdrq_deploy.runtime import load_engine
 from hdrq_deploy.runtime.bench.compare import _Blocks, read_result
@@ -235,13 +238,13 @@ _FOLD = ("scale", "bias", "raw_scale", "gamma", "beta", "mean", "variance")
 
 @pytest.mark.parametrize("kind", MANIFESTS)
 def test_manifests_that_contradict_themselves(kind: str, make: Any, tmp_path: Path) -> None:
-    copy = tmp_path / "copy.hdrq"
-    shutil.copytree(make().path, copy)
-    record = json.loads((copy / "manifest.json").read_text())
+    bundle = tmp_path / "copy.hdrq"
+    shutil.copytree(make().path, bundle)
+    record = json.loads((bundle / "manifest.json").read_text())
     MANIFESTS[kind](record)
-    (copy / "manifest.json").write_text(json.dumps(record))
+    (bundle / "manifest.json").write_text(json.dumps(record))
     with pytest.raises(BundleError) as found:
-        Bundle.open(copy).golden()
+        Bundle.open(bundle).golden()
     assert "\n" not in one_line(found.value) and len(one_line(found.value)) < 1100
 
 
@@ -259,6 +262,111 @@ def test_golden_inputs_that_are_none(values: dict[str, Any], tmp_path: Path) -> 
     save_file(values, tmp_path / "golden.safetensors")
     with pytest.raises(BundleError):
         read_golden(tmp_path / "golden.safetensors")
+
+
+def layer_of(record: Any) -> Any:
+    return record["layers"][0]
+
+
+# What a record says of itself, in a manifest or in the metadata of a file of its own.
+RECORDS: dict[str, Callable[[Any], Any]] = {
+    "twice": lambda r: r["layers"].append(layer_of(r)),
+    "rank": lambda r: layer_of(r).update(rank=layer_of(r)["features"] + 1),
+    "negative rank": lambda r: layer_of(r).update(rank=-1),
+    "no groups": lambda r: layer_of(r).update(groups=0),
+    "elements": lambda r: layer_of(r).update(features=2**40),
+    "rows": lambda r: layer_of(r).update(rows=float("nan")),
+    "layout": lambda r: layer_of(r).update(layout="dense"),
+    "word": lambda r: r.update(rank="most"),
+    "version": lambda r: r.update(schema_version=2),
+    "other layer": lambda r: layer_of(r).update(weight="../x"),
+    "shape": lambda r: layer_of(r).update(rank=layer_of(r)["rank"] - 1),
+    "histogram": lambda r: r.update(histograms=["absent"]),
+    "thousands": lambda r: r.update(
+        layers=[{**layer_of(r), "weight": str(i)} for i in range(9999)]
+    ),
+    "deep": lambda r: r.update(rank=json.loads("[" * 300 + "]" * 300)),
+}
+IN_MANIFESTS: dict[str, Callable[[Any], Any]] = {
+    "features": lambda r: layer_of(r).update(features=3, rank=1),
+    "groups": lambda r: layer_of(r).update(groups=3),
+    "bias": lambda r: layer_of(r).update(bias="absent"),
+    "scale": lambda r: r.update(histograms=["fc.bias"]),
+}
+
+
+def seen_bundle(make: Any, tmp_path: Path) -> Path:
+    bundle = tmp_path / "seen.hdrq"
+    shutil.copytree(make(statistics="auto").path, bundle)
+    return bundle
+
+
+@pytest.mark.parametrize("kind", {**RECORDS, **IN_MANIFESTS})
+def test_records_of_statistics_that_contradict_themselves(
+    kind: str, make: Any, tmp_path: Path
+) -> None:
+    bundle = seen_bundle(make, tmp_path)
+    record = json.loads((bundle / "manifest.json").read_text())
+    own = copy.deepcopy(record["statistics"])
+    {**RECORDS, **IN_MANIFESTS}[kind](record["statistics"])
+    (bundle / "manifest.json").write_text(json.dumps(record))
+    with pytest.raises(BundleError) as found:
+        Bundle.open(bundle)
+    assert "\n" not in one_line(found.value) and len(one_line(found.value)) < 1100
+    if kind not in RECORDS:
+        return
+    values = load_file(bundle / "statistics.safetensors")
+    own.pop("file")
+    own |= {"kind": "hdrq-statistics", "model": "m", "checkpoint_sha256": "", "data_sha256": ""}
+    path = tmp_path / "a.safetensors"
+    for change, right in ((lambda r: None, True), (RECORDS[kind], False)):
+        text = copy.deepcopy(own)
+        change(text)
+        save_file(values, path, {"statistics": json.dumps(text)})
+        if right:
+            assert read_statistics(path).weights
+            continue
+        with pytest.raises(BundleError) as found:
+            read_statistics(path)
+        assert "\n" not in one_line(found.value) and len(one_line(found.value)) < 1100
+
+
+def nan(values: Any, name: str) -> None:
+    values[name].reshape(-1)[-1] = np.nan
+
+
+CONTENTS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "moments": (lambda v: nan(v, "conv1.weight_codes/moments"), "NaN or infinity"),
+    "scales": (lambda v: nan(v, "conv1.weight_codes/scales"), "NaN or infinity"),
+    "beyond": (lambda v: v["conv1.weight_codes/scales"].fill(3e38), "beyond float32"),
+    "counts": (lambda v: v["input.act_scale/histogram"].fill(-1), "counts below 0"),
+    "range": (lambda v: v["input.act_scale/range"].fill(1), "from 1 to 1"),
+    "dtype": (lambda v: v.update({"input.act_scale/range": np.zeros(3)}), "the record says"),
+    "missing": (lambda v: v.pop("conv1.weight_codes/factor"), "the record says"),
+    "more": (lambda v: v.update(x=np.zeros(3)), "the record says"),
+}
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_statistics_whose_values_are_none(kind: str, make: Any, tmp_path: Path) -> None:
+    bundle = seen_bundle(make, tmp_path)
+    file = bundle / "statistics.safetensors"
+    values = {name: value.copy() for name, value in load_file(file).items()}
+    change, message = CONTENTS[kind]
+    change(values)
+    save_file(values, file)
+    data, record = file.read_bytes(), json.loads((bundle / "manifest.json").read_text())
+    digest = hashlib.sha256(data).hexdigest()
+    record["statistics"]["file"] = {"bytes": len(data), "sha256": digest}
+    (bundle / "manifest.json").write_text(json.dumps(record))
+    with pytest.raises(BundleError, match=message) as found:
+        statistics = Bundle.open(bundle).statistics()
+        assert statistics is not None
+        statistics.layer("conv1.weight_codes")
+        statistics.histogram("input.act_scale")
+    assert "hdrq strip" in str(found.value)
+    assert strip_command.main([str(bundle)]) == 0
+    assert Bundle.open(bundle).statistics() is None
 
 
 def test_engines_of_other_kinds_and_ports(make: Any, tmp_path: Path) -> None:
