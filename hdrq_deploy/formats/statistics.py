@@ -61,6 +61,8 @@ _METADATA = "statistics"
 # Of one tensor's entry in a header: name, dtype, shape and place.
 _ENTRY = 120
 _LARGEST_CODE = 127
+# What is smaller everywhere is nothing: float32 holds few digits of it, or none.
+_SMALLEST = 1e-30
 
 Layout = Literal["conv", "linear", "matmul", "transposed"]
 Count = Annotated[int, Field(ge=1)]
@@ -326,7 +328,7 @@ def _stored(statistics: InputStatistics) -> dict[str, Array]:
     """A layer's tensors by the last part of their names."""
     factor = statistics.factor.astype(np.float64)
     steps = np.abs(factor).max(2, initial=0.0) / _LARGEST_CODE
-    divisors = np.where(steps > 0, steps, 1.0)
+    divisors = np.where(steps > _SMALLEST, steps, 1.0)
     codes = np.round(factor / divisors[:, :, None])
     scales = divisors.astype(np.float32)
     # Variances stay what they are, whatever rounding does to the factor.
@@ -334,7 +336,7 @@ def _stored(statistics: InputStatistics) -> dict[str, Array]:
     rest = np.maximum(variances - ((codes * scales[:, :, None]) ** 2).sum(1), 0.0)
     moments = np.stack([statistics.mean, rest], 1)
     largest = np.abs(moments).max(2)
-    largest = np.where(largest > 0, largest, 1.0).astype(np.float32)
+    largest = np.where(largest > _SMALLEST, largest, 1.0).astype(np.float32)
     return {
         "moments": (moments / largest[:, :, None]).astype(np.float16),
         "factor": codes.astype(np.int8),

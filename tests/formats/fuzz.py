@@ -519,7 +519,11 @@ def rehash(folder: Path, name: str) -> None:
     manifest = folder / "manifest.json"
     record = json.loads(manifest.read_text())
     data = (folder / name).read_bytes()
-    record["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    found = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    if name == "statistics.safetensors":
+        record["statistics"]["file"] = found
+    else:
+        record["files"][name] = found
     manifest.write_text(json.dumps(record))
 
 
@@ -574,6 +578,7 @@ def bundle(trial: Trial) -> list[list[str]]:
             ("model.onnx", hostile_onnx),
             ("model.onnx", hostile_onnx),
             ("golden.safetensors", hostile_safetensors),
+            ("statistics.safetensors", hostile_safetensors),
         )
     )
     trial.change(path, name, how)

@@ -36,7 +36,7 @@ def valid(make: Any, work: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """One valid file or folder of every kind."""
     folder = tmp_path_factory.mktemp("fuzz")
     for name, domain in (("a", "night"), ("b", "day")):
-        made = make(domain=domain)
+        made = make(domain=domain, statistics="auto")
         shutil.copytree(made.path, folder / f"{name}.hdrq")
         state = load_file(work / f"Tiny-{domain}.safetensors")
         shutil.copy(work / f"Tiny-{domain}.safetensors", folder / f"{name}.safetensors")

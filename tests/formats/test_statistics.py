@@ -64,6 +64,17 @@ def test_statistics_come_back_and_are_no_part_of_the_identity(make: Any, tmp_pat
     np.testing.assert_allclose(file.histogram("input.act_scale").counts, np.arange(16), rtol=2**-11)
 
 
+def test_inputs_that_are_next_to_nothing_are_kept_as_zeros(tmp_path: Path) -> None:
+    least = np.full((1, 4), 1e-44)
+    layer = InputStatistics.of(9.0, least, np.diag([1e-44] * 4)[None], 2)
+    statistics = Statistics(2, {"w": (None, "linear")}, {"w": layer}, {})
+    path = tmp_path / "a.safetensors"
+    with np.errstate(all="raise", under="ignore"):
+        path.write_bytes(statistics.serialize_for_checkpoint("m", "", ""))
+    kept = read_statistics(path).layer("w")
+    assert not kept.mean.any() and np.abs(kept.covariance(0)).max() < 1e-40
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damaged_statistics_are_named(make: Any, tmp_path: Path, damage: str) -> None:
     path = with_statistics(make(), tmp_path / "full.hdrq").path / STATISTICS
