@@ -58,9 +58,7 @@ def calibrate(
     Args:
         model: ``PKG.MOD:FACTORY``, ``timm:NAME``, ``torchvision:NAME`` or ``transformers:NAME``.
         data: Image folder, street scenes, .npz, or images already read; one for every domain.
-        domain: Name of the domain that the weights were adapted to; several names for weights
-            that serve several domains, such as a merge: the bundle is calibrated with the images
-            of all of them.
+        domain: Name of the domain the weights were adapted to; several for a merge of several.
         output: Folder of the bundle.
         weights: Adapted checkpoint; without it the factory's own weights are used.
         base: Source checkpoint that all domains were adapted from; needed by the distance
