@@ -182,7 +182,7 @@ def test_bundles_with_statistics_are_merged_by_regression(
                 for r, b in zip(rows, [*bundles, merged], strict=True)
             ]
         moments = [
-            second_moments(b.statistics().layer(layer.weight), 0.9, layer.bias is not None).whole()
+            second_moments(b.statistics().layer(layer.weight), 0.98, layer.bias is not None).whole()
             for b in bundles
         ]
         whole = 0.4 * moments[0] + 0.6 * moments[1]

@@ -43,7 +43,11 @@ class MethodOptions:
 
     scaling: float = field(default=1.0, metadata={"help": "factor of the task vector"})
     density: float = field(default=0.2, metadata={"help": "share that ties keeps"})
-    alpha: float = field(default=0.9, metadata={"help": "weight of inputs' products in regression"})
+    # Calibration images of the digits, HDRQ at W4A8, pairs and triple, statistics of the default
+    # rank: 86.9, 88.0, 88.3, 88.3 and 88.4 % at 0.8, 0.9, 0.95, 0.98 and 1; in full 87.8 to 89.8.
+    alpha: float = field(
+        default=0.98, metadata={"help": "weight of inputs' products in regression"}
+    )
     ridge: float = field(default=1e-4, metadata={"help": "pull of regression towards the mean"})
 
     def __post_init__(self) -> None:
