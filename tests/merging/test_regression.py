@@ -253,7 +253,8 @@ def test_merges_of_merges_are_merges_of_all(make: Any, tmp_path: Path) -> None:
     files = [merged.statistics() for merged in (at_once, in_turn)]
     for name in files[0].weights:
         whole, parts = (file.layer(name) for file in files)
-        np.testing.assert_allclose(whole.mean, parts.mean, rtol=1e-4, atol=1e-5)
+        # The file holds halves; the merge of a merge has rounded them once more.
+        np.testing.assert_allclose(whole.mean, parts.mean, atol=1e-3)
         np.testing.assert_allclose(whole.covariance(0), parts.covariance(0), rtol=1e-2, atol=1e-3)
     counts = (
         [file.histogram(files[0].record.histograms[0]).counts for file in files]
