@@ -159,9 +159,14 @@ def quantized(rival: Rival, out: Path) -> tuple[Bundle, float]:
     return bundle, time.process_time() - begun
 
 
+def row_of(rival: Rival, out: Path) -> Path:
+    """The file of a finished row."""
+    return out / "rows" / f"rival-{rival.name}.json"
+
+
 def evaluated(rival: Rival, out: Path) -> dict[str, Any]:
     """The row of a rival on the test images, kept on disk."""
-    target = out / "rows" / f"rival-{rival.name}.json"
+    target = row_of(rival, out)
     if target.exists():
         row: dict[str, Any] = json.loads(target.read_text())
         return row
@@ -208,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("build/merge_statistics"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--tune", action="store_true", help="compare targets and anchors")
+    parser.add_argument("--collect", action="store_true", help="write the finished rows, no more")
     args = parser.parse_args(argv)
     out = args.out.absolute()
     for folder in ("rows", "rivals"):
@@ -216,8 +222,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.tune:
         write_bytes(tuning, json.dumps(tuned(out)).encode())
         return 0
+    rivals = list(grid(out, args.seeds))
+    missing = [rival for rival in rivals if not row_of(rival, out).exists()]
     rows = []
-    for rival in grid(out, args.seeds):
+    for rival in [r for r in rivals if r not in missing] if args.collect else rivals:
         rows.append(evaluated(rival, out))
         print(rival.name, rows[-1]["harmonic_means"], flush=True)
     result = {
@@ -226,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rates": {"qdrop": RATES[TASK]["qdrop"]},
         "experts": {"targets": TARGETS, "anchor": ANCHOR},
         "experts_tried": json.loads(tuning.read_text()) if tuning.exists() else [],
+        "missing": [rival.name for rival in missing] if args.collect else [],
         "environment": {**environment(), "torch": version("torch")},
         "rows": rows,
     }
