@@ -686,7 +686,134 @@ def distance(record: Mapping[str, Any]) -> str:
     )
 
 
+_WAYS = {
+    "single": "a model per domain",
+    "mean-nearest": "mean, nearest",
+    "mean-advanced": "mean, advanced",
+    "mean-compensated": "mean, compensated",
+    "regression-nearest": "regression, nearest",
+    "regression-compensated": "**regression, compensated**",
+    "mean-nearest-renewed": "mean, nearest, re-estimated",
+    "mean-compensated-renewed": "mean, compensated, re-estimated",
+    "regression-compensated-renewed": "regression, compensated, re-estimated",
+}
+
+
+def merge_statistics(record: Mapping[str, Any]) -> str:
+    """The section on merges with the statistics of calibration."""
+    rows = record["rows"]
+    lines = [
+        "## Merging with what calibration saw",
+        "",
+        f"`benchmarks/merge_statistics.py`: {record['iterations_per_block']} iterations a block, "
+        "one scale per tensor, BatchNorm folded into the weights, equal merge weights, statistics "
+        "of the default rank (no larger than the codes at 8 bits), no images at the merge. "
+        "Harmonic means in % on test images, mean and standard deviation over calibration seeds "
+        f"(and {record['rounding_seeds']} rounding seeds of `advanced`). Rates of both methods are "
+        "the best of five, each about three times the next, by how little nearest merges at W4A4 "
+        "differ from the float models on calibration images; those of the streets were carried "
+        "over from earlier runs. `W8 to W3` is `hdrq-merge --wbits 3` of parents at 8 bits.",
+    ]
+    for task, title in (("digits", "Digits, ResNet-14"), ("streets", "Drawn streets, StreetNet")):
+        own = [row for row in rows if row["task"] == task]
+        if own:
+            lines += ["", f"### {title}", "", _merges_table(own)]
+    return "\n".join(lines)
+
+
+def _merges_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Methods, bits and ways down, pairs and triple across."""
+    groups = list(dict.fromkeys(tuple(row["members"]) for row in rows))
+    groups.sort(key=len)
+    cells: dict[tuple[str, str, str], dict[tuple[str, ...], list[float]]] = {}
+    for row in rows:
+        parents = row["parents"] + (" (fold steps)" if row["fold"] == "steps" else "")
+        bits = row["bits"].upper() or "float"
+        way = row["way"]
+        if way == "mean-folded":
+            way, parents = "mean of folded weights", "float"
+        for narrow in ("3", "4"):
+            if way.endswith(f"-w{narrow}"):
+                way, bits = way.removesuffix(f"-w{narrow}"), f"{bits}, W8 to W{narrow}"
+        cell = cells.setdefault((parents, bits, way), {})
+        cell.setdefault(tuple(row["members"]), []).extend(row["harmonic_means"])
+    lines = []
+    for (parents, bits, way), values in sorted(cells.items(), key=_order):
+        figures = [values.get(group, []) for group in groups]
+        text = [_spread(figure) for figure in figures]
+        if len(groups) > 1:
+            pairs = [statistics.fmean(f) for f in figures[:-1] if f]
+            text.insert(-1, f"{statistics.fmean(pairs):.1f}" if pairs else "")
+        lines.append([parents, bits, _WAYS.get(way, way.replace("-", ", ")), *text])
+    heads = ["+".join(NAMES.get(name, name) for name in group) for group in groups]
+    if len(groups) > 1:
+        heads.insert(-1, "mean of pairs")
+    return table(["parents", "bits", "merge", *heads], lines)
+
+
+def _order(item: tuple[tuple[str, str, str], Any]) -> tuple[Any, ...]:
+    """Float first, then by bits, parents and way."""
+    parents, bits, way = item[0]
+    ways = list(_WAYS)
+    return (
+        bits != "FLOAT" and bits != "float",
+        bits,
+        parents,
+        ways.index(way) if way in ways else -1,
+    )
+
+
+def _spread(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return "".join(f"{value:.1f}" for value in values)
+    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def landscape(record: Mapping[str, Any]) -> str:
+    """The section on curvature and barriers."""
+    lines = []
+    for bits in dict.fromkeys(row["bits"] for row in record["rows"]):
+        for method in dict.fromkeys(row["method"] for row in record["rows"]):
+            own = [r for r in record["rows"] if (r["bits"], r["method"]) == (bits, method)]
+            curvature = [c for row in own for c in row["curvature"].values()]
+            barriers = [b["barrier"] for row in own for b in row["barriers"]]
+            spread = own[0]["rounding"]["noise"]["standard_deviation"]
+            lines.append(
+                [
+                    bits.upper(),
+                    method,
+                    _spread([c["top_eigenvalue"] for c in curvature]),
+                    _spread([c["trace"] for c in curvature]),
+                    *(
+                        f"{statistics.fmean(b[kind] for b in barriers):.3f} ± "
+                        f"{statistics.stdev(b[kind] for b in barriers):.3f}"
+                        for kind in ("float", "quantized")
+                    ),
+                    f"{100 * spread:.2f}",
+                ]
+            )
+    header = ["bits", "parents", "largest eigenvalue", "trace", "barrier, not rounded, nats"]
+    header += ["barrier, rounded, nats", "spread over rounding seeds, points"]
+    return "\n".join(
+        [
+            "## Is the ground flatter?",
+            "",
+            "`benchmarks/landscape.py`: Hessian of the loss on the three digits domains at every "
+            f"parent, and barriers between every two ({record['images_per_domain']} test images a "
+            "domain, three calibration seeds; mean and standard deviation over models or pairs "
+            "and seeds). The spread is that of the merged triple over 32 seeds of `noise`, whose "
+            "ties at equal thirds are none; see the pairs' in the table above.",
+            "",
+            table(header, lines),
+            "",
+            "![Barriers and planes of QDrop's and HDRQ's models](landscape.svg)",
+        ]
+    )
+
+
 SECTIONS = {
+    "merge_statistics": merge_statistics,
+    "landscape": landscape,
     "merge_quality": merge_quality,
     "distance": distance,
     "architectures": architectures,
