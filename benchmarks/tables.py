@@ -658,8 +658,8 @@ def distance(record: Mapping[str, Any]) -> str:
 
     columns = [f"{b.upper()} {key}" for b in bits for key in ("single", "pairs", "triple")]
     scales = []
-    for rule in ("pooled", "per-image-max"):
-        own = [row for row in record["first_scales"] if row["family"] == rule]
+    for family, rule in (("norm", "pooled"), ("per-image-max", "per-image-max")):
+        own = [row for row in record["first_scales"] if row["family"] == family]
         scales.append([rule, *_pooled(own, "w4a4", "test"), *_pooled(own, "w3a3", "test")])
     return "\n".join(
         [
@@ -669,7 +669,8 @@ def distance(record: Mapping[str, Any]) -> str:
             f"{options['batch']} images a block, published rates scaled to them; harmonic means "
             "of top-1 accuracies in %, merged to nearest, of seed 0, and the mean with seed 1 of "
             "what was run again (`benchmarks/distance_ablation.py`). Choices are made on the "
-            "calibration split.",
+            f"calibration split. {len({(r['family'], r['value'], r['bits']) for r in rows})} of the "
+            f"grid's {record['settings_in_grid']} settings were there.",
             "",
             "Test split:",
             "",

@@ -109,7 +109,7 @@ class Recipe(BaseModel):
 
     def resolved(self) -> Recipe:
         """This recipe with the keys of its setting where it leaves them out."""
-        preset = SETTINGS[self.settings].recipe if self.settings else {}
+        preset = SETTINGS[self.settings].recipe(self.method or "hdrq") if self.settings else {}
         return self.model_copy(update={k: v for k, v in preset.items() if getattr(self, k) is None})
 
     def options(self) -> Options:

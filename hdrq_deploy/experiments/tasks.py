@@ -107,7 +107,7 @@ class Task:
         Raises:
             SpecError: A value is out of range.
         """
-        common = SETTINGS[setting].learning if METHODS[method].quantizes else {}
+        common = SETTINGS[setting].options(method) if METHODS[method].quantizes else {}
         rates = {} if common.get("scale_rates") else self.rates.get(method, {})
         return Options.of(method, **{**common, **self.learning.get(method, {}), **rates})
 

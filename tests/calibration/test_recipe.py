@@ -70,6 +70,10 @@ def test_a_setting_stands_where_recipe_and_flags_say_nothing(work: Path, tmp_pat
         act_init="per-image-max", distance_form="norm",
     )  # fmt: skip
     assert published.rate_factor == 100
+    ours = Recipe(settings="ours").options()
+    assert ours == Options.of("hdrq", distance_form="relative", distance=0.3)
+    assert Recipe(settings="ours", distance=0.1).options().distance == 0.1
+    assert Recipe(settings="ours", method="qdrop").options() == Options.of("qdrop")
     assert Recipe(settings="paper", method="qdrop", keep_best=True).options().keep_best
     (tmp_path / "r.json").write_text(
         json.dumps({"settings": "paper", "method": "rtn", "act_init": "pooled"})

@@ -156,7 +156,7 @@ def check_settings(out: Path) -> None:
     keys = ("scale_rates", "keep_best", "step_change", "act_init", "distance_form")
     found = [paper.options[key] for key in keys]
     assert found == [True, False, 0, "per-image-max", "norm"]
-    own = Options.of("hdrq", **SETTINGS["ours"].learning)
+    own = Options.of("hdrq", **SETTINGS["ours"].options("hdrq"))
     assert [ours.options[key] for key in keys] == [getattr(own, key) for key in keys]
     assert ours.options["keep_best"] and ours.options["step_change"] > 0
 
