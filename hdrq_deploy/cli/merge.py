@@ -19,18 +19,20 @@ with importing("hdrq-merge"):
     from ..formats.checkpoints import is_checkpoint
     from ..formats.file_kinds import BUNDLE, MERGED
     from ..merging import (
+        ACTIVATION_SCALES,
         CRITERIA,
         METHODS,
         ROUNDINGS,
         Merger,
         check_different,
         choose_weights,
-        merge,
         merge_checkpoints,
         re_estimate,
     )
+    from ..merging.merge_weights import check_merge_weights
     from ..merging.methods import MethodOptions
     from ..merging.ways import way_of
+    from ..merging.weight_search import ChosenWeights
     from .common import named, parser, paths_of, progress_bar, seed_number
 
 __all__ = ["arguments", "main"]
@@ -45,7 +47,15 @@ and written in the dtype that they have (in float32 where they differ):
   hdrq-merge night.safetensors day.safetensors --method mean -o merged.safetensors
 """
 # Flags of one kind of merge: what is given, and ignored, would be taken for what was done.
-_OF_BUNDLES = ("data", "re_estimate", "criterion", "rounding", "candidates")
+_OF_BUNDLES = (
+    "data",
+    "re_estimate",
+    "criterion",
+    "rounding",
+    "candidates",
+    "wbits",
+    "activation_scales",
+)
 _METHOD_OPTIONS = tuple(option.name for option in fields(MethodOptions))
 _OF_CHECKPOINTS = ("base",)
 
@@ -73,6 +83,16 @@ def arguments() -> argparse.ArgumentParser:
         choices=ROUNDINGS,
         help=f"how merged codes are rounded; {_summaries(ROUNDINGS)} (compensated with "
         "regression, advanced with the mean of two, else nearest)",
+    )
+    p.add_argument(
+        "--wbits",
+        type=int,
+        help="weight bits of the merge, 2 to 8, from parents of more; first and last layers keep 8",
+    )
+    p.add_argument(
+        "--activation-scales",
+        choices=ACTIVATION_SCALES,
+        help=f"scales of merged activations; {_summaries(ACTIVATION_SCALES)} (mean)",
     )
     p.add_argument("--candidates", type=int, help="draws of advanced rounding (100)")
     p.add_argument("--seed", type=seed_number, default=0)
@@ -126,57 +146,70 @@ def _merge(args: argparse.Namespace) -> int:
     weights = None if auto else _numbers(args.weights)
     if auto and not args.data:
         raise MergeError("found --weights auto without images; pass --data NAME=PATH ...")
-    parents = [Bundle.open(path) for path in args.bundles]
-    method, rounding = way_of(parents, args.method, args.rounding)
-    numbers = _method_options(args, method)
-    if args.candidates is not None and rounding != "advanced":
-        raise MergeError(
-            f"found --candidates with --rounding {rounding}; they are draws of advanced rounding"
-        )
-    candidates = 100 if args.candidates is None else args.candidates
-    merger = Merger(parents, rounding, candidates, args.seed, method, numbers)
+    merger = _merger(args)
     check_different([Path(path) for path in args.bundles])
-    if not auto:
-        merger.check_weights(weights)
-    first = merger.parents[0]
-    renewed = _images(args.re_estimate, first, args.re_estimate_images, args.seed)
+    merge_weights = merger.check_weights(weights)
+    renewed = _images(args.re_estimate, merger.parents[0], args.re_estimate_images, args.seed)
     options: dict[str, Any] = {}
     if auto:
-        images = _images(args.data, first, args.images, args.seed)
-        with progress_bar("choose weights") as progress:
-            chosen = choose_weights(
-                Merger(merger.parents, method=method, method_options=numbers, keep=True),
-                images,
-                args.criterion,
-                renewed,
-                lambda done, total: progress(done, total, "images"),
-                seed=args.seed,
-            )
-        weights = list(chosen.weights)
-        options["auto"] = chosen.record()
-        print("weights " + " ".join(f"{w:g}" for w in weights))
+        chosen = _chosen_weights(args, merger, renewed)
+        merge_weights, options["auto"] = list(chosen.weights), chosen.record()
+        print("weights " + " ".join(f"{w:g}" for w in merge_weights))
         print(f"chosen from {chosen.summary}")
     target = Path(args.output).absolute()
     check_parent(target)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
         merged = Path(scratch) / "merged.hdrq" if renewed else target
         with progress_bar("merge") as progress:
-            bundle = merge(
-                merger.parents,
+            bundle = merger.write(
                 merged,
-                weights,
-                rounding,
-                candidates,
-                args.seed,
+                merge_weights,
                 lambda done, total: progress(done, total, ""),
                 options=options,
-                method=method,
-                method_options=numbers,
             )
         if renewed:
             bundle = re_estimate(bundle, renewed, target, args.seed)
     print(bundle.path)
     return 0
+
+
+def _merger(args: argparse.Namespace) -> Merger:
+    """The parents, and how they are merged."""
+    parents = [Bundle.open(path) for path in args.bundles]
+    check_merge_weights(None, len(parents), "bundle")
+    method, rounding = way_of(parents, args.method, args.rounding, args.wbits is not None)
+    if args.candidates is not None and rounding != "advanced":
+        raise MergeError(
+            f"found --candidates with --rounding {rounding}; they are draws of advanced rounding"
+        )
+    return Merger(
+        parents,
+        rounding,
+        100 if args.candidates is None else args.candidates,
+        args.seed,
+        method,
+        _method_options(args, method),
+        wbits=args.wbits,
+        activation_scales=args.activation_scales or "mean",
+    )
+
+
+def _chosen_weights(
+    args: argparse.Namespace, merger: Merger, renewed: dict[str, Any]
+) -> ChosenWeights:
+    """The merge weights that images choose."""
+    images = _images(args.data, merger.parents[0], args.images, args.seed)
+    options = merger.method_options
+    search = Merger(merger.parents, method=merger.method, method_options=options, keep=True)
+    with progress_bar("choose weights") as progress:
+        return choose_weights(
+            search,
+            images,
+            args.criterion,
+            renewed,
+            lambda done, total: progress(done, total, "images"),
+            seed=args.seed,
+        )
 
 
 def _numbers(words: Sequence[str] | None) -> list[float] | None:

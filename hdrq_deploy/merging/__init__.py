@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .activation_scales import ACTIVATION_SCALES
 from .bundles import Merger, merge
 from .float_checkpoints import CHECKPOINT_METHODS, merge_checkpoints
 from .merge_weights import check_different
@@ -11,6 +12,7 @@ from .rounding import ROUNDINGS
 from .weight_search import CRITERIA, choose_weights
 
 __all__ = [
+    "ACTIVATION_SCALES",
     "CHECKPOINT_METHODS",
     "CRITERIA",
     "METHODS",

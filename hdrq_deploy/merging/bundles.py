@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from ..comparison.golden import check_merge
 from ..errors import MergeError
 from ..formats.atomic_files import check_output
-from ..formats.bundle import Bundle
+from ..formats.bundle import GRAPH, Bundle
 from ..formats.bundle_manifest import Manifest
 from ..formats.file_kinds import BUNDLE
 from ..formats.statistics import Statistics
@@ -29,6 +29,7 @@ from ..numerics.batchnorm_fold import graph_tensors
 from ..numerics.quantization import along, dequantize
 from ..numerics.spec import check_seed
 from ..typing import Array
+from .activation_scales import ACTIVATION_SCALES, check_activation_scales
 from .compatibility import check_compatible
 from .layers import LayerMerge, scale_of
 from .merge_weights import check_different, check_merge_weights
@@ -37,6 +38,7 @@ from .merged_statistics import merged_statistics
 from .methods import MethodOptions, method_of
 from .methods.base import float64
 from .methods.mean import matched_variance, weighted_mean
+from .requantize import graph_with, requantized, requantized_entries
 from .rounding import ROUNDINGS, MergedCodes, merge_codes, round_target
 from .ways import check_way, way_of
 
@@ -58,6 +60,8 @@ def merge(
     *,
     method: str | None = None,
     method_options: MethodOptions | None = None,
+    wbits: int | None = None,
+    activation_scales: str = "mean",
 ) -> Bundle:
     """Merge two or more bundles of one architecture, source and scheme.
 
@@ -75,12 +79,15 @@ def merge(
         method: Name of one of ``METHODS`` that needs no source checkpoint; by default regression
             where all bundles hold statistics, else the mean.
         method_options: Numbers that the method reads.
+        wbits: Weight bits of the merge, 2 to 8, where they are others than the parents'; the
+            first layer and the last ones keep 8.
+        activation_scales: Name of one of ``ACTIVATION_SCALES``.
 
     Raises:
         MergeError: Fewer than two bundles, one named twice, weights, a rounding or a method that
             do not fit, or bundles that differ in something a merge needs equal; the first
             difference is named.
-        SpecError: A seed that NumPy does not take.
+        SpecError: A seed that NumPy does not take, or bits that codes cannot have.
         BundleError: A path is no bundle, or a bundle is damaged.
         CheckFailed: The merged graph gives no finite output for a golden input.
 
@@ -90,8 +97,17 @@ def merge(
     """
     check_merge_weights(None, len(bundles), "bundle")
     parents = [b if isinstance(b, Bundle) else Bundle.open(b) for b in bundles]
-    method, rounding = way_of(parents, method, rounding)
-    merger = Merger(parents, rounding, candidates, seed, method, method_options)
+    method, rounding = way_of(parents, method, rounding, wbits is not None)
+    merger = Merger(
+        parents,
+        rounding,
+        candidates,
+        seed,
+        method,
+        method_options,
+        wbits=wbits,
+        activation_scales=activation_scales,
+    )
     merge_weights = merger.check_weights(weights)
     check_different([parent.path for parent in merger.parents])
     return merger.write(output, merge_weights, progress, threads, options)
@@ -126,6 +142,8 @@ class Merger:
         method_options: Numbers that the method reads.
         keep: Keep in memory what the parents give to every layer of a merge with statistics:
             merges at further weights then cost little.
+        wbits: Weight bits of the merge; None for those of the parents.
+        activation_scales: Name of one of ``ACTIVATION_SCALES``.
 
     Raises:
         MergeError: See :func:`merge`.
@@ -140,9 +158,13 @@ class Merger:
         method: str = "mean",
         method_options: MethodOptions | None = None,
         keep: bool = False,
+        *,
+        wbits: int | None = None,
+        activation_scales: str = "mean",
     ) -> None:
         check_merge_weights(None, len(bundles), "bundle")
-        check_way(method, rounding)
+        check_way(method, rounding, wbits is not None)
+        check_activation_scales(activation_scales)
         self.method_options = method_options or MethodOptions()
         if candidates < 1:
             raise MergeError(f"found candidates={candidates}; needed 1 or more")
@@ -153,14 +175,21 @@ class Merger:
         for other in self.parents[1:]:
             check_compatible(self.parents[0], other)
         self.rounding, self.candidates, self.seed = rounding, candidates, seed
-        self.method = method
+        self.method, self.wbits, self.activation_scales = method, wbits, activation_scales
+        self._activations = {a.scale: a for a in self.parents[0].manifest.activations}
         entries = self.parents[0].manifest.tensors
+        if wbits is not None:
+            entries = requantized_entries(self.parents[0], wbits)
+        self.entries = entries
         self.code_names = sorted(n for n, entry in entries.items() if entry.role == "codes")
         self._sites = bias_sites(self.parents[0].graph_ir())
         chosen = method_of(method)
         self._layers: LayerMerge | None = None
-        if chosen.needs_statistics or ROUNDINGS[rounding].needs_statistics:
-            self._layers = LayerMerge(self.parents, chosen, rounding, self.method_options, keep)
+        by_layers = chosen.needs_statistics or ROUNDINGS[rounding].needs_statistics
+        if by_layers or wbits is not None:
+            self._layers = LayerMerge(
+                self.parents, chosen, rounding, self.method_options, entries, keep
+            )
 
     def in_memory(self) -> Merger:
         """The same merger, which reads every tensor of its parents once; for many merges."""
@@ -182,34 +211,9 @@ class Merger:
     ) -> Bundle:
         """The merge as a bundle; see :func:`merge`."""
         check_output(output, BUNDLE, [parent.path for parent in self.parents])
-        layers: dict[str, Any] = {}
-        extra = dict(options or {})
-
-        def put_all(put: Callable[[str, Array], None]) -> Manifest:
-            report = _counter(progress, len(self.parents[0].manifest.tensors))
-            if self._layers is not None:
-                merged, fallbacks = self._with_statistics(
-                    self._layers, merge_weights, layers, threads, report
-                )
-                for name, value in merged.items():
-                    put(name, value)
-                if fallbacks:
-                    extra["fallbacks"] = fallbacks
-            else:
-                small = self.floats(merge_weights)
-                for name, value in small.items():
-                    put(name, value)
-                    report()
-
-                def one(name: str) -> None:
-                    codes, layers[name] = self.codes(name, merge_weights, small)
-                    put(name, codes)
-                    report()
-
-                in_parallel(one, self.code_names, threads)
-            return self.manifest(merge_weights, dict(sorted(layers.items())), extra)
-
+        report = _counter(progress, len(self.entries))
         golden = golden_inputs(self.parents)
+        layers: dict[str, Any] = {}
 
         def statistics() -> Statistics | None:
             return merged_statistics(
@@ -218,12 +222,36 @@ class Merger:
                 lambda work, names: in_parallel(work, names, threads),
             )
 
-        return Bundle.write_like(output, self.parents[0], put_all, golden, check_merge, statistics)
+        def put_all(put: Callable[[str, Array], None]) -> Manifest:
+            small = self.floats(merge_weights)
+            for name, value in small.items():
+                put(name, value)
+                report()
+
+            def one(name: str) -> None:
+                codes, layers[name] = self.codes(name, merge_weights, small)
+                put(name, codes)
+                report()
+
+            in_parallel(one, self.code_names, threads)
+            return self.manifest(merge_weights, dict(sorted(layers.items())), options or {})
+
+        like = self.parents[0]
+        if self._layers is None:
+            return Bundle.write_like(output, like, put_all, golden, check_merge, statistics)
+        merged, fallbacks = self._by_layers(self._layers, merge_weights, layers, threads, report)
+        record = {**(options or {}), **({"fallbacks": fallbacks} if fallbacks else {})}
+        manifest = self.manifest(merge_weights, dict(sorted(layers.items())), record)
+        graph = (like.path / GRAPH).read_bytes()
+        if self.wbits is not None:
+            manifest = requantized(manifest, self.entries, self.wbits)
+            graph = graph_with(like, merged, self.entries)
+        return Bundle.write(output, manifest, merged, graph, golden, check_merge, statistics())
 
     def tensors(self, merge_weights: Sequence[float]) -> dict[str, Array]:
         """All tensors of a merge, in memory."""
         if self._layers is not None:
-            return self._with_statistics(self._layers, merge_weights, {}, None, lambda: None)[0]
+            return self._by_layers(self._layers, merge_weights, {}, None, lambda: None)[0]
         merged = self.floats(merge_weights)
         for name in self.code_names:
             merged[name] = self.codes(name, merge_weights, merged)[0]
@@ -260,9 +288,9 @@ class Merger:
                 fold.eps,
                 None if fold.raw_bias is None else merged[fold.raw_bias],
             )
-        return merged | fitted(merged, self._sites, shifts(manifest.tensors), manifest.folds)
+        return merged | fitted(merged, self._sites, shifts(self.entries), manifest.folds)
 
-    def _with_statistics(
+    def _by_layers(
         self,
         merging: LayerMerge,
         merge_weights: Sequence[float],
@@ -375,6 +403,12 @@ class Merger:
             "candidates": self.candidates,
             **({} if self.method == "mean" else {"method": self.method}),
             **{n: getattr(self.method_options, n) for n in method_of(self.method).options},
+            **({} if self.wbits is None else {"wbits": self.wbits}),
+            **(
+                {}
+                if self.activation_scales == "mean"
+                else {"activation_scales": self.activation_scales}
+            ),
             **options,
         }
         return merged_manifest(self.parents, merge_weights, record, layers, self.seed)
@@ -397,6 +431,9 @@ class Merger:
             mean = _mean_of(name, self.parents[0].manifest)
             means = [parent.tensor(mean) for parent in self.parents]
             return matched_variance(values, means, merge_weights)
+        if name in self._activations:
+            way = ACTIVATION_SCALES[self.activation_scales]
+            return way.merged(self.parents, values, merge_weights, self._activations[name])
         if role == "constant":
             if any(not np.array_equal(value, values[0]) for value in values):
                 raise MergeError(

@@ -9,7 +9,7 @@ solution, gets the weighted mean, and the result says so.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ..errors import MergeError
 from ..formats.bundle import Bundle
+from ..formats.bundle_manifest import Tensor
 from ..formats.statistics import LayerRecord, StatisticsFile
 from ..numerics.error_compensation import compensated, damped
 from ..numerics.layer_matrix import bias_of, rows_of, weight_of, with_bias
@@ -71,6 +72,7 @@ class LayerMerge:
         method: Merges the layers.
         rounding: Name of one of ``ROUNDINGS`` that draws nothing.
         options: Numbers of the method.
+        entries: Tensors of the merge; their codes may have other ranges than the parents'.
         keep: Keep what the parents give to each layer, for merges at other weights.
 
     Raises:
@@ -83,11 +85,13 @@ class LayerMerge:
         method: MergeMethod,
         rounding: str,
         options: MethodOptions,
+        entries: Mapping[str, Tensor],
         keep: bool = False,
     ) -> None:
         self.parents, self.method, self.options = parents, method, options
-        self.rounding = ROUNDINGS[rounding]
-        self._files = [_statistics_of(parent) for parent in parents]
+        self.rounding, self._entries = ROUNDINGS[rounding], entries
+        needed = method.needs_statistics or self.rounding.needs_statistics
+        self._files = [_statistics_of(parent) for parent in parents] if needed else []
         self._records, self.missing = common_layers(self._files)
         self._bias_counts = Counter(r.bias for r in self._records.values())
         self._kept: dict[str, list[LayerPart]] | None = {} if keep else None
@@ -115,7 +119,7 @@ class LayerMerge:
             merge_weights: One per parent, sum 1.
         """
         record, fallback = self.record(name), self.missing.get(name, "no statistics")
-        entry = self.parents[0].manifest.tensors[name]
+        entry = self._entries[name]
         layers = self.method.layers
         if layers is not None and record is not None:
             try:
@@ -144,7 +148,7 @@ class LayerMerge:
             per_channel: Search a scale for every channel; else one for all.
         """
         real, record = self.real(name, merge_weights), self.record(name)
-        spec = self.parents[0].manifest.tensors[name].spec
+        spec = self._entries[name].spec
         found = searched_scale(real.weight, spec, scale, per_channel)
         codes, bias, fallback = None, real.bias, real.fallback
         if self.rounding.needs_statistics and record is not None:
@@ -165,7 +169,7 @@ class LayerMerge:
     ) -> tuple[npt.NDArray[np.int8], Floats | None]:
         """Codes, and the bias with the mean of what they lose."""
         inputs = [file.layer(name) for file in self._files]
-        spec, shape = self.parents[0].manifest.tensors[name].spec, real.weight.shape
+        spec, shape = self._entries[name].spec, real.weight.shape
         wide = along(scale.astype(np.float64), len(shape), spec.axis)
         rows = rows_of(real.weight, record)
         steps = rows_of(np.broadcast_to(wide, shape), record)
@@ -184,8 +188,7 @@ class LayerMerge:
 
     def weights_of(self, name: str) -> list[Array]:
         """The real weights of the parents, BatchNorm not applied."""
-        manifest = self.parents[0].manifest
-        entry = manifest.tensors[name]
+        entry = self._entries[name]
         if entry.role != "codes":
             return [parent.tensor(name) for parent in self.parents]
         scale = scale_of(name, self.parents[0])

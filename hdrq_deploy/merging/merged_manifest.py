@@ -47,6 +47,7 @@ def merged_manifest(
             },
             "metrics": {"layers": dict(layers)},
             "tolerances": _tolerances(parents),
+            "statistics": None,
             "parents": tuple(
                 ParentRecord(
                     manifest_sha256=parent.manifest_sha256,

@@ -13,26 +13,33 @@ from .rounding import ROUNDINGS
 __all__ = ["check_way", "way_of"]
 
 
-def way_of(parents: Sequence[Bundle], method: str | None, rounding: str | None) -> tuple[str, str]:
+def way_of(
+    parents: Sequence[Bundle],
+    method: str | None,
+    rounding: str | None,
+    requantizes: bool = False,
+) -> tuple[str, str]:
     """Method and rounding as given, or the best that the bundles allow.
 
     Where all bundles hold statistics of the same layers it is regression with compensated
     rounding; else the weighted mean, with advanced rounding of a pair. Three bundles at equal
-    weights have no ties, so the mean of three or more is rounded to nearest.
+    weights have no ties, so the mean of three or more is rounded to nearest. ``requantizes``
+    says that the merge has other weight bits than the parents; their ties are no ties of it.
 
     Raises:
         MergeError: Names no row of a table, or two that do not go together.
     """
-    check_way(method or "mean", rounding or "nearest")
+    check_way(method or "mean", rounding or "nearest", requantizes)
     draws = rounding is not None and ROUNDINGS[rounding].tosses
     if method is None:
         method = "regression" if not draws and _have_statistics(parents) else "mean"
-    if rounding is None and method_of(method).needs_statistics:
+    seen = method_of(method).needs_statistics or (requantizes and _have_statistics(parents))
+    if rounding is None and seen:
         rounding = "compensated"
     if rounding is None:
-        pair = len(parents) == 2 and method_of(method).is_mean
+        pair = len(parents) == 2 and method_of(method).is_mean and not requantizes
         rounding = "advanced" if pair else "nearest"
-    check_way(method, rounding)
+    check_way(method, rounding, requantizes)
     return method, rounding
 
 
@@ -41,7 +48,7 @@ def _have_statistics(parents: Sequence[Bundle]) -> bool:
     return len(files) == len(parents) and bool(common_layers(files)[0])
 
 
-def check_way(method: str, rounding: str) -> None:
+def check_way(method: str, rounding: str, requantizes: bool = False) -> None:
     """Refuse a method or a rounding that does not work on bundles, or not with the other.
 
     Raises:
@@ -59,4 +66,9 @@ def check_way(method: str, rounding: str) -> None:
         raise MergeError(
             f"found rounding {rounding!r} with method {method!r}; noise has known probabilities "
             "for the weighted mean only: choose nearest or compensated"
+        )
+    if requantizes and ROUNDINGS[rounding].tosses:
+        raise MergeError(
+            f"found rounding {rounding!r} with `wbits`; noise decides ties of the parents' own "
+            "codes, which a merge with other bits does not have: choose nearest or compensated"
         )
