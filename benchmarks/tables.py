@@ -643,6 +643,7 @@ def _pooled(rows: Sequence[Mapping[str, Any]], bits: str, split: str) -> list[st
 def distance(record: Mapping[str, Any]) -> str:
     """The section on the distance to the source and on first activation scales."""
     rows, bits = record["distances"], ("w8a8", "w4a4", "w3a3")
+    settings = {(row["family"], row["value"], row["bits"]) for row in rows}
     options = record["first_scales"][0]["options"]
     labels = {"norm": "hdrq, λ = {:g}", "relative": "hdrq, relative, λ = {:g}"}
     labels["qdrop"] = "qdrop, rate {:g}"
@@ -669,7 +670,7 @@ def distance(record: Mapping[str, Any]) -> str:
             f"{options['batch']} images a block, published rates scaled to them; harmonic means "
             "of top-1 accuracies in %, merged to nearest, of seed 0, and the mean with seed 1 of "
             "what was run again (`benchmarks/distance_ablation.py`). Choices are made on the "
-            f"calibration split. {len({(r['family'], r['value'], r['bits']) for r in rows})} of the "
+            f"calibration split. {len(settings)} of the "
             f"grid's {record['settings_in_grid']} settings were there.",
             "",
             "Test split:",
