@@ -2,11 +2,13 @@
 
     python benchmarks/mixing.py --results benchmarks/results
 
-Speed: a pair of the size of ResNet-50 (random weights), re-merged and swapped by
-``DomainMixer``, by nearest and by advanced rounding, while a thread pulls frames; every output
-is compared with those of its mix, recorded before. Quality: on the digits benchmark the mix
-that ``adapt`` picks from unlabelled frames against the best mix of the grid of 66, which knows
-the labels, and a stream that changes its domain.
+Speed: a pair of the size of ResNet-50 (random weights, statistics of default rank), re-merged and
+swapped by ``DomainMixer``, as a mean with nearest and with advanced rounding and by regression with
+nearest and with compensated rounding, while a thread pulls frames; every output is compared with
+those of its mix, recorded before. Processor seconds depend little on what else runs.
+
+Quality: on the digits benchmark the mix that ``adapt`` picks from unlabelled frames against the
+best mix of the grid of 66, which knows the labels, and a stream that changes its domain.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +31,43 @@ from merge_quality import DOMAINS, Cell, Setting, harmonic, split
 
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.formats.bundle import Bundle
+from hdrq_deploy.formats.statistics import Statistics
 from hdrq_deploy.merging import Merger
 from hdrq_deploy.merging.unrounded_network import Network
 from hdrq_deploy.merging.weight_search import simplex
 from hdrq_deploy.mixing import DomainMixer
+from hdrq_deploy.numerics.layer_statistics import InputStatistics
 from hdrq_deploy.runtime.bench.environment import environment
 
 MODEL = "timm:resnet50"
-SWAPS = {"nearest": 100, "advanced": 10}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a mixer merges, and how often that is timed, alone and under load.
+
+    Mixes must be more than the two that are cached, or a swap costs nothing.
+    """
+
+    method: str
+    rounding: str
+    mixes: int
+    loaded: int
+
+
+WAYS = (
+    Way("mean", "nearest", 9, 20),
+    Way("mean", "advanced", 5, 3),
+    Way("regression", "nearest", 3, 3),
+    Way("regression", "compensated", 3, 1),
+)
 FRAMES = 128
 
 Array = np.ndarray[Any, Any]
 
 
 def pair(folder: Path) -> list[Path]:
-    """Two bundles of ResNet-50 whose codes differ as those of two domains do."""
+    """Two bundles of ResNet-50 whose codes and statistics differ as those of two domains do."""
     first = bundle(MODEL, folder, 8)
     rng = np.random.default_rng(0)
     tensors = dict(first.tensors())
@@ -54,22 +79,46 @@ def pair(folder: Path) -> list[Path]:
             )
     second = folder / "other.hdrq"
     manifest = first.manifest.model_copy(update={"domains": {"other": 1.0}})
-    Bundle.write(second, manifest, tensors, (first.path / "model.onnx").read_bytes())
+    Bundle.write(
+        second, manifest, tensors, (first.path / "model.onnx").read_bytes(), statistics=other(first)
+    )
     return [first.path, second]
 
 
-def swaps(paths: Sequence[Path], rounding: str) -> dict[str, Any]:
+def other(bundle: Bundle) -> Statistics:
+    """Its statistics, every input with a size of another domain."""
+    file = bundle.statistics()
+    assert file is not None
+    rng = np.random.default_rng(1)
+    layers, layouts = {}, {}
+    for layer in file.record.layers:
+        seen = file.layer(layer.weight)
+        gain = rng.uniform(0.5, 1.5, seen.mean.shape).astype(np.float32)
+        layers[layer.weight] = InputStatistics(
+            seen.rows, gain * seen.mean, gain**2 * seen.diagonal, gain[:, None] * seen.factor
+        )
+        layouts[layer.weight] = layer.bias, layer.layout
+    histograms = {name: file.histogram(name) for name in file.record.histograms}
+    return Statistics(file.record.rank, layouts, layers, histograms)
+
+
+def swaps(paths: Sequence[Path], way: Way) -> dict[str, Any]:
     """Seconds from ``set`` to the swap, with frames flowing and each one checked."""
     x = np.random.default_rng(1).standard_normal((1, 3, 224, 224)).astype(np.float32)
-    grid = [i / 10 for i in range(1, 10)]
-    with DomainMixer(paths, rounding=rounding, threads=1, cached=2) as mixer:
+    grid = [(i + 1) / (way.mixes + 1) for i in range(way.mixes)]
+    # Any mix but the first one, which is made with the mixer.
+    grid = [share + 0.01 for share in grid]
+    began = time.perf_counter()
+    with DomainMixer(paths, method=way.method, rounding=way.rounding, threads=1, cached=2) as mixer:
+        first = time.perf_counter() - began
         one, other = mixer.domains
         expected: dict[float, Array] = {}
-        alone = []
+        alone, processor = [], []
         for share in grid:
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             mixer.set({one: share, other: 1 - share}).result()
             alone.append(time.perf_counter() - started)
+            processor.append(time.process_time() - used)
             expected[share] = mixer(x)
         stop, served, wrong = threading.Event(), [0], [0]
 
@@ -82,7 +131,7 @@ def swaps(paths: Sequence[Path], rounding: str) -> dict[str, Any]:
         thread = threading.Thread(target=camera)
         thread.start()
         loaded = []
-        for i in range(SWAPS[rounding]):
+        for i in range(way.loaded):
             share = grid[(4 * i + 3) % len(grid)]
             started = time.perf_counter()
             mixer.set({one: share, other: 1 - share}).result()
@@ -90,7 +139,10 @@ def swaps(paths: Sequence[Path], rounding: str) -> dict[str, Any]:
         stop.set()
         thread.join()
     return {
-        "rounding": rounding,
+        "method": way.method,
+        "rounding": way.rounding,
+        "first_s": round(first, 3),
+        "swap_cpu_s_median": round(statistics.median(processor), 3),
         "swap_s": [round(t, 3) for t in alone],
         "swap_s_median": round(statistics.median(alone), 3),
         "swap_s_median_under_load": round(statistics.median(loaded), 3),
@@ -150,20 +202,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cells", type=Path, default=Path("build/merge_quality"), help="of merge_quality.py"
     )
+    parser.add_argument(
+        "--parts", nargs="+", choices=("speed", "adapt"), default=["speed", "adapt"]
+    )
+    parser.add_argument("--pair", type=Path, help="folder of the pair, which is kept there")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as scratch:
-        paths = pair(Path(scratch))
-        speed = [swaps(paths, rounding) for rounding in SWAPS]
-    settings = (Setting("hdrq", 8, 8, "fold", (0,)), Setting("hdrq", 4, 4, "fold", (0,)))
-    record = {
-        "schema_version": 1,
-        "environment": environment(),
-        "model": MODEL,
-        "speed": speed,
-        "adapt": [adapting(args.cells, setting) for setting in settings],
-    }
-    args.results.mkdir(parents=True, exist_ok=True)
-    write_bytes(args.results / "mixing.json", (json.dumps(record, indent=1) + "\n").encode())
+    target = args.results / "mixing.json"
+    record = json.loads(target.read_text()) if target.exists() else {"schema_version": 1}
+    record |= {"model": MODEL}
+
+    def put(part: str, found: list[Any]) -> None:
+        record[part] = found
+        args.results.mkdir(parents=True, exist_ok=True)
+        write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
+
+    if "speed" in args.parts:
+        record["environment"] = environment()
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = args.pair or Path(scratch)
+            paths = sorted(folder.glob("*.hdrq"))
+            paths = paths if len(paths) == 2 else pair(folder)
+            speed: list[Any] = []
+            for way in WAYS:
+                speed.append(swaps(paths, way))
+                print(speed[-1], flush=True)
+                put("speed", speed)
+    if "adapt" in args.parts:
+        settings = (Setting("hdrq", 8, 8, "fold", (0,)), Setting("hdrq", 4, 4, "fold", (0,)))
+        put("adapt", [adapting(args.cells, setting) for setting in settings])
     return 0
 
 

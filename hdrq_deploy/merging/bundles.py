@@ -140,8 +140,8 @@ class Merger:
         seed: Seed of the draws.
         method: Name of one of ``METHODS`` that needs no source checkpoint.
         method_options: Numbers that the method reads.
-        keep: Keep in memory what the parents give to every layer of a merge with statistics:
-            merges at further weights then cost little.
+        keep: Keep every layer's system of a regression in memory: merges at further weights then
+            cost little, and differ in the last digits of single precision.
         wbits: Weight bits of the merge; None for those of the parents.
         activation_scales: Name of one of ``ACTIVATION_SCALES``.
 
@@ -208,14 +208,20 @@ class Merger:
         progress: Progress | None = None,
         threads: int | None = None,
         options: Mapping[str, Any] | None = None,
+        statistics: bool = True,
     ) -> Bundle:
-        """The merge as a bundle; see :func:`merge`."""
+        """The merge as a bundle; see :func:`merge`.
+
+        Without ``statistics`` those of the parents are not merged: nobody will merge the result.
+        """
         check_output(output, BUNDLE, [parent.path for parent in self.parents])
         report = _counter(progress, len(self.entries))
         golden = golden_inputs(self.parents)
         layers: dict[str, Any] = {}
 
-        def statistics() -> Statistics | None:
+        def weighted() -> Statistics | None:
+            if not statistics:
+                return None
             return merged_statistics(
                 self.parents,
                 merge_weights,
@@ -238,7 +244,7 @@ class Merger:
 
         like = self.parents[0]
         if self._layers is None:
-            return Bundle.write_like(output, like, put_all, golden, check_merge, statistics)
+            return Bundle.write_like(output, like, put_all, golden, check_merge, weighted)
         merged, fallbacks = self._by_layers(self._layers, merge_weights, layers, threads, report)
         record = {**(options or {}), **({"fallbacks": fallbacks} if fallbacks else {})}
         manifest = self.manifest(merge_weights, dict(sorted(layers.items())), record)
@@ -246,7 +252,7 @@ class Merger:
         if self.wbits is not None:
             manifest = requantized(manifest, self.entries, self.wbits)
             graph = graph_with(like, merged, self.entries)
-        return Bundle.write(output, manifest, merged, graph, golden, check_merge, statistics())
+        return Bundle.write(output, manifest, merged, graph, golden, check_merge, weighted())
 
     def tensors(self, merge_weights: Sequence[float]) -> dict[str, Array]:
         """All tensors of a merge, in memory."""

@@ -1,8 +1,8 @@
 """Layers merged and rounded with what calibration saw of their inputs.
 
-Every layer is merged by itself. What a parent gives to it does not depend on the merge weights and
-is prepared once where :class:`LayerMerge` is asked to keep it; another mix then costs the sum of
-the parts and one solution. A layer whose inputs not all parents saw, or whose system has no
+Every layer is merged by itself. What a parent gives to it does not depend on the merge weights, and
+where :class:`LayerMerge` is asked to keep it the method prepares all mixes at once (see
+:mod:`hdrq_deploy.numerics.moment_mixtures`). A layer whose inputs not all parents saw, or whose system has no
 solution, gets the weighted mean, and the result says so.
 """
 
@@ -25,7 +25,7 @@ from ..numerics.moments import SingularError, covariance, mean_of, mixed, second
 from ..numerics.quantization import along, dequantize
 from ..typing import Array
 from .merged_statistics import common_layers
-from .methods.base import Floats, LayerPart, MergeMethod, MethodOptions, float64
+from .methods.base import Floats, LayerAtMix, LayerPart, MergeMethod, MethodOptions, float64
 from .rounding import ROUNDINGS, MergedCodes, round_target
 from .scales import searched_scale
 
@@ -73,7 +73,8 @@ class LayerMerge:
         rounding: Name of one of ``ROUNDINGS`` that draws nothing.
         options: Numbers of the method.
         entries: Tensors of the merge; their codes may have other ranges than the parents'.
-        keep: Keep what the parents give to each layer, for merges at other weights.
+        keep: Keep each layer's system as the method prepares it for merges at other weights; a
+            result then differs in the last digits of single precision.
 
     Raises:
         MergeError: A parent without statistics.
@@ -94,7 +95,7 @@ class LayerMerge:
         self._files = [_statistics_of(parent) for parent in parents] if needed else []
         self._records, self.missing = common_layers(self._files)
         self._bias_counts = Counter(r.bias for r in self._records.values())
-        self._kept: dict[str, list[LayerPart]] | None = {} if keep else None
+        self._kept: dict[str, LayerAtMix] | None = {} if keep else None
 
     def record(self, name: str) -> LayerRecord | None:
         """The layer of a weight that all parents saw; its bias is the layer's own alone."""
@@ -123,7 +124,7 @@ class LayerMerge:
         layers = self.method.layers
         if layers is not None and record is not None:
             try:
-                rows = layers.merge(self._parts(name, record), merge_weights, self.options)
+                rows = self._rows(name, record, merge_weights)
                 bias = None if record.bias is None else bias_of(rows)
                 inner = rows if bias is None else rows[:, :-1]
                 return RealLayer(weight_of(inner, record, entry.shape), bias, "")
@@ -194,10 +195,18 @@ class LayerMerge:
         scale = scale_of(name, self.parents[0])
         return [dequantize(p.tensor(name), p.tensor(scale), entry.axis) for p in self.parents]
 
+    def _rows(self, name: str, record: LayerRecord, merge_weights: Sequence[float]) -> Floats:
+        """The merged rows of a layer; raises SingularError."""
+        layers = self.method.layers
+        assert layers is not None
+        if self._kept is None:
+            return layers.merge(self._parts(name, record), merge_weights, self.options)
+        if name not in self._kept:
+            self._kept[name] = layers.kept(self._parts(name, record), self.options)
+        return self._kept[name](merge_weights)
+
     def _parts(self, name: str, record: LayerRecord) -> list[LayerPart]:
         """What each parent gives to a layer."""
-        if self._kept is not None and name in self._kept:
-            return self._kept[name]
         layers = self.method.layers
         assert layers is not None
         parts = []
@@ -206,8 +215,6 @@ class LayerMerge:
             bias = None if record.bias is None else parent.tensor(record.bias)
             rows = with_bias(rows_of(weight.astype(np.float64), record), bias)
             parts.append(layers.prepare(rows, file.layer(name), bias is not None, self.options))
-        if self._kept is not None:
-            self._kept[name] = parts
         return parts
 
 

@@ -21,6 +21,7 @@ from ..errors import BundleError, EngineError, HdrqError, MergeError
 from ..exporters import BuildOptions, GraphOptions
 from ..formats.bundle import Bundle
 from ..merging import Merger, choose_weights
+from ..merging.methods import MethodOptions
 from ..runtime.engine import check_input
 from ..runtime.forks import Owner
 from ..runtime.predictions import Frame, Prediction, frames_of, network_input, predictions, sizes_of
@@ -95,16 +96,26 @@ class DomainMixer:
             process of its own, or, with ``build=BuildOptions(refit=True)``, an engine that is
             not needed any more is given the new weights.
         mix: Weight of every domain at the start; equal weights by default.
-        rounding: How merged codes are rounded: ``nearest`` is the fastest.
+        rounding: How merged codes are rounded: ``nearest`` is the fastest. With ``method``
+            regression ``compensated`` is the other one, several times slower.
         candidates: Draws of ``advanced``.
         seed: Seed of the draws.
         threads: Threads inside an operator; 0, one per core.
         cached: Engines of recent mixes that are kept.
         options: Options of the lowered graph.
         build: Options of the builder of a TensorRT engine.
+        method: ``mean``, or ``regression`` where all bundles hold statistics of their layers'
+            inputs. Regression merges better and swaps later, so it is for the caller to choose:
+            what each costs at the size of ResNet-50 is in docs/evidence.md, "Mixing while
+            running". Its systems are prepared at the first mix and then kept, in single
+            precision: weights and factors of the statistics of every parent, and for every two
+            parents two products of (rank, outputs) a layer. At the default rank that is less than
+            20 bytes for each weight of two bundles: 0.5 GB for a pair of ResNet-50.
+        method_options: Numbers that regression reads.
 
     Raises:
-        MergeError: Bundles that do not fit each other, or a domain that two of them have.
+        MergeError: Bundles that do not fit each other, a domain that two of them have, a method
+            and a rounding that do not go together, or regression of bundles without statistics.
         EngineError: The engine is not known here.
         CheckFailed: The engine of a mix does not compute on a golden input what its graph does.
             ``set`` hands that error to its caller, and the running engine stays in use.
@@ -126,10 +137,14 @@ class DomainMixer:
         cached: int = 4,
         options: GraphOptions | None = None,
         build: BuildOptions | None = None,
+        method: str = "mean",
+        method_options: MethodOptions | None = None,
     ) -> None:
         if engine not in _BUILDERS:
             raise EngineError(f"found engine {engine!r}; a mixer runs {', '.join(_BUILDERS)}")
-        self._merger = Merger(bundles, rounding, candidates, seed)
+        self._merger = Merger(
+            bundles, rounding, candidates, seed, method, method_options, keep=True
+        )
         self.domains = tuple(_domain(bundle) for bundle in self._merger.parents)
         if len(set(self.domains)) != len(self.domains):
             raise MergeError(

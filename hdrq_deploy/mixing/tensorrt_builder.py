@@ -38,7 +38,7 @@ class TensorRtBuilder:
             spare.close()
         self._count += 1
         scratch = Path(self._scratch.name)
-        merged = self._merger.write(scratch / f"{self._count}.hdrq", mix)
+        merged = self._merger.write(scratch / f"{self._count}.hdrq", mix, statistics=False)
         target = scratch / f"{self._count}-engine"
         s = self._settings
         export(merged, target, s.engine, options=s.graph, build=s.build, say=_silent)

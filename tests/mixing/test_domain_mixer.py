@@ -16,6 +16,7 @@ from hdrq_deploy.exporters import export
 from hdrq_deploy.merging import Merger, choose_weights
 from hdrq_deploy.mixing import DomainMixer
 from hdrq_deploy.runtime import load_engine
+from tests.merging.seen import with_statistics
 
 NAMES = ("night", "day", "snow")
 
@@ -36,6 +37,45 @@ def test_a_mix_computes_what_the_exported_merge_does(
             with load_engine(export(merged, tmp_path / "e", force=True)) as engine:
                 np.testing.assert_array_equal(mixer(inputs), engine(inputs))
             assert mixer.mix == dict(zip(NAMES, weights, strict=True))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+def test_regression_mixes_compute_what_the_exported_merge_does(
+    make: Any, inputs: Any, tmp_path: Path, rounding: str
+) -> None:
+    parents = [
+        with_statistics(make(domain=name, per_channel=True), tmp_path / f"{name}.hdrq", seed)
+        for seed, name in enumerate(NAMES[:2])
+    ]
+    outputs = []
+    with DomainMixer(parents, rounding=rounding, method="regression") as mixer:
+        for weights in ((0.5, 0.5), (0.2, 0.8)):
+            mixer.set(dict(zip(NAMES, weights, strict=False))).result(60)
+            outputs.append(mixer(inputs))
+            merged = merge(parents, tmp_path / "m.hdrq", weights, rounding, method="regression")
+            with load_engine(export(merged, tmp_path / "e", force=True)) as engine:
+                expected = engine(inputs)
+            # Systems are kept in single precision, so a code may be the neighbouring one.
+            apart = np.sqrt(((outputs[-1] - expected) ** 2).mean() / (expected**2).mean())
+            assert apart < 0.01
+            # The corrected bias of one merge, and scales of its own.
+            mean = merge(parents, tmp_path / "n.hdrq", weights, "nearest", method="mean")
+            assert any(
+                not np.array_equal(mean.tensor(name), merged.tensor(name))
+                for name, entry in merged.manifest.tensors.items()
+                if entry.role == "scale"
+            )
+        adapted = mixer.adapt(inputs, margin=0.0)
+        assert mixer.mix == adapted.mix if adapted.changed else mixer.mix["night"] == 0.2
+    assert np.abs(outputs[0] - outputs[1]).max() > 1e-4
+
+
+def test_a_mixer_refuses_regression_without_statistics_and_noise_with_it(make: Any) -> None:
+    plain = [make(domain=name, statistics="off") for name in NAMES[:2]]
+    with pytest.raises(MergeError, match="found no statistics"):
+        DomainMixer(plain, method="regression")
+    with pytest.raises(MergeError, match="choose nearest or compensated"):
+        DomainMixer(plain, method="regression", rounding="advanced")
 
 
 def test_every_output_comes_from_one_mix_while_mixes_are_swapped(

@@ -16,6 +16,7 @@ from ...numerics.moments import Moments
 
 __all__ = [
     "Floats",
+    "LayerAtMix",
     "LayerMethod",
     "LayerPart",
     "MergeFunction",
@@ -101,6 +102,10 @@ class LayerPart:
     bias: bool
 
 
+# The merged rows of one layer at merge weights.
+LayerAtMix = Callable[[Sequence[float]], Floats]
+
+
 @dataclass(frozen=True)
 class LayerMethod:
     """How a method merges a layer of whose inputs there are statistics.
@@ -110,10 +115,13 @@ class LayerMethod:
             last row is the bias, the options); merge weights do not matter to it.
         merge: The merged rows, from (the parts, the merge weights, the options).
             :class:`~hdrq_deploy.numerics.moments.SingularError` says that there are none.
+        kept: What gives the same rows at any merge weights with little work, from (the parts,
+            the options); it may take its time, and raises as ``merge`` does.
     """
 
     prepare: Callable[[Floats, InputStatistics, bool, MethodOptions], LayerPart]
     merge: Callable[[Sequence[LayerPart], Sequence[float], MethodOptions], Floats]
+    kept: Callable[[Sequence[LayerPart], MethodOptions], LayerAtMix]
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,24 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ...numerics.layer_statistics import InputStatistics
-from ...numerics.moments import Moments, mixed, second_moments
-from .base import Floats, LayerMethod, LayerPart, MergeMethod, MethodOptions
+from ...numerics.moment_mixtures import LowRankMixture, PairMixture
+from ...numerics.moments import Moments, SingularError, mixed, second_moments
+from .base import Floats, LayerAtMix, LayerMethod, LayerPart, MergeMethod, MethodOptions
 from .mean import MEAN
 
 __all__ = ["REGRESSION"]
 
 # A layer's share of the ridge that a group without inputs still gets.
 _FLOOR = 1e-6
+# A smaller share of a feature's own diagonal and Woodbury's identity loses its digits.
+_OWN_SHARE = 1e-8
+# More features than this and the basis that two parents share costs minutes to find.
+_LARGEST_BASIS = 1200
 
 
 def _prepare(
@@ -46,9 +51,47 @@ def _merge(
     return moments.raised(ridge).solved(np.asarray(target + ridge[:, :, None] * mean))
 
 
+def _kept(parts: Sequence[LayerPart], options: MethodOptions) -> LayerAtMix:
+    moments, rows = [part.moments for part in parts], [part.rows for part in parts]
+    bias, own = parts[0].bias, [part.moments.variances() for part in parts]
+    ridges = [_ridge_of(variances, bias, options.ridge) for variances in own]
+
+    def ridge(merge_weights: Sequence[float]) -> Floats:
+        variances = sum(w * v for v, w in zip(own, merge_weights, strict=True))
+        return _ridge_of(np.asarray(variances), bias, options.ridge)
+
+    def plain(merge_weights: Sequence[float]) -> Floats:
+        return _merge(parts, merge_weights, options)
+
+    if mixed(moments, [1 / len(parts)] * len(parts)).low_rank:
+        if all(_own_diagonal(m, r) for m, r in zip(moments, ridges, strict=True)):
+            low = LowRankMixture(moments, rows)
+            return lambda merge_weights: low.solved(merge_weights, ridge(merge_weights))
+    elif len(parts) == 2 and rows[0].shape[1] <= _LARGEST_BASIS and _linear(ridges, ridge):
+        try:
+            return PairMixture(moments, rows, ridges).solved
+        except SingularError:
+            return plain  # which says at every mix why there is no solution
+    return plain
+
+
+def _own_diagonal(moments: Moments, ridge: Floats) -> bool:
+    """Whether Woodbury's identity keeps its digits."""
+    raised = moments.raised(ridge)
+    return bool((raised.diagonal > _OWN_SHARE * raised.variances()).all())
+
+
+def _linear(ridges: Sequence[Floats], ridge: Callable[[Sequence[float]], Floats]) -> bool:
+    """Whether the ridge of a mix is the mix of the ridges: no group is without inputs."""
+    return np.allclose((ridges[0] + ridges[1]) / 2, ridge([0.5, 0.5]), rtol=1e-9, atol=0)
+
+
 def _ridge(moments: Moments, bias: bool, share: float) -> Floats:
     """(groups, features): a share of the mean diagonal, of the bias's own for the bias."""
-    variances = moments.variances()
+    return _ridge_of(moments.variances(), bias, share)
+
+
+def _ridge_of(variances: Floats, bias: bool, share: float) -> Floats:
     inputs = variances[:, :-1] if bias else variances
     each = inputs.mean(1, keepdims=True)
     each = np.maximum(each, _FLOOR * each.mean())
@@ -64,5 +107,5 @@ REGRESSION = MergeMethod(
     MEAN.merge,
     "least squares on the inputs that the statistics describe",
     options=("alpha", "ridge"),
-    layers=LayerMethod(_prepare, _merge),
+    layers=LayerMethod(_prepare, _merge, _kept),
 )
