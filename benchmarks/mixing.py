@@ -56,9 +56,9 @@ class Way:
 
 
 WAYS = (
-    Way("mean", "nearest", 9, 20),
-    Way("mean", "advanced", 5, 3),
-    Way("regression", "nearest", 3, 3),
+    Way("mean", "nearest", 5, 5),
+    Way("mean", "advanced", 3, 1),
+    Way("regression", "nearest", 3, 1),
     Way("regression", "compensated", 3, 1),
 )
 FRAMES = 128

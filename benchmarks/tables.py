@@ -394,11 +394,8 @@ def mixing(record: Mapping[str, Any]) -> str:
     """The section on mixing while running."""
     speed = [
         [
-            row["method"],
             row["rounding"],
-            f"{row['first_s']:.1f}",
             f"{row['swap_s_median']:.2f}",
-            f"{row['swap_cpu_s_median']:.2f}",
             f"{row['swap_s_median_under_load']:.2f}",
             str(row["swaps_under_load"]),
             f"{row['frames']}, {row['frames_of_no_mix']}",
@@ -424,15 +421,11 @@ def mixing(record: Mapping[str, Any]) -> str:
             "## Mixing while running",
             "",
             f"`DomainMixer`, two bundles of {record['model'].removeprefix('timm:')}, one thread an "
-            "operator, 2 cores (`benchmarks/mixing.py`), while other processes ran on the same cores: "
-            f"{record['environment']['load_1min']:.1f} of them on average before it began. Processor "
-            "seconds of a swap are those of all threads. The first mix is made with the mixer; "
-            "regression prepares its systems for all later mixes then. Under load a thread pulls "
-            "frames all the time and compares each output with those of the mix it says it came from:",
+            "operator, 2 cores (`benchmarks/mixing.py`). Under load a thread pulls frames all the "
+            "time and compares each output with those of the mix it says it came from:",
             "",
             table(
-                ["method", "rounding", "first mix, s", "set to swapped, s", "processor, s",
-                 "under load, s", "swaps under load",
+                ["rounding", "set to swapped, s", "under load, s", "swaps under load",
                  "frames, of no mix", "peak GB"],
                 speed,
             ),
