@@ -409,8 +409,8 @@ def test_the_segmentation_protocol_finds_its_data(tmp_path: Path) -> None:
 
 
 def test_grids_that_make_no_sense(task: Task) -> None:
-    with pytest.raises(SpecError, match="found method 'gptq'"):
-        Grid(task, ("gptq",))
+    with pytest.raises(SpecError, match="found method 'magic'"):
+        Grid(task, ("magic",))
     with pytest.raises(SpecError, match="1 domain; a merge needs two"):
         Grid(replace(task, domains=task.domains[:1]))
     with pytest.raises(SpecError, match="found bits 'int4'; needed such as w4a4"):
