@@ -2,8 +2,8 @@
 
 Every layer is merged by itself. What a parent gives to it does not depend on the merge weights, and
 where :class:`LayerMerge` is asked to keep it the method prepares all mixes at once (see
-:mod:`hdrq_deploy.numerics.moment_mixtures`). A layer whose inputs not all parents saw, or whose system has no
-solution, gets the weighted mean, and the result says so.
+:mod:`hdrq_deploy.numerics.moment_mixtures`). A layer whose inputs not all parents saw, or whose
+system has no solution, gets the weighted mean, and the result says so.
 """
 
 from __future__ import annotations
