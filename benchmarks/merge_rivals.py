@@ -48,7 +48,7 @@ from hdrq_deploy.runtime.bench.environment import environment
 
 TASK = "digits"
 FLOAT_MERGES = ("mean", "regression")
-METHODS = ("gptq", "qdrop", "experts")
+METHODS = ("gptq", "experts", "qdrop")
 BITS = ((4, 8), (4, 4), (3, 3))
 # Targets and anchor of ``experts``: the best of these by ``--tune``.
 TARGETS, ANCHOR = "network", 1e-2
@@ -82,10 +82,10 @@ class Rival:
 def grid(out: Path, seeds: Sequence[int]) -> Iterator[Rival]:
     """All rivals, those of the first seed first."""
     for seed in seeds:
-        for start in FLOAT_MERGES:
-            for method in METHODS:
-                if seed > 0 and method != "qdrop":
-                    continue  # nothing is drawn
+        for method in METHODS:
+            if seed > 0 and method != "qdrop":
+                continue  # nothing is drawn
+            for start in FLOAT_MERGES:
                 for wbits, abits in BITS:
                     for members in groups_of(task_of(TASK, out)):
                         yield Rival(members, start, method, wbits, abits, seed)
