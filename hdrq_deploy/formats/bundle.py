@@ -109,7 +109,7 @@ class Bundle:
 
         Args:
             path: Folder to make; an earlier bundle there is replaced.
-            manifest: The manifest; its ``files`` are filled in here.
+            manifest: The manifest; its ``files`` and ``statistics`` are filled in here.
             tensors: Unpacked codes, scales and floats, one for each manifest tensor.
             graph: ``model.onnx`` whose external data fits the layout of ``tensors``.
             golden: ``input`` (N, ...) and, where it is known, ``output``.
@@ -125,7 +125,8 @@ class Bundle:
                 "files": {
                     name: FileRecord(bytes=len(data), sha256=sha256_bytes(data))
                     for name, data in contents.items()
-                }
+                },
+                "statistics": None,
             }
         )
         if statistics is not None:

@@ -300,7 +300,7 @@ def test_flags_that_a_merge_would_ignore_are_refused(
         (bundles, ["--method", "ties"], "--method ties with bundles"),
         (bundles, ["--method", "task-arithmetic"], "--method task-arithmetic with bundles"),
         (bundles, ["--base", floats[0]], "--base with bundles"),
-        (bundles, ["--density", "0.5"], "--density with bundles"),
+        (bundles, ["--density", "0.5"], "--density with --method mean"),
         (bundles, ["--criterion", "entropy"], "--criterion without --weights auto"),
         (bundles, ["--data", "night=x.npz"], "--data without --weights auto"),
         (bundles, ["--rounding", "nearest", "--candidates", "5"], "--candidates with --rounding"),

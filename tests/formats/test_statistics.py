@@ -131,3 +131,10 @@ def test_a_bundle_with_statistics_may_be_replaced(make: Any, tmp_path: Path) -> 
     assert BUNDLE.stranger(bundle.path) == ""
     (bundle.path / "notes.txt").write_text("mine")
     assert "notes.txt" in BUNDLE.stranger(bundle.path)
+
+
+def test_a_manifest_that_is_used_again_promises_no_statistics(make: Any, tmp_path: Path) -> None:
+    bundle = with_statistics(make(), tmp_path / "full.hdrq")
+    graph = (bundle.path / GRAPH).read_bytes()
+    again = Bundle.write(tmp_path / "again.hdrq", bundle.manifest, bundle.tensors(), graph)
+    assert bundle.manifest.statistics and Bundle.open(again.path).statistics() is None
