@@ -8,9 +8,9 @@ and W3A3; merges all pairs and the triple to nearest; and measures them on the c
 which choices are made, and on the test split. A row of results is one method, its bits and its
 seed, and lies on disk: one that is there is not made again, so a stopped run goes on.
 
-Both methods learn at the rates that ``merge_statistics.py`` chose for these iterations on calibration
-images, each out of five. The second seed runs for the published distance, and for the best of each
-family by the first seed.
+Both methods learn at the rates that ``merge_statistics.py`` chose for these iterations on
+calibration images, each out of five. The second seed runs for the published distance, and for the
+best of each family by the first seed.
 """
 
 from __future__ import annotations
