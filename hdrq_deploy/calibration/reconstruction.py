@@ -46,7 +46,7 @@ Sources = list[tuple[WeightQuantizer, Tensor]]
 # The same, with the weight of their distance in the loss.
 Pulls = list[tuple[WeightQuantizer, Tensor, float]]
 # Images that say the first scales of activations one by one.
-_IMAGES, _VALUES = 8, 1 << 16
+_IMAGES, _VALUES = 8, 1 << 13
 
 
 class _Activation(NamedTuple):
