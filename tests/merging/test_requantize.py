@@ -32,4 +32,4 @@ def test_graph_and_entries_are_those_of_a_calibration(
     expected = narrow.graph()
     assert onnx.load_model_from_string(graph) == expected
     assert graph == expected.SerializeToString(deterministic=True)
-    assert wide.graph() != expected
+    assert (wide.graph() != expected) == (bits <= 4)  # wider codes are stored alike

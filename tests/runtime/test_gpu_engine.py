@@ -98,7 +98,7 @@ class FakeCuda(types.ModuleType):
         return Status.cudaSuccess, address
 
     def _inside(self, address: int, count: int, kind: str) -> None:
-        for start, (found, block) in self.memory.items():
+        for start, (found, block) in list(self.memory.items()):
             if start <= address and address + count <= start + len(block):
                 assert found == kind, f"{kind} memory was needed, {found} found"
                 return
