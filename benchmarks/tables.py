@@ -398,7 +398,9 @@ def mixing(record: Mapping[str, Any]) -> str:
     """The section on mixing while running."""
     speed = [
         [
+            row.get("method", "mean"),
             row["rounding"],
+            *(f"{row[key]:.1f}" if key in row else "" for key in ("first_s", "swap_cpu_s_median")),
             f"{row['swap_s_median']:.2f}",
             f"{row['swap_s_median_under_load']:.2f}",
             str(row["swaps_under_load"]),
@@ -425,11 +427,15 @@ def mixing(record: Mapping[str, Any]) -> str:
             "## Mixing while running",
             "",
             f"`DomainMixer`, two bundles of {record['model'].removeprefix('timm:')}, one thread an "
-            "operator, 2 cores (`benchmarks/mixing.py`). Under load a thread pulls frames all the "
-            "time and compares each output with those of the mix it says it came from:",
+            "operator, 2 cores, a load average of "
+            f"{record['environment']['load_1min']:.1f} before it began (`benchmarks/mixing.py`). "
+            "Under load a thread pulls frames all the time and compares each output with those of "
+            "the mix it says it came from. The first mix is made with the mixer; regression "
+            "prepares its systems for all later mixes then:",
             "",
             table(
-                ["rounding", "set to swapped, s", "under load, s", "swaps under load",
+                ["method", "rounding", "first mix, s", "swap, processor s",
+                 "set to swapped, s", "under load, s", "swaps under load",
                  "frames, of no mix", "peak GB"],
                 speed,
             ),
