@@ -116,10 +116,13 @@ def _figure(summary: dict[str, float]) -> str:
 
 
 def markdown(grid: Grid, records: Sequence[dict[str, Any]]) -> str:
-    """The table as Markdown, below the name of the network."""
+    """The table as Markdown, and below it the name of the network.
+
+    The header line comes first: it tells the file from one of the user's own.
+    """
     lines = [header(grid), ["---"] * len(header(grid)), *(cells(grid, r) for r in records)]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"{network(grid)}\n\n{table}"
+    return f"{table}\n{network(grid)}\n"
 
 
 def network(grid: Grid) -> str:

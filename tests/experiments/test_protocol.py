@@ -29,6 +29,7 @@ from hdrq_deploy.experiments.grid import Grid, Run, bundle_path, parse_bits, row
 from hdrq_deploy.experiments.table import cells, header, markdown, network, rows
 from hdrq_deploy.experiments.tasks import Domain, Task, office_home, segmentation
 from hdrq_deploy.formats.bundle import Bundle
+from hdrq_deploy.formats.file_kinds import REPRODUCE_TABLE
 from hdrq_deploy.jobs.job import Job, run_jobs
 from hdrq_deploy.jobs.pool import open_pool
 
@@ -141,7 +142,9 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     assert line["published"] == "63.00" and line["bits"] == "W4A4"
     assert [cells(grid, r)[-1] for r in records].count("63.00") == 1
     text = markdown(grid, records)
-    assert text.startswith(f"{grid.task.model}\n\n| setting |") and text.count("\n") == 4 + 13
+    assert text.endswith(f" |\n\n{grid.task.model}\n") and text.count("\n") == 4 + 13
+    (tmp_path / "table.md").write_text(text)
+    assert REPRODUCE_TABLE.is_ours(tmp_path / "table.md")
     named = replace(grid, task=replace(grid.task, form="fused by hand"))
     assert network(named) == f"{grid.task.model} (fused by hand)"
 
