@@ -5,7 +5,9 @@
 Brute force scores each candidate as the paper writes it: whole dequantized tensors, two
 norms and a dot product for every parent. ``reference draws`` also draws both parents' errors
 anew for each, as the reference does. Times are of the codes alone; ``bundle`` is the whole
-command on bundles on disk, in a process of its own, with its peak memory.
+command on bundles on disk, in a process of its own, with its peak memory. Its bundles hold drawn
+statistics of the rank that a calibration keeps, in the same room as the codes; ``--only bundles``
+measures the whole merges alone and leaves the other figures as they are.
 """
 
 from __future__ import annotations
@@ -161,6 +163,7 @@ def write_pair(folder: Path) -> None:
     from hdrq_deploy.formats.safetensors_layout import layout
 
     shapes = [shape for shape, count in SHAPES for _ in range(count)]
+    seen = drawn_statistics(shapes)
     entries = {}
     for i, shape in enumerate(shapes):
         entries[f"w{i}_codes"] = Tensor(
@@ -195,8 +198,37 @@ def write_pair(folder: Path) -> None:
         )  # fmt: skip
         Bundle.write(
             folder / f"{domain}.hdrq", manifest, tensors,
-            onnx.helper.make_model(graph).SerializeToString(),
+            onnx.helper.make_model(graph).SerializeToString(), statistics=seen,
         )  # fmt: skip
+
+
+def drawn_statistics(shapes: list[tuple[int, ...]]) -> Any:
+    """Statistics of every layer, of a rank whose factors take as many bytes as the codes."""
+    from hdrq_deploy.formats.statistics import Statistics
+    from hdrq_deploy.numerics.layer_statistics import InputStatistics
+
+    rng, layers, layouts = np.random.default_rng(1), {}, {}
+    for i, shape in enumerate(shapes):
+        features = int(np.prod(shape[1:]))
+        rank = min(features, shape[0] // 2)
+        factor = rng.standard_normal((1, rank, features), np.float32) / np.sqrt(rank)
+        ones = np.ones((1, features), np.float32)
+        layers[f"w{i}_codes"] = InputStatistics(1e4, ones / 2, ones / 4, factor)
+        layouts[f"w{i}_codes"] = (None, "conv" if len(shape) == 4 else "linear")
+    return Statistics("auto", layouts, layers, {})
+
+
+# Method, rounding and weight bits of whole merges.
+WAYS: dict[str, dict[str, Any]] = {
+    "nearest": {"method": "mean", "rounding": "nearest"},
+    "noise": {"method": "mean", "rounding": "noise"},
+    "advanced": {"method": "mean", "rounding": "advanced"},
+    "mean, compensated": {"method": "mean", "rounding": "compensated"},
+    "regression, compensated": {"method": "regression", "rounding": "compensated"},
+    "regression, compensated, W4": {
+        "method": "regression", "rounding": "compensated", "wbits": 4,
+    },
+}  # fmt: skip
 
 
 def one_merge(folder: Path, how: str) -> dict[str, Any]:
@@ -204,12 +236,17 @@ def one_merge(folder: Path, how: str) -> dict[str, Any]:
     from hdrq_deploy import Bundle, merge
 
     paths = [folder / f"{domain}.hdrq" for domain in ("night", "day")]
-    before = peak_bytes()
-    seconds = timed(lambda: merge(paths, folder / "merged.hdrq", None, how, CANDIDATES))
-    after = peak_bytes()
-    size = sum(Bundle.open(p, check=False).size_bytes for p in paths)
+    before, cpu = peak_bytes(), time.process_time()
+    seconds = timed(
+        lambda: merge(paths, folder / "merged.hdrq", candidates=CANDIDATES, **WAYS[how])
+    )
+    after, cpu = peak_bytes(), time.process_time() - cpu
+    opened = [Bundle.open(p, check=False) for p in paths]
+    size = sum(bundle.size_bytes for bundle in opened)
+    kept = [bundle.manifest.statistics for bundle in opened]
     return {
-        "rounding": how, "seconds": seconds, "inputs_mb": size / 1e6,
+        "rounding": how, "seconds": seconds, "processor_seconds": cpu, "inputs_mb": size / 1e6,
+        "statistics_mb": sum(record.file.bytes for record in kept if record) / 1e6,
         "peak_mb": after / 1e6, "peak_above_imports_mb": (after - before) / 1e6,
         "peak_above_imports_over_inputs": (after - before) / size,
     }  # fmt: skip
@@ -220,7 +257,7 @@ def bundles(repeats: int) -> list[dict[str, Any]]:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         write_pair(Path(scratch))
-        for how in ("nearest", "noise", "advanced"):
+        for how in WAYS:
             for _ in range(repeats):
                 command = [sys.executable, __file__, "--one", scratch, how]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -234,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", choices=("bundles",), help="leave the other figures")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
@@ -241,16 +279,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     from hdrq_deploy.runtime.bench.environment import environment
 
-    record = {
-        "schema_version": 1,
-        "candidates": CANDIDATES,
-        "environment": environment(),
-        "codes": codes_only(args.repeats),
-        "whole_pair": whole_pair(),
-        "bundles": bundles(args.repeats),
-    }
+    target = args.results / "merge_speed.json"
+    if args.only:
+        record = {**json.loads(target.read_text()), "bundles": bundles(args.repeats)}
+    else:
+        record = {
+            "schema_version": 1,
+            "candidates": CANDIDATES,
+            "environment": environment(),
+            "codes": codes_only(args.repeats),
+            "whole_pair": whole_pair(),
+            "bundles": bundles(args.repeats),
+        }
     args.results.mkdir(parents=True, exist_ok=True)
-    write_bytes(args.results / "merge_speed.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
     return 0
 
 

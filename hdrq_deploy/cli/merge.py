@@ -45,6 +45,8 @@ _EPILOG = """\
 two checkpoints instead of bundles (.safetensors; .pt where torch is installed) are merged in float,
 and written in the dtype that they have (in float32 where they differ):
   hdrq-merge night.safetensors day.safetensors --method mean -o merged.safetensors
+  hdrq-merge night.safetensors day.safetensors --method regression \\
+      --statistics night-seen.safetensors day-seen.safetensors -o merged.safetensors
 """
 # Flags of one kind of merge: what is given, and ignored, would be taken for what was done.
 _OF_BUNDLES = (
@@ -57,7 +59,7 @@ _OF_BUNDLES = (
     "activation_scales",
 )
 _METHOD_OPTIONS = tuple(option.name for option in fields(MethodOptions))
-_OF_CHECKPOINTS = ("base",)
+_OF_CHECKPOINTS = ("base", "statistics")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -121,6 +123,12 @@ def arguments() -> argparse.ArgumentParser:
     floats = p.add_argument_group("checkpoints", "float merging of .safetensors or torch files")
     needing = [name for name, method in METHODS.items() if method.needs_base]
     floats.add_argument("--base", help=f"source checkpoint of {' and '.join(needing)}")
+    floats.add_argument(
+        "--statistics",
+        nargs="+",
+        default=[],
+        help="files of hdrq statistics for --method regression, one per checkpoint",
+    )
     return p
 
 
@@ -136,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _merge(args: argparse.Namespace) -> int:
     floats = _are_checkpoints(args.bundles)
-    others = [*paths_of(args.data), *paths_of(args.re_estimate), args.base]
+    others = [*paths_of(args.data), *paths_of(args.re_estimate), args.base, *args.statistics]
     check_output(args.output, MERGED if floats else BUNDLE, [*args.bundles, *others])
     check_scratch()
     if floats:
@@ -299,6 +307,9 @@ def _merge_checkpoints(args: argparse.Namespace) -> int:
             progress=lambda done, total: progress(done, total, ""),
             scaling=numbers.scaling,
             density=numbers.density,
+            statistics=args.statistics,
+            alpha=numbers.alpha,
+            ridge=numbers.ridge,
         )
     print(path)
     return 0

@@ -309,11 +309,10 @@ class Merger:
         ``layers`` is given the statistics of each tensor of codes.
         """
         merged, fallbacks = self._means(merge_weights), dict[str, str]()
-        scales = {name: merged[scale_of(name, self.parents[0])] for name in self.code_names}
         found: dict[str, dict[str, Array]] = {}
 
         def one(name: str) -> None:
-            found[name], fallback, codes = self._layer(merging, name, merge_weights, scales)
+            found[name], fallback, codes = self._layer(merging, name, merge_weights, merged)
             if fallback:
                 fallbacks[name] = fallback
             if codes is not None:
@@ -330,25 +329,27 @@ class Merger:
         merging: LayerMerge,
         name: str,
         merge_weights: Sequence[float],
-        scales: Mapping[str, Array],
+        means: Mapping[str, Array],
     ) -> tuple[dict[str, Array], str, MergedCodes | None]:
         """The tensors of one layer, why it is not as asked for, and what rounding did."""
-        if name in scales:
+        scale = scale_of(name, self.parents[0]) if name in self.code_names else None
+        if scale is not None:
             per_channel = self.parents[0].manifest.scheme.per_channel
-            layer = merging.rounded(name, merge_weights, scales[name], per_channel)
-            values: dict[str, Array] = {
-                name: layer.codes.codes,
-                scale_of(name, self.parents[0]): layer.scale,
-            }
+            layer = merging.rounded(name, merge_weights, means[scale], per_channel)
+            values: dict[str, Array] = {name: layer.codes.codes, scale: layer.scale}
             bias, fallback, codes = layer.bias, layer.fallback, layer.codes
+            weight = dequantize(layer.codes.codes, layer.scale, self.entries[name].axis)
         else:
             real = merging.real(name, merge_weights)
-            values = {name: real.weight.astype(np.float32)}
+            weight = real.weight.astype(np.float32)
+            values = {name: weight}
             bias = None if real.bias is None else real.bias.astype(np.float32)
             fallback, codes = real.fallback, None
         record = merging.record(name)
         if bias is not None and record is not None and record.bias is not None:
             values[record.bias] = bias
+        if corrected := merging.correction(name, weight, merge_weights):
+            values |= corrected.applied(merging.norms[name], means)
         return values, fallback, codes
 
     def codes(

@@ -23,6 +23,7 @@ from ..formats.checkpoints import FLOATS, Checkpoint, Stored, from_float32, open
 from ..formats.file_kinds import MERGED
 from ..formats.safetensors_layout import with_metadata
 from ..typing import Array
+from .checkpoint_layers import CheckpointLayers
 from .merge_weights import check_different, check_merge_weights
 from .methods import METHODS, MergeMethod, MethodOptions, method_of
 from .methods.base import float64
@@ -43,6 +44,10 @@ def merge_checkpoints(
     scaling: float = 1.0,
     density: float = 0.2,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    statistics: Sequence[str | os.PathLike[str]] = (),
+    alpha: float = MethodOptions.alpha,
+    ridge: float = MethodOptions.ridge,
 ) -> Path:
     """Merge float checkpoints of one architecture into one.
 
@@ -60,6 +65,10 @@ def merge_checkpoints(
         scaling: Factor of the merged task vector.
         density: Share of each task vector that ``ties`` keeps, > 0 to 1.
         progress: Called with (tensors done, tensors in all).
+        statistics: Of the inputs of each checkpoint's layers, as ``hdrq statistics`` writes them,
+            for a method that reads them; BatchNorm stays apart, and its moments are matched.
+        alpha: What ``regression`` keeps of the products of different inputs, 0 to 1.
+        ridge: What ``regression`` adds to its diagonal, as a share of the mean.
 
     Raises:
         MergeError: Fewer than two files, one named twice, weights or options that do not fit,
@@ -72,23 +81,27 @@ def merge_checkpoints(
     merge_weights = check_merge_weights(weights, len(files), "checkpoint")
     check_different(files)
     chosen = method_of(method)
-    if chosen.needs_statistics:
+    if statistics and not chosen.needs_statistics:
         raise MergeError(
-            f"found method {method!r} with checkpoints; it needs statistics of the layers' inputs, "
-            "which bundles hold: calibrate the checkpoints (`method` float keeps them float)"
+            f"found `statistics` with method {method!r}, which does not read them; choose "
+            "regression, or leave them out"
         )
-    options = MethodOptions(scaling, density)
+    options = MethodOptions(scaling, density, alpha, ridge)
     sources = [*files, *_base_of(method, base)]
     if Path(output).suffix != ".safetensors":
         raise MergeError(
             f"found the output {output}; needed a .safetensors file, which is what a merge of "
             "checkpoints writes"
         )
-    target = check_output(output, MERGED, sources)
+    target = check_output(output, MERGED, [*sources, *map(Path, statistics)])
     opened = [open_checkpoint(path) for path in sources]
     for other in opened[1:]:
         _check_same(opened[0], other)
     parents = opened[: len(files)]
+    layers = None
+    if chosen.needs_statistics:
+        seen = [Path(path) for path in statistics]
+        layers = CheckpointLayers(parents, seen, merge_weights, chosen, options)
     entries = {name: _merged_type(name, parents) for name in opened[0].tensors}
     header, order = _header(entries)
     with replaced(target, MERGED) as file:
@@ -96,7 +109,9 @@ def merge_checkpoints(
         for done, name in enumerate(order):
             tensors = [_finite(checkpoint, name) for checkpoint in opened]
             means = _means(parents, name)
-            merged = _merge_one(tensors, means, merge_weights, chosen, options)
+            merged = layers.merged(name) if layers is not None else None
+            if merged is None:
+                merged = _merge_one(tensors, means, merge_weights, chosen, options)
             file.write(_as_stored(merged, entries[name], name, target))
             if progress:
                 progress(done + 1, len(order))

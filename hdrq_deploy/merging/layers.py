@@ -24,6 +24,7 @@ from ..numerics.layer_matrix import bias_of, rows_of, weight_of, with_bias
 from ..numerics.moments import SingularError, covariance, mean_of, mixed, second_moments
 from ..numerics.quantization import along, dequantize
 from ..typing import Array
+from .batchnorm_correction import Correction, correction, norms_of
 from .merged_statistics import common_layers
 from .methods.base import Floats, LayerAtMix, LayerPart, MergeMethod, MethodOptions, float64
 from .rounding import ROUNDINGS, MergedCodes, round_target
@@ -96,6 +97,7 @@ class LayerMerge:
         self._records, self.missing = common_layers(self._files)
         self._bias_counts = Counter(r.bias for r in self._records.values())
         self._kept: dict[str, LayerAtMix] | None = {} if keep else None
+        self.norms = norms_of(parents[0]) if self._files else {}
 
     def record(self, name: str) -> LayerRecord | None:
         """The layer of a weight that all parents saw; its bias is the layer's own alone."""
@@ -174,7 +176,7 @@ class LayerMerge:
         wide = along(scale.astype(np.float64), len(shape), spec.axis)
         rows = rows_of(real.weight, record)
         steps = rows_of(np.broadcast_to(wide, shape), record)
-        if real.bias is None:
+        if real.bias is None and name not in self.norms:
             # Nothing makes up for a change of the mean: it is an error as well.
             whole = [second_moments(part, 1.0, bias=False) for part in inputs]
             moments = mixed(whole, merge_weights)
@@ -186,6 +188,22 @@ class LayerMerge:
             lost = mean_of(inputs, merge_weights)[:, None] @ (rows - codes * steps)
             bias = bias + lost.reshape(-1)
         return weight_of(codes, record, shape), bias
+
+    def correction(
+        self, name: str, weight: Array, merge_weights: Sequence[float]
+    ) -> Correction | None:
+        """What the moments of the BatchNorm behind a layer lack; None where there is none.
+
+        Args:
+            name: The weight's tensor.
+            weight: The merged real weight that is computed with.
+            merge_weights: One per parent, sum 1.
+        """
+        record = self.record(name)
+        if name not in self.norms or record is None or record.layout == "transposed":
+            return None
+        inputs = [file.layer(name) for file in self._files]
+        return correction(weight, self.weights_of(name), inputs, merge_weights, record)
 
     def weights_of(self, name: str) -> list[Array]:
         """The real weights of the parents, BatchNorm not applied."""

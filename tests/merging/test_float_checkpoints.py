@@ -10,7 +10,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from hdrq_deploy.cli import merge as merge_command
+from hdrq_deploy.formats.checkpoints import checkpoint_sha256, open_checkpoint
+from hdrq_deploy.formats.statistics import Statistics
 from hdrq_deploy.merging import merge_checkpoints
+from tests.merging.seen import drawn_rows, statistics_of
 
 
 def checkpoints(folder: Path, count: int = 2) -> tuple[list[Path], list[dict[str, Any]], Any]:
@@ -91,3 +94,57 @@ def test_checkpoints_that_do_not_fit_are_refused(
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert not Path(out).exists()
+
+
+def seen(path: Path, checkpoint: Path, rows: Any, bias: str | None) -> Path:
+    """A file of statistics of the checkpoint's convolution."""
+    layers = {"conv.weight": statistics_of(rows)}
+    statistics = Statistics("full", {"conv.weight": (bias, "conv")}, layers, {})
+    digest = checkpoint_sha256(open_checkpoint(checkpoint))
+    path.write_bytes(statistics.serialize_for_checkpoint("conv", digest, "images"))
+    return path
+
+
+def test_checkpoints_are_merged_by_least_squares_on_their_inputs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(5)
+    rows = [drawn_rows(seed, 1, 27) for seed in range(2)]
+    paths, states = [], []
+    for i in range(2):
+        weight, bias = rng.normal(0, 1, (4, 3, 3, 3)), rng.normal(0, 1, 4)
+        states.append({"conv.weight": weight, "conv.bias": bias, "other": rng.normal(0, 1, 6)})
+        states[-1] = {name: value.astype(np.float32) for name, value in states[-1].items()}
+        paths.append(tmp_path / f"{i}.safetensors")
+        save_file(states[-1], paths[-1])
+    files = [
+        seen(tmp_path / f"seen{i}.safetensors", paths[i], rows[i], "conv.bias") for i in range(2)
+    ]
+    out = tmp_path / "m.safetensors"
+    exact: dict[str, Any] = {"statistics": files, "alpha": 1.0, "ridge": 0.0}
+    got = load_file(merge_checkpoints(paths, out, [0.3, 0.7], "regression", **exact))
+    sides: list[Any] = [[], []]
+    for x, state, share in zip(rows, states, [0.3, 0.7], strict=True):
+        longer = np.hstack([x[0], np.ones((x.shape[1], 1))]) * np.sqrt(share / x.shape[1])
+        wide = np.hstack([state["conv.weight"].reshape(4, -1), state["conv.bias"][:, None]])
+        sides[0].append(longer)
+        sides[1].append(longer @ wide.T)
+    expected = np.linalg.lstsq(np.vstack(sides[0]), np.vstack(sides[1]))[0].T
+    found = np.hstack([got["conv.weight"].reshape(4, -1), got["conv.bias"][:, None]])
+    # The file holds them in half precision.
+    np.testing.assert_allclose(found, expected, atol=0.05)
+    mean = 0.3 * states[0]["other"] + 0.7 * states[1]["other"]
+    np.testing.assert_allclose(got["other"], mean, rtol=1e-6)
+    average = 0.3 * states[0]["conv.weight"] + 0.7 * states[1]["conv.weight"]
+    assert np.abs(got["conv.weight"] - average).max() > 0.1
+
+    names = [str(path) for path in paths]
+    for flags, message in (
+        (["--method", "regression"], "found 0 files of statistics for 2"),
+        (["--method", "mean", "--statistics", *map(str, files)], "does not read them"),
+        (["--method", "regression", "--statistics", *map(str, files[::-1])], "in the order"),
+    ):
+        assert merge_command.main([*names, *flags, "-o", str(tmp_path / "no.safetensors")]) == 2
+        assert message in capsys.readouterr().err
+    command = [*names, "--method", "regression", "--statistics", *map(str, files)]
+    assert merge_command.main([*command, "-o", str(out)]) == 0

@@ -1,0 +1,114 @@
+"""Layers of float checkpoints, merged with statistics that lie beside them."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import MergeError
+from ..formats.checkpoints import Checkpoint, checkpoint_sha256
+from ..formats.statistics import (
+    CheckpointStatistics,
+    LayerRecord,
+    StatisticsFile,
+    read_statistics,
+)
+from ..numerics.layer_matrix import bias_of, rows_of, weight_of, with_bias
+from ..numerics.moments import SingularError
+from ..typing import Array
+from .merged_statistics import common_layers
+from .methods.base import MergeMethod, MethodOptions
+
+__all__ = ["CheckpointLayers"]
+
+_log = logging.getLogger("hdrq_deploy")
+
+
+class CheckpointLayers:
+    """Weights and biases of layers that all parents' statistics describe.
+
+    Args:
+        parents: The checkpoints.
+        statistics: A file of ``hdrq statistics`` for each, in the same order.
+        merge_weights: One per parent, sum 1.
+        method: Merges layers with statistics.
+        options: Its numbers.
+
+    Raises:
+        MergeError: Not one file for each checkpoint, or statistics of another checkpoint.
+        BundleError: A file holds no statistics.
+    """
+
+    def __init__(
+        self,
+        parents: Sequence[Checkpoint],
+        statistics: Sequence[Path],
+        merge_weights: Sequence[float],
+        method: MergeMethod,
+        options: MethodOptions,
+    ) -> None:
+        if len(statistics) != len(parents):
+            raise MergeError(
+                f"found {len(statistics)} files of statistics for {len(parents)} checkpoints; give "
+                "one for each as `statistics`, in their order: hdrq statistics makes them"
+            )
+        self._parents, self._merge_weights = parents, merge_weights
+        assert method.layers is not None
+        self._method, self._options = method.layers, options
+        self._files = [
+            _of_checkpoint(read_statistics(path), parent)
+            for path, parent in zip(statistics, parents, strict=True)
+        ]
+        records, _ = common_layers(self._files)
+        counts = Counter(record.bias for record in records.values())
+        self._records: dict[str, LayerRecord] = {}
+        for name, record in records.items():
+            own = counts[record.bias] == 1 and record.layout != "transposed"
+            layer = record if own else record.model_copy(update={"bias": None})
+            if all({name, layer.bias or name} <= set(parent.tensors) for parent in parents):
+                self._records[name] = layer
+        self._owners = {r.bias: name for name, r in self._records.items() if r.bias is not None}
+        self._waiting: dict[str, Array] = {}
+
+    def merged(self, name: str) -> Array | None:
+        """A merged weight or bias, float64; None where the weighted mean is to be taken."""
+        weight = self._owners.get(name, name)
+        if name not in self._waiting and weight in self._records:
+            self._waiting |= self._layer(self._records.pop(weight))
+        return self._waiting.pop(name, None)
+
+    def _layer(self, record: LayerRecord) -> dict[str, Array]:
+        parts = []
+        for parent, file in zip(self._parents, self._files, strict=True):
+            bias = None if record.bias is None else parent.read(record.bias)
+            rows = with_bias(rows_of(parent.read(record.weight).astype("float64"), record), bias)
+            statistics = file.layer(record.weight)
+            parts.append(self._method.prepare(rows, statistics, bias is not None, self._options))
+        try:
+            rows = self._method.merge(parts, self._merge_weights, self._options)
+        except SingularError as error:
+            _log.warning("%s gets the weighted mean: its system is %s", record.weight, error)
+            return {}
+        shape = self._parents[0].tensors[record.weight].shape
+        if record.bias is None:
+            return {record.weight: weight_of(rows, record, shape)}
+        return {
+            record.weight: weight_of(rows[:, :-1], record, shape),
+            record.bias: bias_of(rows),
+        }
+
+
+def _of_checkpoint(file: StatisticsFile, parent: Checkpoint) -> StatisticsFile:
+    """The file, which must be of this checkpoint."""
+    record = file.record
+    assert isinstance(record, CheckpointStatistics)
+    digest = checkpoint_sha256(parent)
+    if record.checkpoint_sha256 != digest:
+        raise MergeError(
+            f"{file.path}: found statistics of a checkpoint with sha256 "
+            f"{record.checkpoint_sha256[:12]}; {parent.path} has {digest[:12]}: name the files of "
+            "statistics in the order of the checkpoints, or run hdrq statistics again"
+        )
+    return file
