@@ -154,7 +154,7 @@ def peak_bytes() -> int:
 
 
 def write_pair(folder: Path) -> None:
-    """Two bundles whose graph does nothing but read the weights."""
+    """Two bundles whose graph does nothing but hold the weights."""
     import onnx
 
     from hdrq_deploy.formats.bundle import WEIGHTS, Bundle
@@ -188,7 +188,14 @@ def write_pair(folder: Path) -> None:
             ):  # fmt: skip
                 item.external_data.add(key=key, value=str(value))
             initializers.append(item)
-        graph = onnx.helper.make_graph([], "weights", [], [], initializers)
+        ports = [
+            onnx.helper.make_tensor_value_info(port, onnx.TensorProto.FLOAT, ["batch", 3, 224, 224])
+            for port in ("input", "output")
+        ]
+        node = onnx.helper.make_node("Identity", ["input"], ["output"], name="identity")
+        graph = onnx.helper.make_graph([node], "weights", ports[:1], ports[1:], initializers)
+        opset = onnx.helper.make_opsetid("", 21)
+        model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
         manifest = Manifest(
             model="benchmark:resnet50", method="rtn", domains={domain: 1.0},
             scheme=Scheme(grid="int8", wbits=8, abits=8, per_channel=False, fold="weights"),
@@ -198,7 +205,7 @@ def write_pair(folder: Path) -> None:
         )  # fmt: skip
         Bundle.write(
             folder / f"{domain}.hdrq", manifest, tensors,
-            onnx.helper.make_model(graph).SerializeToString(), statistics=seen,
+            model.SerializeToString(), statistics=seen,
         )  # fmt: skip
 
 
@@ -210,7 +217,7 @@ def drawn_statistics(shapes: list[tuple[int, ...]]) -> Any:
     rng, layers, layouts = np.random.default_rng(1), {}, {}
     for i, shape in enumerate(shapes):
         features = int(np.prod(shape[1:]))
-        rank = min(features, shape[0] // 2)
+        rank = min(features, shape[0])
         factor = rng.standard_normal((1, rank, features), np.float32) / np.sqrt(rank)
         ones = np.ones((1, features), np.float32)
         layers[f"w{i}_codes"] = InputStatistics(1e4, ones / 2, ones / 4, factor)

@@ -46,7 +46,7 @@ def test_a_merge_with_other_bits_is_verified_like_a_calibrated_bundle(
 ) -> None:
     if engine == "trt-rtx":
         pytest.importorskip("tensorrt_rtx")
-    parents = [make(domain=d, wbits=8) for d in ("night", "day")]
+    parents = [make(domain=d, wbits=8, statistics="full") for d in ("night", "day")]
     like = make(wbits=bits)
     merged = Bundle.open(merge(parents, tmp_path / "m.hdrq", wbits=bits).path)
     told = merged.manifest.options["merge"]
@@ -73,7 +73,7 @@ def test_a_merge_with_other_bits_is_verified_like_a_calibrated_bundle(
 
 
 def test_what_other_bits_do_not_go_with(make: Any, tmp_path: Path) -> None:
-    parents = [make(domain=d, wbits=8) for d in ("night", "day")]
+    parents = [make(domain=d, wbits=8, statistics="full") for d in ("night", "day")]
     with pytest.raises(MergeError, match="choose nearest or compensated"):
         merge(parents, tmp_path / "m.hdrq", rounding="noise", wbits=4)
     with pytest.raises(SpecError, match="wbits=9"):
@@ -85,7 +85,7 @@ def test_what_other_bits_do_not_go_with(make: Any, tmp_path: Path) -> None:
 
 
 def test_scales_of_activations(make: Any, tmp_path: Path) -> None:
-    parents = [make(domain=d, wbits=8) for d in ("night", "day")]
+    parents = [make(domain=d, wbits=8, statistics="full") for d in ("night", "day")]
     found = {
         way: merge(parents, tmp_path / f"{way}.hdrq", [0.25, 0.75], activation_scales=way)
         for way in ("mean", "max", "statistics")
