@@ -286,12 +286,21 @@ def merge_speed(record: Mapping[str, Any]) -> str:
     whole = record["whole_pair"]
     own = statistics.median(whole["seconds"]["ours"])
     rows = []
-    for how in ("nearest", "noise", "advanced"):
+    for how in dict.fromkeys(run["rounding"] for run in record["bundles"]):
         runs = [r for r in record["bundles"] if r["rounding"] == how]
-        seconds = statistics.median(r["seconds"] for r in runs)
-        peak = statistics.median(r["peak_above_imports_over_inputs"] for r in runs)
-        rows.append([how, f"{seconds:.2f}", f"{peak:.2f}"])
-    header = ["rounding", "seconds", "peak memory above imports / size of inputs"]
+        middle = {
+            key: statistics.median(r[key] for r in runs) for key in runs[0] if key != "rounding"
+        }
+        rows.append(
+            [
+                how,
+                f"{middle['seconds']:.1f}",
+                f"{middle['processor_seconds']:.1f}",
+                f"{middle['peak_mb']:.0f}",
+            ]
+        )
+    header = ["method and rounding", "seconds", "processor seconds", "peak memory, MB"]
+    sizes = record["bundles"][0]
     return "\n".join(
         [
             "## What merging costs",
@@ -303,6 +312,11 @@ def merge_speed(record: Mapping[str, Any]) -> str:
             "as long), with both parents' errors drawn anew for each candidate as in the "
             f"reference {whole['seconds']['reference draws']:.0f} s "
             f"({whole['ratio']['reference draws']:.1f} times).",
+            "",
+            f"Whole merges of the two bundles on disk ({sizes['inputs_mb']:.0f} MB, and "
+            f"{sizes['statistics_mb']:.0f} MB of statistics in as much room as the codes), each in "
+            "a process of its own. Where parents hold statistics those of the merge are written "
+            "with it, whatever the rounding.",
             "",
             table(header, rows),
         ]
