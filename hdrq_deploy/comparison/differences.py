@@ -74,7 +74,8 @@ class Fidelity:
         tie: Distance from a tie, in codes, below which a code may fall to either side, and
         tie_relative: what the largest value of the tensor adds to it, over that value.
         codes: Relative RMS of a tensor's codes below which their differences need no tie.
-        output: Relative RMS of the output computed from equal codes.
+        output: Relative RMS of the output computed from equal codes, beside what the last
+            layers' rounded biases explain.
         kernel: The second stage rounds biases as integer kernels do.
         widened: The second stage's codes go on beyond the first's on purpose.
         advice: What to do where a layer fails.
@@ -416,6 +417,7 @@ class _Layers:
         self._again = next((s for s in (second, first) if _replays(s)), None)
         self._sums: dict[str, _Sums] = {}
         self._signal = self._noise = 0.0
+        self._outputs = 0
         self._probed = not (how.probe and _replays(first) and _replays(second))
         self._compared = False
 
@@ -546,8 +548,14 @@ class _Layers:
         if given.shape != local.shape or given.dtype.kind in "iub":
             return
         self._compared = True
+        self._outputs += local.size
         self._signal += float((local.astype(np.float64) ** 2).sum())
         self._noise += float(((given.astype(np.float64) - local) ** 2).sum())
+
+    def _bias_step(self) -> float:
+        """By how much biases that one of the stages rounds may move the output (RMS)."""
+        stages = (self._first, self._second)
+        return sum(s.output_bias_step for s in stages if isinstance(s, GraphTap))
 
     def _probe(self, codes: Mapping[str, Array], x: Array, y: Array) -> str | None:
         """Both stages on random codes, so that every weight meets an input."""
@@ -595,10 +603,12 @@ class _Layers:
         rms = float(np.sqrt(self._noise / self._signal)) if self._signal else 0.0
         stage.layer_rms = rms if self._signal else float(self._noise > 0)
         most = self._how.fidelity.output
+        if self._signal:  # beside an output near zero, half a step of a bias is much
+            most += self._bias_step() / float(np.sqrt(self._signal / self._outputs))
         if stage.failure is None and not stage.layer_rms <= most:
             stage.failure = (
                 f"found outputs {stage.layer_rms:.2g} apart (relative RMS) though they were "
-                f"computed from the same codes; needed at most {most:g}"
+                f"computed from the same codes; needed at most {most:.2g}"
             )
 
 

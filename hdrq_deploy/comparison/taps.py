@@ -19,7 +19,7 @@ import onnxruntime
 
 from ..errors import CheckFailed
 from ..graph import reference_session
-from ..graph.operators import CLAMPS, LAYERS
+from ..graph.operators import CLAMPS, LAYERS, NEVER_AMPLIFIES
 from ..typing import Array
 
 __all__ = ["GraphTap", "Ran", "Shows", "Site", "decide", "outside"]
@@ -134,6 +134,7 @@ class GraphTap:
         )
         self.bias_steps: dict[str, Array] = {}
         self._layers = {} if fused else self._layer_values(graph, nodes)
+        self.output_bias_step = self._output_bias_step()
         self._places = {scale: i for i, scale in enumerate(self.sites)}
         shown = [*self._codes.values(), *([self._scores] if self._scores else [])]
         if self.replays:
@@ -291,6 +292,23 @@ class GraphTap:
                 readers = self._readers.get(node.output[0], [])
             values[name] = node.output[0]
         return values
+
+    def _output_bias_step(self) -> float:
+        """By how much the rounded biases of the last layers may move the scores (RMS)."""
+        names = {node: name for name, node in self._layers.items()}
+        squares, seen, waiting = 0.0, set(), [self._scores or self._output]
+        while waiting:
+            value = waiting.pop()
+            node = self._producers.get(value)
+            if value in seen or node is None:
+                continue
+            seen.add(value)
+            if value in names:
+                step = self.bias_steps.get(names[value], np.zeros(1, np.float32))
+                squares += float(np.mean(np.square(step, dtype=np.float64)))
+            elif node.op_type in NEVER_AMPLIFIES:
+                waiting += node.input
+        return float(np.sqrt(squares))
 
     def _let_replay(self, graph: onnx.GraphProto) -> None:
         """Every reader of codes reads the given ones where there are any."""

@@ -12,6 +12,7 @@ __all__ = [
     "LAYERS",
     "LINEAR",
     "MOVES_VALUES",
+    "NEVER_AMPLIFIES",
     "QDQ",
     "QUANTIZABLE",
     "REQUANTIZED",
@@ -33,3 +34,10 @@ REQUANTIZED = frozenset({"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueez
 # Operators whose output holds values of their first input only. Codes pass through unchanged,
 # with the scale that they had.
 MOVES_VALUES = REQUANTIZED | {"Split", "Slice", "Gather", "Identity"}
+# Operators whose output moves by no more than the sum of what their inputs move by.
+NEVER_AMPLIFIES = (
+    MOVES_VALUES
+    | CLAMPS
+    | {"Add", "Sub", "Max", "Concat", "Pad", "Resize", "ReduceMean", "GlobalAveragePool"}
+    | {"AveragePool", "Sigmoid", "Tanh", "Softmax"}
+)

@@ -106,6 +106,18 @@ class Nothing(Segments):
 
     def forward(self, x):
         return super().forward(x).mean((2, 3)) * 0
+
+
+class Coarse(nn.Module):
+    """(N, 4), whose last bias is few of the steps that kernels round it to."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.last(1000 * torch.relu(self.first(x)).mean((2, 3)))
 '''
 NAMES = ("Mask", "Segments", "Scalar", "Column", "Box", "Tokens")
 
@@ -705,6 +717,27 @@ def test_ties_are_counted_and_spread(heads: Any, inputs: Any) -> None:
             continue
         with pytest.raises(CheckFailed, match="where no tie explains it"):
             check([stage], Tolerances())
+
+
+def test_a_rounded_bias_is_no_fault_of_a_network_that_gives_little_else(
+    heads: Any, inputs: Any, tmp_path: Path
+) -> None:
+    """Merges of networks that have little in common are so. A bias off by two steps is found."""
+    bundle = heads("Coarse")
+    path = export(bundle, tmp_path / "e")
+    dark = inputs[:4] * np.float32(1e-6)
+    stages = compare_stages(bundle, path, dark, False)
+    check(stages, bundle.manifest.tolerances)
+    lowered = next(s for s in stages if s.name == "bundle to lowered graph")
+    assert lowered.layer_rms is not None and lowered.layer_rms > 1e-3
+
+    def two_steps(codes: Any) -> Any:
+        codes[1] += 2
+        return codes
+
+    tamper(path, lambda model: initializer(model, "last/Gemm/bias_codes", two_steps))
+    with pytest.raises(CheckFailed, match="bundle to lowered graph"):
+        check(compare_stages(bundle, path, dark, False), bundle.manifest.tolerances)
 
 
 def test_a_spread_is_stated_and_bounds_what_is_judged() -> None:
