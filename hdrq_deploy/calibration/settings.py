@@ -53,12 +53,13 @@ class Setting:
 SETTINGS: dict[str, Setting] = {
     "paper": Setting(
         "as published: one scale per tensor, BatchNorm folded into the weights, codes of "
-        "non-negative activations to 255, blocks of residual units, published rates scaled to the "
-        "iterations",
+        "non-negative activations to 255, quantizers and blocks in the paper's places, published "
+        "rates scaled to the iterations",
         codes={
             "grid": "paper",
             "per_channel": False,
             "fold": "weights",
+            "placement": "paper",
             "blocks": "unit",
         },
         learning={
