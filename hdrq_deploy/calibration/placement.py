@@ -42,7 +42,7 @@ from torch import fx
 from ..errors import ModelError
 from ..numerics.spec import QuantSpec
 from .capture import CONVOLUTIONS, LINEAR, PRODUCTS, TRANSPOSED, Capture
-from .nodes import module_path
+from .nodes import module_path, weight_node
 from .request import Quantization
 from .tensors import attribute, free_name
 
@@ -158,7 +158,7 @@ def plan_quantizers(capture: Capture, codes: Quantization, placement: str = "eng
     graph = capture.graph
     heavy = [node for node in graph.nodes if node.target in HEAVY]
     quantized = [node for node in heavy if node.target not in TRANSPOSED]
-    weighted = [node for node in quantized if _weight_node(node) is not None]
+    weighted = [node for node in quantized if weight_node(node) is not None]
     if not weighted:
         raise ModelError(
             "found no convolution or linear in the model's graph; there is nothing to quantize"
@@ -184,11 +184,11 @@ def plan_quantizers(capture: Capture, codes: Quantization, placement: str = "eng
             if node.target in CONVOLUTIONS and node not in real:
                 bits.setdefault(_behind_activation(node), 8)
     # A weight that several layers share is as wide as the widest of them needs.
-    ends = {str(_weight_node(node).target) for node in weighted if node in last}  # type: ignore[union-attr]
-    ends.add(str(_weight_node(weighted[0]).target))  # type: ignore[union-attr]
+    ends = {str(weight_node(node).target) for node in weighted if node in last}  # type: ignore[union-attr]
+    ends.add(str(weight_node(weighted[0]).target))  # type: ignore[union-attr]
     plan = Plan()
     for node in heavy:
-        weight = _weight_node(node)
+        weight = weight_node(node)
         wide = weight is not None and str(weight.target) in ends
         site = _layer_site(capture, node, 8 if wide else codes.wbits, codes.per_channel)
         if node in quantized:
@@ -237,7 +237,7 @@ def last_layers(graph: fx.Graph) -> set[fx.Node]:
         seen.add(node)
         if node.target in HEAVY:
             found.add(node)
-            if node.target not in TRANSPOSED and _weight_node(node) is not None:
+            if node.target not in TRANSPOSED and weight_node(node) is not None:
                 continue
         waiting += node.all_input_nodes
     return found
@@ -348,13 +348,8 @@ def root(node: fx.Node) -> fx.Node:
     return node
 
 
-def _weight_node(node: fx.Node) -> fx.Node | None:
-    candidate = node.args[1]
-    return candidate if isinstance(candidate, fx.Node) and candidate.op == "get_attr" else None
-
-
 def _layer_site(capture: Capture, node: fx.Node, bits: int, per_channel: bool) -> LayerSite:
-    weight = _weight_node(node)
+    weight = weight_node(node)
     if weight is None or node.target in TRANSPOSED:
         return LayerSite(node, module_path(node), None, None)
     value = attribute(capture.module, str(weight.target))
