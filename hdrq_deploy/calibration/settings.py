@@ -26,9 +26,9 @@ class Setting:
         learning: Options of every method, by keys of a recipe.
         distance: Options of methods that stay close to the source model, beside ``learning``.
         pairs: Whether all pairs of domains are merged beside all domains together.
-        pair_ways: How two models are merged: roundings, or ``auto`` (merge weights are chosen,
-            and BatchNorm and activation scales measured again, on unlabelled images).
-        ways: How more than two models are merged.
+        pair_ways: How ``hdrq reproduce`` merges two models, by names of its table of ways
+            (:mod:`..experiments.ways`).
+        ways: How it merges more than two.
     """
 
     summary: str
@@ -79,8 +79,8 @@ SETTINGS: dict[str, Setting] = {
         codes={"grid": "int8", "fold": "steps"},
         learning={},
         pairs=False,
-        pair_ways=("auto",),
-        ways=("auto",),
+        pair_ways=("nearest", "regression", "auto"),
+        ways=("nearest", "regression", "auto"),
         # Beside the published distance, merges on the calibration split of digits gain 0.8 points
         # at W8A8, 0.5 at W4A4 and 1.7 at W3A3 (benchmarks/distance_ablation.py, seed 0).
         distance={"distance_form": "relative", "distance": 0.3},

@@ -30,6 +30,7 @@ from .bundles import inputs_of, is_merged, make_bundle, record_ingredients
 from .grid import Grid, Merge, Run, bundle_path, read_row, row_path
 from .tasks import Domain, Task
 from .threads import calibration_threads
+from .ways import WAYS
 
 __all__ = ["engine_of", "jobs", "labelled_set"]
 
@@ -45,6 +46,7 @@ def jobs(grid: Grid, out: Path, device: str, threads: int) -> Iterator[Job]:
         names = {domain: run.single(domain) for domain in grid.domains}
         for domain, name in names.items():
             arguments = {**common, "run": run, "domain": domain, "graphs": graphs}
+            arguments["statistics"] = grid.needs_statistics(run)
             yield Job(name, calibrate_cell, arguments, limit_threads=calibration_threads)
         for merge in grid.merges(run):
             after = tuple(names[member] for member in merge.members)
@@ -58,12 +60,15 @@ def calibrate_cell(
     threads: int,
     run: Run,
     domain: str,
+    statistics: bool = False,
     graphs: GraphCache | None = None,
 ) -> None:
     """The bundle of one domain, and its engine's accuracy there."""
     cell = run.single(domain)
     where = next(d for d in task.domains if d.name == domain)
-    codes = SETTINGS[run.setting].codes if run.method != "float" else {}
+    codes = dict(SETTINGS[run.setting].codes) if run.setting != "float" else {}
+    if run.method == "float":
+        codes = {key: codes[key] for key in ("fold",) if key in codes}
     request = CalibrationRequest(
         model=task.model,
         data=where.images,
@@ -78,7 +83,7 @@ def calibrate_cell(
         images=task.images,
         wanted=task.wanted,
         seed=run.seed,
-        statistics="off",  # no way of the grid merges with them
+        statistics="auto" if statistics else "off",
         device=device,
         **codes,
     )
@@ -97,12 +102,13 @@ def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) 
         if change_since(inputs_of(path), ingredients[draw]) or not is_merged(path, parents)
     ]
     if missing:
+        way = WAYS[merge.way]
         mix, record = _mix(task, merge, parents)
-        auto = merge.way == "auto"
-        renewed = _unlabelled(task, merge, parents[0], task.renew_images) if auto else None
+        chosen = way.chooses
+        renewed = _unlabelled(task, merge, parents[0], task.renew_images) if chosen else None
+        candidates = CANDIDATES if way.tosses else 1
         for draw in missing:
-            rounding = "advanced" if auto else merge.way
-            merger = Merger(parents, rounding, CANDIDATES, draw)
+            merger = Merger(parents, way.rounding, candidates, draw, way.method)
             _write(merger, targets[draw], mix, record, renewed, threads)
             record_ingredients(targets[draw], ingredients[draw])
     for draw in range(merge.draws):
@@ -118,7 +124,7 @@ def _merge_ingredients(
     counts = {"mix_images": task.mix_images, "renew_images": task.renew_images}
     return {
         "parents": [parent.manifest_sha256 for parent in parents],
-        **({"data": images, **counts} if merge.way == "auto" else {}),
+        **({"data": images, **counts} if WAYS[merge.way].chooses else {}),
         "way": merge.way,
         "draw": draw,
         "candidates": CANDIDATES,
@@ -128,10 +134,11 @@ def _merge_ingredients(
 
 
 def _mix(task: Task, merge: Merge, parents: list[Bundle]) -> tuple[list[float], dict[str, Any]]:
-    if merge.way != "auto":
+    way = WAYS[merge.way]
+    if not way.chooses:
         return [1 / len(parents)] * len(parents), {}
     images = _unlabelled(task, merge, parents[0], task.mix_images)
-    mix = choose_weights(Merger(parents), images)
+    mix = choose_weights(Merger(parents, method=way.method, keep=True), images)
     return list(mix.weights), {"auto": mix.record()}
 
 

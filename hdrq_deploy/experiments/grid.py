@@ -15,6 +15,7 @@ from ..calibration.settings import SETTINGS
 from ..errors import SpecError
 from ..numerics.spec import check_bits, check_seed
 from .tasks import Task
+from .ways import WAYS
 
 __all__ = [
     "BITS",
@@ -51,7 +52,16 @@ def parse_bits(words: Sequence[str]) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class Run:
-    """One way to calibrate all domains."""
+    """One way to calibrate all domains.
+
+    Attributes:
+        setting: Name of one of ``SETTINGS``, or ``float``: models in float whose BatchNorm is
+            folded into the weights.
+        method: Name of a calibration method; ``float`` quantizes nothing.
+        wbits: Bits of weights.
+        abits: Bits of activations.
+        seed: Calibration seed.
+    """
 
     setting: str
     method: str
@@ -61,9 +71,9 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The start of its cells' names: ``paper-hdrq-w4a4-s0``."""
+        """The start of its cells' names: ``paper-hdrq-w4a4-s0``, ``float``, ``ours-float``."""
         if self.method == "float":
-            return "float"
+            return "float" if self.setting == "float" else f"{self.setting}-float"
         return f"{self.setting}-{self.method}-{self.bits}-s{self.seed}"
 
     @property
@@ -134,8 +144,11 @@ class Grid:
         return tuple(domain.name for domain in self.task.domains)
 
     def runs(self) -> Iterator[Run]:
-        """The float models, then all calibrations."""
+        """The float models, once more where a setting keeps BatchNorm apart; then the rest."""
         yield Run("float", "float", 8, 8, 0)
+        for setting in self.settings:
+            if SETTINGS[setting].codes["fold"] != "weights":
+                yield Run(setting, "float", 8, 8, 0)
         for seed in self.seeds:
             for wbits, abits in self.bits:
                 for setting in self.settings:
@@ -146,8 +159,12 @@ class Grid:
         """All merges of one run."""
         for members in dict.fromkeys([*combinations(self.domains, 2), self.domains]):
             for way in self.ways(run, members):
-                rounds = way != "nearest" and run.method != "float"
-                yield Merge(run, members, way, self.rounding_seeds if rounds else 1)
+                tosses = WAYS[way].tosses and run.method != "float"
+                yield Merge(run, members, way, self.rounding_seeds if tosses else 1)
+
+    def needs_statistics(self, run: Run) -> bool:
+        """Whether a merge of this run reads statistics of its bundles."""
+        return any(WAYS[merge.way].needs_statistics for merge in self.merges(run))
 
     def cells(self) -> Iterator[str]:
         """Names of all cells, single and merged."""
@@ -157,14 +174,13 @@ class Grid:
                 yield from (merge.cell(draw) for draw in range(merge.draws))
 
     def ways(self, run: Run, members: Sequence[str]) -> Sequence[str]:
-        """Names of the ways in which bundles of a run are merged: a rounding, or ``auto``.
+        """Names of the ways in which bundles of a run are merged, of ``WAYS``.
 
-        Float models are merged in each way of the grid's settings, though nothing is rounded.
+        Float models of the paper's fold are averaged, where any setting merges these members.
         """
-        if run.method != "float":
+        if run.setting != "float":
             return self._ways_in(run.setting, members)
-        ways = [way for setting in self.settings for way in self._ways_in(setting, members)]
-        return ["nearest"] * any(ways) + ["auto"] * ("auto" in ways)
+        return ["nearest"] * any(self._ways_in(setting, members) for setting in self.settings)
 
     def _ways_in(self, setting: str, members: Sequence[str]) -> Sequence[str]:
         row = SETTINGS[setting]

@@ -110,24 +110,30 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
 ) -> None:
     made = local(grid, tmp_path, expected)
     bundles = {name.split("/")[1] for name in made if ".hdrq/" in name}
-    # Float: three, the pairs, and of all two merges. Twice two seeds: three, and of each pair
-    # nearest and two draws, of all nearest; or of all two draws.
-    assert len(bundles) == 3 + 3 + 2 + 2 * (3 + 3 * 3 + 1) + 2 * (3 + 2)
-    merged = Bundle.open(bundle_path(tmp_path, "ours-hdrq-w4a4-s1-night+day+snow-auto-r1"))
-    assert merged.manifest.options["merge"]["auto"]["criterion"] == "agreement"
+    # Float, folded: three, the pairs and all; BatchNorm apart: three, and all merged in three
+    # ways. Twice two seeds: three, and of each pair nearest and two draws, of all nearest; or of
+    # all three ways.
+    assert len(bundles) == 3 + 3 + 1 + 3 + 3 + 2 * (3 + 3 * 3 + 1) + 2 * (3 + 3)
+    merged = Bundle.open(bundle_path(tmp_path, "ours-hdrq-w4a4-s1-night+day+snow-auto-r0"))
+    made_by = merged.manifest.options["merge"]
+    assert made_by["auto"]["criterion"] == "agreement"
+    assert (made_by["method"], made_by["rounding"]) == ("regression", "compensated")
+    plain = Bundle.open(bundle_path(tmp_path, "paper-hdrq-w4a4-s1-night"))
+    assert plain.statistics() is None
     assert merged.manifest.options["re_estimate"]["images"] == dict.fromkeys(
         ("night", "day", "snow"), 16
     )
     records = rows(grid, tmp_path)
     assert [(r["setting"], r["method"], len(r["members"]), r["way"]) for r in records] == [
         *[("float", "float", 2, "nearest") for _ in range(3)],
-        *[("float", "float", 3, way) for way in ("nearest", "auto")],
+        ("float", "float", 3, "nearest"),
+        *[("ours", "float", 3, way) for way in ("nearest", "regression", "auto")],
         *[("paper", "hdrq", 2, way) for _ in range(3) for way in ("nearest", "advanced")],
         ("paper", "hdrq", 3, "nearest"),
-        ("ours", "hdrq", 3, "auto"),
+        *[("ours", "hdrq", 3, way) for way in ("nearest", "regression", "auto")],
     ]
     check_settings(tmp_path)
-    advanced, triple = records[6], records[11]
+    advanced, triple = records[8], records[13]
     assert advanced["members"] == ("night", "day")
     # By hand: the mean over two calibration and two rounding seeds, in %.
     names = [f"paper-hdrq-w4a4-s{s}-night+day-advanced-r{r}" for s in (0, 1) for r in (0, 1)]
@@ -142,7 +148,7 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     assert line["published"] == "63.00" and line["bits"] == "W4A4"
     assert [cells(grid, r)[-1] for r in records].count("63.00") == 1
     text = markdown(grid, records)
-    assert text.endswith(f" |\n\n{grid.task.model}\n") and text.count("\n") == 4 + 13
+    assert text.endswith(f" |\n\n{grid.task.model}\n") and text.count("\n") == 4 + 17
     (tmp_path / "table.md").write_text(text)
     assert REPRODUCE_TABLE.is_ours(tmp_path / "table.md")
     named = replace(grid, task=replace(grid.task, form="fused by hand"))
