@@ -105,7 +105,7 @@ def adapt(
 
 def _training(
     network: nn.Module, x: Tensor, options: AdaptationOptions, seed: int, device: torch.device
-) -> Training:
+) -> Training[AdaptationOptions]:
     """SHOT for class scores, self-training for those of pixels.
 
     Raises:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import SpecError
 
-__all__ = ["AdaptationOptions"]
+__all__ = ["AdaptationOptions", "FineTuningOptions"]
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,51 @@ class AdaptationOptions:
     pull: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise SpecError(f"found epochs={self.epochs}; needed 1 or more")
-        if self.batch < 2:
-            raise SpecError(f"found batch={self.batch}; needed 2 or more")
+        _check_counts(self.epochs, self.batch)
         first, last = self.share
         if not 0 < first <= last <= 1:
             raise SpecError(f"found share {first} {last}; needed 0 < FIRST <= LAST <= 1")
-        for name in ("lr", "pseudo", "pull"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise SpecError(f"found {name}={value}; needed a number >= 0")
+        _check_numbers(lr=self.lr, pseudo=self.pseudo, pull=self.pull)
+
+
+@dataclass(frozen=True)
+class FineTuningOptions:
+    """How a model is trained with labels.
+
+    Attributes:
+        epochs: Passes over the images.
+        batch: Images per iteration.
+        lr: Highest learning rate of SGD, in one cycle.
+        smoothing: Share of every label that is spread over all classes (Szegedy et al., CVPR
+            2016).
+        balance: Classes of pixels weigh as the inverse of their share to this power.
+        flip: Mirror half of the images.
+        pull: As that of :class:`AdaptationOptions`.
+    """
+
+    epochs: int = 8
+    batch: int = 32
+    lr: float = 2e-2
+    smoothing: float = 0.1
+    balance: float = 0.35
+    flip: bool = True
+    pull: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_counts(self.epochs, self.batch)
+        if not 0 <= self.smoothing < 1:
+            raise SpecError(f"found smoothing={self.smoothing}; needed 0 or more, below 1")
+        _check_numbers(lr=self.lr, balance=self.balance, pull=self.pull)
+
+
+def _check_counts(epochs: int, batch: int) -> None:
+    if epochs < 1:
+        raise SpecError(f"found epochs={epochs}; needed 1 or more")
+    if batch < 2:
+        raise SpecError(f"found batch={batch}; needed 2 or more")
+
+
+def _check_numbers(**values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise SpecError(f"found {name}={value}; needed a number >= 0")

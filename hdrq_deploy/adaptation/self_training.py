@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..calibration_data.readers.street_scenes import IGNORE
+from .options import AdaptationOptions
 from .training import Training
 
-__all__ = ["SelfTraining", "confident_labels"]
+__all__ = ["SelfTraining", "changed_photos", "confident_labels"]
 
 
-class SelfTraining(Training):
+class SelfTraining(Training[AdaptationOptions]):
     """Self-training on one model and one domain."""
 
     method = "class-balanced self-training"

@@ -19,12 +19,13 @@ from torch.nn import functional
 
 from ..calibration.capture import single_output
 from ..errors import ModelError
+from .options import AdaptationOptions
 from .training import Training
 
-__all__ = ["ShotTraining", "centroid_labels", "information"]
+__all__ = ["ShotTraining", "centroid_labels", "information", "shifted"]
 
 
-class ShotTraining(Training):
+class ShotTraining(Training[AdaptationOptions]):
     """SHOT on one model and one domain."""
 
     method = "SHOT"

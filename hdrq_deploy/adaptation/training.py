@@ -1,4 +1,4 @@
-"""Training without labels, epoch by epoch: rates, pseudo-labels, and the file to resume from."""
+"""Training epoch by epoch, with labels or without: rates, and the file to resume from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,15 @@ from ..errors import ModelError, SpecError
 from ..formats.atomic_files import replaced
 from ..formats.file_kinds import ADAPTING
 from ..typing import Progress
-from .options import AdaptationOptions
+from .options import AdaptationOptions, FineTuningOptions
 
 __all__ = ["Training"]
 
+Chosen = TypeVar("Chosen", bound=AdaptationOptions | FineTuningOptions)
 
-class Training(ABC):
-    """One adaptation; every epoch depends on the seed, its number and the weights alone.
+
+class Training(ABC, Generic[Chosen]):
+    """One training; every epoch depends on the seed, its number and the weights alone.
 
     Args:
         model: Trained in place.
@@ -34,12 +36,13 @@ class Training(ABC):
     """
 
     method: str
+    weight_decay = 1e-3
 
     def __init__(
         self,
         model: nn.Module,
         x: Tensor,
-        options: AdaptationOptions,
+        options: Chosen,
         seed: int,
         device: torch.device,
     ) -> None:
@@ -65,7 +68,11 @@ class Training(ABC):
         """
         options, model = self.options, self.model
         optimizer = torch.optim.SGD(
-            self._groups(), lr=options.lr, momentum=0.9, weight_decay=1e-3, nesterov=True
+            self._groups(),
+            lr=options.lr,
+            momentum=0.9,
+            weight_decay=self.weight_decay,
+            nesterov=True,
         )
         run = {"seed": self.seed, **origin, **{k: str(v) for k, v in self.notes.items()}}
         first = 0
@@ -100,7 +107,7 @@ class Training(ABC):
         for i, rows in enumerate(order.split(batch)):  # type: ignore[no-untyped-call]
             done = epoch * count + i
             for group in optimizer.param_groups:
-                group["lr"] = group["first"] * (1 + 10 * done / total) ** -0.75
+                group["lr"] = group["first"] * self._share_of_rate(done / total)
             loss = self._loss(rows, labels, generator)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -120,6 +127,10 @@ class Training(ABC):
     @abstractmethod
     def _pseudo_labels(self, epoch: int) -> Tensor:
         """Labels of all images, (N,) or (N, h, w); the model is in evaluation mode."""
+
+    def _share_of_rate(self, done: float) -> float:
+        """SHOT's schedule of the rate, by the share of the iterations that are done."""
+        return float((1 + 10 * done) ** -0.75)
 
     def _frozen(self) -> list[nn.Module]:
         """Modules that are not trained."""

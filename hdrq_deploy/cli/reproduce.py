@@ -1,4 +1,4 @@
-"""``hdrq reproduce``: the paper's two protocols, on its data or on the project's own."""
+"""``hdrq reproduce``: the paper's two protocols, and two on other real images."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ with importing("hdrq reproduce"):
     from ..experiments.cells import jobs
     from ..experiments.comparison_sheets import SCENES, draw, picture_name
     from ..experiments.grid import BITS, Grid, bundle_path, parse_bits, row_path
+    from ..experiments.real_images import ADAPTATIONS, PROTOCOLS, Choice, Preparation, prepare
     from ..experiments.table import cells, header, markdown, network, rows
     from ..experiments.tasks import (
         HRDA,
@@ -55,29 +56,41 @@ with importing("hdrq reproduce"):
 
 __all__ = ["arguments", "main"]
 
-PROTOCOLS = ("office-home", "segmentation")
+_OF_THE_PAPER = ("office-home", "segmentation")
 _EPILOG = """\
 Every cell is a bundle in OUT/cells and its figures in OUT/rows; the same command goes on where it
 was stopped. --made runs on digits (office-home) or drawn streets (segmentation), with nothing to
-download.
+download. pacs and camvid take the data sets as they are distributed, and train a source model and
+one of each domain into OUT/checkpoints first.
 """
 
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = parser("hdrq reproduce", "Run one of the paper's protocols and print its table.", _EPILOG)
-    p.add_argument("protocol", choices=PROTOCOLS)
+    p = parser("hdrq reproduce", "Run a protocol and print its table.", _EPILOG)
+    p.add_argument("protocol", choices=(*_OF_THE_PAPER, *PROTOCOLS))
     p.add_argument("--made", action="store_true", help="on the data that the project makes")
     p.add_argument("--data", type=Path, help="folder of the data set(s)")
     p.add_argument("--checkpoints", type=Path, help="folder of source and adapted checkpoints")
-    p.add_argument("--source", default="Real World", help="source domain of Office-Home")
+    own = ", ".join(f"{protocol.source} of {name}" for name, protocol in PROTOCOLS.items())
+    p.add_argument("--source", help=f"source domain (Real World of Office-Home, {own})")
     p.add_argument("--targets", nargs="+", default=[], help="target domains (all there are)")
-    forms = "; ".join(f"{name}: {form}" for name, form in HRDA.items())
+    p.add_argument("--weights", type=Path, help="ImageNet weights of lite0 (pacs, camvid)")
+    p.add_argument(
+        "--adaptation",
+        choices=ADAPTATIONS,
+        help=f"of pacs and camvid: with labels or, as hdrq adapt, without ({ADAPTATIONS[0]})",
+    )
+    p.add_argument(
+        "--prepare", action="store_true", help="of pacs and camvid: stop behind the checkpoints"
+    )
+    networks = {name: row.form for p in PROTOCOLS.values() for name, row in p.networks.items()}
+    forms = "; ".join(f"{name}: {form}" for name, form in {**HRDA, **networks}.items())
     which = p.add_mutually_exclusive_group()
     which.add_argument(
         "--model",
-        choices=tuple(HRDA),
-        help=f"network of the segmentation protocol ({forms}; default: {next(iter(HRDA))})",
+        choices=tuple(dict.fromkeys((*HRDA, *networks))),
+        help=f"network ({forms}; default: the protocol's first)",
     )
     which.add_argument(
         "--backbone",
@@ -87,7 +100,9 @@ def arguments() -> argparse.ArgumentParser:
     grid = p.add_argument_group("cells")
     grid.add_argument("--methods", nargs="+", default=["brecq", "qdrop", "hdrq"])
     grid.add_argument("--bits", nargs="+", default=list(BITS), metavar="wXaY")
-    grid.add_argument("--settings", nargs="+", choices=SETTINGS, default=["paper"])
+    grid.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, help="paper (ours for pacs and camvid)"
+    )
     grid.add_argument(
         "--seeds", type=seed_number, nargs="+", default=[0, 1], help="calibration seeds"
     )
@@ -130,23 +145,32 @@ def _reproduce(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("torch") is None:
         raise ModelError("calibration needs torch: pip install 'hdrq-deploy[calibrate]'")
     out = args.out.absolute()
-    task = _task(args, out).calibrated_with(iters=args.iters, batch=args.batch)
+    prepared = _prepared(args, out)
+    task = prepared.task if prepared else _task(args, out)
+    task = task.calibrated_with(iters=args.iters, batch=args.batch)
+    settings = args.settings or (["ours"] if prepared else ["paper"])
     grid = Grid(
         _limited(task, args.images),
         tuple(dict.fromkeys(args.methods)),
         bits,
         tuple(dict.fromkeys(args.seeds)),
-        tuple(dict.fromkeys(args.settings)),
+        tuple(dict.fromkeys(settings)),
         args.rounding_seeds,
         args.pairs,
     )
-    _check_outputs(args, grid)
+    _check_outputs(args, grid, prepared)
     check_scratch()
     for folder in (out, out / "cells", out / "rows"):
         make_directory(folder)
     if args.made:
         with progress_lines("train") as report:
             write_made(args.protocol, out, report)
+    if prepared and not args.table:
+        with progress_lines("train") as report:
+            prepared.make(args.device, threads, report)
+        if args.prepare:
+            print(f"{out / 'checkpoints'}: the models; {out / 'data'}: their images, in splits")
+            return 0
     if not args.table:
         with (
             progress_lines(args.protocol) as report,
@@ -178,7 +202,7 @@ def _reproduce(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_outputs(args: argparse.Namespace, grid: Grid) -> None:
+def _check_outputs(args: argparse.Namespace, grid: Grid, prepared: Preparation | None) -> None:
     """Whether all places in the folder of the run are free or ours."""
     outputs: list[tuple[Path, Kind]] = [
         (Path("results.json"), REPRODUCE_JSON),
@@ -193,7 +217,8 @@ def _check_outputs(args: argparse.Namespace, grid: Grid) -> None:
         outputs += [(Path(name), PICTURE) for name in names]
     places = [(str(path), kind) for path, kind in outputs]
     places += made_checkpoints(args.protocol) if args.made else []
-    check_container(args.out, places, [args.data, args.checkpoints], "out")
+    places += prepared.outputs(args.out.absolute()) if prepared else []
+    check_container(args.out, places, [args.data, args.checkpoints, args.weights], "out")
     if args.made:
         is_written(args.protocol, args.out)
 
@@ -202,7 +227,40 @@ def _limited(task: Task, images: int | None) -> Task:
     return task if images is None else replace(task, images=images)
 
 
+def _prepared(args: argparse.Namespace, out: Path) -> Preparation | None:
+    """What pacs and camvid make of a data set; None for the other protocols."""
+    if args.protocol not in PROTOCOLS:
+        for flag in ("weights", "adaptation", "prepare"):
+            if getattr(args, flag):
+                raise HdrqError(
+                    f"found --{flag} with {args.protocol}; it is of {' and '.join(PROTOCOLS)}"
+                )
+        return None
+    if args.made or args.backbone:
+        flag = "--made" if args.made else "--backbone"
+        raise HdrqError(f"found {flag} with {args.protocol}; leave it out")
+    if not args.data:
+        raise HdrqError(f"{args.protocol} needs --data, the data set as it is distributed")
+    given = (args.weights, args.checkpoints)
+    weights, checkpoints = (path.absolute() if path else None for path in given)
+    choice = Choice(
+        args.data.absolute(),
+        out,
+        args.source or "",
+        args.targets,
+        args.model or "",
+        weights,
+        args.adaptation or ADAPTATIONS[0],
+        checkpoints,
+    )
+    return prepare(args.protocol, choice)
+
+
 def _task(args: argparse.Namespace, out: Path) -> Task:
+    if args.model and args.model not in HRDA:
+        raise HdrqError(
+            f"found --model {args.model} with {args.protocol}; needed one of {', '.join(HRDA)}"
+        )
     flag = "--model" if args.model else "--backbone"
     if (args.model or args.backbone) and (args.made or args.protocol == "office-home"):
         place = "--made" if args.made else args.protocol
@@ -218,6 +276,6 @@ def _task(args: argparse.Namespace, out: Path) -> Task:
         )
     data, checkpoints = args.data.absolute(), args.checkpoints.absolute()
     if args.protocol == "office-home":
-        return office_home(data, checkpoints, args.source, args.targets)
+        return office_home(data, checkpoints, args.source or "Real World", args.targets)
     model = f"hrda_{args.backbone}" if args.backbone else args.model or next(iter(HRDA))
     return segmentation(data, checkpoints, model, args.targets)

@@ -29,11 +29,14 @@ __all__ = [
     "SEGMENTATION",
     "Domain",
     "Task",
+    "checkpoint_of",
     "is_written",
+    "iterations",
     "made",
     "made_checkpoints",
     "made_data",
     "office_home",
+    "rounding_rates",
     "segmentation",
     "write_made",
 ]
@@ -138,14 +141,14 @@ def office_home(
     letter = _key(source)[0].upper()
     domains = []
     for name in names:
-        file = _checkpoint(checkpoints, name, f"{letter}{_key(name)[0].upper()}", "target")
+        file = checkpoint_of(checkpoints, name, f"{letter}{_key(name)[0].upper()}", "target")
         domains.append(Domain(_key(name), str(file), str(folders[name]), str(folders[name])))
     figures = {"qdrop-w3a3": {"merged": 62.99}, "hdrq-w3a3": {"merged": 64.70}}
     known = _key(source) == "realworld" and len(domains) == len(OFFICE_HOME) - 1
     return Task(
         "office-home",
         "hdrq_deploy.models:shot_resnet50",
-        str(_checkpoint(checkpoints, "source", letter, "source")),
+        str(checkpoint_of(checkpoints, "source", letter, "source")),
         tuple(domains),
         replace(_IMAGENET, size=(224, 224), resize=(256, 256), ignore_case=True),
         published=figures if known else {},
@@ -178,7 +181,7 @@ def segmentation(
     domains = []
     for name in names:
         folder = _folder(data, name)
-        file = _checkpoint(checkpoints, name)
+        file = checkpoint_of(checkpoints, name)
         size = _SIZES.get(_key(name), _SIZES["cityscapes"])
         domains.append(Domain(_key(name), str(file), str(folder), str(folder), size))
     figures = {"qdrop-w4a4": {"merged": 58.92}, "hdrq-w4a4": {"merged": 63.00}}
@@ -186,7 +189,7 @@ def segmentation(
     return Task(
         "segmentation",
         f"hdrq_deploy.models:{model}",
-        str(_checkpoint(checkpoints, "source")),
+        str(checkpoint_of(checkpoints, "source")),
         tuple(domains),
         replace(_IMAGENET, size=(1024, 1024), resize=(1024, 2048)),
         images=32,  # ten crops of each: 20 GB of activations on the disk
@@ -306,10 +309,10 @@ def _digits(data: Path) -> Task:
         "hdrq_deploy.calibration_data.models:resnet14",
         str(checkpoints / "fonts.safetensors"),
         tuple(_made_domain(data, checkpoints, name) for name in digits.TARGETS),
-        learning={name: {"iters": 1000} for name in _learners()},
+        learning=iterations(1000),
         # A thousand iterations want the larger of HDRQ's two rates, and what is published of the
         # others for 20,000 iterations, scaled.
-        rates={**_rounding_rates(2e-2), "hdrq": {"lr": 1e-3}},
+        rates={**rounding_rates(2e-2), "hdrq": {"lr": 1e-3}},
     )
 
 
@@ -324,8 +327,8 @@ def _streets(data: Path) -> Task:
         renew_images=16,
         # Two hundred iterations want rates above the methods' own; chosen by the error on
         # calibration scenes of dusk.
-        learning={name: {"iters": 200, "batch": 4} for name in _learners()},
-        rates={**_rounding_rates(1e-1), "hdrq": {"lr": 3e-3}},
+        learning=iterations(200, batch=4),
+        rates={**rounding_rates(1e-1), "hdrq": {"lr": 3e-3}},
     )
 
 
@@ -333,7 +336,12 @@ def _learners() -> list[str]:
     return [name for name, row in METHODS.items() if row.options.iterates]
 
 
-def _rounding_rates(rate: float) -> dict[str, dict[str, float]]:
+def iterations(iters: int, **others: Any) -> dict[str, dict[str, Any]]:
+    """Iterations a block, and other options, of every method that learns."""
+    return {name: {"iters": iters, **others} for name in _learners()}
+
+
+def rounding_rates(rate: float) -> dict[str, dict[str, float]]:
     """One rate for every method that learns to round up or down."""
     return {n: {"lr": rate} for n, row in METHODS.items() if row.options.learner == "adaround"}
 
@@ -360,7 +368,7 @@ def _folder(data: Path, name: str) -> Path:
     )
 
 
-def _checkpoint(folder: Path, name: str, letters: str = "", role: str = "") -> Path:
+def checkpoint_of(folder: Path, name: str, letters: str = "", role: str = "") -> Path:
     """``NAME.pt`` and the like, or SHOT's folder ``LETTERS`` with ``ROLE_F*.pt``."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     for file in files:

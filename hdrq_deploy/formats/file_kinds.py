@@ -43,6 +43,7 @@ __all__ = [
     "REPRODUCE_JSON",
     "REPRODUCE_TABLE",
     "SENSITIVITY",
+    "SPLITS",
     "STREETS",
     "TIMING_CACHE",
     "TRAINED",
@@ -70,6 +71,7 @@ PARTIAL = FolderKind(
     more=r"block-\d{4}\.safetensors|\.(run\.json|block-\d{4}\.safetensors)\.\w{8}",
 )
 DIGITS = FolderKind("hdrq-digits", "hdrq-data.json")
+SPLITS = FolderKind("hdrq-splits", "hdrq-data.json")
 STREETS = FolderKind("hdrq-streets", "hdrq-data.json")
 
 
@@ -164,7 +166,7 @@ def _is_timing_cache(path: Path) -> bool:
 
 
 ADAPTED = _checkpoint_kind("adapted", "checkpoint of hdrq adapt")
-TRAINED = _checkpoint_kind("trained", "checkpoint of a made benchmark")
+TRAINED = _checkpoint_kind("trained", "checkpoint that hdrq-deploy trained")
 MERGED = _checkpoint_kind("merged", "checkpoint of hdrq-merge")
 CHECKPOINT_STATISTICS = FileKind("statistics of a checkpoint", _is_statistics)
 ADAPTING = FileKind("unfinished adaptation", _is_adapting)

