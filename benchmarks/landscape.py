@@ -19,6 +19,7 @@ import numpy as np
 
 from hdrq_deploy import Bundle
 from hdrq_deploy.analysis import Settings, analyze
+from hdrq_deploy.analysis.landscape import Landscape, real_weights, top_eigenvalue, trace
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.runtime.bench.environment import environment
 
@@ -28,27 +29,47 @@ METHODS = ("qdrop", "hdrq")
 BITS = ("w4a4", "w3a3")
 SEEDS = (0, 1, 2)
 IMAGES = 250
-# The plane and the spread over rounding seeds once; barriers and curvature for every seed.
-WHOLE = Settings(points=11, noises=3, grid=13, seeds=32, candidates=30, products=20)
+# The plane and the spread over rounding seeds once; barriers and curvature for every seed. Three
+# models at equal thirds have no ties to draw, so the spread is that of a pair.
+WHOLE = Settings(points=11, noises=3, grid=13, seeds=2, candidates=1, products=20)
 BRIEF = Settings(points=11, noises=3, grid=0, seeds=2, candidates=1, products=20)
+SPREAD = Settings(points=3, noises=1, grid=0, seeds=32, candidates=30, products=2)
+SPREAD_PAIR = ("photo", "night")
 
 
 def analysis(cells: Path, method: str, bits: str, seed: int) -> dict[str, Any]:
     """The analysis of the three parents of one method."""
     from hdrq_deploy.calibration_data import digits
 
-    bundles = [
-        Bundle.open(cells / f"digits-{method}-{bits}-weights-s{seed}-{domain}.hdrq")
+    bundles = {
+        domain: Bundle.open(cells / f"digits-{method}-{bits}-weights-s{seed}-{domain}.hdrq")
         for domain in DOMAINS
-    ]
+    }
     data = {}
     for domain in DOMAINS:
         split = digits.make(domain, "test")
         pixels = np.ascontiguousarray(split.images.transpose(0, 3, 1, 2))
         data[domain] = (pixels[:IMAGES].astype(np.float32) / 255, split.labels[:IMAGES])
-    result = analyze(bundles, data, None, WHOLE if seed == SEEDS[0] else BRIEF)
-    kept = ("barriers", "curvature", "surface", "rounding")
-    return {"method": method, "bits": bits, "seed": seed, **{key: result[key] for key in kept}}
+    is_first = seed == SEEDS[0]
+    found = analyze(list(bundles.values()), data, None, WHOLE if is_first else BRIEF)
+    kept = ("barriers", "curvature", "surface")
+    row = {"method": method, "bits": bits, "seed": seed, **{key: found[key] for key in kept}}
+    row["own_curvature"] = {
+        domain: own_curvature(bundles[domain], data[domain], domain) for domain in DOMAINS
+    }
+    if is_first:
+        pair = [bundles[domain] for domain in SPREAD_PAIR]
+        shown = {domain: data[domain] for domain in SPREAD_PAIR}
+        row["rounding"] = analyze(pair, shown, None, SPREAD)["rounding"]
+    return row
+
+
+def own_curvature(bundle: Bundle, data: tuple[Any, Any], domain: str) -> dict[str, float]:
+    """The Hessian of the loss on a parent's own domain, at its dequantized weights."""
+    codes = sorted(n for n, entry in bundle.manifest.tensors.items() if entry.role == "codes")
+    loss = Landscape(bundle, {domain: data}).loss
+    common = (loss, real_weights(bundle), codes, WHOLE.products, WHOLE.seed)
+    return {"top_eigenvalue": top_eigenvalue(*common), "trace": trace(*common)}
 
 
 def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
@@ -115,10 +136,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             for bits in BITS:
                 for method in METHODS:
                     rows.append(analysis(args.cells / "cells", method, bits, seed))
-                    print(method, bits, seed, rows[-1]["curvature"], flush=True)
+                    print(method, bits, seed, rows[-1]["own_curvature"], flush=True)
         record = {
             "schema_version": 1,
             "images_per_domain": IMAGES,
+            "spread": {"pair": SPREAD_PAIR, "seeds": SPREAD.seeds},
             "environment": environment(),
             "rows": rows,
         }

@@ -78,18 +78,23 @@ class Parents:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to merge: method, rounding, bits of the merged weights, new BatchNorm moments."""
+    """One way to merge: method, rounding, bits of the merged weights, new BatchNorm moments.
+
+    ``scales`` is a way to merge activation scales.
+    """
 
     method: str
     rounding: str
     wbits: int | None = None
     renewed: bool = False
+    scales: str = "mean"
 
     @property
     def name(self) -> str:
         """``regression-compensated-w3``."""
         text = f"{self.method}-{self.rounding}"
         text += "" if self.wbits is None else f"-w{self.wbits}"
+        text += "" if self.scales == "mean" else f"-{self.scales}"
         return text + ("-renewed" if self.renewed else "")
 
 
@@ -102,6 +107,9 @@ def ways(parents: Parents) -> Iterator[Way]:
         yield Way("mean", rounding)
     for rounding in ("nearest", "compensated"):
         yield Way("regression", rounding)
+    if parents.abits < 8:
+        for scales in ("max", "statistics"):
+            yield Way("regression", "compensated", scales=scales)
     if parents.fold == "steps":
         for way in (("mean", "nearest"), ("mean", "compensated"), ("regression", "compensated")):
             yield Way(*way, renewed=True)
@@ -256,6 +264,7 @@ def merged(
             method=way.method,
             rounding=way.rounding,
             **({} if way.wbits is None else {"wbits": way.wbits}),
+            activation_scales=way.scales,
             candidates=30,  # as in the paper
             seed=draw,
             threads=1,

@@ -723,6 +723,8 @@ _WAYS = {
     "mean-nearest-renewed": "mean, nearest, re-estimated",
     "mean-compensated-renewed": "mean, compensated, re-estimated",
     "regression-compensated-renewed": "regression, compensated, re-estimated",
+    "regression-compensated-max": "regression, compensated, largest activation scales",
+    "regression-compensated-statistics": "regression, compensated, searched activation scales",
 }
 
 
@@ -740,14 +742,172 @@ def merge_statistics(record: Mapping[str, Any]) -> str:
         "the best of five, each about three times the next, by how little nearest merges at W4A4 "
         "differ from the float models on calibration images; those of the streets were carried "
         "over from earlier runs. `W8 to W3` is `hdrq-merge --wbits 3` of parents at 8 bits. "
-        f"{len(record['missing'])} of the grid's settings were not run yet, most of them second "
-        "and third calibration seeds; spreads stand where more than one run did.",
+        "Spreads stand where more than one run did.",
+        "",
+        _merges_read(rows),
+        "",
+        f"{len(record['missing'])} of the grid's settings were not run yet: "
+        f"{_seeds_joined(record['missing'])}.",
     ]
     for task, title in (("digits", "Digits, ResNet-14"), ("streets", "Drawn streets, StreetNet")):
         own = [row for row in rows if row["task"] == task]
         if own:
             lines += ["", f"### {title}", "", _merges_table(own)]
     return "\n".join(lines)
+
+
+def _merges_read(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the digits' rows say: gains over the float average, and HDRQ beside QDrop."""
+    best = "regression-compensated"
+
+    def seeds(way: str, method: str, bits: str) -> list[tuple[float, float]]:
+        """Mean of the pairs and the triple, for every calibration seed."""
+        own = [
+            row
+            for row in rows
+            if (row["task"], row["parents"], row["bits"]) == ("digits", method, bits)
+            and (row["fold"], row["way"]) == ("weights", way)
+        ]
+        found = []
+        for seed in sorted({row["seed"] for row in own}):
+            means = {
+                len(group): statistics.fmean(
+                    statistics.fmean(row["harmonic_means"])
+                    for row in own
+                    if row["seed"] == seed and len(row["members"]) == len(group)
+                )
+                for group in GROUPS
+            }
+            found.append((means[2], means[3]))
+        return found
+
+    def gains(first: Sequence[Any], second: Sequence[Any]) -> str:
+        """Differences on pairs and triple; over the seeds of both, where both have them."""
+        other = second if len(second) == len(first) else [second[0]] * len(first)
+        columns = zip(
+            *(
+                [a - b for a, b in zip(*both, strict=True)]
+                for both in zip(first, other, strict=True)
+            ),
+            strict=True,
+        )
+        return " and ".join(
+            f"{statistics.fmean(c):+.1f}" + (f" ± {statistics.stdev(c):.1f}" if len(c) > 1 else "")
+            for c in map(list, columns)
+        )
+
+    average = seeds("mean-folded", "float", "")
+    told = [
+        f"{bits.upper()} {gains(seeds(best, 'hdrq', bits), average)}"
+        for bits in ("w8a8", "w4a8", "w4a4", "w3a3")
+    ]
+    mean = [
+        f"{bits.upper()} {gains(seeds(best, 'hdrq', bits), seeds('mean-advanced', 'hdrq', bits))}"
+        for bits in ("w8a8", "w4a8", "w4a4", "w3a3")
+    ]
+    ours = [
+        f"{bits.upper()} {gains(seeds(best, 'hdrq', bits), seeds(best, 'qdrop', bits))}"
+        for bits in ("w8a8", "w4a8", "w4a4", "w3a3")
+    ]
+    return (
+        "Differences in points on the digits, mean of pairs and triple, with the standard "
+        "deviation over calibration seeds. HDRQ's bundles merged by regression with compensated "
+        f"rounding, less the folded float average: {'; '.join(told)}. Less the published merge "
+        f"(mean, `advanced`): {'; '.join(mean)}. Less QDrop's bundles merged in the same way: "
+        f"{'; '.join(ours)}."
+    )
+
+
+def _seeds_joined(names: Sequence[str]) -> str:
+    """Names of settings, the seeds of one setting together."""
+    seeds: dict[str, list[str]] = {}
+    for name in names:
+        start, _, seed = name.rpartition("-s")
+        seeds.setdefault(start, []).append(seed)
+    return ", ".join(f"`{start}` (seed {' '.join(own)})" for start, own in seeds.items())
+
+
+def merge_rivals(record: Mapping[str, Any]) -> str:
+    """The section on merging in float first, beside merges of bundles."""
+    bundles = load("merge_statistics") or {"rows": []}
+    rows = [row for row in record["rows"] if row["task"] == "digits"]
+    groups = sorted(
+        {tuple(row["members"]) for row in rows}, key=lambda g: (len(g), GROUPS.index(g))
+    )
+    lines = []
+    for bits in dict.fromkeys(row["bits"] for row in rows):
+        own = [row for row in rows if row["bits"] == bits]
+        for way, method in dict.fromkeys((row["way"], row["parents"]) for row in own):
+            found = [r for r in own if (r["way"], r["parents"]) == (way, method)]
+            label = f"{way.removesuffix('-first')} in float, then {_RIVALS[method]}"
+            seconds = statistics.fmean(row["cpu_seconds"] for row in found)
+            lines.append([bits.upper(), label, *_by_group(found, groups), f"{seconds:.0f}"])
+        for method in ("hdrq", "qdrop"):
+            found = [
+                row
+                for row in bundles["rows"]
+                if (row["task"], row["parents"], row["bits"]) == ("digits", method, bits)
+                and (row["fold"], row["way"]) == ("weights", "regression-compensated")
+                and row["seed"] == 0
+            ]
+            if found:
+                label = f"**{method} bundles, regression, compensated**"
+                lines.append([bits.upper(), label, *_by_group(found, groups), ""])
+    heads = ["+".join(NAMES[name] for name in group) for group in groups]
+    heads.insert(-1, "mean of pairs")
+    return "\n".join(
+        [
+            "## Merged in float first, quantized then",
+            "",
+            "`benchmarks/merge_rivals.py`: the digits' float checkpoints are merged, and the merge "
+            "is quantized with the images of all its domains, anew for every group of domains "
+            f"({record['iterations_per_block']} iterations a block where a method learns, seed 0, "
+            "one scale per tensor). The rows with experts' outputs follow E-PMQ (arXiv "
+            "2605.16882), of which only the abstract was at hand: errors are compensated as in "
+            "`gptq`, every layer is fitted to what the domain's own float model puts out there, "
+            "and it is anchored to the merged weights. What the targets are and the anchor's "
+            f"strength ({record['experts']['anchor']:g}) are our assumptions, the best of "
+            f"{len(record['experts_tried']) - 2} by how little W4A4 differs from the float models "
+            "on calibration images. Merges of bundles of the same seed stand beside them; they "
+            "see no image and no float model. Harmonic means in % on test images.",
+            "",
+            table(["bits", "way", *heads, "CPU seconds a merge"], lines),
+            "",
+            _rivals_read(record),
+        ]
+    )
+
+
+_RIVALS = {
+    "gptq": "`gptq`",
+    "qdrop": "`qdrop`",
+    "experts": "`gptq` with the experts' outputs as targets",
+}
+
+
+def _rivals_read(record: Mapping[str, Any]) -> str:
+    """What the table says, and what it lacks."""
+    absent = len(record["missing"])
+    return (
+        "With the experts' float models and the images of all domains in one place, merging in "
+        "float and quantizing towards the experts' outputs is the best of these ways at every "
+        "bit-width, on the mean of pairs and on the triple. Merging in float and quantizing "
+        "without their outputs is behind the merge of bundles. Second and third seeds were not "
+        "run, nor were regression with the experts' outputs and most of `qdrop`: "
+        f"{absent} of {absent + len(record['rows'])} rows are missing; the script resumes there."
+    )
+
+
+def _by_group(rows: Sequence[Mapping[str, Any]], groups: Sequence[tuple[str, ...]]) -> list[str]:
+    """Harmonic means of every pair, their mean, and of all domains; a dash where none ran."""
+    found = [
+        [x for r in rows if tuple(r["members"]) == group for x in r["harmonic_means"]]
+        for group in groups
+    ]
+    pairs = [statistics.fmean(values) for values in found[:-1] if values]
+    cells = [_spread(values) or "-" for values in found]
+    cells.insert(-1, f"{statistics.fmean(pairs):.1f}" if pairs else "-")
+    return cells
 
 
 def _merges_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -804,34 +964,47 @@ def landscape(record: Mapping[str, Any]) -> str:
     for bits in dict.fromkeys(row["bits"] for row in record["rows"]):
         for method in dict.fromkeys(row["method"] for row in record["rows"]):
             own = [r for r in record["rows"] if (r["bits"], r["method"]) == (bits, method)]
-            curvature = [c for row in own for c in row["curvature"].values()]
+            curvature = {
+                kind: [c for row in own for c in row[kind].values()]
+                for kind in ("own_curvature", "curvature")
+            }
             barriers = [b["barrier"] for row in own for b in row["barriers"]]
-            spread = own[0]["rounding"]["noise"]["standard_deviation"]
+            rounding = next(row["rounding"] for row in own if "rounding" in row)
             lines.append(
                 [
                     bits.upper(),
                     method,
-                    _spread([c["top_eigenvalue"] for c in curvature]),
-                    _spread([c["trace"] for c in curvature]),
+                    *(
+                        _spread([c[figure] for c in curvature[kind]])
+                        for kind in curvature
+                        for figure in ("top_eigenvalue", "trace")
+                    ),
                     *(
                         f"{statistics.fmean(b[kind] for b in barriers):.3f} ± "
                         f"{statistics.stdev(b[kind] for b in barriers):.3f}"
                         for kind in ("float", "quantized")
                     ),
-                    f"{100 * spread:.2f}",
+                    *(
+                        f"{100 * rounding[way]['mean']:.1f} ± "
+                        f"{100 * rounding[way]['standard_deviation']:.2f}"
+                        for way in ("noise", "advanced")
+                    ),
                 ]
             )
-    header = ["bits", "parents", "largest eigenvalue", "trace", "barrier, not rounded, nats"]
-    header += ["barrier, rounded, nats", "spread over rounding seeds, points"]
+    header = ["bits", "parents", "largest eigenvalue", "trace", "largest, all domains"]
+    header += ["trace, all domains", "barrier, not rounded, nats", "barrier, rounded, nats"]
+    spread = record["spread"]
+    header += [f"{'+'.join(spread['pair'])}, `{way}`, %" for way in ("noise", "advanced")]
     return "\n".join(
         [
             "## Is the ground flatter?",
             "",
-            "`benchmarks/landscape.py`: Hessian of the loss on the three digits domains at every "
-            f"parent, and barriers between every two ({record['images_per_domain']} test images a "
-            "domain, three calibration seeds; mean and standard deviation over models or pairs "
-            "and seeds). The spread is that of the merged triple over 32 seeds of `noise`, whose "
-            "ties at equal thirds are none; see the pairs' in the table above.",
+            "`benchmarks/landscape.py`: Hessian of the loss at every parent, on its own domain and "
+            "on all three of the digits, and barriers between every two "
+            f"({record['images_per_domain']} test images a domain, three calibration seeds; mean "
+            "and standard deviation over models or pairs and seeds). The last columns are harmonic "
+            "means of a pair's merges over "
+            f"{spread['seeds']} rounding seeds, of calibration seed 0.",
             "",
             table(header, lines),
             "",
@@ -840,9 +1013,55 @@ def landscape(record: Mapping[str, Any]) -> str:
     )
 
 
+def weight_search(record: Mapping[str, Any]) -> str:
+    """The section on the search of merge weights."""
+    lines = []
+    for row in record["rows"]:
+        grid, found = row["grid"], row["search"]
+        middle = {
+            key: statistics.median(search[key] for search in found)
+            for key in ("images_run", "seconds", "cpu_seconds")
+        }
+        worst = max(search["worse_by_nats"] for search in found)
+        lines.append(
+            [
+                row["case"],
+                row["criterion"],
+                f"{grid['mixes']}",
+                f"{grid['images_run']:,}",
+                f"{grid['seconds']:.0f} / {grid['cpu_seconds']:.0f}",
+                f"{middle['images_run']:,.0f}",
+                f"{middle['seconds']:.1f} / {middle['cpu_seconds']:.1f}",
+                f"{sum(search['same'] for search in found)} of {len(found)}",
+                f"{worst:.4f}",
+            ]
+        )
+    header = [
+        "bundles", "criterion", "mixes", "grid: images run", "grid: seconds / of CPU",
+        "search: images run", "search: seconds / of CPU", "same choice", "worst, nats behind",
+    ]  # fmt: skip
+    return "\n".join(
+        [
+            "## What a search of merge weights costs",
+            "",
+            "`benchmarks/weight_search.py`: `--weights auto` on three bundles (a grid of 66 mixes) "
+            f"and {record['images']} images a domain, beside the whole grid; medians over three "
+            "orders of the images. PACS is an EfficientNet-Lite0 cut at 0.7 million weights, at "
+            "96 x 96, on three domains of real images; digits are ResNet-14. Images run are "
+            "forward passes of one image by one mix. The last column is how far the choice "
+            "that differs most lies behind the grid's in the criterion. Two cores, shared with "
+            "other work: the CPU seconds are the steadier figure.",
+            "",
+            table(header, lines),
+        ]
+    )
+
+
 SECTIONS = {
     "merge_statistics": merge_statistics,
+    "merge_rivals": merge_rivals,
     "landscape": landscape,
+    "weight_search": weight_search,
     "merge_quality": merge_quality,
     "distance": distance,
     "architectures": architectures,
