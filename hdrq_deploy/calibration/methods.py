@@ -184,6 +184,7 @@ _SEARCH = Options(learner="none", noise="off", distance=0.0)
 # AdaRound's own rate, held constant; the learned rounding of BRECQ and QDrop uses it too.
 _ROUNDING = Options(learner="adaround", noise="off", distance=0.0, lr=1e-3, schedule="constant")
 _BLOCKWISE = replace(_ROUNDING, input_prob=1.0, drop_prob=0.0)
+_HDRQ = Options()
 METHODS: dict[str, Method] = {
     "float": Method("no quantization, the baseline of a merge", _SEARCH, quantizes=False),
     "rtn": Method("round to nearest, scales by search", _SEARCH),
@@ -212,9 +213,19 @@ METHODS: dict[str, Method] = {
         _ROUNDING,
         "Wei et al., ICLR 2022",
     ),
+    "latent": Method(
+        "learned weights alone: hdrq without noise and distance",
+        replace(_HDRQ, noise="off", distance=0.0),
+        "ablation of Shin et al., ICML 2025",
+    ),
+    "latent-noise": Method(
+        "learned weights with rounding noise: hdrq without distance",
+        replace(_HDRQ, distance=0.0),
+        "ablation of Shin et al., ICML 2025",
+    ),
     "hdrq": Method(
         "learned weights with rounding noise, close to the source weights",
-        Options(),
+        _HDRQ,
         "Shin et al., ICML 2025",
     ),
 }

@@ -23,7 +23,7 @@ from ..formats.file_kinds import ADAPTED, ADAPTING, CELL_INPUTS, SPLITS, TRAINED
 from ..formats.staleness import change_since, plain, stamp, versions_of
 from ..typing import Progress, no_progress
 from .bundles import inputs_of, record_ingredients
-from .tasks import Domain, Task, checkpoint_of, iterations, rounding_rates
+from .tasks import Domain, Task, checkpoint_of, iterations, learning_rates
 
 __all__ = ["ADAPTATIONS", "PROTOCOLS", "Choice", "Preparation", "Protocol", "prepare"]
 
@@ -90,7 +90,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
             Wanted((96, 96), *_HALF),
             images=256,
             learning=iterations(200),
-            rates={**rounding_rates(1e-2), "hdrq": {"lr": 1e-3}},
+            rates=learning_rates(rounding=1e-2, latent=1e-3),
         ),
         pacs_images.DOMAINS,
         "photo",

@@ -32,11 +32,11 @@ __all__ = [
     "checkpoint_of",
     "is_written",
     "iterations",
+    "learning_rates",
     "made",
     "made_checkpoints",
     "made_data",
     "office_home",
-    "rounding_rates",
     "segmentation",
     "write_made",
 ]
@@ -312,7 +312,7 @@ def _digits(data: Path) -> Task:
         learning=iterations(1000),
         # A thousand iterations want the larger of HDRQ's two rates, and what is published of the
         # others for 20,000 iterations, scaled.
-        rates={**rounding_rates(2e-2), "hdrq": {"lr": 1e-3}},
+        rates=learning_rates(rounding=2e-2, latent=1e-3),
     )
 
 
@@ -328,7 +328,7 @@ def _streets(data: Path) -> Task:
         # Two hundred iterations want rates above the methods' own; chosen by the error on
         # calibration scenes of dusk.
         learning=iterations(200, batch=4),
-        rates={**rounding_rates(1e-1), "hdrq": {"lr": 3e-3}},
+        rates=learning_rates(rounding=1e-1, latent=3e-3),
     )
 
 
@@ -341,9 +341,10 @@ def iterations(iters: int, **others: Any) -> dict[str, dict[str, Any]]:
     return {name: {"iters": iters, **others} for name in _learners()}
 
 
-def rounding_rates(rate: float) -> dict[str, dict[str, float]]:
-    """One rate for every method that learns to round up or down."""
-    return {n: {"lr": rate} for n, row in METHODS.items() if row.options.learner == "adaround"}
+def learning_rates(rounding: float, latent: float) -> dict[str, dict[str, float]]:
+    """A rate for every method that learns to round up or down, one for those of latent weights."""
+    by_learner = {"adaround": rounding, "latent": latent}
+    return {name: {"lr": by_learner[METHODS[name].options.learner]} for name in _learners()}
 
 
 def _made_domain(data: Path, checkpoints: Path, name: str) -> Domain:

@@ -51,7 +51,8 @@ def test_every_row_says_what_it_does_and_makes_a_request() -> None:
         assert request.quantizes == (name != "float")
     with pytest.raises(
         SpecError,
-        match="choose one of float, rtn, gptq, adaround, brecq, brecq-one-stage, qdrop, hdrq",
+        match="choose one of float, rtn, gptq, adaround, brecq, brecq-one-stage, qdrop, latent, "
+        "latent-noise, hdrq",
     ):
         Options.of("magic")
 

@@ -14,6 +14,8 @@ from hdrq_deploy.calibration.recipe import METHODS, Options, Recipe
 from hdrq_deploy.cli import calibrate as calibrate_command
 from hdrq_deploy.errors import HdrqError
 
+_LATENT = ("latent", "latent-noise")
+
 
 def test_recipes_are_files_and_flags_win(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -90,12 +92,16 @@ def test_a_setting_stands_where_recipe_and_flags_say_nothing(work: Path, tmp_pat
 
 def test_each_part_of_hdrq_can_be_switched(make: Any) -> None:
     assert Options.of("hdrq", noise="uniform").noise == "uniform"
-    learned = {"adaround", "brecq", "brecq-one-stage", "qdrop", "hdrq"}
+    learned = {"adaround", "brecq", "brecq-one-stage", "qdrop", "hdrq", *_LATENT}
     assert set(METHODS) == {"float", "rtn", "gptq", *learned}
     with pytest.raises(HdrqError, match="noise='loud'"):
         Options.of("hdrq", noise="loud")
     for a, b in itertools.combinations(sorted(learned), 2):
         assert Options.of(a) != Options.of(b)
+    # The rows between QDrop and HDRQ differ from HDRQ in what their names leave out, no more.
+    assert Options.of("latent", noise="empirical") == Options.of("latent-noise")
+    assert Options.of("latent-noise", distance=0.05) == Options.of("hdrq")
+    assert [Options.of(name).distance for name in _LATENT] == [0, 0]
 
 
 @pytest.mark.parametrize("method", ["adaround", "brecq", "brecq-one-stage", "qdrop", "hdrq"])
