@@ -57,6 +57,8 @@ with importing("hdrq reproduce"):
 __all__ = ["arguments", "main"]
 
 _OF_THE_PAPER = ("office-home", "segmentation")
+# Protocols that label pixels.
+_SCENES = ("segmentation", "camvid")
 _EPILOG = """\
 Every cell is a bundle in OUT/cells and its figures in OUT/rows; the same command goes on where it
 was stopped. --made runs on digits (office-home) or drawn streets (segmentation), with nothing to
@@ -84,8 +86,13 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument(
         "--prepare", action="store_true", help="of pacs and camvid: stop behind the checkpoints"
     )
-    networks = {name: row.form for p in PROTOCOLS.values() for name, row in p.networks.items()}
-    forms = "; ".join(f"{name}: {form}" for name, form in {**HRDA, **networks}.items())
+    networks = [name for protocol in PROTOCOLS.values() for name in protocol.networks]
+    own_forms = {
+        f"{name} of {protocol}": network.form
+        for protocol, row in PROTOCOLS.items()
+        for name, network in row.networks.items()
+    }
+    forms = "; ".join(f"{name}: {form}" for name, form in {**HRDA, **own_forms}.items())
     which = p.add_mutually_exclusive_group()
     which.add_argument(
         "--model",
@@ -137,10 +144,10 @@ def _reproduce(args: argparse.Namespace) -> int:
     started = time.monotonic()
     threads = threads_of(args.threads, args.workers, args.ray, args.gpus)
     bits = parse_bits(args.bits)
-    if args.draw and (args.protocol != "segmentation" or parse_bits([args.draw])[0] not in bits):
+    if args.draw and (args.protocol not in _SCENES or parse_bits([args.draw])[0] not in bits):
         raise HdrqError(
             f"found --draw {args.draw}; needed one of --bits {' '.join(args.bits)}, and the "
-            "segmentation protocol"
+            f"{' or '.join(_SCENES)} protocol"
         )
     if importlib.util.find_spec("torch") is None:
         raise ModelError("calibration needs torch: pip install 'hdrq-deploy[calibrate]'")

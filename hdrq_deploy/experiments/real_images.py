@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adaptation.options import AdaptationOptions, FineTuningOptions
+from ..calibration_data import camvid as camvid_images
 from ..calibration_data import pacs as pacs_images
 from ..calibration_data.readers import Wanted
 from ..errors import DataError, ModelError, SpecError
@@ -114,6 +115,37 @@ PROTOCOLS: Mapping[str, Protocol] = {
         },
         pacs_images.domain_folder,
         pacs_images.write,
+    ),
+    "camvid": Protocol(
+        Task(
+            "camvid",
+            "",
+            "",
+            (),
+            Wanted(camvid_images.SIZE, *_HALF),
+            images=64,
+            mix_images=16,
+            renew_images=16,
+            learning=iterations(200, batch=8),
+            rates=learning_rates(rounding=1e-2, latent=1e-3),
+        ),
+        camvid_images.DOMAINS,
+        "day",
+        True,
+        {
+            "lite0": Network(
+                "hdrq_deploy.models:lite0_camvid",
+                "EfficientNet-Lite0 cut after its 112-channel stage and a decoder, 240x320",
+                True,
+                FineTuningOptions(epochs=20, batch=8, lr=5e-2, smoothing=0.0),
+                FineTuningOptions(epochs=8, batch=8, lr=2e-2, smoothing=0.0),
+                AdaptationOptions(epochs=5, batch=8),
+                needs="timm",
+            ),
+        },
+        camvid_images.light_folder,
+        camvid_images.write,
+        ("corrupt-tta", "numpy"),
     ),
 }
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from hdrq_deploy.adaptation.options import AdaptationOptions, FineTuningOptions
-from hdrq_deploy.calibration_data import pacs
+from hdrq_deploy.calibration_data import camvid, pacs
 from hdrq_deploy.cli import reproduce
 from hdrq_deploy.experiments.real_images import (
     PROTOCOLS,
@@ -35,30 +35,45 @@ def colours():
         nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7),
     )
+
+
+def pixels():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 4, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 11, 1),
+    )
 """
 LEARNED = FineTuningOptions(epochs=2, batch=8, lr=0.1)
 
 
 @pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """PACS of flat colours, 12 images a class; the protocol's network is a tiny one."""
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both protocols with tiny networks, on few and small images."""
+    monkeypatch.setattr(camvid, "SIZE", (48, 64))
     (tmp_path / "colour_models.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "colour_models", raising=False)
-    protocol = PROTOCOLS["pacs"]
-    network = Network(
-        "colour_models:colours", "tiny", False, LEARNED, LEARNED, AdaptationOptions(1, 8)
-    )
-    task = replace(
-        protocol.task,
-        wanted=replace(protocol.task.wanted, size=(16, 16)),
-        images=8,
-        mix_images=4,
-        renew_images=4,
-        learning=iterations(2, batch=4),
-    )
-    tiny = replace(protocol, networks={"tiny": network}, task=task)
-    monkeypatch.setitem(PROTOCOLS, "pacs", tiny)  # type: ignore[arg-type]
+    for name, factory, size in (("pacs", "colours", (16, 16)), ("camvid", "pixels", (48, 64))):
+        protocol = PROTOCOLS[name]
+        network = Network(
+            f"colour_models:{factory}", "tiny", False, LEARNED, LEARNED, AdaptationOptions(1, 8)
+        )
+        task = replace(
+            protocol.task,
+            wanted=replace(protocol.task.wanted, size=size),
+            images=8,
+            mix_images=4,
+            renew_images=4,
+            learning=iterations(2, batch=4),
+        )
+        protocol = replace(protocol, networks={"tiny": network}, task=task)
+        monkeypatch.setitem(PROTOCOLS, name, protocol)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def data(tmp_path: Path, tiny: None) -> Path:
+    """PACS of flat colours, 12 images a class."""
     rng = np.random.default_rng(0)
     for d, domain in enumerate(pacs.DOMAINS):
         for c, name in enumerate(pacs.CLASSES):
@@ -69,6 +84,14 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 pixels[..., c % 3] += 60 * (1 + c // 3)
                 Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{n:04}.png")
     return tmp_path / "PACS"
+
+
+def empty_pacs(root: Path) -> Path:
+    """The folders of PACS without images."""
+    for domain in pacs.DOMAINS:
+        for name in pacs.CLASSES:
+            (root / "PACS" / domain / name).mkdir(parents=True, exist_ok=True)
+    return root / "PACS"
 
 
 def prepared(data: Path, **chosen: object) -> Preparation:
@@ -174,10 +197,45 @@ def test_checkpoints_that_were_brought_are_not_trained(data: Path) -> None:
     assert [f.name for f in (data.parent / "out").iterdir()] == ["data"]
 
 
+def test_camvid_runs_as_a_user_would(
+    tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    for light, number in (("day", 16), ("dusk", 1)):
+        for kind in ("images", "labels"):
+            (tmp_path / "CamVid" / light / kind).mkdir(parents=True)
+        for frame in range(60, 3600, 180):
+            name = f"{number:04}E5_{frame:05}.png"
+            labels = rng.integers(0, 12, (6, 8), np.uint8).repeat(8, 0).repeat(8, 1)
+            pixels = (labels[..., None] * 20).repeat(3, 2) // number
+            Image.fromarray(labels).save(tmp_path / "CamVid" / light / "labels" / name)
+            Image.fromarray(pixels).save(tmp_path / "CamVid" / light / "images" / name)
+    out = tmp_path / "out"
+    argv = ["camvid", "--data", str(tmp_path / "CamVid"), "--out", str(out), "--threads", "1"]
+    argv += ["--targets", "day", "dusk", "--methods", "rtn", "--bits", "w8a8", "--seeds", "0"]
+    argv += ["--rounding-seeds", "1", "--draw", "w8a8"]
+    assert reproduce.main(argv) == 0, capsys.readouterr().err
+    assert sorted(files_of(out / "checkpoints")) == [
+        "pixels/day-supervised/dusk.safetensors",
+        "pixels/day.safetensors",
+    ]
+    row = json.loads((out / "rows" / "ours-rtn-w8a8-s0-dusk.json").read_text())
+    assert row["metric"] == "miou" and row["images"] == {"dusk": 5}
+    assert len(row["per_class"]["dusk"]) == 11
+    assert sorted(f.name for f in (out / "pictures").iterdir()) == [
+        "day-0.png",
+        "day-1.png",
+        "dusk-0.png",
+        "dusk-1.png",
+    ]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["pacs"], "pacs needs --data"),
+        (["camvid", "--data", "{}"], "images: not there; needed day/images, day/labels, dusk/im"),
+        (["pacs", "--data", "{}", "--draw", "w8a8"], "and the segmentation or camvid protocol"),
         (["pacs", "--data", "{}/nowhere"], "photo: not there; needed PACS as it is distributed"),
         (["pacs", "--data", "{}", "--made"], "found --made with pacs"),
         (["pacs", "--data", "{}", "--source", "film"], "found the domain film; there are photo"),
@@ -193,22 +251,23 @@ def test_checkpoints_that_were_brought_are_not_trained(data: Path) -> None:
     ],
 )
 def test_commands_that_make_no_sense(
-    flags: list[str], message: str, data: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    message: str,
+    tmp_path: Path,
+    tiny: None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = [flag.format(data) for flag in flags]
-    assert reproduce.main([*given, "--out", str(data.parent / "out")]) == 2
+    given = [flag.format(empty_pacs(tmp_path)) for flag in flags]
+    assert reproduce.main([*given, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err.strip()
     assert message in said and "\n" not in said
-    assert not (data.parent / "out").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_lite0_asks_for_its_imagenet_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for domain in pacs.DOMAINS:
-        for name in pacs.CLASSES:
-            (tmp_path / "PACS" / domain / name).mkdir(parents=True)
-    argv = ["pacs", "--data", str(tmp_path / "PACS"), "--out", str(tmp_path / "out")]
+    argv = ["pacs", "--data", str(empty_pacs(tmp_path)), "--out", str(tmp_path / "out")]
     assert reproduce.main(argv) == 2
     assert "found no --weights for lite0, whose training starts from" in capsys.readouterr().err
     assert reproduce.main([*argv, "--weights", str(tmp_path / "none.pth")]) == 2

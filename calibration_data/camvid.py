@@ -1,0 +1,324 @@
+"""CamVid (Brostow et al., 2009): its labels in both forms, its splits, and day with fog and snow.
+
+``LIGHT/images`` and ``LIGHT/labels`` hold frames by ``day`` and at ``dusk``. A frame is called by
+its drive and its number there (30 a second): ``0016E5_07959.png``, ``0001TP_006690.jpg``. Labels
+have its name, or the same with ``_L`` behind it, as in the original distribution.
+
+Neighbouring frames are nearly equal, so that a split holds whole stretches of a drive. Stretch
+number ``frame // 900`` lasts 30 seconds, and decides alone:
+
+===========  =================================
+split        stretch modulo 4
+===========  =================================
+test         0
+calibration  2
+training     1, 3
+===========  =================================
+
+The first two seconds of a stretch belong to no split, and of frames less than half a second apart
+the first is taken (a part of one drive is labelled 15 times a second).
+
+Fog and snow are those of ImageNet-C (Hendrycks and Dietterich, ICLR 2019) at severity 3, by the
+package ``corrupt-tta``; every frame has a seed of its own, made of its name.
+
+Source:
+    mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid (32 colours); Badrinarayanan et al., PAMI
+    2017 (SegNet: 11 classes).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..errors import DataError, ModelError
+from ..typing import Array
+from .readers.decoding import decode, folders_of, images_of, loaded, opened
+from .readers.street_scenes import IGNORE
+
+__all__ = [
+    "CLASSES",
+    "COLOURS",
+    "CORRUPTED",
+    "DOMAINS",
+    "SIZE",
+    "SPLITS",
+    "corrupted",
+    "frame_of",
+    "label_map",
+    "light_folder",
+    "split_of",
+    "write",
+]
+
+CLASSES = (
+    "sky",
+    "building",
+    "pole",
+    "road",
+    "pavement",
+    "tree",
+    "sign",
+    "fence",
+    "car",
+    "pedestrian",
+    "bicyclist",
+)
+# Colours of the original labels by class; black is void.
+COLOURS: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "sky": ((128, 128, 128),),
+    # Building, archway, bridge, tunnel, wall.
+    "building": ((128, 0, 0), (192, 0, 128), (0, 128, 64), (64, 0, 64), (64, 192, 0)),
+    # Column or pole, traffic cone.
+    "pole": ((192, 192, 128), (0, 0, 64)),
+    # Road, markings of lanes and others.
+    "road": ((128, 64, 128), (128, 0, 192), (192, 0, 64)),
+    # Sidewalk, parking block, road shoulder.
+    "pavement": ((0, 0, 192), (64, 192, 128), (128, 128, 192)),
+    # Tree, other vegetation.
+    "tree": ((128, 128, 0), (192, 192, 0)),
+    # Sign, other text, traffic light.
+    "sign": ((192, 128, 128), (128, 128, 64), (0, 64, 64)),
+    "fence": ((64, 64, 128),),
+    # Car, SUV or pickup, truck or bus, train, others that move.
+    "car": ((64, 0, 128), (64, 128, 192), (192, 128, 192), (192, 64, 128), (128, 64, 64)),
+    # Pedestrian, child, cart or pram, animal.
+    "pedestrian": ((64, 64, 0), (192, 128, 64), (64, 0, 192), (64, 128, 64)),
+    # Bicyclist, motorcycle.
+    "bicyclist": ((0, 128, 192), (192, 0, 192)),
+}
+_VOID = (0, 0, 0)
+CORRUPTED = ("fog", "snow")
+DOMAINS = ("day", "dusk", *CORRUPTED)
+SPLITS = ("training", "calibration", "test")
+SIZE = (240, 320)
+_SEVERITY = 3
+_STRETCH, _GAP, _NEAREST = 900, 60, 15
+_SPLIT_OF_STRETCH = ("test", "training", "calibration", "training")
+_FRAME = re.compile(r"(.*?)(\d+)$")
+
+
+def label_map(file: Path) -> Array:
+    """Labels (H, W) uint8 of a file in either form: 0 to 10, and 255 for pixels to leave out.
+
+    A picture of colours, or a palette of CamVid's colours, is read by its colours. Numbers, and
+    palettes of other colours, are read as the SegNet copy has them: 0 to 10, and 11 for void.
+
+    Raises:
+        DataError: No picture, a colour that CamVid does not have, or a number above 11.
+    """
+    with opened(file) as image:
+        picture = loaded(image, file)
+        if picture.mode in {"RGB", "RGBA"}:
+            return _by_colour(picture, file)
+        if picture.mode not in {"L", "P", "I", "I;16"}:
+            raise DataError(
+                f"{file}: found a picture of mode {picture.mode}; needed CamVid's colours, or one "
+                "number a pixel"
+            )
+        if picture.mode == "P" and not _strange_colours(picture).any():
+            return _by_colour(picture, file)
+        numbers = np.asarray(picture)
+    void = len(CLASSES)
+    wrong = (numbers > void) & (numbers != IGNORE)
+    if wrong.any():
+        raise DataError(
+            f"{file}: found label {numbers[wrong].max()}; needed 0 to {void - 1}, and {void} for "
+            "void"
+        )
+    return np.where(numbers == void, IGNORE, numbers).astype(np.uint8)
+
+
+def _codes(picture: Image.Image) -> Array:
+    """Colours (H, W) as one number each."""
+    rgb = np.asarray(picture.convert("RGB")).astype(np.int32)
+    codes: Array = (rgb[..., 0] << 16) | (rgb[..., 1] << 8) | rgb[..., 2]
+    return codes
+
+
+def _table() -> dict[int, int]:
+    """Class, or 255 of void, by the number of a colour."""
+    classes = {
+        colour: number for number, name in enumerate(CLASSES) for colour in COLOURS[name]
+    } | {_VOID: IGNORE}
+    return {(r << 16) | (g << 8) | b: number for (r, g, b), number in classes.items()}
+
+
+def _strange_colours(picture: Image.Image) -> Array:
+    return ~np.isin(_codes(picture), list(_table()))
+
+
+def _by_colour(picture: Image.Image, file: Path) -> Array:
+    table, codes = _table(), _codes(picture)
+    strange = ~np.isin(codes, list(table))
+    if strange.any():
+        code = int(codes[strange][0])
+        colour = (code >> 16, code >> 8 & 255, code & 255)
+        raise DataError(
+            f"{file}: found {int(strange.sum())} pixels of colours that CamVid does not have "
+            f"(first: {colour}); needed its 32 colours, saved without loss"
+        )
+    known = np.array(sorted(table))
+    numbers = np.array([table[code] for code in known], np.uint8)
+    labels: Array = numbers[np.searchsorted(known, codes)]
+    return labels
+
+
+def frame_of(file: Path) -> tuple[str, int]:
+    """Drive and number of a frame.
+
+    >>> frame_of(Path("Seq05VD_f00030.png")), frame_of(Path("0016E5_07959_L.png"))
+    (('Seq05VD_f', 30), ('0016E5_', 7959))
+
+    Raises:
+        DataError: The name does not end with a number.
+    """
+    match = _FRAME.match(file.stem.removesuffix("_L"))
+    if match is None:
+        raise DataError(
+            f"{file}: found no number at the end of the name; needed the drive and the number of "
+            "the frame, such as 0016E5_07959.png: it decides the split"
+        )
+    return match[1], int(match[2])
+
+
+def split_of(number: int) -> str | None:
+    """The split of a frame by its number, or None between two stretches.
+
+    >>> [split_of(number) for number in (30, 60, 930, 1000, 2000, 3000)]
+    [None, 'test', None, 'training', 'calibration', 'training']
+    """
+    if number % _STRETCH < _GAP:
+        return None
+    return _SPLIT_OF_STRETCH[number // _STRETCH % len(_SPLIT_OF_STRETCH)]
+
+
+def light_folder(data: Path, domain: str) -> Path:
+    """The folder that a domain's frames come from, with ``images`` and ``labels`` inside.
+
+    Raises:
+        DataError: It is not there.
+        ModelError: The package that makes fog and snow is not installed.
+    """
+    light = "day" if domain in CORRUPTED else domain
+    names = [folder.name for folder in folders_of(data)] if data.is_dir() else []
+    for kind in ("images", "labels"):
+        if not (data / light / kind).is_dir():
+            raise DataError(
+                f"{data / light / kind}: not there; needed day/images, day/labels, dusk/images and "
+                f"dusk/labels (found {', '.join(names) or 'no folders'})"
+            )
+    if domain in CORRUPTED and importlib.util.find_spec("corrupt_tta") is None:
+        raise ModelError(
+            f"{domain} is made by corrupt-tta: pip install 'hdrq-deploy[corruptions]', or choose "
+            "`targets` without fog and snow"
+        )
+    return data / light
+
+
+def write(data: Path, folder: Path, domains: Sequence[str]) -> None:
+    """Write ``DOMAIN/SPLIT/images`` and ``labels`` into a new folder, frames at 240x320.
+
+    Args:
+        data: CamVid, by light.
+        folder: The new folder.
+        domains: Names out of ``DOMAINS``.
+
+    Raises:
+        DataError: A folder or the labels of a frame are missing, a label is none of CamVid, sizes
+            differ, or a split would have no frame.
+        ModelError: As :func:`light_folder`.
+    """
+    for domain in domains:
+        light = light_folder(data, domain)
+        counts: Counter[str] = Counter()
+        for split, image, label in _chosen(light):
+            counts[split] += 1
+            target = folder / domain / split
+            for kind in ("images", "labels"):
+                (target / kind).mkdir(parents=True, exist_ok=True)
+            _write_labels(image, label, target / "labels" / f"{image.stem}.png")
+            _write_frame(image, domain, target / "images")
+        empty = [split for split in SPLITS if not counts[split]]
+        if empty:
+            raise DataError(
+                f"{light}: found {counts.total()} frames, of which none is for the split "
+                f"{empty[0]}; needed stretches of more than two minutes"
+            )
+
+
+def _chosen(light: Path) -> Iterator[tuple[str, Path, Path]]:
+    """Split, image and labels of the frames that are taken, drive by drive.
+
+    Raises:
+        DataError: A name without a number, or a frame without labels.
+    """
+    before: tuple[str, int] | None = None
+    files = images_of(light / "images", Counter())
+    for frame, image in sorted((frame_of(file), file) for file in files):
+        split = split_of(frame[1])
+        near = before is not None and before[0] == frame[0] and frame[1] - before[1] < _NEAREST
+        if split is None or near:
+            continue
+        before = frame
+        names = (f"{image.stem}.png", f"{image.stem}_L.png")
+        labels = [light / "labels" / name for name in names]
+        label = next((file for file in labels if file.is_file()), None)
+        if label is None:
+            raise DataError(
+                f"{labels[0]}: not there; needed the labels of every frame, with its name or "
+                f"{names[1]}"
+            )
+        yield split, image, label
+
+
+def _write_labels(image: Path, label: Path, target: Path) -> None:
+    labels = label_map(label)
+    with opened(image) as frame:
+        size = (frame.height, frame.width)
+    if labels.shape != size:
+        raise DataError(
+            f"{label}: found labels of {labels.shape[0]}x{labels.shape[1]} for a frame of "
+            f"{size[0]}x{size[1]}; needed one label a pixel"
+        )
+    picture = Image.fromarray(labels)
+    if size != SIZE:
+        picture = picture.resize(SIZE[::-1], Image.Resampling.NEAREST)
+    picture.save(target)
+
+
+def _write_frame(image: Path, domain: str, folder: Path) -> None:
+    frame = decode(image, 3)
+    if domain not in CORRUPTED:
+        if frame.size == SIZE:
+            shutil.copyfile(image, folder / image.name)
+        else:
+            frame.resized(SIZE).image.save(folder / f"{image.stem}.png")
+        return
+    pixels = corrupted(frame.resized(SIZE).pixels(3), domain, image.stem)
+    Image.fromarray(pixels).save(folder / f"{image.stem}.png")
+
+
+def corrupted(pixels: Array, kind: str, name: str) -> Array:
+    """A frame (H, W, 3) uint8 in fog or snow; the same name gives the same weather.
+
+    The package draws from NumPy's global generator, whose state is put back afterwards.
+    """
+    library = importlib.import_module("corrupt_tta")
+    before = np.random.get_state()
+    np.random.seed(zlib.crc32(f"{kind}/{name}".encode()))
+    try:
+        changed = library.corrupt(pixels, _SEVERITY, kind)
+    finally:
+        np.random.set_state(before)
+    result: Array = np.clip(np.rint(changed), 0, 255).astype(np.uint8)
+    return result
