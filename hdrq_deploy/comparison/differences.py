@@ -35,6 +35,7 @@ __all__ = [
     "EXACT",
     "HALF",
     "KERNEL",
+    "UNBROKEN",
     "Fidelity",
     "LayerDifference",
     "Spread",
@@ -104,6 +105,9 @@ HALF = Fidelity(
     advice="half precision may be too coarse for its values, export with `compute` fp32",
 )
 KERNEL = Fidelity(kernel=True)
+# Without quantizers nothing starts anew from codes: what every layer adds up differently goes on
+# to the next, and a network of 50 layers comes out beyond the bound of one.
+UNBROKEN = Fidelity(real=5e-4)
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,8 @@ class Stepwise:
         fidelity: Fidelity = EXACT,
     ) -> Stepwise:
         """What a bundle's graph and manifest say."""
+        if not activations and fidelity == EXACT:
+            fidelity = UNBROKEN
         known = {layer.node: layer.module for layer in layers}
         known |= {a.scale: a.module for a in activations}
         names = (

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,15 @@ from hdrq_deploy.checks.stages import compare_engine, compare_stages
 from hdrq_deploy.cli import export as export_command
 from hdrq_deploy.cli import verify
 from hdrq_deploy.comparison import golden
-from hdrq_deploy.comparison.differences import Stage, Stepwise, allowed, check, difference
+from hdrq_deploy.comparison.differences import (
+    EXACT,
+    UNBROKEN,
+    Stage,
+    Stepwise,
+    allowed,
+    check,
+    difference,
+)
 from hdrq_deploy.comparison.taps import GraphTap, Ran, Shows, outside
 from hdrq_deploy.errors import CheckFailed, DataError, ExportError
 from hdrq_deploy.exporters import GraphOptions, export
@@ -313,6 +322,25 @@ def test_a_wrong_bundle_graph_is_found_against_torch(
         check([difference(learned(bundle), right, batches, how)], Tolerances())
         with pytest.raises(CheckFailed):
             check([difference(learned(bundle), wrong, batches, how)], Tolerances())
+
+
+def test_float_layers_may_add_up_what_those_behind_codes_may_not(make: Any, inputs: Any) -> None:
+    """Without quantizers the differences of one layer go on to the next."""
+    bundle = make(method="float")
+    nodes = [layer.node for layer in bundle.manifest.layers]
+    right = GraphTap(onnx.load(str(bundle.path / "model.onnx")), {}, "bundle", nodes)
+    how, x = Stepwise.of_bundle(bundle), inputs[:8]
+    assert not bundle.manifest.activations and how.fidelity == UNBROKEN
+    for factor, passes in ((1.0002, True), (1.01, False)):
+        other = onnx.load(str(bundle.path / "model.onnx"))
+        first = next(node for node in other.graph.node if node.op_type == "Conv")
+        initializer(other, first.input[1], lambda w, by=factor: (w * by).astype(w.dtype))
+        near = GraphTap(other, {}, "bundle", nodes)
+        stages = [
+            difference(right, near, lambda: zip([x], [x], strict=True), h)
+            for h in (how, replace(how, fidelity=EXACT))
+        ]
+        assert [not stage.failure for stage in stages] == [passes, False]
 
 
 @pytest.mark.parametrize("fault", ["swapped channels", "scale by 1%", "bias", "pads"])
