@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..errors import ExportError
 from .target import Target
+from .target_openvino import OpenVinoTarget
 from .target_ort import OrtTarget
 from .target_tensorrt import TensorRtTarget
 
@@ -16,6 +17,7 @@ TARGETS: dict[str, Target] = {
         Target("onnx"),
         TensorRtTarget("trt"),
         TensorRtTarget("trt-rtx"),
+        OpenVinoTarget("openvino"),
     )
 }
 ENGINES = tuple(TARGETS)

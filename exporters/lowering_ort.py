@@ -25,7 +25,6 @@ from ..graph.biases import LARGEST
 from ..graph.edits import constant, drop_unused, insert
 from ..graph.operators import CLAMPS, LINEAR, QUANTIZABLE
 from ..graph.qdq import (
-    Quantizer,
     array,
     in_blocks,
     producer,
@@ -33,7 +32,7 @@ from ..graph.qdq import (
     quantizers,
     weight_dequantizers,
 )
-from .lowering_shared import fit_biases, requantize_operands
+from .lowering_shared import fit_biases, requantize_operands, to_unsigned
 
 __all__ = ["lower_ort"]
 
@@ -58,7 +57,7 @@ def lower_ort(model: ir.Model, exact: bool = True) -> ir.Model:
     fit_biases(model, shift)
     for q in list(quantizers(model)):
         if not q.unsigned:
-            _to_unsigned(model, q, exact)
+            to_unsigned(model, q, exact)
     for codes, dequantizers in weights.items():
         _widen_weight(model, codes, dequantizers, shift[str(codes.name)])
         for dequantize in dequantizers:
@@ -79,64 +78,6 @@ def lower_ort(model: ir.Model, exact: bool = True) -> ir.Model:
             _integer_convolution(model, node)
     drop_unused(model)
     return model
-
-
-def _to_unsigned(model: ir.Model, q: Quantizer, exact: bool) -> None:
-    name = q.quantize.name or "quantize"
-    source = q.quantize.inputs[0]
-    assert source is not None
-    signed = q.lo < 0
-    zero, lo, hi = (128, q.lo + 128, q.hi + 128) if signed else (0, 0, q.hi)
-    if (lo, hi) == (0, 127) and not exact:
-        hi = 255
-    clamp = source.producer()
-    if clamp is not None and clamp.op_type == "Clip":
-        lo, hi = _absorb_clamp(clamp, q, zero, lo, hi)
-    point = constant(model, f"{name}/zero", np.array(zero, np.uint8))
-    q.quantize.replace_input_with(2, point)
-    q.quantize.outputs[0].dtype = ir.DataType.UINT8
-    if q.clip is not None:
-        q.clip.outputs[0].dtype = ir.DataType.UINT8
-    q.dequantize.replace_input_with(2, point)
-    codes = q.quantize.outputs[0]
-    if (lo, hi) != (0, 255):
-        bounds = [
-            constant(model, f"{name}/{side}", np.array(code, np.uint8))
-            for side, code in (("low", lo), ("high", hi))
-        ]
-        codes = insert(
-            model,
-            q.dequantize,
-            ir.node("Clip", [codes, *bounds], name=f"{name}/range"),
-        )
-        codes.name, codes.dtype = f"{name}/clipped", ir.DataType.UINT8
-        codes.shape = q.quantize.outputs[0].shape
-    q.dequantize.replace_input_with(0, codes)
-
-
-def _absorb_clamp(clamp: ir.Node, q: Quantizer, zero: int, lo: int, hi: int) -> tuple[int, int]:
-    """Turn a clamp of real values before a quantizer into one of its codes; returns their range.
-
-    ONNX Runtime fuses Conv and Q, but with a Clip between them only where it ends beyond the
-    codes. round(clamp(x, a, b) / s) = clamp(round(x / s), round(a / s), round(b / s)).
-    """
-    bounds = [*clamp.inputs[1:3], None, None][:2]
-    if any(b is not None and (b.const_value is None or np.isnan(array(b)).any()) for b in bounds):
-        return lo, hi
-    source = clamp.inputs[0]
-    ends = (source, clamp.outputs[0])
-    if any(v is None or v.is_graph_output() or len(list(v.uses())) != 1 for v in ends):
-        return lo, hi  # somebody else reads real values
-    low, high = (
-        None if b is None else float(np.rint(array(b).reshape(()) / np.float32(q.scale))) + zero
-        for b in bounds
-    )
-    q.quantize.replace_input_with(0, source)
-    if low is not None:
-        lo = int(min(max(lo, low), hi))
-    if high is not None:
-        hi = int(max(min(hi, high), lo))
-    return lo, hi
 
 
 def _weights(model: ir.Model) -> dict[ir.Value, list[ir.Node]]:

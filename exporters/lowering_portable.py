@@ -6,23 +6,19 @@ knows no integer Clip; 4-bit weights become int8. The numbers do not change.
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from ..errors import ExportError
-from ..graph.edits import constant, drop_unused, insert
+from ..graph.edits import drop_unused
 from ..graph.operators import LINEAR, QUANTIZABLE
 from ..graph.qdq import array, in_blocks, quantizers, weight_dequantizers
-from .lowering_shared import fit_biases, requantize_operands
+from .lowering_shared import as_int8, fit_biases, requantize_operands, to_signed
 
 __all__ = ["lower_portable"]
 
 
 def lower_portable(model: ir.Model, pack_int4: bool = False) -> ir.Model:
     """Edit a graph in place to signed int8 Q/DQ pairs with nothing between them; return it.
-
-    clip(x, lo*s, hi*s) before rounding gives the codes that clip(round(x/s), lo, hi) gives,
-    because rounding keeps the order of values and lo and hi are integers.
 
     Args:
         model: The graph as :func:`~hdrq_deploy.graph.model_files.load` gives it.
@@ -38,26 +34,7 @@ def lower_portable(model: ir.Model, pack_int4: bool = False) -> ir.Model:
                 "found the grid 'paper' (codes 0 to 255); TensorRT executes signed int8 only: "
                 "calibrate with `grid` int8, or export with `engine` ort"
             )
-        if q.clip is None:
-            continue
-        if q.hi == 127:  # int8 ends there by itself, and lo is 0 only where nothing is negative
-            q.dequantize.replace_input_with(0, q.quantize.outputs[0])
-            continue
-        source = q.quantize.inputs[0]
-        name = q.quantize.name or "quantize"
-        scale = np.float32(q.scale)
-        bounds = [
-            constant(model, f"{name}/{side}", np.array(code, np.float32) * scale)
-            for side, code in (("low", q.lo), ("high", q.hi))
-        ]
-        clipped = insert(
-            model,
-            q.quantize,
-            ir.node("Clip", [source, *bounds], name=f"{name}/clip"),
-        )
-        clipped.name = f"{name}/clipped"
-        q.quantize.replace_input_with(0, clipped)
-        q.dequantize.replace_input_with(0, q.quantize.outputs[0])
+        to_signed(model, q)
     fit_biases(model, {})
     for node in list(model.graph):
         if node.op_type in QUANTIZABLE:
@@ -68,7 +45,7 @@ def lower_portable(model: ir.Model, pack_int4: bool = False) -> ir.Model:
         if codes.dtype != ir.DataType.INT4 or in_blocks(dequantize):
             continue
         if not (pack_int4 and _packable(dequantize)):
-            _as_int8(codes)
+            as_int8(codes)
     drop_unused(model)
     return model
 
@@ -81,9 +58,3 @@ def _packable(dequantize: ir.Node) -> bool:
     linear = all(node.op_type in LINEAR for node in readers)
     per_channel = array(dequantize.inputs[1]).ndim == 1
     return linear and per_channel and array(dequantize.inputs[0]).size % 2 == 0
-
-
-def _as_int8(codes: ir.Value) -> None:
-    values = array(codes).astype(np.int8)
-    codes.const_value = ir.tensor(values, name=codes.name)
-    codes.dtype = ir.DataType.INT8

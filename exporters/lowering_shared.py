@@ -1,4 +1,4 @@
-"""What every lowering needs: biases that fit int32, and codes where kernels look for them."""
+"""What several lowerings need: biases that fit int32, codes where kernels look for them, uint8."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import onnx_ir as ir
 
 from ..errors import ExportError
 from ..graph.biases import bias_sites, fitted
-from ..graph.edits import insert
+from ..graph.edits import constant, insert
 from ..graph.operators import REQUANTIZED
-from ..graph.qdq import array, producer
+from ..graph.qdq import Quantizer, array, producer
 
-__all__ = ["fit_biases", "requantize_operands"]
+__all__ = ["as_int8", "fit_biases", "requantize_operands", "to_signed", "to_unsigned"]
 
 
 def fit_biases(model: ir.Model, shift: Mapping[str, int]) -> None:
@@ -53,6 +53,13 @@ def fit_biases(model: ir.Model, shift: Mapping[str, int]) -> None:
                 use.node.attributes["axis"] = ir.AttrInt64("axis", site.axis)
 
 
+def as_int8(codes: ir.Value) -> None:
+    """Hold 4-bit codes as int8, in place."""
+    values = array(codes).astype(np.int8)
+    codes.const_value = ir.tensor(values, name=codes.name)
+    codes.dtype = ir.DataType.INT8
+
+
 def requantize_operands(model: ir.Model, node: ir.Node) -> None:
     """Repeat Q and DQ, in place, behind pooling and reordering, where kernels look for them.
 
@@ -79,3 +86,99 @@ def requantize_operands(model: ir.Model, node: ir.Node) -> None:
         )
         real.name, real.dtype = f"{name}/real", ir.DataType.FLOAT
         node.replace_input_with(i, real)
+
+
+def to_signed(model: ir.Model, q: Quantizer) -> None:
+    """Leave a quantizer its int8 codes, in place, without the integer Clip behind it.
+
+    clip(x, lo*s, hi*s) before rounding gives the codes that clip(round(x/s), lo, hi) gives,
+    because rounding keeps the order of values and lo and hi are integers.
+
+    Args:
+        model: The graph.
+        q: A quantizer of signed codes.
+    """
+    if q.clip is None:
+        return
+    q.dequantize.replace_input_with(0, q.quantize.outputs[0])
+    if q.hi == 127:  # int8 ends there by itself, and lo is 0 only where nothing is negative
+        return
+    source, name = q.quantize.inputs[0], q.quantize.name or "quantize"
+    bounds = [
+        constant(model, f"{name}/{side}", np.array(code, np.float32) * np.float32(q.scale))
+        for side, code in (("low", q.lo), ("high", q.hi))
+    ]
+    node = ir.node("Clip", [source, *bounds], name=f"{name}/clip")
+    clipped = insert(model, q.quantize, node)
+    clipped.name = f"{name}/clipped"
+    q.quantize.replace_input_with(0, clipped)
+
+
+def to_unsigned(model: ir.Model, q: Quantizer, exact: bool = True) -> None:
+    """Give a quantizer uint8 codes, in place; its real values stay.
+
+    Signed codes c become c + 128 with zero point 128; codes of tensors that are never negative
+    stay as they are with zero point 0. An integer Clip behind QuantizeLinear keeps the range.
+
+    Args:
+        model: The graph.
+        q: A quantizer of signed codes.
+        exact: Keep that Clip where 8-bit codes of a tensor that is never negative end at 127.
+            Otherwise they extend to 255 at the same scale.
+    """
+    name = q.quantize.name or "quantize"
+    source = q.quantize.inputs[0]
+    assert source is not None
+    signed = q.lo < 0
+    zero, lo, hi = (128, q.lo + 128, q.hi + 128) if signed else (0, 0, q.hi)
+    if (lo, hi) == (0, 127) and not exact:
+        hi = 255
+    clamp = source.producer()
+    if clamp is not None and clamp.op_type == "Clip":
+        lo, hi = _absorb_clamp(clamp, q, zero, lo, hi)
+    point = constant(model, f"{name}/zero", np.array(zero, np.uint8))
+    q.quantize.replace_input_with(2, point)
+    q.quantize.outputs[0].dtype = ir.DataType.UINT8
+    if q.clip is not None:
+        q.clip.outputs[0].dtype = ir.DataType.UINT8
+    q.dequantize.replace_input_with(2, point)
+    codes = q.quantize.outputs[0]
+    if (lo, hi) != (0, 255):
+        bounds = [
+            constant(model, f"{name}/{side}", np.array(code, np.uint8))
+            for side, code in (("low", lo), ("high", hi))
+        ]
+        codes = insert(
+            model,
+            q.dequantize,
+            ir.node("Clip", [codes, *bounds], name=f"{name}/range"),
+        )
+        codes.name, codes.dtype = f"{name}/clipped", ir.DataType.UINT8
+        codes.shape = q.quantize.outputs[0].shape
+    q.dequantize.replace_input_with(0, codes)
+
+
+def _absorb_clamp(clamp: ir.Node, q: Quantizer, zero: int, lo: int, hi: int) -> tuple[int, int]:
+    """Turn a clamp of real values before a quantizer into one of its codes; returns their range.
+
+    ONNX Runtime fuses Conv and Q, but with a Clip between them only where it ends beyond the
+    codes; other engines compute one clamp in place of two.
+    round(clamp(x, a, b) / s) = clamp(round(x / s), round(a / s), round(b / s)).
+    """
+    bounds = [*clamp.inputs[1:3], None, None][:2]
+    if any(b is not None and (b.const_value is None or np.isnan(array(b)).any()) for b in bounds):
+        return lo, hi
+    source = clamp.inputs[0]
+    ends = (source, clamp.outputs[0])
+    if any(v is None or v.is_graph_output() or len(list(v.uses())) != 1 for v in ends):
+        return lo, hi  # somebody else reads real values
+    low, high = (
+        None if b is None else float(np.rint(array(b).reshape(()) / np.float32(q.scale))) + zero
+        for b in bounds
+    )
+    q.quantize.replace_input_with(0, source)
+    if low is not None:
+        lo = int(min(max(lo, low), hi))
+    if high is not None:
+        hi = int(max(min(hi, high), lo))
+    return lo, hi

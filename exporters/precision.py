@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import onnxruntime
 
 from ..errors import CheckFailed
 from ..formats.atomic_files import scratch_folder
 from ..formats.bundle_manifest import Layer
 from ..formats.engine_folder import LayerPrecision, PrecisionReport
+from ..graph.openvino_session import Executed
 from ..graph.operators import LAYERS
 from ..graph.patterns import named
 
-__all__ = ["check", "from_ort", "from_trt_log", "requested_only"]
+__all__ = ["check", "from_openvino", "from_ort", "from_trt_log", "requested_only"]
 
 _ORT_INT8 = {
     "QLinearConv",
@@ -31,6 +33,10 @@ _ORT_INT8 = {
     "QAttention",
 }
 _ORT_INT4 = {"MatMulNBits"}
+_OPENVINO_LAYERS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul"}
+# Attention may be one kernel: two products and what lies between them.
+_OPENVINO_ATTENTION = "Subgraph"
+_BYTES = {"i8", "u8"}
 # Its operators in float: those of the graph, and what its fusions call them.
 _ORT_FLOAT = LAYERS | {"FusedConv", "FusedMatMul", "FusedGemm"}
 # A fusion of a layer and its activation has this before the name.
@@ -83,6 +89,75 @@ def _find_ort(layer: Layer, nodes: Iterable[onnx.NodeProto]) -> onnx.NodeProto |
     # The exact name first: "fc/MatMul" before "fc/MatMul_2".
     matches = sorted((n for n in nodes if named.fullmatch(n.name)), key=lambda n: len(n.name))
     return matches[0] if matches else None
+
+
+def from_openvino(
+    nodes: Sequence[Executed], layers: Sequence[Layer], model: ir.Model, version: str
+) -> PrecisionReport:
+    """Read the program that OpenVINO compiled.
+
+    A layer is INT8 where its kernel computes in int8 or uint8 and reads both operands so.
+    OpenVINO computes attention in one kernel, whose products are INT8 where all its inputs are.
+
+    Args:
+        nodes: The nodes of the program.
+        layers: What is asked of each layer.
+        model: The lowered graph.
+        version: Version of OpenVINO.
+    """
+    kernels = [node for node in nodes if node.kind in _OPENVINO_LAYERS]
+    kernels += [node for node in nodes if node.kind == _OPENVINO_ATTENTION]
+    places = {node.name: node for node in model.graph}
+    rows = []
+    for layer in layers:
+        names = _openvino_names(places.get(layer.node), layer.node)
+        mine = [n for n in kernels if names & set(n.origins) or layer.weight in n.constants]
+        if not mine:
+            rows.append(_row(layer, "unknown", "not found in the compiled program"))
+            continue
+        node = mine[0]
+        types = " x ".join(_operands(node))
+        rows.append(_row(layer, _of_openvino(node), f"{node.kind} {node.precision}: {types}"))
+    return _report("openvino", f"compiled program, openvino {version}", rows)
+
+
+def _openvino_names(node: ir.Node | None, name: str) -> set[str]:
+    """Names by which OpenVINO may call a layer: its own, or that of what is computed with it.
+
+    The bias of a layer is taken off it, and the rest has another name; a factor behind it is
+    multiplied into it, and the product has none of the graph.
+    """
+    names = {name, f"{name}/WithoutBiases"}
+    while node is not None:
+        names.add(str(node.outputs[0].name))
+        readers = [use.node for use in node.outputs[0].uses()]
+        if len(readers) != 1 or _reads_activations(readers[0]) != 1:
+            break
+        node = readers[0]
+        names.add(str(node.name))
+        if node.op_type == "QuantizeLinear":
+            break
+    return names
+
+
+def _reads_activations(node: ir.Node) -> int:
+    """How many inputs of a node are computed."""
+    return sum(value is not None and value.const_value is None for value in node.inputs)
+
+
+def _operands(node: Executed) -> tuple[str, ...]:
+    """Types of what a kernel multiplies; of the one kernel of attention all that it reads."""
+    return node.inputs if node.kind == _OPENVINO_ATTENTION else node.inputs[:2]
+
+
+def _of_openvino(node: Executed) -> str:
+    operands = _operands(node)
+    if node.precision in _BYTES and len(operands) >= 2 and set(operands) <= _BYTES:
+        return "int8"
+    if operands[1:2] in {("i4",), ("u4",)}:
+        return "int4"
+    real = next((kind for kind in (node.precision, *operands) if kind not in _BYTES), "")
+    return {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(real, "unknown")
 
 
 def from_trt_log(engine: str, dump: str, layers: Sequence[Layer]) -> PrecisionReport:

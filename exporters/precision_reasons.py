@@ -77,6 +77,11 @@ def _reason(engine: str, node: ir.Node | None, requested: str, evidence: str) ->
             f"ONNX Runtime fused it with what reads its output ({kernel}), and {kernel} computes "
             "in float"
         )
+    if engine == "openvino":
+        return (
+            f"OpenVINO has no INT8 kernel for this {node.op_type} with such operands, or fused it "
+            "out of sight; the graph has its codes in place"
+        )
     if engine == "ort":
         return (
             f"ONNX Runtime has no INT8 kernel for this {node.op_type}, or its session was made "

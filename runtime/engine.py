@@ -109,9 +109,9 @@ class Engine(ABC):
     """An engine that is loaded; a context manager.
 
     ``__call__``, ``run_async``, ``predict`` and ``close`` may be called from any thread. Calls
-    on ONNX Runtime run side by side; those of one TensorRT engine run one after the other. An
-    engine belongs to the process that loaded it: in one that is forked off (a worker of
-    ``multiprocessing`` or of a DataLoader) calls raise EngineError and ``close`` does nothing.
+    on ONNX Runtime and OpenVINO run side by side; those of one TensorRT engine run one after the
+    other. An engine belongs to the process that loaded it: in one that is forked off (a worker
+    of ``multiprocessing`` or of a DataLoader) calls raise EngineError and ``close`` does nothing.
 
     Attributes:
         path: Engine folder.
@@ -143,6 +143,11 @@ class Engine(ABC):
     def outputs(self) -> tuple[Port, ...]:
         """Name, shape and dtype of every output."""
         return self.manifest.outputs
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that may be begun before the first has ended, to keep it busy."""
+        return 2
 
     @property
     def cuda_graph(self) -> str | None:

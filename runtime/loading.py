@@ -14,7 +14,13 @@ __all__ = ["BACKENDS", "load_engine", "open_engine"]
 
 # The module that runs each kind of engine. It has a function ``open_engine`` and is imported
 # when the first engine of that kind is loaded.
-BACKENDS = {"ort": ".ort", "onnx": ".ort", "trt": ".tensorrt", "trt-rtx": ".tensorrt"}
+BACKENDS = {
+    "ort": ".ort",
+    "onnx": ".ort",
+    "trt": ".tensorrt",
+    "trt-rtx": ".tensorrt",
+    "openvino": ".openvino",
+}
 _DEVICES = "auto, cpu, cuda, cuda:N, tensorrt or tensorrt:N"
 
 
@@ -23,22 +29,29 @@ def load_engine(
     device: str = "auto",
     threads: int = 0,
     cuda_graph: bool = True,
+    throughput: bool = False,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Engine:
     """Open an engine folder.
 
     Args:
         path: Folder written by ``hdrq-export``.
-        device: ``auto`` is the CPU for ``ort`` and ``onnx`` engines and the first GPU for
-            TensorRT's. ``cpu``; ``cuda`` or ``cuda:N``; ``tensorrt`` or ``tensorrt:N`` is ONNX
-            Runtime's TensorRT provider. Nothing falls back to another device.
+        device: ``auto`` is the CPU for ``ort``, ``onnx`` and ``openvino`` engines and the first
+            GPU for TensorRT's. ``cpu``; ``cuda`` or ``cuda:N``; ``tensorrt`` or ``tensorrt:N`` is
+            ONNX Runtime's TensorRT provider. Nothing falls back to another device.
         threads: Threads inside an operator on the CPU; 0, one per core.
         cuda_graph: Replay TensorRT's work as a CUDA graph, captured per shape.
+        throughput: Compute many calls at once rather than each as soon as can be: OpenVINO runs
+            them in streams of a few threads. Other engines do the same in both cases.
+        cache: Folder in which OpenVINO keeps what it compiled and looks for it; it is made where
+            it is missing. None keeps nothing.
 
     Raises:
         EngineError: Not an engine, damaged, built for another device or version, or of a kind
             that this machine cannot run.
     """
-    return open_engine(Path(path), read_manifest(path), device, threads, cuda_graph)
+    manifest = read_manifest(path)
+    return open_engine(Path(path), manifest, device, threads, cuda_graph, throughput, cache)
 
 
 def open_engine(
@@ -47,6 +60,8 @@ def open_engine(
     device: str = "auto",
     threads: int = 0,
     cuda_graph: bool = True,
+    throughput: bool = False,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Engine:
     """Load an engine whose manifest was read; the files are not hashed again.
 
@@ -56,6 +71,8 @@ def open_engine(
         device: See :func:`load_engine`.
         threads: See :func:`load_engine`.
         cuda_graph: See :func:`load_engine`.
+        throughput: See :func:`load_engine`.
+        cache: See :func:`load_engine`.
 
     Raises:
         EngineError: As :func:`load_engine`.
@@ -70,8 +87,14 @@ def open_engine(
             f"{path}: found an engine of the kind {manifest.engine!r}; this version runs "
             f"{', '.join(BACKENDS)}"
         )
+    if cache is not None and manifest.engine != "openvino":
+        raise EngineError(
+            f"{path}: found `cache` for an engine of the kind {manifest.engine!r}; only openvino "
+            "engines keep what they compile: leave it out"
+        )
     backend = importlib.import_module(BACKENDS[manifest.engine], __package__)
+    cores = threads or os.cpu_count() or 1
     engine: Engine = backend.open_engine(
-        path, manifest, device, threads or os.cpu_count() or 1, cuda_graph
+        path, manifest, device, cores, cuda_graph, throughput, cache
     )
     return engine

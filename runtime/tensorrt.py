@@ -77,7 +77,13 @@ def _again(manifest: EngineManifest) -> str:
 
 
 def open_engine(
-    path: Path, manifest: EngineManifest, device: str, threads: int, cuda_graph: bool
+    path: Path,
+    manifest: EngineManifest,
+    device: str,
+    threads: int,
+    cuda_graph: bool,
+    throughput: bool,
+    cache: object,
 ) -> Engine:
     """See :func:`~hdrq_deploy.runtime.loading.open_engine`.
 

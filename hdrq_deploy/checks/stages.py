@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ..comparison import golden
+from ..comparison import golden, openvino_tap
 from ..comparison.differences import Stage, Stepwise, difference, measure_spread, rows_at_once
 from ..comparison.taps import Shows
 from ..errors import DataError, HdrqError, ModelError
@@ -148,6 +148,8 @@ def _engine(path: Path, manifest: EngineManifest) -> Shows:
         return golden.EngineTap(
             golden.file_tap(path / GRAPH, "engine", (), fused=True), lambda x: engine(x)
         )
+    if manifest.engine == "openvino":
+        return openvino_tap.of_file(path / GRAPH, lambda x: engine(x))
     return golden.CallTap("engine", lambda x: engine(x))
 
 

@@ -69,6 +69,12 @@ def arguments() -> argparse.ArgumentParser:
     )
     how.add_argument("--threads", type=int, default=0, help="0: one per core")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda[:N], tensorrt[:N]")
+    how.add_argument(
+        "--cache",
+        type=Path,
+        metavar="FOLDER",
+        help="where OpenVINO keeps what it compiled; none by default",
+    )
     how.add_argument("--no-cuda-graph", action="store_true", help="enqueue work call by call")
     how.add_argument(
         "--energy",
@@ -132,6 +138,7 @@ def _bench(args: argparse.Namespace) -> int:
         split=args.split,
         image_size=tuple(args.image_size) if args.image_size else None,
         draw=args.draw,
+        cache=args.cache,
     )
     rows = list(zip(_names(args.engines), results, strict=True))
     _show(rows, args.energy)

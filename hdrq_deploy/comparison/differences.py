@@ -60,6 +60,8 @@ _VALUES_AT_ONCE = 1 << 19
 PLAIN_RMS = 0.05
 # Ties that spread explain no more than this of an engine whose layers are not to be seen.
 _MOST_UNSEEN = 0.5
+# Relative RMS of codes behind others that are not to be seen: one of those at a tie may move a few.
+_BEHIND_HIDDEN = 5e-3
 # Two sides of a tie are taken for one choice where they are so close, over the largest score.
 _TIED = 1e-5
 
@@ -237,6 +239,7 @@ class Stage:
         judged: Whether the free run is held to the tolerances. Not where codes differ on
             purpose, and not where all layers agree and ties alone, which were counted, made two
             computations in float part; then its figures are only stated.
+        hidden: Quantizers whose codes a stage does not show.
     """
 
     name: str
@@ -257,6 +260,7 @@ class Stage:
     spread: Spread | None = None
     stepwise: bool = False
     judged: bool = True
+    hidden: int = 0
 
     @property
     def flip_share(self) -> float:
@@ -269,6 +273,8 @@ class Stage:
         figures: dict[str, Any] = {"stages": self.name, "output_rms": self.output_rms}
         if self.layer_rms is not None:
             figures |= {"output_rms_from_same_codes": self.layer_rms, "ties": self.ties}
+        if self.hidden:
+            figures["codes_not_shown"] = self.hidden
         if self.spread is not None:
             figures["spread_of_ties"] = asdict(self.spread)
         return figures
@@ -426,6 +432,7 @@ class _Layers:
         self._outputs = 0
         self._probed = not (how.probe and _replays(first) and _replays(second))
         self._compared = False
+        self._hidden: frozenset[str] = frozenset()
 
     def add(self, mine: Ran, theirs: Ran, x: Array, y: Array) -> str | None:
         """Another batch; what cannot be compared, if anything."""
@@ -435,6 +442,7 @@ class _Layers:
         given, free, feed = (mine, theirs, y) if again is self._second else (theirs, mine, x)
         if not given.codes and not given.layers:
             return None  # nothing of it is to be seen but its output
+        self._hidden |= mine.hidden | theirs.hidden
         if (problem := self._unlike(mine.codes, theirs.codes)) is not None:
             return problem
         local = self._replay(again, feed, given, free)
@@ -460,6 +468,8 @@ class _Layers:
         """The first tensor that only one stage has, or of which they have other shapes."""
         names = (self._first.name, self._second.name)
         for name, module in self._how.modules.items():
+            if name in self._hidden:
+                continue
             if (name in mine) != (name in theirs):
                 has, lacks = names if name in mine else reversed(names)
                 return f"found {module} ({name}) in the {has} and not in the {lacks}"
@@ -584,12 +594,14 @@ class _Layers:
 
     def fill(self, stage: Stage) -> None:
         """Write what was found into ``stage``."""
+        most_off = max(self._how.fidelity.codes, _BEHIND_HIDDEN if self._hidden else 0.0)
+        stage.hidden = len(self._hidden)
         for name, module in self._how.modules.items():
             sums = self._sums.get(name)
             if sums is None or not sums.count:
                 continue
             if name in self._how.ranges:
-                if 0 < sums.noise <= self._how.fidelity.codes**2 * sums.signal:
+                if 0 < sums.noise <= most_off**2 * sums.signal:
                     sums.ties, sums.wrong = sums.ties + sums.wrong, 0
                 ratio = decibels(sums.signal, sums.noise)
                 share = sums.off / sums.count

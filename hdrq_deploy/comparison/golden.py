@@ -17,6 +17,7 @@ from ..formats.engine_folder import EngineManifest, PrecisionReport
 from ..formats.preprocessing import to_frames, to_input
 from ..formats.records import Preprocessing
 from ..formats.safetensors_layout import serialize
+from ..graph import reference_session
 from ..graph.edits import distinct_names, drop_unused, free_operand, quantize_only
 from ..graph.model_files import with_tensors
 from ..graph.reference_session import open_session, session_options
@@ -33,7 +34,7 @@ from .differences import (
     difference,
     rows_at_once,
 )
-from .taps import GraphTap, Ran, Shows, decide, outside
+from .taps import GraphTap, Ran, Runs, Shows, decide, outside
 
 __all__ = [
     "CallTap",
@@ -119,8 +120,14 @@ def bundle_tap(
 def file_tap(path: Path, name: str, nodes: Sequence[str], fused: bool = False) -> GraphTap:
     """A lowered graph on the disk, as written or, ``fused``, as an engine runs it."""
     model = onnx.load(str(path), load_external_data=False)
-    options = session_options(0, spin=False) if fused else None
-    return GraphTap(model, outside(model, path.parent), name, nodes, options)
+    return GraphTap(
+        model, outside(model, path.parent), name, nodes, _with_kernels if fused else None
+    )
+
+
+def _with_kernels(text: bytes, data: Mapping[str, bytes]) -> Runs:
+    session: Runs = reference_session.open_session(text, session_options(0, spin=False), data)
+    return session
 
 
 def lowered_fidelity(tap: GraphTap, exact: bool) -> Fidelity:

@@ -8,21 +8,20 @@ layer's result depends on that layer alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import onnx
-import onnxruntime
 
 from ..errors import CheckFailed
 from ..graph import reference_session
 from ..graph.operators import CLAMPS, LAYERS, NEVER_AMPLIFIES
 from ..typing import Array
 
-__all__ = ["GraphTap", "Ran", "Shows", "Site", "decide", "outside"]
+__all__ = ["GraphTap", "Opens", "Ran", "Runs", "Shows", "Site", "decide", "outside"]
 
 # A lowered graph holds convolutions of codes beside the layers of a bundle.
 _LAYERS = LAYERS | {"ConvInteger"}
@@ -62,6 +61,7 @@ class Ran:
         codes: Codes without their zero point, by the name of their scale.
         layers: Real outputs of convolutions and products, by ONNX node.
         before: Values before they were rounded, in codes, by the name of the scale.
+        hidden: Scales of quantizers whose codes the stage computes and does not show.
     """
 
     output: Array
@@ -69,6 +69,7 @@ class Ran:
     codes: dict[str, Array] = field(default_factory=dict)
     layers: dict[str, Array] = field(default_factory=dict)
     before: dict[str, Array] = field(default_factory=dict)
+    hidden: frozenset[str] = frozenset()
 
 
 class Shows(Protocol):
@@ -84,6 +85,17 @@ class Shows(Protocol):
         ...
 
 
+class Runs(Protocol):
+    """A session that runs a graph."""
+
+    def run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> Sequence[Array]:
+        """Outputs by name."""
+        ...
+
+
+Opens = Callable[[bytes, Mapping[str, bytes]], Runs]
+
+
 class GraphTap:
     """An ONNX graph with its codes, layers and scores as further outputs.
 
@@ -92,9 +104,15 @@ class GraphTap:
         data: Contents of the files that its external data name.
         name: What to call it.
         nodes: Heavy nodes whose real outputs are shown; they are those of the bundle's graph.
-        fused: Options of a session with ONNX Runtime's integer kernels, which shows codes
-            only. None computes the graph as written, and can :meth:`replay`.
+        fused: Opens a graph, given as bytes with the files that it names, in a runtime with
+            integer kernels, which shows codes only. None computes the graph as written, and can
+            :meth:`replay`.
         postprocess: What an export appends to the output, done here to what the graph gives.
+        show: Scales of the quantizers whose codes are shown; None shows all.
+
+    Attributes:
+        sites: Quantizers by the name of their scale.
+        named: Names of the nodes and tensors of each quantizer, with the name of its scale.
 
     Raises:
         CheckFailed: ONNX Runtime does not load the graph.
@@ -106,8 +124,9 @@ class GraphTap:
         data: Mapping[str, bytes],
         name: str,
         nodes: Sequence[str] = (),
-        fused: onnxruntime.SessionOptions | None = None,
+        fused: Opens | None = None,
         postprocess: str = "none",
+        show: Collection[str] | None = None,
     ) -> None:
         self.name, self._postprocess = name, postprocess
         self._last: tuple[Array, Ran] | None = None
@@ -117,11 +136,13 @@ class GraphTap:
         self._producers = {out: node for node in graph.node for out in node.output}
         self._readers = _readers(graph)
         (self._output,) = (value.name for value in graph.output)
+        self._port = graph.input[0].name
         self._scores = self._behind_labels()
         self.sites: dict[str, Site] = {}
         self._codes: dict[str, str] = {}
         self._points: dict[str, int] = {}
         self._before: dict[str, str] = {}
+        self.named: dict[str, str] = {}
         for node in graph.node:
             if node.op_type == "QuantizeLinear" and node.input[1] not in self.sites:
                 self._add_site(node)
@@ -136,6 +157,8 @@ class GraphTap:
         self._layers = {} if fused else self._layer_values(graph, nodes)
         self.output_bias_step = self._output_bias_step()
         self._places = {scale: i for i, scale in enumerate(self.sites)}
+        if show is not None:
+            self._codes = {s: value for s, value in self._codes.items() if s in show}
         shown = [*self._codes.values(), *([self._scores] if self._scores else [])]
         if self.replays:
             self._let_replay(graph)
@@ -149,12 +172,11 @@ class GraphTap:
         text = model.SerializeToString()
         try:
             if fused is None:
-                self._session = reference_session.unfused_session(text, data)
+                self._session: Runs = reference_session.unfused_session(text, data)
             else:
-                self._session = reference_session.open_session(text, fused, data)
+                self._session = fused(text, data)
         except Exception as error:  # ONNX Runtime's exceptions have no public base class
             raise CheckFailed(f"the {name} does not load ({_line(error)}); export again") from error
-        self._port = self._session.get_inputs()[0].name
 
     def run(self, x: Array) -> Ran:
         """A batch, everything computed by the graph itself; the last one is remembered."""
@@ -236,10 +258,12 @@ class GraphTap:
                 for end, bound in zip((lo, hi), bounds, strict=True)
             )
             codes = readers[0].output[0]
+            self.named |= dict.fromkeys((readers[0].name, codes), scale)
         real = float(np.asarray(self._values.get(scale), np.float32).reshape(-1)[0])
         slack, rounded = self._bias_steps(node, real)
         self.sites[scale] = Site(real, lo - point, hi - point, slack, rounded)
         self._codes[scale], self._points[scale] = codes, point
+        self.named |= dict.fromkeys((node.name, node.output[0]), scale)
         self._before[scale] = node.input[0]
         self._values.kinds[scale] = kind
 

@@ -100,6 +100,7 @@ class FolderKind:
         before: Files of a record without ``files``, as earlier versions wrote it.
         keys: Keys that tell a record without ``kind``, as earlier versions wrote it.
         more: Pattern of files that come and go, and are not in the record.
+        places: Folders of such files.
     """
 
     kind: str
@@ -107,6 +108,7 @@ class FolderKind:
     before: tuple[str, ...] = ()
     keys: frozenset[str] = frozenset()
     more: str = r"(?!)"
+    places: tuple[str, ...] = ()
 
     def stranger(self, folder: Path) -> str:
         """Why a folder is not wholly ours and of this kind; "" for ours and for an empty one."""
@@ -131,6 +133,7 @@ class FolderKind:
         named = set(files) if isinstance(files, (dict, list)) else set(self.before)
         named = {name for name in named if isinstance(name, str)} | {self.marker}
         folders = {name[:i] for name in named for i, c in enumerate(name) if c == "/"}
+        folders.update(self.places)
         for name, what in entries:
             if what == "file" and (name in named or re.fullmatch(self.more, name)):
                 continue

@@ -126,7 +126,7 @@ class BenchResult(_Frozen):
 
     Attributes:
         created: When, ISO 8601.
-        engine: ``ort``, ``onnx``, ``trt`` or ``trt-rtx``.
+        engine: ``ort``, ``openvino``, ``onnx``, ``trt`` or ``trt-rtx``.
         path: Engine folder.
         device: What it ran on.
         domains: Merge weight of every domain.

@@ -79,6 +79,7 @@ KINDS: dict[str, EngineKind] = {
         EngineKind("onnx", GRAPH, built=False),
         EngineKind("trt", PLAN),
         EngineKind("trt-rtx", PLAN),
+        EngineKind("openvino", GRAPH),
     )
 }
 

@@ -56,7 +56,8 @@ PICTURE_MARK = ("Software", "hdrq-deploy")
 
 # Statistics are no part of a bundle's identity, so the manifest names them apart.
 BUNDLE = FolderKind("hdrq-bundle", MANIFEST, more=re.escape(STATISTICS))
-ENGINE = FolderKind("hdrq-engine", MANIFEST)
+# OpenVINO keeps what it compiled wherever it is told to; inside the engine is a good place.
+ENGINE = FolderKind("hdrq-engine", MANIFEST, more=r"cache/\w+\.blob", places=("cache",))
 ANALYSIS = FolderKind("hdrq-analysis", "report.json", before=("report.html",))
 SENSITIVITY = FolderKind("hdrq-sensitivity", "sensitivity.json", before=("sensitivity.svg",))
 EMITTED = {

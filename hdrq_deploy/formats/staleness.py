@@ -49,7 +49,16 @@ _CONTENTS = {
     "weights": "the adapted checkpoint",
 }
 # Entries that are said by their bare name; any other one is an option.
-_BARE = {"device", "hdrq-deploy", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "versions"}
+_BARE = {
+    "device",
+    "hdrq-deploy",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "tensorrt_rtx",
+    "versions",
+}
 
 
 def first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ __all__ = [
     "session_options",
     "session_threads",
     "unfused_session",
+    "with_data_inside",
 ]
 
 
@@ -76,12 +77,12 @@ def open_session(
             list(outside), list(outside.values()), [len(data) for data in outside.values()]
         )
     elif outside:  # ONNX Runtime before 1.23, the last for Python 3.10
-        model = _with_data_inside(model, outside)
+        model = with_data_inside(model, outside)
     with _one_line(path, "load"):
         return _Session(model, options, path)
 
 
-def _with_data_inside(model: bytes | str, outside: Mapping[str, bytes]) -> bytes:
+def with_data_inside(model: bytes | str, outside: Mapping[str, bytes]) -> bytes:
     """A graph whose initializers hold what they point to."""
     if isinstance(model, str):
         graph = onnx.load(model, load_external_data=False)

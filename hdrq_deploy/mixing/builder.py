@@ -19,10 +19,10 @@ class EngineSettings:
     """How all engines of a mixer are made.
 
     Attributes:
-        engine: ``ort``, ``trt`` or ``trt-rtx``.
+        engine: ``ort``, ``openvino``, ``trt`` or ``trt-rtx``.
         graph: Options of the lowered graph.
         build: Options of the builder of a TensorRT engine.
-        threads: Threads inside an operator of ONNX Runtime; 0, one per core.
+        threads: Threads inside an operator of ONNX Runtime or OpenVINO; 0, one per core.
     """
 
     engine: str

@@ -28,6 +28,7 @@ from ..runtime.predictions import Frame, Prediction, frames_of, network_input, p
 from ..runtime.tensorrt import LIBRARIES
 from ..typing import Array
 from .builder import EngineBuilder, EngineSettings, Mix, MixEngine
+from .openvino_builder import OpenVinoBuilder
 from .ort_builder import OrtBuilder
 from .tensorrt_builder import TensorRtBuilder
 
@@ -36,6 +37,7 @@ __all__ = ["Adapted", "DomainMixer", "Output"]
 _PATIENCE_S = 2.0
 _BUILDERS: dict[str, Callable[[Merger, EngineSettings], EngineBuilder]] = {
     "ort": OrtBuilder,
+    "openvino": OpenVinoBuilder,
     **dict.fromkeys(LIBRARIES, TensorRtBuilder),
 }
 
@@ -92,9 +94,9 @@ class DomainMixer:
 
     Args:
         bundles: Two or more bundles of one model, each of one domain.
-        engine: ``ort``; ``trt`` or ``trt-rtx`` on an NVIDIA GPU: every mix is built in a
-            process of its own, or, with ``build=BuildOptions(refit=True)``, an engine that is
-            not needed any more is given the new weights.
+        engine: ``ort`` or ``openvino``; ``trt`` or ``trt-rtx`` on an NVIDIA GPU: every mix is
+            built in a process of its own, or, with ``build=BuildOptions(refit=True)``, an engine
+            that is not needed any more is given the new weights.
         mix: Weight of every domain at the start; equal weights by default.
         rounding: How merged codes are rounded: ``nearest`` is the fastest. With ``method``
             regression ``compensated`` is the other one, several times slower.

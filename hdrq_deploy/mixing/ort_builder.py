@@ -22,14 +22,20 @@ __all__ = ["OrtBuilder", "OrtSession"]
 
 
 class OrtBuilder:
-    """Sessions of ONNX Runtime, made in memory."""
+    """Sessions of ONNX Runtime, made in memory.
+
+    Attributes:
+        engine: What graphs are lowered for.
+    """
+
+    engine = "ort"
 
     def __init__(self, merger: Merger, settings: EngineSettings) -> None:
         options = settings.graph
         self._merger, self._options, self._threads = merger, options, settings.threads
         self._requested: dict[str, str] = {}
         if options.weights_only or options.keep_float:
-            _, layers = lowered(merger.parents[0], "ort", options)
+            _, layers = lowered(merger.parents[0], self.engine, options)
             self._requested = {layer.node: layer.requested for layer in layers}
 
     def make(self, mix: Mix, spare: MixEngine | None) -> MixEngine:
@@ -43,16 +49,20 @@ class OrtBuilder:
         tensors = self._merger.tensors(mix)
         with ThreadPoolExecutor(1, thread_name_prefix="mixer-check") as checker:
             expected = checker.submit(self._check_of, tensors)
-            model, _ = lowered(first, "ort", options, tensors)
+            model, _ = lowered(first, self.engine, options, tensors)
             (value,) = model.graph.inputs
             data = serialized(model)
-            session = OrtSession(data, port_of(value, options.fold_preprocess), self._threads)
+            session = self.open(data, port_of(value, options.fold_preprocess), self._threads)
             try:
                 expected.result()(session)
             except BaseException:
                 session.close()
                 raise
         return session
+
+    def open(self, data: bytes, port: Port, threads: int) -> MixEngine:
+        """A session of a lowered graph."""
+        return OrtSession(data, port, threads)
 
     def _check_of(self, tensors: Mapping[str, Array]) -> MixCheck:
         options, bundle = self._options, self._merger.parents[0]

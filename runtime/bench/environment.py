@@ -27,7 +27,7 @@ _GPU_REASONS = {
     0x40: "hardware thermal slowdown",
     0x80: "power brake",
 }
-_PACKAGES = ("hdrq-deploy", "onnxruntime", "onnx", "numpy", "safetensors")
+_PACKAGES = ("hdrq-deploy", "onnxruntime", "openvino", "onnx", "numpy", "safetensors")
 _GPU_PACKAGES = ("tensorrt", "tensorrt-rtx", "cuda-python", "onnxruntime-gpu")
 
 

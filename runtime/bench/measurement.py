@@ -95,6 +95,7 @@ def benchmark_all(
     split: str = "val",
     image_size: tuple[int, int] | None = None,
     draw: str | os.PathLike[str] | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> list[BenchResult]:
     """Measure engines, taking turns so that a noisy moment meets them all.
 
@@ -113,6 +114,7 @@ def benchmark_all(
         image_size: (height, width) that street scenes are brought to; their own by default.
             Larger than the engine's input, they are covered by windows.
         draw: Folder for pictures of image, labels and predictions.
+        cache: See :func:`load_engine`.
 
     Raises:
         EngineError: An engine cannot be loaded or fed.
@@ -121,7 +123,7 @@ def benchmark_all(
     plan = plan or BenchPlan()
     if image_size is not None and min(image_size) < 1:
         raise DataError(f"found `image_size` {image_size[0]} {image_size[1]}; needed 1 or more")
-    how = _How(threads, device, cuda_graph)
+    how = _How(threads, device, cuda_graph, plan.scenario == "offline", cache)
     other_manifest = read_manifest(reference) if reference is not None else None
     subjects = [_Subject(Path(path), read_manifest(path), how, plan) for path in paths]
     sets: dict[Any, dict[str, Labelled]] = {}
@@ -165,6 +167,20 @@ class _How:
     threads: int = 0
     device: str = "auto"
     cuda_graph: bool = True
+    throughput: bool = False
+    cache: str | os.PathLike[str] | None = None
+
+    def open(self, path: Path, manifest: EngineManifest) -> Engine:
+        """Load an engine so."""
+        return open_engine(
+            path,
+            manifest,
+            self.device,
+            self.threads,
+            self.cuda_graph,
+            self.throughput,
+            self.cache,
+        )
 
 
 @dataclass
@@ -179,6 +195,7 @@ class _Subject:
     sets: dict[str, Labelled] = field(default_factory=dict)
     rounds: list[tuple[float, ...]] = field(default_factory=list)
     seconds: float = 0.0
+    in_flight: int = 1
     watch: Watch = field(default_factory=Watch)
     _engine: Engine | None = None
 
@@ -192,9 +209,8 @@ class _Subject:
     @contextlib.contextmanager
     def opened(self, keep: bool = False) -> Iterator[Engine]:
         """The engine, loaded; ``keep`` leaves it loaded."""
-        engine = self._engine or open_engine(
-            self.path, self.manifest, self.how.device, self.how.threads, self.how.cuda_graph
-        )
+        engine = self._engine or self.how.open(self.path, self.manifest)
+        self.in_flight = engine.in_flight
         self._engine = engine if keep else None
         try:
             yield engine
@@ -241,7 +257,7 @@ class _Subject:
             batch *= calls
             what = f"one query of {batch} images in {calls} call(s): arrays in, arrays out"
         elif plan.scenario == "offline":
-            what = "one call: array in, array out, two in flight"
+            what = f"one call: array in, array out, {self.in_flight} in flight"
         samples = tuple(v for samples in self.rounds for v in samples)
         return latency(samples, batch, plan.warmup, what, plan.percentiles)
 

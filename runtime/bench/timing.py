@@ -32,7 +32,6 @@ __all__ = [
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 # Rounds in which several engines take turns.
 ROUNDS = len(_T) + 1
-_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def latency(
 
 
 def run_offline(engine: Engine, x: Array, calls: int) -> tuple[tuple[float, ...], float]:
-    """All samples at once: two calls are kept in flight.
+    """All samples at once: the engine's :attr:`~Engine.in_flight` calls are kept in flight.
 
     Returns:
         ms from each call's beginning to its end, and seconds from first to last.
@@ -151,7 +150,7 @@ def run_offline(engine: Engine, x: Array, calls: int) -> tuple[tuple[float, ...]
 
     start = time.perf_counter()
     for _ in range(calls):
-        if len(flying) == _IN_FLIGHT:
+        if len(flying) == engine.in_flight:
             land()
         flying.append((time.perf_counter_ns(), engine.run_async(x)))
     while flying:

@@ -51,6 +51,11 @@ def triton_files(
         raise ExportError(
             f"{folder}: Triton has no backend for TensorRT-RTX; export with `engine` trt or ort"
         )
+    if manifest.engine == "openvino":
+        raise ExportError(
+            f"{folder}: found an openvino engine; needed one that Triton's own backends run: "
+            "export with `engine` ort"
+        )
     fixed = isinstance(manifest.inputs[0].shape[0], int)
     largest = 0 if fixed else max_batch or largest_batch(manifest)
     file = PLAN if plan else GRAPH

@@ -144,7 +144,7 @@ def test_what_does_not_fit_leaves_the_running_engine_alone(
         mixer(inputs)
     with pytest.raises(EngineError, match="closed"):
         mixer.set({"night": 1.0})
-    with pytest.raises(EngineError, match="found engine 'onnx'; a mixer runs ort, trt, trt-rtx"):
+    with pytest.raises(EngineError, match="a mixer runs ort, openvino, trt, trt-rtx"):
         DomainMixer(parents, engine="onnx")
     with pytest.raises(MergeError, match="needed one bundle for each"):
         DomainMixer([parents[0], parents[0]])
