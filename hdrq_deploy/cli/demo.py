@@ -40,6 +40,7 @@ with importing("hdrq demo"):
         PARTIAL,
     )
     from ..reports.bench_page import page, table
+    from ..reports.domain_pictures import domain_pictures
     from ..reports.html import need_matplotlib
     from ..runtime import benchmark
     from ..runtime.bench import Accuracy, BenchResult, Latency, harmonic_mean, interleaved
@@ -56,6 +57,8 @@ SCHEMES = ((8, 8), (4, 8), (3, 3))
 QUICK = ((8, 8), (3, 3))
 # Few iterations want the larger of the paper's two learning rates.
 FULL_ITERS, QUICK_ITERS, LEARNING_RATE = 150, 25, 1e-3
+
+_EVIDENCE = "These digits show how it works; figures on real images are in docs/evidence.md"
 
 Row = tuple[str, BenchResult]
 
@@ -81,6 +84,9 @@ def _demo(args: argparse.Namespace) -> int:
 
 class _Demo:
     """One run of the demonstration; every step is a command that a user could type."""
+
+    # Pictures of the domains, once their images are written.
+    pictures = ""
 
     def __init__(self, out: Path, quick: bool, seed: int) -> None:
         for module in ("torch", "onnxscript", "sklearn"):
@@ -124,6 +130,7 @@ class _Demo:
         with new_directory(out / "data", DIGITS, sync=False) as data:
             self.digits.write(data, self.domains, ("calibration", "test"), self.seed)
             write_record(data, DIGITS, {"seed": self.seed})
+        self.pictures = domain_pictures({d: out / "data" / d / "test" for d in self.domains})
         self._train()
         engines = self._export_all(self._calibrate_all())
         precision = self._build_rtx()
@@ -287,7 +294,7 @@ class _Demo:
         out = self.out
         note = f"{precision}. {parity}."
         title, command = "hdrq demo: digits, three domains, one engine", "hdrq demo"
-        report = page(title, rows, header, cells, note, command)
+        report = page(title, rows, header, cells, note, command, self.pictures)
         record = {
             "kind": DEMO_JSON.kind,
             "rows": {name: json.loads(result.model_dump_json()) for name, result in rows},
@@ -305,6 +312,7 @@ class _Demo:
         print(f"\n{precision}\n{parity}")
         print(f"\n{record['seconds']:.0f} s. Report: {out / 'report.html'}")
         print(f"Bundles, engines, results.json and the commands that made them: {out}")
+        print(_EVIDENCE)
 
     def _bundle(self, name: str, member: str) -> Path:
         return self.out / "bundles" / f"{name}-{member}.hdrq"

@@ -194,8 +194,9 @@ def page(
     cells: Sequence[Sequence[str]] | None = None,
     note: str = "",
     command: str = "hdrq-bench",
+    opening: str = "",
 ) -> str:
-    """The report of a command as one HTML text."""
+    """The report of a command as one HTML text; ``opening`` is HTML behind its title."""
     if header is None or cells is None:
         header, cells = table(rows)
     first = rows[0][1]
@@ -204,6 +205,7 @@ def page(
     metric = "mIoU" if first.accuracy and first.accuracy.metric == "miou" else "top-1 accuracy"
     body = [
         f"<h1>{html.escape(title)}</h1>",
+        opening,
         f"<p>{html.escape(note)}</p>" if note else "",
         *(
             f"<p class=mark>{html.escape(name)}: {html.escape(mark)}</p>"

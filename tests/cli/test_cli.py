@@ -192,7 +192,11 @@ def test_the_readme_demo_command_works(tmp_path: Path) -> None:
     assert means["float merged"] > 0.8
     # 25 iterations a block already recover most of what rounding loses at 3 bits.
     assert means["HDRQ merged W3A3"] > means["RTN merged W3A3"]
-    assert (out / "report.html").is_file() and (out / "commands.sh").is_file()
+    assert (out / "commands.sh").is_file()
+    report = (out / "report.html").read_text()
+    (opening, _) = report.split("<table", 1)
+    assert re.findall("<figcaption>(.*?)<", opening) == ["handwriting", "photo", "night"]
+    assert run.stdout.splitlines()[-1].endswith("figures on real images are in docs/evidence.md")
 
 
 @pytest.mark.slow
