@@ -46,7 +46,7 @@ from .options import BuildOptions, GraphOptions
 from .precision_reasons import explain
 from .target import Target
 
-__all__ = ["ENGINES", "export", "lowered", "ports"]
+__all__ = ["ENGINES", "export", "ingredients", "lowered", "ports"]
 
 _log = logging.getLogger("hdrq_deploy")
 
@@ -98,8 +98,8 @@ def export(
     modules = [*(layer.module for layer in asked), *(layer.node for layer in asked)]
     check_patterns("allow_float", allow_float, modules)
     goal = check_output(output, ENGINE, [bundle.path])
-    ingredients = _ingredients(bundle, target, options, build, allow_float, only_graph)
-    if not force and _is_up_to_date(goal, ingredients, say):
+    parts = ingredients(bundle, target, options, build, allow_float, only_graph)
+    if not force and _is_up_to_date(goal, parts, say):
         return goal
     model, layers = lowered(bundle, engine, options)
     with new_directory(goal, ENGINE) as folder:
@@ -119,7 +119,7 @@ def export(
         report.write(folder)
 
         def describe(facts: Mapping[str, Any]) -> None:
-            manifest = _manifest(bundle, target, model, report, options, ingredients, facts)
+            manifest = _manifest(bundle, target, model, report, options, parts, facts)
             write_manifest(folder, manifest)
 
         describe(facts)  # an engine that is run for the check is one like any other
@@ -217,7 +217,7 @@ def _check_golden(
     return {**checked, "stages": [stage.brief for stage in stages]}
 
 
-def _ingredients(
+def ingredients(
     bundle: Bundle,
     target: Target,
     options: GraphOptions,
@@ -225,7 +225,19 @@ def _ingredients(
     allow_float: Sequence[str],
     only_graph: bool,
 ) -> dict[str, Any]:
-    """Everything that an engine depends on."""
+    """Everything that an engine depends on: bundle, options, versions, device.
+
+    Args:
+        bundle: What is exported.
+        target: What it is exported for.
+        options: Options of the graph.
+        build: Options of the builder.
+        allow_float: Patterns of layers that may run in float.
+        only_graph: No engine is built.
+
+    Raises:
+        ExportError: A library is missing, or an option does not fit the engine.
+    """
     return {
         "bundle": bundle.manifest_sha256,
         "engine": target.name,
@@ -275,7 +287,7 @@ def _manifest(
     model: ir.Model,
     report: PrecisionReport,
     options: GraphOptions,
-    ingredients: Mapping[str, Any],
+    parts: Mapping[str, Any],
     facts: Mapping[str, Any],
 ) -> EngineManifest:
     origin = bundle.manifest
@@ -286,17 +298,17 @@ def _manifest(
         method=origin.method,
         domains=origin.domains,
         scheme=origin.scheme,
-        bundle_sha256=ingredients["bundle"],
+        bundle_sha256=parts["bundle"],
         inputs=tuple(port_of(v, options.fold_preprocess) for v in model.graph.inputs),
         outputs=tuple(port_of(v) for v in model.graph.outputs),
         preprocessing=origin.preprocessing,
         classes=origin.classes,
         precision=report.summary,
         postprocess=options.postprocess,
-        options=dict(ingredients),
+        options=dict(parts),
         build=dict(facts),
         tolerances=origin.tolerances,
-        versions={name: str(ingredients[name]) for name in versions if name in ingredients},
+        versions={name: str(parts[name]) for name in versions if name in parts},
     )
 
 

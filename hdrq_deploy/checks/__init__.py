@@ -1,7 +1,8 @@
-"""Is an engine the model it was made from: verification, and sensitivity of layers."""
+"""Is an engine the model it was made from, and which is the fastest; sensitivity of layers."""
 
 from __future__ import annotations
 
+from .fastest_engine import export_fastest
 from .verification import Verification, verify
 
-__all__ = ["Verification", "verify"]
+__all__ = ["Verification", "export_fastest", "verify"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from .start import importing, run
 
@@ -12,7 +13,9 @@ with importing("hdrq-export"):
     from rich.console import Console
     from rich.table import Table
 
-    from ..checks import verify
+    from ..checks import export_fastest, verify
+    from ..checks.fastest_engine import AUTO
+    from ..errors import ExportError
     from ..exporters import ENGINES, BuildOptions, GraphOptions, export, parse_shapes
     from ..exporters.export import ports
     from ..exporters.trtexec import trtexec
@@ -29,7 +32,15 @@ def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
     p = parser("hdrq-export", "Lower a bundle for an engine and show what the engine executes.")
     p.add_argument("bundle", help="calibrated or merged bundle")
-    p.add_argument("--engine", default="ort", choices=ENGINES)
+    p.add_argument(
+        "--engine",
+        default="ort",
+        choices=(*ENGINES, AUTO),
+        help="auto builds all that run on this machine, measures them and keeps the fastest",
+    )
+    p.add_argument(
+        "--threads", type=int, default=0, help="of every engine that auto measures; 0: one per core"
+    )
     p.add_argument("-o", "--output", required=True, help="engine folder")
     p.add_argument(
         "--allow-float",
@@ -176,8 +187,38 @@ def _export(args: argparse.Namespace) -> int:
         dla_core=args.dla_core,
         profiling=args.profiling,
     )
+    path = _export_one(args, graph, build)
+    report = PrecisionReport.read(path)
+    show(report, args.layers)
+    print(f"{path}: {report.summary}")
+    if args.print_trtexec and report.engine.startswith("trt"):
+        print(trtexec(report.engine, path / GRAPH, path / PLAN, build, ports(path)))
+    if args.verify:
+        verification = verify(args.bundle, path, torch=False)
+        show_verification(verification)
+        verification.check()
+    return 0
+
+
+def _export_one(args: argparse.Namespace, graph: GraphOptions, build: BuildOptions) -> Path:
+    """The engine that was asked for, or the fastest of all."""
+    if args.engine == AUTO and args.no_build:
+        raise ExportError("found --engine auto and --no-build; name one engine for its graph")
+    if args.threads < 0:
+        raise ExportError(f"found --threads {args.threads}; needed 0 (one per core) or more")
     with progress_bar("export") as progress:
-        path = export(
+        if args.engine == AUTO:
+            return export_fastest(
+                args.bundle,
+                args.output,
+                args.allow_float,
+                graph,
+                build,
+                args.threads,
+                args.force,
+                progress=progress,
+            )
+        return export(
             args.bundle,
             args.output,
             args.engine,
@@ -188,16 +229,6 @@ def _export(args: argparse.Namespace) -> int:
             only_graph=args.no_build,
             progress=progress,
         )
-    report = PrecisionReport.read(path)
-    show(report, args.layers)
-    print(f"{path}: {report.summary}")
-    if args.print_trtexec and args.engine.startswith("trt"):
-        print(trtexec(args.engine, path / GRAPH, path / PLAN, build, ports(path)))
-    if args.verify:
-        verification = verify(args.bundle, path, torch=False)
-        show_verification(verification)
-        verification.check()
-    return 0
 
 
 def show(report: PrecisionReport, every: bool) -> None:

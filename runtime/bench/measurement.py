@@ -16,7 +16,7 @@ from ...calibration_data.readers import Wanted, numbered, read
 from ...calibration_data.readers.street_scenes import find_scenes, is_scenes
 from ...errors import DataError
 from ...formats.bench_result import BenchResult, Energy, Latency
-from ...formats.engine_folder import GOLDEN, GRAPH, PRECISION, EngineManifest, read_manifest
+from ...formats.engine_folder import GOLDEN, PRECISION, EngineManifest, read_manifest
 from ...formats.preprocessing import feed
 from ...typing import Array
 from ..engine import Engine
@@ -38,6 +38,8 @@ Paths = Sequence[str | os.PathLike[str]]
 # Files of an engine folder that running it does not take.
 _NOT_NEEDED = {PRECISION, GOLDEN}
 _PHASE_CALLS = 100
+# Kinds of engines whose idle threads spin.
+_SPIN = {"ort", "onnx"}
 
 
 def benchmark(
@@ -151,10 +153,12 @@ def benchmark_all(
     return _compared(results, subjects)
 
 
-def interleaved(paths: Paths, x: Array, warmup: int = 10, iterations: int = 100) -> list[Latency]:
-    """Latencies of several engines, measured in turn on one thread with one input."""
+def interleaved(
+    paths: Paths, x: Array, warmup: int = 10, iterations: int = 100, threads: int = 1
+) -> list[Latency]:
+    """Latencies of several engines, measured in turn on so many threads with one input."""
     plan = BenchPlan(warmup=warmup, iterations=iterations, batch=len(x))
-    how = _How(threads=1)
+    how = _How(threads)
     subjects = [_Subject(Path(path), read_manifest(path), how, plan, x=x) for path in paths]
     _take_turns(subjects, plan)
     return [subject.latency for subject in subjects]
@@ -313,8 +317,8 @@ class _Subject:
 def _take_turns(subjects: Sequence[_Subject], plan: BenchPlan) -> None:
     """Measure in rounds, another engine first in each.
 
-    Engines of one thread, or on a GPU, stay loaded. The idle threads of others would spin
-    beside the one that is measured, so those are loaded again for every round.
+    Engines of one thread, on a GPU or on OpenVINO stay loaded. The idle threads of others would
+    spin beside the one that is measured, so those are loaded again for every round.
     """
     rounds = min(ROUNDS, plan.iterations) if len(subjects) > 1 else 1
     queries, duration = -(-plan.iterations // rounds), plan.duration / rounds
@@ -322,7 +326,7 @@ def _take_turns(subjects: Sequence[_Subject], plan: BenchPlan) -> None:
     for turn in range(rounds):
         for i in range(len(subjects)):
             subject = subjects[(turn + i) % len(subjects)]
-            quiet = subject.how.threads == 1 or subject.manifest.runs != GRAPH
+            quiet = subject.how.threads == 1 or subject.manifest.engine not in _SPIN
             subject.measure(queries, duration, keep=(quiet or alone) and turn + 1 < rounds)
 
 

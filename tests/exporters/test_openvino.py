@@ -23,7 +23,6 @@ from hdrq_deploy.graph.openvino_session import Executed, OpenVinoSession
 from hdrq_deploy.runtime import load_engine
 
 pytest.importorskip("openvino")
-MODELS = ("Tiny", "Net", "Attention")
 
 
 def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
@@ -31,8 +30,11 @@ def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
     return {row["module"]: row for row in report["layers"]}
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("wbits", "abits"), [(8, 8), (4, 8), (3, 3), (6, 7)])
+# Each bundle is a calibration by PyTorch, which takes longer than all of OpenVINO.
+@pytest.mark.parametrize(
+    ("name", "wbits", "abits"),
+    [("Tiny", 4, 8), ("Tiny", 3, 3), ("Net", 8, 8), ("Attention", 8, 8), ("Attention", 3, 3)],
+)
 def test_every_layer_runs_in_int8_and_gives_the_bundles_codes(
     make: Any, inputs: Any, tmp_path: Path, name: str, wbits: int, abits: int
 ) -> None:
