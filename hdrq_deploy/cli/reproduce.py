@@ -21,7 +21,7 @@ with importing("hdrq reproduce"):
     from ..experiments.comparison_sheets import SCENES, draw, picture_name
     from ..experiments.grid import BITS, Grid, bundle_path, parse_bits, row_path
     from ..experiments.real_images import ADAPTATIONS, PROTOCOLS, Choice, Preparation, prepare
-    from ..experiments.table import cells, header, markdown, network, rows
+    from ..experiments.table import cells, header, markdown, network, notes, rows
     from ..experiments.tasks import (
         HRDA,
         Task,
@@ -32,11 +32,13 @@ with importing("hdrq reproduce"):
         segmentation,
         write_made,
     )
+    from ..experiments.tuning import TUNING, chosen_rates, tune
     from ..formats.atomic_files import (
         Kind,
         check_container,
         check_scratch,
         make_directory,
+        read_json,
         write_bytes,
     )
     from ..formats.file_kinds import (
@@ -47,6 +49,7 @@ with importing("hdrq reproduce"):
         PICTURE,
         REPRODUCE_JSON,
         REPRODUCE_TABLE,
+        TUNING_JSON,
     )
     from ..jobs.job import run_jobs
     from ..jobs.pool import open_pool
@@ -116,6 +119,13 @@ def arguments() -> argparse.ArgumentParser:
     grid.add_argument("--rounding-seeds", type=int, default=4, help="draws of every merge")
     grid.add_argument("--pairs", action="store_true", help="merge every pair of domains too")
     knobs = p.add_argument_group("learning", "defaults are the protocol's own")
+    knobs.add_argument(
+        "--tune",
+        nargs="*",
+        metavar="wXaY",
+        help="search the learning rate of every method on calibration images first, at these bits "
+        "(all of --bits), into OUT/tuning.json; other bits take the rate of the nearest",
+    )
     knobs.add_argument("--iters", type=int, help="iterations a block")
     knobs.add_argument("--batch", type=int, help="images per iteration")
     knobs.add_argument("--images", type=int, help="calibration images of each domain")
@@ -149,6 +159,7 @@ def _reproduce(args: argparse.Namespace) -> int:
             f"found --draw {args.draw}; needed one of --bits {' '.join(args.bits)}, and the "
             f"{' or '.join(_SCENES)} protocol"
         )
+    tuned = () if args.tune is None else parse_bits(args.tune or args.bits)
     if importlib.util.find_spec("torch") is None:
         raise ModelError("calibration needs torch: pip install 'hdrq-deploy[calibrate]'")
     out = args.out.absolute()
@@ -178,11 +189,16 @@ def _reproduce(args: argparse.Namespace) -> int:
         if args.prepare:
             print(f"{out / 'checkpoints'}: the models; {out / 'data'}: their images, in splits")
             return 0
-    if not args.table:
+    if args.table:
+        grid = replace(grid, rates=_known_rates(args, out))
+    else:
         with (
             progress_lines(args.protocol) as report,
             open_pool(args.workers, threads, args.ray, out, args.gpus) as pool,
         ):
+            if tuned:
+                record = tune(grid, tuned, out, args.device, threads, pool, report)
+                grid = replace(grid, rates=chosen_rates(record))
             run_jobs(list(jobs(grid, out, args.device, threads)), pool, report)
     ran = {"threads": threads, "seconds_of_this_run": round(time.monotonic() - started)}
     records = rows(grid, out)
@@ -194,6 +210,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         "model": task.model,
         "form": task.form,
         **({} if args.table else ran),
+        **({"tuning": TUNING, "rates": grid.rates} if grid.rates else {}),
         "environment": {**environment(), "torch": version("torch")},
         "rows": records,
     }
@@ -202,6 +219,7 @@ def _reproduce(args: argparse.Namespace) -> int:
     write_bytes(out / "table.md", markdown(grid, records).encode(), REPRODUCE_TABLE)
     print(network(grid))
     print_table(header(grid), [cells(grid, row) for row in records])
+    print(*notes(grid), sep="\n", end="\n" * bool(notes(grid)))
     if args.draw:
         files = draw(grid, out, args.draw.lower())
         print(f"{len(files)} pictures in {files[0].parent}")
@@ -209,11 +227,22 @@ def _reproduce(args: argparse.Namespace) -> int:
     return 0
 
 
+def _known_rates(args: argparse.Namespace, out: Path) -> dict[str, float]:
+    """The rates of an earlier search; none where the table is not of tuned cells."""
+    if args.tune is None:
+        return {}
+    record = read_json(out / TUNING)
+    if not isinstance(record, dict):
+        raise HdrqError(f"{out / TUNING}: found no search; run the command without --table first")
+    return chosen_rates(record)
+
+
 def _check_outputs(args: argparse.Namespace, grid: Grid, prepared: Preparation | None) -> None:
     """Whether all places in the folder of the run are free or ours."""
     outputs: list[tuple[Path, Kind]] = [
         (Path("results.json"), REPRODUCE_JSON),
         (Path("table.md"), REPRODUCE_TABLE),
+        *([] if args.tune is None else [(Path(TUNING), TUNING_JSON)]),
     ]
     for cell in [] if args.table else grid.cells():
         bundle = bundle_path(Path(), cell)

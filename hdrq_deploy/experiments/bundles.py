@@ -30,19 +30,25 @@ _PLACES = {"output", "resume", "cache_gb"}
 _log = logging.getLogger("hdrq_deploy")
 
 
-def make_bundle(request: CalibrationRequest, graphs: GraphCache | None = None) -> None:
+def make_bundle(
+    request: CalibrationRequest,
+    graphs: GraphCache | None = None,
+    read_from: Sequence[Any] | None = None,
+) -> None:
     """Calibrate where the bundle is missing or stale; resume the same run where it was stopped.
 
     Args:
-        request: What to calibrate, ``data`` as a path; its ``resume`` is not looked at.
+        request: What to calibrate; its ``resume`` is not looked at.
         graphs: Shared by the domains of one model.
+        read_from: The record of where images came from that ``data`` holds, as JSON; by default
+            ``data`` is a path, or paths, and their stamps are the record.
 
     Raises:
         HdrqError: As :func:`hdrq_deploy.calibration.calibrate`.
     """
     from ..calibration.pipeline import run_calibration
 
-    output, ingredients = Path(request.output), _ingredients(request)
+    output, ingredients = Path(request.output), _ingredients(request, read_from)
     record = inputs_of(output)
     if record.is_file():
         change = change_since(record, ingredients)
@@ -92,15 +98,15 @@ def inputs_of(output: Path) -> Path:
     return output.with_name(f".{output.name}.inputs.json")
 
 
-def _ingredients(request: CalibrationRequest) -> dict[str, Any]:
+def _ingredients(request: CalibrationRequest, read_from: Sequence[Any] | None) -> dict[str, Any]:
     """All that a bundle depends on: the request but for its place, libraries and code."""
     names = sorted({field.name for field in fields(request)} - _PLACES - {*_READ, "data"})
-    images = []
-    for source in request.sources:
-        assert not isinstance(source, ImageSet)
-        images.append(stamp(source))
+    images = [stamp(source) for source in request.sources if not isinstance(source, ImageSet)]
+    if read_from is None:
+        assert len(images) == len(request.sources)
+        read_from = images[0] if len(images) == 1 else images
     return {
-        "data": images[0] if len(images) == 1 else images,
+        "data": read_from,
         **{name: stamp(getattr(request, name)) for name in _READ},
         "versions": versions_of("torch", "onnx", "onnxruntime", "onnxscript", "numpy", "pillow"),
         "code": code_of(*CALIBRATION),

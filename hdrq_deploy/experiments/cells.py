@@ -32,7 +32,7 @@ from .tasks import Domain, Task
 from .threads import calibration_threads
 from .ways import WAYS
 
-__all__ = ["engine_of", "jobs", "labelled_set"]
+__all__ = ["calibrate_cell", "engine_of", "jobs", "labelled_set"]
 
 _log = logging.getLogger("hdrq_deploy")
 CANDIDATES = 30  # as in the paper
@@ -47,6 +47,7 @@ def jobs(grid: Grid, out: Path, device: str, threads: int) -> Iterator[Job]:
         for domain, name in names.items():
             arguments = {**common, "run": run, "domain": domain, "graphs": graphs}
             arguments["statistics"] = grid.needs_statistics(run)
+            arguments["rate"] = grid.rate(run)
             yield Job(name, calibrate_cell, arguments, limit_threads=calibration_threads)
         for merge in grid.merges(run):
             after = tuple(names[member] for member in merge.members)
@@ -62,8 +63,9 @@ def calibrate_cell(
     domain: str,
     statistics: bool = False,
     graphs: GraphCache | None = None,
+    rate: float | None = None,
 ) -> None:
-    """The bundle of one domain, and its engine's accuracy there."""
+    """The bundle of one domain, and its engine's accuracy there; ``rate`` was searched."""
     cell = run.single(domain)
     where = next(d for d in task.domains if d.name == domain)
     codes = dict(SETTINGS[run.setting].codes) if run.setting != "float" else {}
@@ -79,7 +81,7 @@ def calibrate_cell(
         method=run.method,
         wbits=run.wbits,
         abits=run.abits,
-        options=task.options(run.method, run.setting),
+        options=task.options(run.method, run.setting, rate),
         images=task.images,
         wanted=task.wanted,
         seed=run.seed,

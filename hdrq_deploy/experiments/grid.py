@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,18 @@ class Merge:
 
 @dataclass(frozen=True)
 class Grid:
-    """Everything that a protocol runs."""
+    """Everything that a protocol runs.
+
+    Attributes:
+        task: Data, checkpoints and how methods learn.
+        methods: Rows of the table of methods.
+        bits: Bits of weights and activations.
+        seeds: Calibration seeds.
+        settings: Rows of the table of settings.
+        rounding_seeds: Draws of every merge that draws.
+        pairs: Whether all pairs of domains are merged in settings that do not say it themselves.
+        rates: Searched learning rates, by ``SETTING-METHOD-BITS`` (:mod:`.tuning`).
+    """
 
     task: Task
     methods: tuple[str, ...] = ("brecq", "qdrop", "hdrq")
@@ -116,6 +127,7 @@ class Grid:
     settings: tuple[str, ...] = ("paper",)
     rounding_seeds: int = 4
     pairs: bool = False
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for setting in self.settings:
@@ -154,6 +166,21 @@ class Grid:
                 for setting in self.settings:
                     for method in self.methods:
                         yield Run(setting, method, wbits, abits, seed)
+
+    def rate(self, run: Run) -> float | None:
+        """The searched rate of a run; at bits that were not searched that of the nearest ones.
+
+        The distance of two bit-widths is the sum of the differences of their weight and activation
+        bits; of equally near ones the narrower is taken. None where the method was not searched.
+        """
+        near = []
+        for name, rate in self.rates.items():
+            start, _, bits = name.rpartition("-")
+            if start == f"{run.setting}-{run.method}":
+                ((wbits, abits),) = parse_bits([bits])
+                far = abs(wbits - run.wbits) + abs(abits - run.abits)
+                near.append((far, wbits + abits, wbits, rate))
+        return min(near)[-1] if near else None
 
     def merges(self, run: Run) -> Iterator[Merge]:
         """All merges of one run."""

@@ -10,7 +10,7 @@ from typing import Any
 from ..formats.bundle import Bundle
 from .grid import Grid, Merge, Run, bundle_path, read_row
 
-__all__ = ["cells", "header", "markdown", "network", "rows"]
+__all__ = ["cells", "header", "markdown", "network", "notes", "rows"]
 
 
 def rows(grid: Grid, out: Path) -> list[dict[str, Any]]:
@@ -122,7 +122,14 @@ def markdown(grid: Grid, records: Sequence[dict[str, Any]]) -> str:
     """
     lines = [header(grid), ["---"] * len(header(grid)), *(cells(grid, r) for r in records)]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"{table}\n{network(grid)}\n"
+    return "\n".join([table, network(grid), *notes(grid)]) + "\n"
+
+
+def notes(grid: Grid) -> list[str]:
+    """What is to be known of the table beside the network's name, a line each."""
+    if not grid.rates:
+        return []
+    return ["Learning rates: one search for all methods on calibration images, in tuning.json."]
 
 
 def network(grid: Grid) -> str:

@@ -104,15 +104,22 @@ class Task:
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     form: str = ""
 
-    def options(self, method: str, setting: str) -> Options:
+    def options(self, method: str, setting: str, rate: float | None = None) -> Options:
         """How a method learns in a setting; ``float`` has none.
+
+        Args:
+            method: A row of the table of methods.
+            setting: A row of the table of settings.
+            rate: The learning rate of weights as it is applied, in place of the task's or the
+                method's own; a setting that scales rates then scales that of activations only.
 
         Raises:
             SpecError: A value is out of range.
         """
         common = SETTINGS[setting].options(method) if METHODS[method].quantizes else {}
         rates = {} if common.get("scale_rates") else self.rates.get(method, {})
-        return Options.of(method, **{**common, **self.learning.get(method, {}), **rates})
+        options = Options.of(method, **{**common, **self.learning.get(method, {}), **rates})
+        return options if rate is None else replace(options, lr=rate / options.rate_factor)
 
     def calibrated_with(self, **changes: Any) -> Task:
         """The task with options of every learning method changed; None changes nothing."""

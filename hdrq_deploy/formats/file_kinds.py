@@ -47,6 +47,8 @@ __all__ = [
     "STREETS",
     "TIMING_CACHE",
     "TRAINED",
+    "TRIAL",
+    "TUNING_JSON",
     "VERIFY_JSON",
     "generator",
 ]
@@ -197,5 +199,7 @@ CELL_ROW = _json_kind(
 CELL_INPUTS = _json_kind(
     "hdrq-inputs", "record of a calibration", {"model", "domain", "options", "wanted", "data"}
 )
+TRIAL = _json_kind("hdrq-trial", "trial of a learning rate")
+TUNING_JSON = _json_kind("hdrq-tuning", "search of learning rates")
 PICTURE = FileKind("picture of ours", _is_picture)
 TIMING_CACHE = FileKind("timing cache of TensorRT", _is_timing_cache)

@@ -1,0 +1,172 @@
+"""The search of learning rates: one protocol for all methods, on calibration images alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hdrq_deploy.calibration.methods import METHODS
+from hdrq_deploy.calibration_data.readers import ImageSet
+from hdrq_deploy.errors import DataError, SpecError
+from hdrq_deploy.experiments import rate_search, tuning
+from hdrq_deploy.experiments.cells import calibrate_cell
+from hdrq_deploy.experiments.grid import Grid, Run, bundle_path
+from hdrq_deploy.experiments.rate_search import FACTOR, MOST, START, RateSearch, hold_out
+from hdrq_deploy.experiments.table import markdown, notes
+from hdrq_deploy.experiments.tasks import Domain, Task
+from hdrq_deploy.experiments.tuning import TUNING, Trial, chosen_rates, trial_path, try_rate, tune
+from hdrq_deploy.formats.bundle import Bundle
+from hdrq_deploy.jobs.job import Job
+from hdrq_deploy.jobs.pool import open_pool
+
+
+def searched(score: Callable[[int], float]) -> tuple[RateSearch, dict[int, float]]:
+    """A search to its end, on a known curve."""
+    search, scores = RateSearch(1e-3), dict[int, float]()
+    while places := search.waiting(scores):
+        assert not scores.keys() & set(places)
+        scores |= {place: score(place) for place in places}
+    return search, scores
+
+
+def test_every_method_begins_with_as_many_rates_as_the_others() -> None:
+    learners = [name for name, row in METHODS.items() if row.options.iterates]
+    assert {"brecq", "qdrop", "latent", "hdrq"} <= set(learners)
+    for name in learners:
+        search = RateSearch.of(name, 200)
+        rates = [search.rate(place) for place in search.waiting({})]
+        assert len(rates) == START
+        assert rates[START // 2] == pytest.approx(100 * METHODS[name].options.lr)
+        assert np.diff(np.log(rates)) == pytest.approx(math.log(FACTOR), rel=1e-2)
+    with pytest.raises(SpecError, match="found method rtn, which learns nothing"):
+        RateSearch.of("rtn", 200)
+
+
+@pytest.mark.parametrize("lowest", [-4, -3, -2, 0, 2, 4])
+def test_a_search_widens_until_the_best_rate_lies_inside(lowest: int) -> None:
+    search, scores = searched(lambda place: abs(place - lowest))
+    assert search.best(scores) == lowest
+    assert not search.is_at_edge(scores)
+    assert len(scores) == START + max(0, abs(lowest) - 1)
+
+
+def test_a_search_without_an_optimum_stops_and_says_so() -> None:
+    search, scores = searched(lambda place: -place)
+    assert len(scores) == MOST and search.is_at_edge(scores)
+    # Rates that diverge are the worst ones, whatever side they lie on.
+    search, scores = searched(lambda place: math.nan if place > 0 else -place)
+    assert search.best(scores) == 0 and not search.is_at_edge(scores)
+
+
+def test_judges_are_held_out() -> None:
+    x = np.arange(11, dtype=np.float32).reshape(11, 1, 1, 1)
+    learned, judges = hold_out(ImageSet(x, np.arange(11), None, None))
+    assert judges.x.ravel().tolist() == [3, 7]
+    assert sorted([*learned.x.ravel(), *judges.x.ravel()]) == list(range(11))
+    assert learned.y is not None and learned.y.tolist() == learned.x.ravel().tolist()
+    with pytest.raises(DataError, match="found 3 calibration images; a search needs 4"):
+        hold_out(ImageSet(x[:3], None, None, None))
+
+
+def test_bits_that_were_not_searched_take_the_nearest(task: Task) -> None:
+    rates = {"paper-hdrq-w4a4": 1.0, "paper-hdrq-w8a8": 2.0, "paper-qdrop-w4a4": 3.0}
+    grid = Grid(task, rates=rates)
+    found = {
+        bits: grid.rate(Run("paper", "hdrq", *bits, 1)) for bits in ((4, 4), (3, 3), (8, 8), (4, 8))
+    }
+    assert found == {(4, 4): 1, (3, 3): 1, (8, 8): 2, (4, 8): 1}
+    assert grid.rate(Run("ours", "hdrq", 4, 4, 0)) is None
+    assert task.options("hdrq", "paper", 0.5).rate_factor * task.options(
+        "hdrq", "paper", 0.5
+    ).lr == (pytest.approx(0.5))
+    assert task.options("hdrq", "ours", 0.5).lr == 0.5
+
+
+@pytest.fixture
+def task(work: Path) -> Task:
+    """Two domains of the tiny network."""
+    data = str(work / "data.npz")
+    domains = tuple(
+        Domain(name, str(work / f"Tiny-{name}.safetensors"), data, data)
+        for name in ("night", "day")
+    )
+    learning = {name: {"iters": 3, "batch": 8} for name in ("hdrq", "qdrop")}
+    source = str(work / "Tiny-base.safetensors")
+    return Task("tiny", "tiny_models:Tiny", source, domains, images=32, learning=learning)
+
+
+def stop(jobs: list[Job], *_: Any) -> None:
+    """In place of running jobs."""
+    raise KeyboardInterrupt(" ".join(job.name for job in jobs) + " ")
+
+
+@pytest.mark.usefixtures("_path")
+def test_a_search_is_kept_resumes_and_gives_the_grid_its_rates(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rate_search, "START", 3)
+    monkeypatch.setattr(rate_search, "MOST", 4)
+    grid = Grid(task, ("rtn", "hdrq"), ((4, 4),), (0,), ("ours",), 1)
+    for name in ("cells", "rows"):
+        (tmp_path / name).mkdir()
+
+    def run(tuned: Grid) -> tuple[dict[str, Any], list[str]]:
+        ended: list[str] = []
+        with open_pool(1, 1, None, tmp_path) as pool:
+            said = lambda *counted: ended.append(counted[2])  # noqa: E731
+            return tune(tuned, tuned.bits, tmp_path, "cpu", 1, pool, said), ended
+
+    record, ended = run(grid)
+    assert json.loads((tmp_path / TUNING).read_text()) == record
+    assert [row["method"] for row in record["searches"]] == ["hdrq"]
+    for row in record["searches"]:
+        assert 3 <= len(row["tried"]) <= 4
+        scores = {trial["rate"]: trial["score"] for trial in row["tried"]}
+        assert scores[row["chosen"]] == min(scores.values())
+        at_end = row["chosen"] in {min(scores), max(scores)}
+        assert row["is_at_edge"] == at_end and (not at_end or len(scores) == 4)
+        assert row["images"] == {d: {"learned_from": 24, "held_out": 8} for d in grid.domains}
+        for trial in row["tried"]:
+            assert trial["score"] == pytest.approx(np.mean(list(trial["merged"].values())))
+    assert not list((tmp_path / "tuning").glob("*.hdrq"))
+    assert len([name for name in ended if "-lr" in name]) == sum(
+        len(row["tried"]) for row in record["searches"]
+    )
+    # The same again tries nothing. A lost trial is the same again, though there are no test
+    # images: what would read them fails.
+    assert run(grid) == (record, [])
+    trial = Trial(Run("ours", "hdrq", 4, 4, 0), record["searches"][0]["chosen"])
+    lost = trial_path(tmp_path, trial)
+    before = lost.read_bytes()
+    lost.unlink()
+    blind = replace(task, domains=tuple(replace(d, test="/nowhere") for d in task.domains))
+    try_rate(blind, tmp_path, "cpu", 1, trial)
+    assert lost.read_bytes() == before
+    with pytest.raises(DataError, match="/nowhere"):
+        calibrate_cell(blind, tmp_path, "cpu", 1, Run("float", "float", 8, 8, 0), "night")
+    # At another number of iterations nothing of it stands.
+    learning = {"hdrq": {**task.learning["hdrq"], "iters": 2}}
+    monkeypatch.setattr(tuning, "run_jobs", stop)
+    with pytest.raises(KeyboardInterrupt, match="hdrq-w4a4-s0-lr1 "):
+        run(replace(grid, task=replace(task, learning=learning)))
+    # A cell learns with the rate that was chosen, and the table names the file.
+    tuned = replace(grid, rates=chosen_rates(record))
+    rate = tuned.rate(Run("ours", "hdrq", 4, 4, 0))
+    run_of_cell = Run("ours", "hdrq", 4, 4, 0)
+    calibrate_cell(task, tmp_path, "cpu", 1, run_of_cell, "night", rate=rate)
+    manifest = Bundle.open(bundle_path(tmp_path, "ours-hdrq-w4a4-s0-night")).manifest
+    assert manifest.options["lr"] == rate == record["searches"][0]["chosen"]
+    assert TUNING in notes(tuned)[0] and notes(tuned)[0] in markdown(tuned, [])
+    assert notes(grid) == []
+
+
+@pytest.fixture
+def _path(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(work)
