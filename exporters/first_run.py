@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from ..formats.atomic_files import scratch_folder
 from ..typing import Array
 
-__all__ = ["run_apart"]
+__all__ = ["has_driver", "run_apart"]
 
 _DRIVERS = ("libcuda.so.1", "nvcuda.dll")
 
