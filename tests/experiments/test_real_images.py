@@ -228,6 +228,17 @@ def test_camvid_runs_as_a_user_would(
         "dusk-0.png",
         "dusk-1.png",
     ]
+    # Without labels: from the same source model.
+    before = files_of(out / "checkpoints")
+    choice = Choice(tmp_path / "CamVid", out, targets=["day", "dusk"], adaptation="unlabelled")
+    made = prepare("camvid", choice)
+    made.make("cpu", 1)
+    with safe_open(made.checkpoints[1].file, "pt") as file:
+        notes = json.loads(file.metadata()["adapted"])
+    assert notes["method"] == "class-balanced self-training"
+    after = files_of(out / "checkpoints")
+    assert set(after) - set(before) == {"pixels/day-unlabelled/dusk.safetensors"}
+    assert {name: after[name] for name in before} == before
 
 
 @pytest.mark.parametrize(
