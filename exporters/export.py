@@ -124,7 +124,9 @@ def export(
 
         describe(facts)  # an engine that is run for the check is one like any other
         takes = None if only_graph else target.batches(model, build)
-        checked = _check_golden(bundle, target, folder, report, options, takes, not only_graph, say)
+        checked = _check_golden(
+            bundle, target, folder, report, options, build, takes, not only_graph, say
+        )
         describe({**facts, "checked": checked})
     return goal
 
@@ -164,6 +166,7 @@ def _check_golden(
     folder: Path,
     report: PrecisionReport,
     options: GraphOptions,
+    build: BuildOptions,
     takes: tuple[int, int] | None,
     built: bool,
     say: Callable[[str], None],
@@ -176,6 +179,7 @@ def _check_golden(
         folder: The engine folder.
         report: What is asked of the layers.
         options: Options of the graph.
+        build: Options of the builder.
         takes: Smallest and largest batch of an engine that does not take all.
         built: There is an engine, and not its graph alone.
         say: Told why an engine cannot be run here.
@@ -207,6 +211,7 @@ def _check_golden(
         if engine is not None:
             stages.append(both.to_engine(engine))
         elif target.builds:
+            target.unchecked(build, why)
             say(f"{report.engine}: checked up to its lowered graph, for {why}")
     check(stages, bundle.manifest.tolerances)
     if bundle.golden():

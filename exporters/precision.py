@@ -171,27 +171,52 @@ def from_trt_log(engine: str, dump: str, layers: Sequence[Layer]) -> PrecisionRe
 
 
 def from_trt_inspector(engine: str, text: str, layers: Sequence[Layer]) -> PrecisionReport:
-    """Read the JSON of TensorRT's EngineInspector."""
+    """Read the JSON of TensorRT's EngineInspector, whose versions spell its keys in many ways.
+
+    Raises:
+        CheckFailed: It is no JSON, or names no layer.
+    """
+    entries = _inspected(text)
+    if not entries:
+        raise CheckFailed(
+            f"{engine}: the engine inspector tells of no layer (it says "
+            f"{text.strip()[:80] or 'nothing'!r}), so the engine's precision cannot be shown; "
+            "build with `profiling` detailed, or with another version of the library"
+        )
     parsed = []
-    for entry in json.loads(text).get("Layers", []):
+    for entry in entries:
         if not isinstance(entry, Mapping):
             continue  # without DETAILED verbosity the inspector lists names only
         inputs, constants = (
-            [_datatype(tensor) for tensor in entry.get(key, [])] for key in ("Inputs", "Constants")
+            [str(_spelled(tensor, _DATATYPE) or "") for tensor in _spelled(entry, (key,)) or []]
+            for key in ("inputs", "constants")
         )
-        parsed.append(
-            (
-                str(entry.get("LayerType", "")),
-                _data_and_weight(inputs, constants),
-                str(entry.get("Metadata", "")),
-                str(entry.get("Name", "")),
-            )
+        kind, metadata, name = (
+            str(_spelled(entry, keys) or "") for keys in (_LAYER_TYPE, ("metadata",), ("name",))
         )
+        parsed.append((kind, _data_and_weight(inputs, constants), metadata, name))
     return _from_trt(engine, "engine inspector", parsed, layers)
 
 
-def _datatype(tensor: Mapping[str, Any]) -> str:
-    return str(tensor.get("Datatype") or tensor.get("Format/Datatype") or "")
+# TensorRT 8 to 11 write "Format/Datatype", "Datatype", "DataType" and "Data Type", and
+# "LayerType", "Layer Type" and "Type": letters only, these are few.
+_DATATYPE = ("datatype", "formatdatatype")
+_LAYER_TYPE = ("layertype", "type")
+
+
+def _inspected(text: str) -> list[Any]:
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return []
+    layers = _spelled(record, ("layers",)) if isinstance(record, Mapping) else record
+    return layers if isinstance(layers, list) else []
+
+
+def _spelled(record: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """The value of the first of these keys, whatever its case, spaces and strokes; else None."""
+    plain = {"".join(filter(str.isalpha, key)).lower(): key for key in record}
+    return next((record[plain[key]] for key in keys if key in plain), None)
 
 
 _Parsed = tuple[str, list[str], str, str]

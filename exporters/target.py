@@ -102,6 +102,13 @@ class Target:
         """Smallest and largest batch that the built engine takes; None where it takes all."""
         return None
 
+    def unchecked(self, build: BuildOptions, why: str) -> None:
+        """Told that the built engine cannot be run here, and why.
+
+        Raises:
+            ExportError: An engine of these options is not taken without that check.
+        """
+
     def run(self, folder: Path, batches: Sequence[Array]) -> tuple[Shows | None, str]:
         """The engine, ready to be compared on these inputs; or None and why it cannot be run."""
         return None, "the graph is portable"

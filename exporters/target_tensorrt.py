@@ -10,12 +10,12 @@ import onnx_ir as ir
 
 from ..comparison import golden
 from ..comparison.taps import Shows
-from ..errors import CheckFailed
+from ..errors import CheckFailed, ExportError
 from ..formats.bundle_manifest import Layer
 from ..formats.engine_folder import GRAPH, PLAN, PrecisionReport
 from ..typing import Array, Progress
 from . import precision, tensorrt_build
-from .first_run import run_apart
+from .first_run import has_driver, run_apart
 from .half_precision import to_fp16
 from .io_signature import port_of
 from .lint import lint
@@ -24,6 +24,18 @@ from .options import BuildOptions, GraphOptions, profile
 from .target import Target
 
 __all__ = ["TensorRtTarget"]
+
+
+def _lost_biases(version: str, why: str) -> str:
+    """Why such an engine is refused.
+
+    Source: docs.nvidia.com/deeplearning/tensorrt/11.3.0/inference-library/refitting-engines.html
+    """
+    return (
+        f"found `refit` and TensorRT {version}, which may take the bias of a matrix product for "
+        f"zero in such an engine; needed a check with the golden inputs, and there is none "
+        f"({why}): build on the device, take TensorRT 11.4, or leave `refit` out"
+    )
 
 
 class TensorRtTarget(Target):
@@ -44,11 +56,20 @@ class TensorRtTarget(Target):
 
     def ingredients(self, build: BuildOptions, only_graph: bool) -> dict[str, Any]:
         """See :meth:`Target.ingredients`."""
+        if self.name == "trt-rtx" and build.timing_cache is not None:
+            raise ExportError(
+                "found `timing_cache`; TensorRT-RTX times nothing when it builds, and would ask "
+                "for a GPU: leave it out, and keep what it compiles at run time (`runtime_cache` "
+                "of hdrq-bench, cache of load_engine)"
+            )
         if only_graph:
             return {}
+        version = tensorrt_build.library_version(self.name)
+        if self._loses_biases(build, version) and not has_driver():
+            raise ExportError(_lost_biases(version, "this machine has no NVIDIA driver"))
         return {
             "build": build.model_dump(mode="json"),
-            self.libraries[0]: tensorrt_build.library_version(self.name),
+            self.libraries[0]: version,
             "device": tensorrt_build.device(self.name),
         }
 
@@ -75,6 +96,17 @@ class TensorRtTarget(Target):
                 "precision cannot be shown; build with `profiling` detailed, or `allow_float` '*'"
             )
         return report, {"seconds": round(plan.seconds, 2), "peak_bytes": plan.peak_bytes}
+
+    def unchecked(self, build: BuildOptions, why: str) -> None:
+        """See :meth:`Target.unchecked`."""
+        if build.refit:
+            version = tensorrt_build.library_version(self.name)
+            if self._loses_biases(build, version):
+                raise ExportError(_lost_biases(version, why))
+
+    def _loses_biases(self, build: BuildOptions, version: str) -> bool:
+        """Whether an engine that can be refitted may lack the biases of its matrix products."""
+        return build.refit and self.name == "trt" and version.startswith("11.3.")
 
     def batches(self, model: ir.Model, build: BuildOptions) -> tuple[int, int] | None:
         """See :meth:`Target.batches`."""

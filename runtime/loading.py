@@ -43,8 +43,8 @@ def load_engine(
         cuda_graph: Replay TensorRT's work as a CUDA graph, captured per shape.
         throughput: Compute many calls at once rather than each as soon as can be: OpenVINO runs
             them in streams of a few threads. Other engines do the same in both cases.
-        cache: Folder in which OpenVINO keeps what it compiled and looks for it; it is made where
-            it is missing. None keeps nothing.
+        cache: Where what is compiled at load is kept and looked for: a folder of OpenVINO, a file
+            of TensorRT-RTX (its runtime cache). It is made where it is missing; None keeps nothing.
 
     Raises:
         EngineError: Not an engine, damaged, built for another device or version, or of a kind
@@ -87,10 +87,10 @@ def open_engine(
             f"{path}: found an engine of the kind {manifest.engine!r}; this version runs "
             f"{', '.join(BACKENDS)}"
         )
-    if cache is not None and manifest.engine != "openvino":
+    if cache is not None and manifest.engine not in {"openvino", "trt-rtx"}:
         raise EngineError(
             f"{path}: found `cache` for an engine of the kind {manifest.engine!r}; only openvino "
-            "engines keep what they compile: leave it out"
+            "and trt-rtx engines keep what they compile: leave it out"
         )
     backend = importlib.import_module(BACKENDS[manifest.engine], __package__)
     cores = threads or os.cpu_count() or 1

@@ -8,6 +8,7 @@ buffers of its own (a :class:`_Slot`), all reused from call to call.
 from __future__ import annotations
 
 import importlib
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -33,6 +34,7 @@ from .cuda import (
     load_cuda,
 )
 from .engine import Engine, Feeds, Pending, Phases, StillRunning, dtype_of
+from .runtime_cache import RuntimeCache
 
 __all__ = ["LIBRARIES", "TensorRtEngine", "check_plan", "open_engine", "plan_version"]
 
@@ -83,7 +85,7 @@ def open_engine(
     threads: int,
     cuda_graph: bool,
     throughput: bool,
-    cache: object,
+    cache: str | os.PathLike[str] | None,
 ) -> Engine:
     """See :func:`~hdrq_deploy.runtime.loading.open_engine`.
 
@@ -96,7 +98,7 @@ def open_engine(
             f"{path}: found device {device!r} for a {manifest.engine} engine, which runs on an "
             "NVIDIA GPU: choose cuda:N, or export with `engine` ort"
         )
-    return TensorRtEngine(path, manifest, int(number or 0), cuda_graph)
+    return TensorRtEngine(path, manifest, int(number or 0), cuda_graph, cache)
 
 
 class TensorRtEngine(Engine):
@@ -109,6 +111,7 @@ class TensorRtEngine(Engine):
         manifest: Manifest of the engine.
         device: Number of the GPU.
         cuda_graph: Replay work as a CUDA graph.
+        cache: File that keeps the kernels which TensorRT-RTX compiles at run time.
 
     Raises:
         EngineError: The library, a driver or the GPU is missing, or the engine was built for
@@ -116,9 +119,15 @@ class TensorRtEngine(Engine):
     """
 
     def __init__(
-        self, path: Path, manifest: EngineManifest, device: int = 0, cuda_graph: bool = True
+        self,
+        path: Path,
+        manifest: EngineManifest,
+        device: int = 0,
+        cuda_graph: bool = True,
+        cache: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__(path, manifest, 1, f"cuda:{device}")
+        self._cache = None if cache is None else RuntimeCache(cache)
         name, title = LIBRARIES[manifest.engine]
         try:
             self._trt = importlib.import_module(name)
@@ -284,12 +293,16 @@ class TensorRtEngine(Engine):
             self._engine, "create_runtime_config"
         )
         if not self._library_graphs:
+            if self._cache is not None:
+                self._cache.attach(None)
             return self._engine.create_execution_context()
         settings = self._engine.create_runtime_config()
         strategy = self._trt.CudaGraphStrategy
         settings.cuda_graph_strategy = (
             strategy.WHOLE_GRAPH_CAPTURE if self._graphs == "on" else strategy.DISABLED
         )
+        if self._cache is not None:
+            self._cache.attach(settings)
         return self._engine.create_execution_context(settings)
 
     def _release(self) -> None:
@@ -298,6 +311,8 @@ class TensorRtEngine(Engine):
             slots = (self._slot, *self._others)
             for slot in slots:
                 slot.finish()
+            if self._cache is not None:
+                self._cache.save()
             for slot in slots:
                 slot.close()
             del self._engine, self._runtime

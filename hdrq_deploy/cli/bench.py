@@ -71,9 +71,11 @@ def arguments() -> argparse.ArgumentParser:
     how.add_argument("--device", default="auto", help="auto, cpu, cuda[:N], tensorrt[:N]")
     how.add_argument(
         "--cache",
+        "--runtime-cache",
         type=Path,
-        metavar="FOLDER",
-        help="where OpenVINO keeps what it compiled; none by default",
+        metavar="PATH",
+        help="where a folder of OpenVINO or a file of TensorRT-RTX keeps what is compiled at load "
+        "(by default nothing is kept)",
     )
     how.add_argument("--no-cuda-graph", action="store_true", help="enqueue work call by call")
     how.add_argument(

@@ -42,6 +42,8 @@ __all__ = [
     "PICTURE_MARK",
     "REPRODUCE_JSON",
     "REPRODUCE_TABLE",
+    "RUNTIME_CACHE",
+    "RUNTIME_CACHE_MARK",
     "SENSITIVITY",
     "SPLITS",
     "STREETS",
@@ -55,6 +57,7 @@ __all__ = [
 
 _HEAD = 4096
 PICTURE_MARK = ("Software", "hdrq-deploy")
+RUNTIME_CACHE_MARK = b"hdrq-deploy: runtime cache of TensorRT-RTX\n"
 
 # Statistics are no part of a bundle's identity, so the manifest names them apart.
 BUNDLE = FolderKind("hdrq-bundle", MANIFEST, more=re.escape(STATISTICS))
@@ -203,3 +206,6 @@ TRIAL = _json_kind("hdrq-trial", "trial of a learning rate")
 TUNING_JSON = _json_kind("hdrq-tuning", "search of learning rates")
 PICTURE = FileKind("picture of ours", _is_picture)
 TIMING_CACHE = FileKind("timing cache of TensorRT", _is_timing_cache)
+RUNTIME_CACHE = FileKind(
+    "runtime cache of TensorRT-RTX", lambda path: _head(path).startswith(RUNTIME_CACHE_MARK)
+)

@@ -13,12 +13,22 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from hdrq_deploy.errors import ExportError
-from hdrq_deploy.exporters import BuildOptions, GraphOptions, export, parse_shapes
+from hdrq_deploy.cli import export as export_command
+from hdrq_deploy.errors import CheckFailed, ExportError
+from hdrq_deploy.exporters import (
+    BuildOptions,
+    GraphOptions,
+    export,
+    parse_shapes,
+    precision,
+    target_tensorrt,
+    tensorrt_build,
+)
 from hdrq_deploy.exporters import tensorrt_build as trt
 from hdrq_deploy.exporters.lint import lint
 from hdrq_deploy.exporters.options import profile
 from hdrq_deploy.exporters.trtexec import trtexec
+from hdrq_deploy.formats.bundle_manifest import Layer
 
 PORTS = {"x": ("batch", 4, 8, 8)}
 
@@ -282,3 +292,78 @@ def test_the_rest_of_the_network_computes_as_asked(make: Any, tmp_path: Path, co
     assert manifest["inputs"][0]["dtype"] == "float"
     assert manifest["build"]["seconds"] > 0
     assert manifest["options"]["device"].startswith("compute capability 8.0")
+
+
+def test_a_timing_cache_is_refused_where_it_has_no_effect(
+    make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache, out = tmp_path / "t.cache", tmp_path / "engine"
+    arguments = [str(make().path), "--engine", "trt-rtx", "--timing-cache", str(cache)]
+    assert export_command.main([*arguments, "-o", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "found --timing-cache; TensorRT-RTX times nothing" in error and error.count("\n") == 1
+    assert "--runtime-cache of hdrq-bench" in error
+    assert not out.exists() and not cache.exists()
+
+
+def test_refit_on_a_version_that_loses_biases_needs_the_golden_check(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is built, and cannot be run: on 11.3 it is refused, and on 11.4 taken."""
+    version, driver = ["11.3.0.1"], [False]
+    monkeypatch.setattr(tensorrt_build, "library_version", lambda engine: version[0])
+    monkeypatch.setattr(target_tensorrt, "has_driver", lambda: driver[0])
+    monkeypatch.setattr(target_tensorrt, "run_apart", lambda *_: (None, "the GPU is busy"))
+    built: list[str] = []
+
+    def realize(self: Any, folder: Path, model: Any, layers: Any, *_: Any) -> Any:
+        built.append(version[0])
+        (folder / "model.plan").write_bytes(b"plan")
+        return precision.requested_only("trt", layers), {}
+
+    monkeypatch.setattr(target_tensorrt.TensorRtTarget, "realize", realize)
+    refit = BuildOptions(refit=True)
+    message = r"found `refit` and TensorRT 11.3.0.1, .*there is none \({}\): build on the device"
+    with pytest.raises(ExportError, match=message.format("this machine has no NVIDIA driver")):
+        export(make(), tmp_path / "e", "trt", build=refit)
+    assert built == []  # before long work
+    driver[0] = True
+    with pytest.raises(ExportError, match=message.format("the GPU is busy")):
+        export(make(), tmp_path / "e", "trt", build=refit)
+    assert built == ["11.3.0.1"] and not (tmp_path / "e").exists()
+    export(make(), tmp_path / "plain", "trt")
+    version[0] = "11.4.0"
+    export(make(), tmp_path / "e", "trt", build=refit)
+    assert built == ["11.3.0.1", "11.3.0.1", "11.4.0"]
+
+
+@pytest.mark.parametrize("kind", ["LayerType", "Layer Type", "layer_type", "Type"])
+@pytest.mark.parametrize("types", ["Datatype", "DataType", "Data Type", "Format/Datatype"])
+def test_the_inspectors_keys_are_read_however_they_are_spelled(kind: str, types: str) -> None:
+    layer = Layer(
+        node="a/Conv",
+        op="Conv",
+        module="a",
+        weight="a.weight_codes",
+        weight_bits=8,
+        activation_bits=(8,),
+        requested="int8",
+    )
+    entry = {
+        kind: "correlation",
+        "Name": "c_myl0_1",
+        "Metadata": "[ONNX Layer: a/Conv]",
+        "Inputs": [{types: "Int8"}],
+        "Constants": [{types: "Int8"}],
+    }
+    report = precision.from_trt_inspector("trt", json.dumps({"Layers": [entry]}), [layer])
+    assert report.layers[0].executed == "int8"
+    entry["Constants"] = [{types: "Half"}]
+    report = precision.from_trt_inspector("trt", json.dumps({"Layers": [entry]}), [layer])
+    assert report.layers[0].executed != "int8"
+
+
+@pytest.mark.parametrize("text", ["", "no JSON", "{}", '{"Layers": []}', "[]", "null", "3"])
+def test_an_inspector_that_tells_nothing_is_a_failure(text: str) -> None:
+    with pytest.raises(CheckFailed, match="the engine inspector tells of no layer"):
+        precision.from_trt_inspector("trt", text, [])
