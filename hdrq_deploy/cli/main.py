@@ -27,6 +27,7 @@ COMMANDS = {
     "sensitivity": "rank layers by what their quantization costs",
     "inspect": "show a bundle",
     "strip": "remove a bundle's statistics, which only a merge reads",
+    "doctor": "what this machine can build and run, which engine to take",
     "verify": "compare torch, bundle, lowered graph and engine",
     "reproduce": "the paper's two protocols, cell by cell",
     "demo": "the whole path on digits, no download",
