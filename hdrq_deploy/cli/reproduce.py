@@ -219,7 +219,8 @@ def _reproduce(args: argparse.Namespace) -> int:
     write_bytes(out / "table.md", markdown(grid, records).encode(), REPRODUCE_TABLE)
     print(network(grid))
     print_table(header(grid), [cells(grid, row) for row in records])
-    print(*notes(grid), sep="\n", end="\n" * bool(notes(grid)))
+    for line in notes(grid, records):
+        print(line)
     if args.draw:
         files = draw(grid, out, args.draw.lower())
         print(f"{len(files)} pictures in {files[0].parent}")

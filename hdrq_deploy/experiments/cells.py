@@ -27,6 +27,7 @@ from ..runtime.bench.measurement import labelled
 from ..runtime.engine import Engine
 from ..runtime.loading import open_engine
 from .bundles import inputs_of, is_merged, make_bundle, record_ingredients
+from .decisions import Decisions, packed
 from .grid import Grid, Merge, Run, bundle_path, read_row, row_path
 from .tasks import Domain, Task
 from .threads import calibration_threads
@@ -192,8 +193,10 @@ def _measure(
         if not change:
             return
         _log.info("%s: measured again, %s", cell, change)
+    seen = Decisions()
     with engine_of(bundle, _engine_device(device), threads) as engine:
-        accuracies = accuracy(engine, {d.name: labelled_set(engine, task, d) for d in tests})
+        sets = {d.name: labelled_set(engine, task, d) for d in tests}
+        accuracies = accuracy(engine, sets, seen=seen)
     row = {
         "kind": CELL_ROW.kind,
         "cell": cell,
@@ -203,6 +206,7 @@ def _measure(
         "harmonic_mean": accuracies.harmonic_mean,
         "images": accuracies.images,
         "per_class": accuracies.per_class,
+        "decisions": packed(seen.measured),
         **extra,
     }
     write_bytes(target, (json.dumps(row, indent=1) + "\n").encode(), CELL_ROW)

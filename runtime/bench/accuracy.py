@@ -25,6 +25,8 @@ __all__ = ["Labelled", "accuracy", "classes_of", "confusion", "window_of", "wind
 Labelled = ImageSet | Scenes
 # Called with domain, number of the image, its input, its labels and the predicted ones.
 Draw = Callable[[str, int, Array, Array, Array], None]
+# Called with domain, labels and predictions of a batch, and the number of classes.
+Seen = Callable[[str, Array, Array, int], None]
 _BATCH, _BINS, _TOP = 64, 15, 5
 
 
@@ -49,6 +51,7 @@ def accuracy(
     sets: Mapping[str, Labelled],
     reference: Engine | None = None,
     draw: Draw | None = None,
+    seen: Seen | None = None,
 ) -> Accuracy:
     """Run an engine over the labelled images of each domain.
 
@@ -59,11 +62,12 @@ def accuracy(
         sets: Images and labels by domain.
         reference: Another engine whose decisions are compared.
         draw: Called with every image, its label map and the predicted one.
+        seen: Called with labels and predictions of every batch.
 
     Raises:
         DataError: Labels out of range or of another form than the engine's answers.
     """
-    counts = {n: _count(engine, images, n, reference, draw) for n, images in sets.items()}
+    counts = {n: _count(engine, images, n, reference, draw, seen) for n, images in sets.items()}
     pixels = all(count.pixels for count in counts.values())
     given = [images.classes for images in sets.values() if isinstance(images, Scenes)]
     names = engine.manifest.classes or (given[0] if given else None)
@@ -119,7 +123,12 @@ def confusion(labels: Array, predicted: Array, classes: int) -> Array:
 
 
 def _count(
-    engine: Engine, images: Labelled, name: str, reference: Engine | None, draw: Draw | None
+    engine: Engine,
+    images: Labelled,
+    name: str,
+    reference: Engine | None,
+    draw: Draw | None,
+    seen: Seen | None,
 ) -> _Counts:
     counts = _Counts()
     for rows, labels in images.batches(_step(engine, images)):
@@ -132,6 +141,8 @@ def _count(
             counts.table = np.zeros((counts.classes, counts.classes + 1), np.int64)
         _check_labels(labels, counts.classes, name)
         counts.table += confusion(labels, predicted, counts.classes)
+        if seen is not None:
+            seen(name, labels, predicted, counts.classes)
         if draw is not None and counts.pixels:
             for i in range(len(rows)):
                 draw(name, counts.images + i, rows[i], labels[i], predicted[i])

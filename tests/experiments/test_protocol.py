@@ -25,6 +25,7 @@ from hdrq_deploy.calibration.settings import SETTINGS
 from hdrq_deploy.cli import reproduce
 from hdrq_deploy.errors import DataError, HdrqError, ModelError, SpecError
 from hdrq_deploy.experiments.cells import jobs
+from hdrq_deploy.experiments.decisions import unpacked
 from hdrq_deploy.experiments.grid import Grid, Run, bundle_path, parse_bits, row_path
 from hdrq_deploy.experiments.table import cells, header, markdown, network, rows
 from hdrq_deploy.experiments.tasks import Domain, Task, office_home, segmentation
@@ -148,7 +149,14 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     assert line["published"] == "63.00" and line["bits"] == "W4A4"
     assert [cells(grid, r)[-1] for r in records].count("63.00") == 1
     text = markdown(grid, records)
-    assert text.endswith(f" |\n\n{grid.task.model}\n") and text.count("\n") == 4 + 17
+    assert f" |\n\n{grid.task.model}\n±: half of the 95% interval" in text
+    assert text.count("\n") == 5 + 17
+    # What a cell decided of every image is in its row.
+    row = json.loads(row_path(tmp_path, names[0]).read_text())
+    kept = unpacked(row["decisions"])
+    assert kept and {name: float(right.mean()) for name, right in kept.items()} == row["domains"]
+    summary = advanced["merged"]["harmonic mean"]
+    assert summary["low"] < summary["mean"] < summary["high"] and summary["calibrations"] == 2
     (tmp_path / "table.md").write_text(text)
     assert REPRODUCE_TABLE.is_ours(tmp_path / "table.md")
     named = replace(grid, task=replace(grid.task, form="fused by hand"))
