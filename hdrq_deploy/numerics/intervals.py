@@ -187,10 +187,10 @@ class Bootstrap:
         seeds = min(len(a), len(b))
         runs = [run for sample in (first, second) for r in sample.runs.values() for run in r]
         if len(runs) == 2:
-            p = swap_test(*runs, seed=self.seed)
+            p = swap_test(runs[0], runs[1], seed=self.seed)
             return Difference(value, low, high, spread, seeds, p, True)
-        moved = value + sum(parts.values())
-        beyond = min(int((moved <= 0).sum()), int((moved >= 0).sum()))
+        moved = value + np.sum(list(parts.values()), axis=0)
+        beyond = min(np.count_nonzero(moved <= 0), np.count_nonzero(moved >= 0))
         p = min(1.0, 2 * (beyond + 1) / (self.replicates + 1))
         return Difference(value, low, high, spread, seeds, p)
 
