@@ -1,4 +1,4 @@
-"""What calibration costs, beside a plain transcription of the published procedure.
+"""What calibration costs, beside our own transcription of the published procedure.
 
     python benchmarks/calibration_speed.py --results benchmarks/results
 

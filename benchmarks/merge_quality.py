@@ -4,9 +4,8 @@
 
 Calibrates every method and scheme of ``GRID`` on the three domains of the digits benchmark,
 merges all pairs and the triple, and measures every merge on the test splits. A cell is one
-bundle on disk; a cell that is there is not made again, so a stopped run goes on. Choices that
-were made on data (learning rates, criteria) were made on the calibration split; nothing was
-tuned on the test split.
+bundle on disk; a cell that is there is not made again, so a stopped run goes on. No record
+was kept of how learning rates and criteria were chosen; ``hdrq reproduce --tune`` keeps one.
 """
 
 from __future__ import annotations

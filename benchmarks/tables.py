@@ -94,8 +94,8 @@ def merge_quality(record: Mapping[str, Any]) -> str:
         f"{record['rounding_seeds']} rounding seeds a merge; harmonic mean of the top-1 accuracies "
         "on the test splits, mean and standard deviation over calibration and rounding seeds. "
         f"{record['cells']} of the grid's {record['cells_in_grid']} bundles were there "
-        f"(`benchmarks/merge_quality.py`; torch {env['torch']}, {env['cpu']}). Learning rate and "
-        "criteria were chosen on the calibration splits.",
+        f"(`benchmarks/merge_quality.py`; torch {env['torch']}, {env['cpu']}). How learning "
+        "rate and criteria were chosen was not recorded.",
         "",
         "![merged harmonic means](merge_quality.svg)",
         "",
@@ -256,8 +256,8 @@ def calibration_speed(record: Mapping[str, Any]) -> str:
         ]
         header = ["model", "images", "iterations a block", "faster per iteration", "faster in all"]
         parts += [
-            "Whole calibrations beside a plain transcription of the published procedure, run in "
-            "turn (medians of ratios):",
+            "Whole calibrations beside our own transcription of the published procedure (not the "
+            "authors' code), run in turn (medians of ratios):",
             "",
             table(header, rows),
             "",
@@ -614,9 +614,8 @@ def protocol_streetscape(record: Mapping[str, Any]) -> str:
     """The section on the segmentation protocol."""
     about = (
         "`hdrq reproduce segmentation --made` (StreetNet, 760,962 parameters): mIoU of single and "
-        "merged ONNX Runtime engines on 100 test scenes a domain. Learning rates were chosen by "
-        "the error at W3A3 on calibration scenes of dusk (qdrop's of 0.001 to 0.1, hdrq's of 0.001 "
-        "to 0.01)."
+        "merged ONNX Runtime engines on 100 test scenes a domain. How learning "
+        "rates were chosen was not recorded."
     )
     lines = _protocol(record, "The segmentation protocol on drawn streets", about, "scenes")
     return "\n".join(
@@ -738,10 +737,11 @@ def merge_statistics(record: Mapping[str, Any]) -> str:
         "one scale per tensor, BatchNorm folded into the weights, equal merge weights, statistics "
         "of the default rank (no larger than the codes at 8 bits), no images at the merge. "
         "Harmonic means in % on test images, mean and standard deviation over calibration seeds "
-        f"(and {record['rounding_seeds']} rounding seeds of `advanced`). Rates of both methods are "
-        "the best of five, each about three times the next, by how little nearest merges at W4A4 "
-        "differ from the float models on calibration images; those of the streets were carried "
-        "over from earlier runs. `W8 to W3` is `hdrq-merge --wbits 3` of parents at 8 bits. "
+        f"(and {record['rounding_seeds']} rounding seeds of `advanced`). Rates of both methods on "
+        "digits are the best of five, each about three times the next, by how little nearest "
+        "merges at W4A4 differ from the float models on calibration images (`rates_tried` in "
+        "`merge_statistics.json`); of the search for those of the streets no record was kept. "
+        "`W8 to W3` is `hdrq-merge --wbits 3` of parents at 8 bits. "
         "Spreads stand where more than one run did.",
         "",
         _merges_read(rows),

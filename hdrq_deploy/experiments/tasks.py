@@ -317,8 +317,8 @@ def _digits(data: Path) -> Task:
         str(checkpoints / "fonts.safetensors"),
         tuple(_made_domain(data, checkpoints, name) for name in digits.TARGETS),
         learning=iterations(1000),
-        # A thousand iterations want the larger of HDRQ's two rates, and what is published of the
-        # others for 20,000 iterations, scaled.
+        # The larger of HDRQ's two published rates, and the published one of the others scaled to a
+        # thousand iterations; not searched (``hdrq reproduce --tune`` does).
         rates=learning_rates(rounding=2e-2, latent=1e-3),
     )
 
@@ -332,8 +332,8 @@ def _streets(data: Path) -> Task:
         tuple(_made_domain(data, checkpoints, name) for name in streets.TARGETS),
         mix_images=8,
         renew_images=16,
-        # Two hundred iterations want rates above the methods' own; chosen by the error on
-        # calibration scenes of dusk.
+        # Two hundred iterations want rates above the methods' own. No record of how these were
+        # found was kept; ``hdrq reproduce --tune`` searches them.
         learning=iterations(200, batch=4),
         rates=learning_rates(rounding=1e-1, latent=3e-3),
     )
