@@ -106,9 +106,9 @@ def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) 
     ]
     if missing:
         way = WAYS[merge.way]
-        mix, record = _mix(task, merge, parents)
         chosen = way.chooses
         renewed = _unlabelled(task, merge, parents[0], task.renew_images) if chosen else None
+        mix, record = _mix(task, merge, parents, renewed)
         candidates = CANDIDATES if way.tosses else 1
         for draw in missing:
             merger = Merger(parents, way.rounding, candidates, draw, way.method)
@@ -136,12 +136,15 @@ def _merge_ingredients(
     }
 
 
-def _mix(task: Task, merge: Merge, parents: list[Bundle]) -> tuple[list[float], dict[str, Any]]:
+def _mix(
+    task: Task, merge: Merge, parents: list[Bundle], renewed: dict[str, Any] | None
+) -> tuple[list[float], dict[str, Any]]:
+    """Merge weights and how they were found; merges are judged as they will be written."""
     way = WAYS[merge.way]
     if not way.chooses:
         return [1 / len(parents)] * len(parents), {}
     images = _unlabelled(task, merge, parents[0], task.mix_images)
-    mix = choose_weights(Merger(parents, method=way.method, keep=True), images)
+    mix = choose_weights(Merger(parents, method=way.method, keep=True), images, renewed=renewed)
     return list(mix.weights), {"auto": mix.record()}
 
 
