@@ -310,8 +310,8 @@ def folded_float(work: Work) -> Iterator[dict[str, Any]]:
         yield record(Parents("float", 32, 32, 0), group, "mean-folded", measured)
 
 
-def rows_of(parents: Parents, work: Work) -> list[dict[str, Any]]:
-    """Rows of some parents, kept on disk."""
+def rows_of(parents: Parents, work: Work, only_kept: bool = False) -> list[dict[str, Any]]:
+    """Rows of some parents, kept on disk; ``only_kept`` makes none that is missing."""
     target = measured_at(work.out, parents)
     if not target.exists():
         rows = list(evaluate(parents, work))
@@ -321,6 +321,8 @@ def rows_of(parents: Parents, work: Work) -> list[dict[str, Any]]:
         print(parents.name, rows[1]["way"], rows[1]["harmonic_mean"], flush=True)
     found: list[dict[str, Any]] = json.loads(target.read_text())
     apart = target.with_name(f"{parents.name}-single-renewed.json")
+    if not apart.exists() and only_kept:
+        return found
     if not apart.exists():
         write_bytes(apart, json.dumps(renewed_singles(parents, work)).encode())
     return [*found, json.loads(apart.read_text())]
@@ -363,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.collect and not measured_at(out, parents).exists():
             missing.append(parents.name)
             continue
-        rows += rows_of(parents, work)
+        rows += rows_of(parents, work, args.collect)
     scanned = out / "scan.json"
     result = {
         "schema_version": 1,
