@@ -46,7 +46,7 @@ from .options import BuildOptions, GraphOptions
 from .precision_reasons import explain
 from .target import Target
 
-__all__ = ["ENGINES", "export", "ingredients", "lowered", "ports"]
+__all__ = ["ENGINES", "engine_change", "export", "ingredients", "lowered", "ports"]
 
 _log = logging.getLogger("hdrq_deploy")
 
@@ -259,21 +259,48 @@ def _is_up_to_date(folder: Path, wanted: Mapping[str, Any], say: Callable[[str],
     """Whether the engine at ``folder`` was made of just this; says so, or what changed."""
     if not (folder / MANIFEST).is_file():
         return False
+    change = _change(folder, wanted)
+    say(f"{folder}: built again, {change}" if change else f"{folder}: up to date")
+    return not change
+
+
+def _change(folder: Path, wanted: Mapping[str, Any]) -> str:
+    """What is different from the engine at ``folder`` that would be made now; "" for nothing."""
     try:
         manifest = read_manifest(folder, check=False)
     except EngineError:
-        say(f"{folder}: built again, its manifest is of another version")
-        return False
+        return "its manifest is of another version"
     changed = first_change(manifest.options, wanted)
     if changed:
-        say(f"{folder}: built again, {changed}")
-        return False
+        return changed
     name, state = altered_file(folder, manifest)
-    if name:
-        say(f"{folder}: built again, {name} is {state}")
-        return False
-    say(f"{folder}: up to date")
-    return True
+    return f"{name} is {state}" if name else ""
+
+
+def engine_change(
+    bundle: Bundle,
+    output: str | os.PathLike[str],
+    engine: str = "ort",
+    options: GraphOptions | None = None,
+    build: BuildOptions | None = None,
+) -> str:
+    """Why :func:`export` would build, in words; "" where the engine is up to date.
+
+    Args:
+        bundle: The bundle.
+        output: Engine folder.
+        engine: One of ``ENGINES``.
+        options: Options of the graph.
+        build: Options of the builder.
+
+    Raises:
+        ExportError: The engine is unknown, or its library is missing.
+    """
+    if not (Path(output) / MANIFEST).is_file():
+        return "it is missing"
+    options, build = options or GraphOptions(), build or BuildOptions()
+    wanted = ingredients(bundle, target_of(engine), options, build, (), False)
+    return _change(Path(output), wanted)
 
 
 def _check_onnx(path: Path) -> None:

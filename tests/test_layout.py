@@ -33,6 +33,7 @@ LAYERS = [  # low to high; the members of one layer are siblings and do not impo
     {"analysis"},
     {"reports", "jobs"},
     {"experiments"},
+    {"runfile"},
     {"cli"},
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

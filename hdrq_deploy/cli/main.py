@@ -15,6 +15,10 @@ with importing("hdrq"):
 __all__ = ["main"]
 
 COMMANDS = {
+    "init": "write a starter run file after a look at checkpoints and images",
+    "run": "make what is stale of all that a run file asks for",
+    "status": "what a run file asks for, and what of it is up to date",
+    "clean": "remove what runs of a file wrote",
     "adapt": "a source model learns a domain from unlabelled images",
     "calibrate": "an adapted checkpoint becomes a bundle",
     "statistics": "what the layers of a float checkpoint read, for a merge",

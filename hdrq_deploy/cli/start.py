@@ -24,7 +24,7 @@ from ..formats.atomic_files import environment_error
 from ..formats.notes import notes_of
 from ..jobs.waiting import shorten_idle_spinning
 
-__all__ = ["Parser", "importing", "run", "shortened"]
+__all__ = ["Parser", "importing", "run", "shortened", "with_flags"]
 
 _INTERRUPTED, _TERMINATED = 130, 143
 _LONGEST = 300

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,26 @@ from ..errors import HdrqError, SpecError
 from ..formats.atomic_files import remove_file, remove_folder, write_bytes
 from ..formats.bundle import Bundle
 from ..formats.file_kinds import CELL_INPUTS, PARTIAL
-from ..formats.staleness import CALIBRATION, change_since, code_of, plain, stamp, versions_of
+from ..formats.staleness import (
+    CALIBRATION,
+    change_since,
+    code_of,
+    contents_of,
+    plain,
+    stamp,
+    versions_of,
+)
 
-__all__ = ["forget", "inputs_of", "is_merged", "make_bundle", "record_ingredients"]
+__all__ = [
+    "bundle_change",
+    "forget",
+    "inputs_of",
+    "is_merged",
+    "is_valid",
+    "make_bundle",
+    "record_ingredients",
+    "recorded_change",
+]
 
 # Arguments that name what is read, and those that say only where and how the work is done.
 _READ = ("weights", "base")
@@ -50,11 +67,11 @@ def make_bundle(
 
     output, ingredients = Path(request.output), _ingredients(request, read_from)
     record = inputs_of(output)
+    change = recorded_change(output, ingredients, is_valid)
+    if not change:
+        return
     if record.is_file():
-        change = change_since(record, ingredients)
-        if not change and _is_valid(output):
-            return
-        _log.info("%s: calibrated again, %s", output, change or "it is damaged")
+        _log.info("%s: calibrated again, %s", output, change)
     remove_file(record, CELL_INPUTS)
     try:
         run_calibration(replace(request, resume=True), graphs)
@@ -63,13 +80,36 @@ def make_bundle(
     record_ingredients(output, ingredients)
 
 
+def bundle_change(request: CalibrationRequest) -> str:
+    """Why :func:`make_bundle` would calibrate; "" where the bundle is up to date."""
+    return recorded_change(Path(request.output), _ingredients(request), is_valid)
+
+
+def recorded_change(
+    output: Path, ingredients: Mapping[str, Any], is_whole: Callable[[Path], bool]
+) -> str:
+    """Why an output that has a record beside it is stale, in words; "" where it is up to date.
+
+    Args:
+        output: File or folder.
+        ingredients: All that it would be made from now.
+        is_whole: Whether what lies at a path can be used.
+    """
+    if not output.exists():
+        return "it is missing"
+    change = change_since(inputs_of(output), ingredients)
+    return change or ("" if is_whole(output) else "it is damaged")
+
+
 def record_ingredients(output: Path, ingredients: Mapping[str, Any]) -> None:
     """Write beside a bundle what it was made from."""
-    text = json.dumps({"kind": CELL_INPUTS.kind, **ingredients}, indent=1)
+    record = {"kind": CELL_INPUTS.kind, **ingredients, "contents": contents_of(ingredients)}
+    text = json.dumps(record, indent=1)
     write_bytes(inputs_of(output), f"{text}\n".encode(), CELL_INPUTS)
 
 
-def _is_valid(path: Path) -> bool:
+def is_valid(path: Path) -> bool:
+    """Whether a whole bundle lies at ``path``."""
     try:
         Bundle.open(path)
     except HdrqError:

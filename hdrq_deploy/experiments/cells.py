@@ -33,7 +33,7 @@ from .tasks import Domain, Task
 from .threads import calibration_threads
 from .ways import WAYS
 
-__all__ = ["calibrate_cell", "engine_of", "jobs", "labelled_set"]
+__all__ = ["calibrate_cell", "engine_of", "jobs", "labelled_set", "write_merge"]
 
 _log = logging.getLogger("hdrq_deploy")
 CANDIDATES = 30  # as in the paper
@@ -112,7 +112,7 @@ def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) 
         candidates = CANDIDATES if way.tosses else 1
         for draw in missing:
             merger = Merger(parents, way.rounding, candidates, draw, way.method)
-            _write(merger, targets[draw], mix, record, renewed, threads)
+            write_merge(merger, targets[draw], mix, record, renewed, threads)
             record_ingredients(targets[draw], ingredients[draw])
     for draw in range(merge.draws):
         extra = {"setting": merge.run.setting, "way": merge.way, "draw": draw}
@@ -148,7 +148,7 @@ def _mix(
     return list(mix.weights), {"auto": mix.record()}
 
 
-def _write(
+def write_merge(
     merger: Merger,
     target: Path,
     mix: list[float],
@@ -156,6 +156,19 @@ def _write(
     renewed: dict[str, Any] | None,
     threads: int,
 ) -> None:
+    """Write a merge, its BatchNorm and activation scales measured again where images are given.
+
+    Args:
+        merger: The parents, and how they are merged.
+        target: Folder of the merged bundle.
+        mix: Merge weights.
+        record: Further entries of the manifest's record of this merge.
+        renewed: Inputs (N, C, H, W) of each domain for new statistics, or None.
+        threads: Tensors merged at a time.
+
+    Raises:
+        HdrqError: As :meth:`..merging.Merger.write` and :func:`..merging.re_estimate`.
+    """
     if renewed is None:
         merger.write(target, mix, None, threads)
         return

@@ -44,6 +44,11 @@ __all__ = [
     "REPRODUCE_TABLE",
     "RUNTIME_CACHE",
     "RUNTIME_CACHE_MARK",
+    "RUN_ACCURACY",
+    "RUN_FILE",
+    "RUN_HTML",
+    "RUN_LEDGER",
+    "RUN_RESULTS",
     "SENSITIVITY",
     "SPLITS",
     "STREETS",
@@ -204,6 +209,11 @@ CELL_INPUTS = _json_kind(
 )
 TRIAL = _json_kind("hdrq-trial", "trial of a learning rate")
 TUNING_JSON = _json_kind("hdrq-tuning", "search of learning rates")
+RUN_ACCURACY = _json_kind("hdrq-run-accuracy", "accuracy that hdrq run measured")
+RUN_RESULTS = _json_kind("hdrq-run-results", "results of hdrq run")
+RUN_LEDGER = _json_kind("hdrq-run-outputs", "record of hdrq run")
+RUN_HTML = _html_kind("hdrq run")
+RUN_FILE = _text_kind(r"# The resolved file of hdrq run\.[^\n]*\n", "resolved file of hdrq run")
 PICTURE = FileKind("picture of ours", _is_picture)
 TIMING_CACHE = FileKind("timing cache of TensorRT", _is_timing_cache)
 RUNTIME_CACHE = FileKind(

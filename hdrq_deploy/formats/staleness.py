@@ -3,7 +3,9 @@
 An artefact keeps a record of what it was made from: its inputs, its options, the versions of the
 libraries, and a hash of the code of this package that makes it. It is stale where the record of
 today differs, and :func:`first_change` says in words where. A record that is missing, or of an
-older form that lacks an entry, makes the artefact stale too.
+older form that lacks an entry, makes the artefact stale too. Files that are large or many are
+compared by path, size and time first (:func:`stamp`); where only those differ, and the record
+holds hashes of the contents (:func:`contents_of`), the contents decide.
 """
 
 from __future__ import annotations
@@ -12,19 +14,20 @@ import ast
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .atomic_files import read_json
+from .atomic_files import read_json, sha256_file
 
 __all__ = [
     "CALIBRATION",
     "change_since",
     "code_of",
+    "contents_of",
     "first_change",
     "plain",
     "stamp",
@@ -34,6 +37,8 @@ __all__ = [
 _PACKAGE = "hdrq_deploy"
 # Rooms whose code makes bundles, the models of this package included.
 CALIBRATION = ("calibration", "models", "calibration_data.models")
+# Bytes of files and folders whose contents are hashed.
+_LARGEST_HASHED = 4 << 30
 # Entries whose values are hashes or stamps, which are not for reading.
 _CONTENTS = {
     "adapted_sha256": "the adapted checkpoint",
@@ -99,7 +104,66 @@ def change_since(record: Path, now: Mapping[str, Any]) -> str:
     before = read_json(record)
     if not isinstance(before, dict):
         return "no record says what it was made from"
-    return first_change({k: v for k, v in before.items() if k not in {"kind", "files"}}, now)
+    contents = before.pop("contents", None)
+    before = {k: v for k, v in before.items() if k not in {"kind", "files"}}
+    now = json.loads(json.dumps(now))
+    if isinstance(contents, dict) and before != now:
+        before = _with_equal_contents(before, now, contents)
+    return first_change(before, now)
+
+
+def _with_equal_contents(before: Any, now: Any, contents: Mapping[str, Any]) -> Any:
+    """``before`` with today's stamps in the place of those whose contents are the same."""
+    if _is_stamp(before) and _is_stamp(now):
+        known = contents.get(before[0])
+        same = before != now and before[1:3] == now[1:3] and known is not None
+        return now if same and known == _contents(*now) else before
+    if isinstance(before, dict) and isinstance(now, dict):
+        return {k: _with_equal_contents(v, now.get(k), contents) for k, v in before.items()}
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = zip(before, now, strict=True)
+        return [_with_equal_contents(old, new, contents) for old, new in pairs]
+    return before
+
+
+def contents_of(ingredients: Any) -> dict[str, str]:
+    """Hashes of the contents of all files and folders whose stamps are in a record, by path.
+
+    What is larger than 4 GB is left out: its stamp alone decides.
+    """
+    return {stamp[0]: sha for stamp in _stamps(ingredients) if (sha := _contents(*stamp))}
+
+
+def _stamps(value: Any) -> Iterator[list[Any]]:
+    if _is_stamp(value):
+        yield value
+    elif isinstance(value, (list, tuple, Mapping)):
+        inside: Iterable[Any] = value.values() if isinstance(value, Mapping) else value
+        for entry in inside:
+            yield from _stamps(entry)
+
+
+def _is_stamp(value: Any) -> bool:
+    kinds = (str, int, int, int)
+    return (
+        isinstance(value, list)
+        and len(value) == len(kinds)
+        and all(isinstance(part, kind) for part, kind in zip(value, kinds, strict=True))
+    )
+
+
+@cache
+def _contents(path: str, files: int, size: int, newest: int) -> str | None:
+    """Hash of the names and contents of a file or folder that has this stamp."""
+    place = Path(path)
+    if size > _LARGEST_HASHED or not files:
+        return None
+    inside = sorted(f for f in place.rglob("*") if f.is_file()) if place.is_dir() else [place]
+    digest = hashlib.sha256()
+    for file in inside:
+        name = file.relative_to(place).as_posix() if file != place else ""
+        digest.update(f"{name}\0{sha256_file(file)}\0".encode())
+    return digest.hexdigest()
 
 
 def plain(value: Any) -> Any:

@@ -60,8 +60,19 @@ class Pool(ABC):
         """Wait for one of them to end; raises what the job raised."""
 
 
-def run_jobs(jobs: Sequence[Job], pool: Pool, progress: Progress | None = None) -> None:
+def run_jobs(
+    jobs: Sequence[Job],
+    pool: Pool,
+    progress: Progress | None = None,
+    begun: Callable[[str], None] | None = None,
+) -> None:
     """Run all jobs in the given order, each after those whose results it reads.
+
+    Args:
+        jobs: What is done.
+        pool: Where.
+        progress: Called when a job has ended, with its name.
+        begun: Called with the name of a job that a worker may begin.
 
     Raises:
         HdrqError: What the first failing job raised; results of finished jobs stay on disk.
@@ -73,6 +84,8 @@ def run_jobs(jobs: Sequence[Job], pool: Pool, progress: Progress | None = None) 
                 break
             waiting.remove(job)
             running.append(pool.submit(job))
+            if begun:
+                begun(job.name)
         ended = pool.first(running)
         running.remove(ended)
         done.add(ended.name)

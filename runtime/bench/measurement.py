@@ -32,6 +32,7 @@ __all__ = [
     "benchmark_all",
     "interleaved",
     "labelled",
+    "size_bytes",
 ]
 
 Paths = Sequence[str | os.PathLike[str]]
@@ -98,6 +99,8 @@ def benchmark_all(
     image_size: tuple[int, int] | None = None,
     draw: str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
+    *,
+    timed_with: str | Path | None = None,
 ) -> list[BenchResult]:
     """Measure engines, taking turns so that a noisy moment meets them all.
 
@@ -117,6 +120,7 @@ def benchmark_all(
             Larger than the engine's input, they are covered by windows.
         draw: Folder for pictures of image, labels and predictions.
         cache: See :func:`load_engine`.
+        timed_with: Images that are timed where there are no ``data``; they need no labels.
 
     Raises:
         EngineError: An engine cannot be loaded or fed.
@@ -145,7 +149,7 @@ def benchmark_all(
                 )
                 for name, where in (data or {}).items()
             }
-        subject.prepare(sets[alike])
+        subject.prepare(sets[alike], timed_with)
     _take_turns(subjects, plan)
     other = load_engine(reference, device, threads) if reference is not None else None
     with other or contextlib.nullcontext():
@@ -203,12 +207,17 @@ class _Subject:
     watch: Watch = field(default_factory=Watch)
     _engine: Engine | None = None
 
-    def prepare(self, sets: dict[str, Labelled]) -> None:
+    def prepare(self, sets: dict[str, Labelled], timed_with: str | Path | None = None) -> None:
         """Take the data and make the input that is timed; errors come before any timing."""
         self.sets = sets
         with self.opened() as engine:
             self.watch = Watch.of(engine.device)
-            self.x = _timing_input(engine, self.sets, self.plan.images(engine))
+            batch = self.plan.images(engine)
+            if timed_with is not None and not sets:
+                images = read(timed_with, Wanted.like(self.manifest.preprocessing), batch).x
+                self.x = feed(np.resize(images, (batch, *images.shape[1:])), self.manifest)
+            else:
+                self.x = _timing_input(engine, self.sets, batch)
 
     @contextlib.contextmanager
     def opened(self, keep: bool = False) -> Iterator[Engine]:
@@ -295,9 +304,7 @@ class _Subject:
             domains=manifest.domains,
             wbits=manifest.scheme.wbits,
             abits=manifest.scheme.abits,
-            size_bytes=sum(
-                record.bytes for name, record in manifest.files.items() if name not in _NOT_NEEDED
-            ),
+            size_bytes=size_bytes(manifest),
             precision=manifest.precision,
             accuracy=accuracies,
             scenario=self.plan.scenario,
@@ -312,6 +319,11 @@ class _Subject:
             environment={**environment(device=device), **self.watch.facts()},
             marks=tuple(self.watch.marks()),
         )
+
+
+def size_bytes(manifest: EngineManifest) -> int:
+    """Bytes of the files that running an engine takes."""
+    return sum(record.bytes for name, record in manifest.files.items() if name not in _NOT_NEEDED)
 
 
 def _take_turns(subjects: Sequence[_Subject], plan: BenchPlan) -> None:

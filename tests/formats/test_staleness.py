@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from hdrq_deploy.experiments.grid import Merge, Run, bundle_path, row_path
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.formats import staleness
 from hdrq_deploy.formats.engine_folder import MANIFEST
-from hdrq_deploy.formats.staleness import change_since, code_of, first_change
+from hdrq_deploy.formats.staleness import change_since, code_of, contents_of, first_change, stamp
 from hdrq_deploy.runtime.bench.accuracy import Accuracy
 
 CORPUS = Path(__file__).resolve().parents[1] / "corpus" / "schema-1"
@@ -263,7 +264,7 @@ def test_merged_cells(
     for member in merge.members:
         shutil.copytree(CORPUS / "night.hdrq", bundle_path(tmp_path, merge.run.single(member)))
     written = []
-    monkeypatch.setattr(cells, "_write", lambda merger, target, *_: written.append(target))
+    monkeypatch.setattr(cells, "write_merge", lambda merger, target, *_: written.append(target))
     monkeypatch.setattr(cells, "Merger", lambda *_: None)
     monkeypatch.setattr(cells, "_measure", lambda *_: None)
     monkeypatch.setattr(cells, "is_merged", lambda path, parents: True)
@@ -337,3 +338,27 @@ def test_blocks(tmp_path: Path, edit: Callable[[str], None]) -> None:
     record.write_text(json.dumps(run))  # as version 0.1 wrote it
     with pytest.raises(SpecError, match=CODE):
         Partial.open(output, run, resume=True)
+
+
+def test_contents_decide_where_only_the_time_or_the_place_changed(tmp_path: Path) -> None:
+    folder, moved = tmp_path / "images", tmp_path / "moved"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"one")
+    (folder / "b.png").write_bytes(b"two")
+    now = {"data": stamp(folder), "weights": [stamp(folder / "a.png")], "seed": 0}
+    record = tmp_path / "inputs.json"
+    record.write_text(json.dumps({"kind": "k", **now, "contents": contents_of(now)}))
+    assert change_since(record, now) == ""
+    for name in ("a.png", "b.png"):
+        os.utime(folder / name, ns=(1, 1))
+    touched = {**now, "data": stamp(folder), "weights": [stamp(folder / "a.png")]}
+    assert touched != now and change_since(record, touched) == ""
+    assert change_since(record, {**touched, "seed": 1}) == "option seed: 0, now 1"
+    shutil.copytree(folder, moved)
+    assert change_since(record, {**touched, "data": stamp(moved)}) == ""
+    # As many bytes, and others.
+    (moved / "b.png").write_bytes(b"six")
+    assert change_since(record, {**touched, "data": stamp(moved)}) == "the images changed"
+    # A record without hashes: the stamp decides, as ever.
+    record.write_text(json.dumps({"kind": "k", **now}))
+    assert change_since(record, touched) == "the images changed"

@@ -1,0 +1,105 @@
+"""``hdrq run``: make what is stale of all that a run file asks for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .start import importing, run
+
+with importing("hdrq run"):
+    from ..jobs.pool import open_pool
+    from ..reports.bench_page import did_it_pay, table
+    from ..runfile.loading import Loaded, load
+    from ..runfile.measuring import BenchStage, rows_of
+    from ..runfile.plan import KINDS, Planned, plan, stages_of
+    from ..runfile.running import check, execute, prepare
+    from ..runfile.schema import schema
+    from ..runfile.stage import Stage
+    from .bench import print_table
+    from .common import parser, threads_of, where_flags
+    from .stage_table import StageTable
+
+__all__ = ["arguments", "main"]
+
+_TEXT = (
+    "Adapt, calibrate, merge, export and measure what a run file asks for. Only what is missing "
+    "or stale is made: where a checkpoint, images, options, a library or this package changed."
+)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command's flags."""
+    p = parser("hdrq run", _TEXT, "example: hdrq run hdrq.yaml --workers 2")
+    p.add_argument("file", nargs="?", default="hdrq.yaml", help="run file, YAML or JSON")
+    p.add_argument("--out", type=Path, help="folder of all results (NAME-run beside the file)")
+    p.add_argument(
+        "--dry-run", action="store_true", help="say what would be made and why; make nothing"
+    )
+    p.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="STAGE",
+        help=f"make these stages ({', '.join(KINDS)}) and what they read",
+    )
+    where_flags(p.add_argument_group("where it runs"))
+    p.add_argument("--schema", action="store_true", help="print the file's JSON schema and stop")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``hdrq run``."""
+    kept = "finished stages are kept; the same command resumes"
+    return run("hdrq run", lambda: _run(arguments().parse_args(argv)), kept)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.schema:
+        print(schema(), end="")
+        return 0
+    loaded = load(args.file, args.out)
+    threads = threads_of(args.threads, args.workers, args.ray, args.gpus)
+    stages = stages_of(loaded, threads)
+    planned = plan(stages, args.only)
+    if args.dry_run:
+        _explain(planned)
+        return 0
+    check(loaded, [row.stage for row in planned])
+    prepare(loaded, stages)
+    stale = [row for row in planned if row.why]
+    if stale:
+        with (
+            StageTable([row.stage.key for row in planned], {r.stage.key for r in stale}) as shown,
+            open_pool(args.workers, threads, args.ray, loaded.out, args.gpus) as pool,
+        ):
+            shown.room = pool.room
+            execute(loaded, planned, pool, shown.ended, shown.begun)
+    else:
+        print(f"all {len(planned)} stages are up to date", file=sys.stderr)
+    _show(loaded, [row.stage for row in planned])
+    return 0
+
+
+def _explain(planned: Sequence[Planned]) -> None:
+    stale = [row for row in planned if row.why]
+    for row in stale:
+        print(f"{row.stage.key}: {row.why}")
+    print(f"{len(stale)} of {len(planned)} stages would be made")
+
+
+def _show(loaded: Loaded, stages: Sequence[Stage]) -> None:
+    """The table of results, where they were asked for."""
+    bench = next((stage for stage in stages if isinstance(stage, BenchStage)), None)
+    if bench is None:
+        print(loaded.out)
+        return
+    rows = rows_of(bench.output)
+    if rows:
+        print_table(*table(rows))
+        for line in did_it_pay(rows):
+            print(line)
+        print(f"\nReport: {bench.report}")
+    print(f"Results: {bench.output}; bundles and engines: {loaded.out}")

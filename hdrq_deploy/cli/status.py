@@ -1,0 +1,42 @@
+"""``hdrq status``: what a run file asks for, and what of it is up to date."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from .start import importing, run
+
+with importing("hdrq status"):
+    from ..runfile.loading import load
+    from ..runfile.plan import plan, stages_of
+    from .bench import print_table
+    from .common import parser
+
+__all__ = ["arguments", "main"]
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command's flags."""
+    p = parser("hdrq status", "Show all stages of a run file, and why one is stale.")
+    p.add_argument("file", nargs="?", default="hdrq.yaml", help="run file, YAML or JSON")
+    p.add_argument("--out", type=Path, help="folder of all results (NAME-run beside the file)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``hdrq status``."""
+    return run("hdrq status", lambda: _status(arguments().parse_args(argv)))
+
+
+def _status(args: argparse.Namespace) -> int:
+    planned = plan(stages_of(load(args.file, args.out)))
+    cells = [
+        [row.stage.kind, row.stage.name, "stale" if row.why else "up to date", row.why]
+        for row in planned
+    ]
+    print_table(["stage", "name", "state", "why"], cells)
+    stale = sum(bool(row.why) for row in planned)
+    print(f"{len(planned) - stale} of {len(planned)} stages are up to date")
+    return 0

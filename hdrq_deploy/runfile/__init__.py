@@ -1,0 +1,3 @@
+"""Run files: one file names all that is to be made, and a run makes what is stale of it."""
+
+from __future__ import annotations

@@ -1,0 +1,191 @@
+"""The stages that make bundles: adapt a checkpoint, calibrate it, merge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..adaptation.options import AdaptationOptions
+from ..calibration.graph_cache import GraphCache
+from ..calibration.request import CalibrationRequest
+from ..calibration_data.readers import Wanted, read
+from ..errors import SpecError
+from ..experiments.bundles import bundle_change, inputs_of, is_merged, make_bundle
+from ..experiments.cells import write_merge
+from ..formats.atomic_files import Kind
+from ..formats.bundle import Bundle
+from ..formats.file_kinds import ADAPTED, ADAPTING, BUNDLE, CELL_INPUTS, PARTIAL
+from ..formats.staleness import code_of, plain, stamp, versions_of
+from ..merging import Merger, choose_weights
+from ..merging.ways import way_of
+from ..typing import Array
+from .schema import Merge
+from .stage import RecordedStage, Stage
+
+__all__ = ["AdaptStage", "CalibrateStage", "MergeStage"]
+
+
+@dataclass(frozen=True)
+class AdaptStage(RecordedStage):
+    """A source model learns a domain; see :func:`hdrq_deploy.adaptation.adapt.adapt`."""
+
+    kind: ClassVar[str] = "adapt"
+    learns: ClassVar[bool] = True
+    model: str
+    source: str
+    data: str
+    options: AdaptationOptions
+    images: int | None
+    wanted: Wanted
+    skip_corrupt: bool
+    seed: int
+    device: str
+
+    def ingredients(self) -> dict[str, Any]:
+        """See :meth:`RecordedStage.ingredients`."""
+        return {
+            "data": stamp(self.data),
+            "base": stamp(self.source),
+            "versions": versions_of("torch", "numpy", "pillow"),
+            "code": code_of("adaptation"),
+            "model": self.model,
+            "options": asdict(self.options),
+            "images": self.images,
+            "wanted": plain(self.wanted),
+            "skip_corrupt": self.skip_corrupt,
+            "seed": self.seed,
+            "device": self.device,
+        }
+
+    def is_whole(self, path: Path) -> bool:
+        """See :meth:`RecordedStage.is_whole`."""
+        return not ADAPTED.stranger(path)
+
+    def write(self) -> None:
+        """See :meth:`RecordedStage.write`."""
+        try:
+            self._adapt(resume=True)
+        except SpecError:  # unfinished epochs of another run
+            self._adapt(resume=False)
+
+    def _adapt(self, resume: bool) -> None:
+        from ..adaptation.adapt import adapt
+
+        adapt(
+            self.model,
+            self.data,
+            self.output,
+            self.source,
+            self.options,
+            self.images,
+            self.wanted,
+            self.seed,
+            self.device,
+            resume,
+            skip_corrupt=self.skip_corrupt,
+        )
+
+    def outputs(self) -> list[tuple[Path, Kind]]:
+        """See :meth:`Stage.outputs`."""
+        partial = self.output.with_name(f"{self.output.name}.partial")
+        return [*self.recorded(ADAPTED), (partial, ADAPTING)]
+
+
+@dataclass(frozen=True)
+class CalibrateStage(Stage):
+    """A checkpoint becomes a bundle; see :func:`..experiments.bundles.make_bundle`."""
+
+    kind: ClassVar[str] = "calibrate"
+    learns: ClassVar[bool] = True
+    request: CalibrationRequest
+    graphs: GraphCache
+
+    def change(self) -> str:
+        """See :meth:`Stage.change`."""
+        return bundle_change(self.request)
+
+    def make(self) -> None:
+        """See :meth:`Stage.make`."""
+        make_bundle(self.request, self.graphs)
+
+    def outputs(self) -> list[tuple[Path, Kind]]:
+        """See :meth:`Stage.outputs`."""
+        partial = self.output.with_name(f"{self.output.name}.partial")
+        return [
+            (self.output, BUNDLE),
+            (inputs_of(self.output), CELL_INPUTS),
+            (partial, PARTIAL),
+        ]
+
+
+@dataclass(frozen=True)
+class MergeStage(RecordedStage):
+    """Bundles of several domains become one.
+
+    Attributes:
+        parents: Bundle of each domain.
+        images: Unlabelled images of each domain.
+        merge: How they are merged.
+        seed: Seed of draws and of chosen images.
+    """
+
+    kind: ClassVar[str] = "merge"
+    parents: Mapping[str, Path]
+    images: Mapping[str, str]
+    merge: Merge
+    seed: int
+
+    def ingredients(self) -> dict[str, Any]:
+        """See :meth:`RecordedStage.ingredients`."""
+        parents = [Bundle.open(path) for path in self.parents.values()]
+        seen = [plain(parent.manifest.model_dump(mode="json")["statistics"]) for parent in parents]
+        looks = self.merge.weights == "auto" or self.merge.re_estimate
+        images = {name: stamp(path) for name, path in self.images.items()}
+        return {
+            "parents": [parent.manifest_sha256 for parent in parents],
+            **({"data": images} if looks else {}),
+            "versions": versions_of("numpy", "onnx", "onnxruntime"),
+            "code": code_of("merging"),
+            "merge": self.merge.model_dump(mode="json"),
+            "statistics": seen,
+            "seed": self.seed,
+        }
+
+    def is_whole(self, path: Path) -> bool:
+        """See :meth:`RecordedStage.is_whole`."""
+        return is_merged(path, [Bundle.open(parent) for parent in self.parents.values()])
+
+    def write(self) -> None:
+        """See :meth:`RecordedStage.write`."""
+        wanted, parents = self.merge, [Bundle.open(path) for path in self.parents.values()]
+        requantizes = wanted.wbits is not None
+        method, rounding = way_of(parents, wanted.method, wanted.rounding, requantizes)
+        merger = Merger(
+            parents,
+            rounding,
+            100 if wanted.candidates is None else wanted.candidates,
+            self.seed,
+            method,
+            wbits=wanted.wbits,
+            activation_scales=wanted.activation_scales,
+        )
+        renewed = self._read(parents[0], wanted.re_estimate_images) if wanted.re_estimate else None
+        record: dict[str, Any] = {}
+        if wanted.weights == "auto":
+            search = Merger(parents, method=method, keep=True)
+            images = self._read(parents[0], wanted.images)
+            chosen = choose_weights(search, images, wanted.criterion, renewed, seed=self.seed)
+            weights, record = list(chosen.weights), {"auto": chosen.record()}
+        else:
+            weights = merger.check_weights(wanted.weights)
+        write_merge(merger, self.output, weights, record, renewed, self.threads)
+
+    def _read(self, like: Bundle, limit: int) -> dict[str, Array]:
+        wanted = Wanted.like(like.manifest.preprocessing)
+        return {name: read(path, wanted, limit, self.seed).x for name, path in self.images.items()}
+
+    def outputs(self) -> list[tuple[Path, Kind]]:
+        """See :meth:`Stage.outputs`."""
+        return self.recorded(BUNDLE)

@@ -1,0 +1,225 @@
+"""A commented run file, written after a look at the checkpoints and the images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..calibration_data.readers import Wanted, read
+from ..errors import HdrqError
+from ..formats.atomic_files import check_name
+from .document import emitted
+
+__all__ = ["ADAPT", "Given", "Seen", "given_domain", "look", "text"]
+
+# In the place of a checkpoint: it is made from the source model.
+ADAPT = "adapt"
+_LOOKED_AT = 32
+# Class names that a comment shows.
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user says of a domain.
+
+    Attributes:
+        name: Name of the domain.
+        checkpoint: Adapted checkpoint, or :data:`ADAPT`.
+        images: Calibration images.
+        test: Labelled images, or None.
+    """
+
+    name: str
+    checkpoint: str
+    images: str
+    test: str | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the images and the model of a run look like.
+
+    Attributes:
+        count: Images of each domain that were looked at (a few).
+        size: Height and width of all of them; None where sizes differ.
+        classes: Names of class folders, where there are any.
+        outputs: Classes that the model tells apart.
+        own_size: Size that the model's own configuration names, or None.
+        notes: What the user should know.
+    """
+
+    count: Mapping[str, int]
+    size: tuple[int, int] | None
+    classes: tuple[str, ...] | None
+    outputs: int | None
+    own_size: tuple[int, int] | None
+    notes: tuple[str, ...]
+
+
+def given_domain(word: str) -> Given:
+    """``night=night.safetensors:images/night:test/night`` as its parts; the test may be missing.
+
+    Raises:
+        HdrqError: Another form.
+    """
+    name, sign, rest = word.partition("=")
+    parts = rest.split(":")
+    if not sign or len(parts) not in {2, 3} or not all(parts):
+        raise HdrqError(
+            f"found `domain` {word!r}; needed NAME=CHECKPOINT:IMAGES or "
+            f"NAME=CHECKPOINT:IMAGES:TEST ({ADAPT} in place of CHECKPOINT: made from the source)"
+        )
+    return Given(check_name(name, "the name"), *parts)
+
+
+def look(model: str, source: str, domains: Sequence[Given], size: tuple[int, int] | None) -> Seen:
+    """Load every checkpoint into the model, and run it on a few images of each domain.
+
+    Args:
+        model: Name of the model.
+        source: Checkpoint that all domains started from.
+        domains: What is given of each domain.
+        size: Height and width that images are resized to, or None.
+
+    Raises:
+        HdrqError: A checkpoint does not fit the model, or images do not fit it or cannot be read.
+    """
+    from ..calibration.first_look import first_look
+
+    own = [domain.checkpoint for domain in domains if domain.checkpoint != ADAPT]
+    images = {domain.name: domain.images for domain in domains}
+    seen = first_look(model, source, own, images, size, _LOOKED_AT)
+    wanted = Wanted(size=size or seen.own_size)
+    for domain in domains:
+        if domain.test is not None:
+            read(domain.test, wanted, _LOOKED_AT)
+    sets, outputs = seen.images, seen.outputs
+    sizes = {images.x.shape[2:] for images in sets.values()}
+    common = sizes.pop() if len(sizes) == 1 else None
+    named = {name: images.classes for name, images in sets.items() if images.classes}
+    classes = next(iter(named.values()), None)
+    return Seen(
+        {name: len(images) for name, images in sets.items()},
+        None if common is None else (int(common[0]), int(common[1])),
+        classes,
+        outputs,
+        seen.own_size,
+        tuple(_notes(named, outputs)),
+    )
+
+
+def _notes(named: Mapping[str, tuple[str, ...]], outputs: int | None) -> list[str]:
+    notes = []
+    first = next(iter(named), "")
+    for name, classes in named.items():
+        if classes != named[first]:
+            notes.append(
+                f"{name} has other class folders than {first}: check that both are numbered alike"
+            )
+        if outputs is not None and len(classes) != outputs:
+            notes.append(
+                f"{name} has {len(classes)} class folders, and the model {outputs} classes"
+            )
+    return notes
+
+
+def text(
+    model: str,
+    source: str,
+    domains: Sequence[Given],
+    seen: Seen,
+    size: tuple[int, int] | None,
+    folder: Path,
+) -> str:
+    """The run file.
+
+    Args:
+        model: Name of the model.
+        source: Checkpoint that all domains started from.
+        domains: What is given of each domain.
+        seen: What :func:`look` found.
+        size: Height and width that images are resized to, or None.
+        folder: Folder of the file, which paths are relative to.
+    """
+    first = domains[0].name
+    iters = "# iterations a block; 20000 as published (hours on a CPU)"
+    lines = [
+        "# A run of hdrq-deploy. `hdrq run` makes what is missing or stale, `hdrq run --dry-run`",
+        "# says what that is, `hdrq run --schema` prints the schema that editors complete this",
+        "# file with. Paths are relative to this file; ${NAME} is an environment variable.",
+        f"model: {_plain(model)}" + (f"  # {seen.outputs} classes" if seen.outputs else ""),
+        f"source: {_path(source, folder)}  # all domains were adapted from this checkpoint",
+        "",
+        "domains:",
+    ]
+    for domain in domains:
+        lines += _domain_lines(domain, folder)
+    lines += ["", *_preprocess_lines(seen, size), ""]
+    lines += [
+        "# Lists make a grid: every method with every bit-width. float and rtn (round to nearest)",
+        "# are what hdrq is compared with.",
+        "methods: [hdrq]",
+        "bits: [w8a8]  # w4a8: 4-bit weights",
+        "calibrate:",
+        f"  iters: 1000  {iters}",
+        "  scale_rates: true  # fewer iterations learn at higher rates",
+        "",
+    ]
+    if len(domains) > 1:
+        names = ", ".join(_plain(domain.name) for domain in domains)
+        lines += [
+            "merges:",
+            "  merged:",
+            f"    domains: [{names}]",
+            "    # weights: auto       # chosen on unlabelled images; or a number per domain:",
+            f"    # weights: {{{_plain(first)}: 0.6, ...}}",
+            "    # re_estimate: true   # measure BatchNorm again on unlabelled images",
+            "",
+        ]
+    lines += ["engines: [ort]  # onnx, trt (NVIDIA GPU), trt-rtx", "", "bench:", "  threads: 1"]
+    return "\n".join(lines) + "\n"
+
+
+def _domain_lines(domain: Given, folder: Path) -> list[str]:
+    lines = [f"  {_plain(domain.name)}:"]
+    if domain.checkpoint == ADAPT:
+        lines.append("    adapt: true  # from the source model, on unlabelled images")
+    else:
+        lines.append(f"    checkpoint: {_path(domain.checkpoint, folder)}")
+    lines.append(f"    calibration: {_path(domain.images, folder)}  # labels are not looked at")
+    if domain.test is None:
+        lines.append("    # test: DIR  # one folder per class; without it accuracy is not measured")
+    else:
+        lines.append(f"    test: {_path(domain.test, folder)}")
+    return lines
+
+
+def _preprocess_lines(seen: Seen, size: tuple[int, int] | None) -> list[str]:
+    lines = []
+    if seen.classes:
+        names = ", ".join(seen.classes[:_SHOWN])
+        more = ", ..." if len(seen.classes) > _SHOWN else ""
+        lines.append(f"# {len(seen.classes)} class folders: {names}{more}")
+    if size is not None:
+        return [*lines, "preprocess:", f"  size: [{size[0]}, {size[1]}]"]
+    if seen.own_size is not None:
+        h, w = seen.own_size
+        lines.append(f"# The model brings its own size, {h} x {w}, and normalisation.")
+    elif seen.size is not None:
+        lines.append(f"# Images of {seen.size[0]} x {seen.size[1]} are read as they are.")
+    return [*lines, "# preprocess: {size: [224, 224], mean: [...], std: [...]}"]
+
+
+def _path(path: str, folder: Path) -> str:
+    """A path relative to the folder of the file, where it lies there or beside it."""
+    full = os.path.abspath(path)  # noqa: PTH100 - links stay as they are
+    relative = os.path.relpath(full, folder)
+    return _plain(full if relative.startswith(os.path.join("..", "..")) else relative)  # noqa: PTH118
+
+
+def _plain(word: str) -> str:
+    """A word as YAML writes it, quoted where it must be; `${` stays what it is."""
+    return emitted([word]).removeprefix("- ").rstrip("\n")

@@ -1,0 +1,283 @@
+"""``hdrq run``, ``status``, ``clean`` and ``init`` on the tiny network."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from hdrq_deploy.cli import clean as clean_command
+from hdrq_deploy.cli import init as init_command
+from hdrq_deploy.cli import run as run_command
+from hdrq_deploy.cli import status as status_command
+from hdrq_deploy.cli.stage_table import StageTable
+from hdrq_deploy.formats.bundle import Bundle
+from hdrq_deploy.runfile.loading import load
+from hdrq_deploy.runtime import load_engine
+
+FILE = """\
+model: tiny_models:Tiny
+source: Tiny-base.safetensors
+domains:
+  night: {checkpoint: Tiny-night.safetensors, calibration: data.npz, test: data.npz}
+  day:
+    checkpoint: Tiny-day.safetensors
+    calibration: data.npz
+    test: images
+methods: rtn
+bits: w8a8
+bench: {iterations: 10, warmup: 1}
+"""
+
+
+def copied(work: Path, folder: Path) -> Path:
+    """A folder with the user's files and a run file."""
+    for name in ("Tiny-base", "Tiny-night", "Tiny-day", "Wide-day"):
+        shutil.copy(work / f"{name}.safetensors", folder)
+    shutil.copy(work / "data.npz", folder)
+    shutil.copy(work / "tiny_models.py", folder)
+    shutil.copytree(work / "images", folder / "images")
+    (folder / "hdrq.yaml").write_text(FILE)
+    return folder / "hdrq.yaml"
+
+
+@pytest.fixture(scope="module")
+def ran(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run file that was run once."""
+    file = copied(work, tmp_path_factory.mktemp("ran"))
+    assert run_command.main([str(file), "--threads", "1"]) == 0
+    return file
+
+
+@pytest.fixture
+def again(ran: Path) -> Iterator[Path]:
+    """The same, for a test that changes the file; what it says is put back."""
+    yield ran
+    ran.write_text(FILE)
+
+
+def states(out: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of every file: what is written again has others."""
+    files = [f for f in out.rglob("*") if f.is_file()]
+    return {str(f.relative_to(out)): (f.stat().st_ino, f.stat().st_mtime_ns) for f in files}
+
+
+def stale(file: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> list[str]:
+    """Keys of the stages that would be made."""
+    capsys.readouterr()
+    assert run_command.main([str(file), "--dry-run", *flags]) == 0
+    return [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:-1]]
+
+
+def test_a_run_ends_with_accuracies_that_numpy_counts_and_a_report(ran: Path) -> None:
+    out = ran.parent / "hdrq-run"
+    record = json.loads((out / "results.json").read_text())
+    rows = {row["model"]: row["result"] for row in record["rows"]}
+    assert list(rows) == ["RTN W8A8, a model per domain", "RTN W8A8 merged"]
+    with np.load(ran.parent / "data.npz") as data:
+        x, y = data["x"], data["y"]
+    for member, label in (("merged", "RTN W8A8 merged"), ("night", next(iter(rows)))):
+        with load_engine(out / "engines" / f"rtn-w8a8-{member}-ort") as engine:
+            expected = float((engine(x).argmax(1) == y).mean())
+        assert rows[label]["accuracy"]["domains"]["night"] == pytest.approx(expected)
+        assert set(rows[label]["accuracy"]["domains"]) == {"night", "day"}
+    one, merged = rows.values()
+    assert one["size_bytes"] > 1.5 * merged["size_bytes"]
+    page = (out / "report.html").read_text()
+    assert "RTN W8A8 merged" in page and 'content="hdrq run"' in page
+    assert record["run_file"]["source"] == str(ran.parent / "Tiny-base.safetensors")
+    merge = Bundle.open(out / "bundles" / "rtn-w8a8-merged.hdrq").manifest.options["merge"]
+    # By default bundles hold statistics, and the best merge is taken.
+    assert (merge["method"], merge["rounding"]) == ("regression", "compensated")
+
+
+def test_a_second_run_does_nothing(ran: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ran.parent / "hdrq-run"
+    before = states(out)
+    assert stale(ran, capsys) == [] == stale(out / "resolved.yaml", capsys)
+    assert run_command.main([str(ran)]) == 0
+    said = capsys.readouterr()
+    assert "all 10 stages are up to date" in said.err and "RTN W8A8 merged" in said.out
+    changed = {name for name, state in states(out).items() if before.get(name) != state}
+    assert changed == {"outputs.json", "resolved.yaml"}
+    assert status_command.main([str(ran)]) == 0
+    assert "10 of 10 stages are up to date" in capsys.readouterr().out
+
+
+def test_what_changed_remakes_what_depends_on_it(
+    again: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again.write_text(f"{FILE}merges: {{merged: {{method: mean, rounding: nearest}}}}\n")
+    kinds = [key.split()[0] for key in stale(again, capsys)]
+    assert kinds == ["merge", "export", "accuracy", "bench"]
+    again.write_text(FILE.replace("iterations: 10", "iterations: 11"))
+    assert stale(again, capsys) == ["bench results"]
+    data = again.parent / "data.npz"
+    with np.load(data) as arrays:
+        x, y = arrays["x"], arrays["y"]
+    whole = data.read_bytes()
+    np.savez(data, x=x[:-1], y=y[:-1])
+    try:
+        again.write_text(FILE)
+        keys = stale(again, capsys)
+        assert {"calibrate rtn-w8a8-night", "accuracy rtn-w8a8-night-ort"} <= set(keys)
+    finally:
+        data.write_bytes(whole)
+    # The time is another one, and the contents are what they were.
+    assert stale(again, capsys) == []
+
+
+def test_other_bits_leave_the_first_ones_alone_and_clean_takes_what_is_unused(
+    again: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = again.parent / "hdrq-run"
+    before = states(out)
+    again.write_text(FILE.replace("bits: w8a8", "bits: [w8a8, w4a8]"))
+    keys = stale(again, capsys)
+    assert "bench results" in keys
+    assert all("w4a8" in key for key in keys if key != "bench results")
+    assert run_command.main([str(again), "--only", "merge"]) == 0
+    after = states(out)
+    new = {name for name in after if before.get(name) != after[name]}
+    assert any("rtn-w4a8-merged.hdrq/" in name for name in new)
+    assert not any("w8a8" in name for name in new)
+    assert not (out / "engines" / "rtn-w4a8-merged-ort").exists()
+    again.write_text(FILE)
+    assert clean_command.main([str(again), "--unused"]) == 0
+    assert set(states(out)) == set(before)
+
+
+def test_a_killed_run_resumes(work: Path, tmp_path: Path) -> None:
+    file = copied(work, tmp_path)
+    file.write_text(f"{FILE}out: here\n")
+    first = tmp_path / "here" / "bundles" / ".rtn-w8a8-night.hdrq.inputs.json"
+    command = [sys.executable, "-c", "from hdrq_deploy.cli.main import main; main()"]
+    command += ["run", str(file), "--only", "merge"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not first.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    merged = tmp_path / "here" / "bundles" / "rtn-w8a8-merged.hdrq"
+    assert first.exists() and not merged.exists()
+    kept = first.stat().st_mtime_ns
+    assert run_command.main([str(file), "--only", "merge"]) == 0
+    assert first.stat().st_mtime_ns == kept
+    assert set(Bundle.open(merged).manifest.domains) == {"night", "day"}
+
+
+def test_an_error_of_a_stage_names_its_line(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = copied(work, tmp_path)
+    file.write_text(FILE.replace("checkpoint: Tiny-day", "checkpoint: Wide-day"))
+    assert run_command.main([str(file), "--only", "calibrate rtn-w8a8-day"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith(f"hdrq run: {file}:5: calibrate rtn-w8a8-day: ")
+    assert "does not fit the model" in line
+
+
+def test_clean_leaves_what_is_not_ours(
+    ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(ran.parent / "hdrq-run", out)
+    mine = out / "bundles" / "rtn-w8a8-night.hdrq" / "notes.txt"
+    mine.write_text("of the user")
+    (out / "beside.txt").write_text("of the user")
+    escape = {"kind": "hdrq-run-outputs", "outputs": {}}
+    outside = tmp_path / "engine"
+    shutil.copytree(out / "engines" / "rtn-w8a8-day-ort", outside)
+    escape["outputs"] = {
+        name: {"stage": "export", "kind": "hdrq-engine"} for name in ("../engine", str(outside))
+    }
+    (out / "outputs.json").write_text(json.dumps(escape))
+    flags = [str(ran), "--out", str(out)]
+    assert clean_command.main([*flags, "--dry-run"]) == 0
+    assert (out / "results.json").exists()
+    assert clean_command.main([*flags, "--only", "bench"]) == 0
+    assert not (out / "results.json").exists() and (out / "accuracy").exists()
+    capsys.readouterr()
+    assert clean_command.main(flags) == 0
+    assert "left alone: found other content (file notes.txt" in capsys.readouterr().out
+    left = {str(f.relative_to(out)) for f in out.rglob("*") if f.is_file()}
+    assert {"beside.txt", "bundles/rtn-w8a8-night.hdrq/notes.txt"} <= left
+    assert all(name == "beside.txt" or name.startswith("bundles/rtn-w8a8-night") for name in left)
+    assert outside.exists() and (ran.parent / "data.npz").exists()
+
+
+def test_a_run_does_not_write_over_the_users_files(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = copied(work, tmp_path)
+    target = tmp_path / "hdrq-run" / "bundles" / "rtn-w8a8-merged.hdrq"
+    target.mkdir(parents=True)
+    (target / "thesis.txt").write_text("mine")
+    assert run_command.main([str(file)]) == 2
+    assert "thesis.txt" in capsys.readouterr().err
+    assert not (tmp_path / "hdrq-run" / "outputs.json").exists()
+
+
+def test_init_looks_and_writes_a_file_that_runs(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied(work, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--from", "tiny_models:Tiny", "--source", "Tiny-base.safetensors", "--domain"]
+    night = "night=Tiny-night.safetensors:images:images"
+    assert init_command.main([*flags, night, "day=adapt:images", "-o", "new.yaml"]) == 0
+    text = Path("new.yaml").read_text()
+    assert "# 4 class folders: a, b, c, d" in text and "16 x 16" in text
+    domains = load("new.yaml").file.domains
+    assert domains["day"].adapt is not None and domains["night"].test == str(tmp_path / "images")
+    refused = {
+        "found something at hdrq.yaml": [*flags, night],
+        "does not fit the model": [*flags, "day=Wide-day.safetensors:images", "-o", "x.yaml"],
+        "needed NAME=CHECKPOINT:IMAGES": [*flags, "night", "-o", "x.yaml"],
+    }
+    for words, given in refused.items():
+        capsys.readouterr()
+        assert init_command.main(given) == 2
+        assert words in capsys.readouterr().err
+    assert Path("hdrq.yaml").read_text() == FILE and not Path("x.yaml").exists()
+    (tmp_path / "images" / "e").mkdir()
+    assert init_command.main([*flags, night, "-o", "x.yaml"]) == 0
+    assert "note: night has 5 class folders, and the model 4" in capsys.readouterr().out
+
+
+def test_the_table_of_stages_counts_and_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("hdrq_deploy.cli.stage_table.time.monotonic", lambda: now[0])
+    keys = ["calibrate a", "calibrate b", "calibrate c", "merge m"]
+    shown = StageTable(keys, set(keys[1:]))
+    assert shown.seconds_left() is None
+    shown.begun("calibrate b")
+    now[0] = 10.0
+    shown.ended(1, 3, "calibrate b")
+    shown.begun("calibrate c")
+    now[0] = 14.0
+    # One calibration takes 10 s, and 4 s of the second are over.
+    assert shown.seconds_left() == pytest.approx(6.0)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(shown.table())
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "2/3" in text and "14.0 s, 6.0 s left" in text and "0/1" in text
+
+
+def test_a_worker_makes_the_same_bundle(ran: Path, tmp_path: Path) -> None:
+    flags = ["--only", "calibrate rtn-w8a8-night", "--workers", "2", "--threads", "1"]
+    assert run_command.main([str(ran), "--out", str(tmp_path), *flags]) == 0
+    name = "bundles/rtn-w8a8-night.hdrq"
+    one, two = (Bundle.open(out / name) for out in (ran.parent / "hdrq-run", tmp_path))
+    assert one.manifest_sha256 == two.manifest_sha256
