@@ -138,7 +138,9 @@ def inputs_of(output: Path) -> Path:
     return output.with_name(f".{output.name}.inputs.json")
 
 
-def _ingredients(request: CalibrationRequest, read_from: Sequence[Any] | None) -> dict[str, Any]:
+def _ingredients(
+    request: CalibrationRequest, read_from: Sequence[Any] | None = None
+) -> dict[str, Any]:
     """All that a bundle depends on: the request but for its place, libraries and code."""
     names = sorted({field.name for field in fields(request)} - _PLACES - {*_READ, "data"})
     images = [stamp(source) for source in request.sources if not isinstance(source, ImageSet)]
