@@ -13,7 +13,7 @@ with importing("hdrq run"):
     from ..jobs.pool import open_pool
     from ..reports.bench_page import did_it_pay, table
     from ..runfile.loading import Loaded, load
-    from ..runfile.measuring import BenchStage, rows_of
+    from ..runfile.measuring import BenchStage, left_out, rows_of
     from ..runfile.plan import KINDS, Planned, plan, stages_of
     from ..runfile.running import check, execute, prepare
     from ..runfile.schema import schema
@@ -101,5 +101,8 @@ def _show(loaded: Loaded, stages: Sequence[Stage]) -> None:
         print_table(*table(rows))
         for line in did_it_pay(rows):
             print(line)
+    for label, why in left_out(bench.output).items():
+        print(f"{label}: not measured, {why}")
+    if rows:
         print(f"\nReport: {bench.report}")
     print(f"Results: {bench.output}; bundles and engines: {loaded.out}")

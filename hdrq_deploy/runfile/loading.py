@@ -45,6 +45,8 @@ class Loaded:
             values["domains"][name] = domain.model_dump(mode="json", exclude_none=True)
         if self.file.bench is None:
             values["bench"] = False
+        # Null is no setting; a key that is left out would be the default one.
+        values["calibrate"].setdefault("settings", None)
         return values
 
     @contextmanager

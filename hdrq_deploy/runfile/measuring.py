@@ -26,7 +26,7 @@ from ..runtime.loading import open_engine
 from .schema import Bench
 from .stage import RecordedStage, Stage
 
-__all__ = ["AccuracyStage", "BenchStage", "ExportStage", "Row", "rows_of"]
+__all__ = ["AccuracyStage", "BenchStage", "ExportStage", "Row", "left_out", "rows_of"]
 
 
 @dataclass(frozen=True)
@@ -210,16 +210,16 @@ class BenchStage(RecordedStage):
         rows = [
             (row.label, _joined(row, result)) for row, result in zip(timed, results, strict=True)
         ]
-        left_out = {label: reason for label, reason in reasons.items() if reason}
+        missing = {label: reason for label, reason in reasons.items() if reason}
         record = {
             "schema_version": 1,
             "kind": RUN_RESULTS.kind,
             "run_file": dict(self.resolved),
             "rows": [{"model": n, "result": r.model_dump(mode="json")} for n, r in rows],
-            "not_run": left_out,
+            "not_run": missing,
         }
         if rows:
-            note = "; ".join(f"{label}: not measured, {why}" for label, why in left_out.items())
+            note = "; ".join(f"{label}: not measured, {why}" for label, why in missing.items())
             text = page(self.title, rows, note=note, command="hdrq run")
             write_bytes(self.report, text.encode(), RUN_HTML)
         write_bytes(self.output, (json.dumps(record, indent=1) + "\n").encode(), RUN_RESULTS)
@@ -268,3 +268,9 @@ def rows_of(path: Path) -> list[tuple[str, BenchResult]]:
     return [
         (row["model"], BenchResult.model_validate(row["result"])) for row in read_json(path)["rows"]
     ]
+
+
+def left_out(path: Path) -> dict[str, str]:
+    """Lines that a :class:`BenchStage` could not measure on this machine, and why."""
+    missing: dict[str, str] = read_json(path)["not_run"]
+    return missing

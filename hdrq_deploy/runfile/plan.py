@@ -282,7 +282,7 @@ class _Stages:
             first = engine == self._file.engines[0]
             if not merges or (bench is not None and bench.singles and first):
                 members = {name: [name] for name in self._file.domains}
-                label = f"{cell.label}, a model per domain{suffix}"
+                label = f"{cell.label} per domain{suffix}"
                 yield self._row(cell, engine, members, label, CalibrateStage.kind)
             for name, merge in merges.items():
                 label = f"{cell.label} {name}{suffix}"

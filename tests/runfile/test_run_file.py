@@ -72,12 +72,13 @@ def test_lists_make_a_grid_and_float_has_no_bits(write: Any) -> None:
 
 def test_the_resolved_file_asks_for_the_same(write: Any, tmp_path: Path) -> None:
     text = f"{SHORT}calibrate: {{iters: 5, lr: 1e-3, noise: off}}\nbench: false\n"
-    loaded = load(write(text))
     (tmp_path / "elsewhere").mkdir()
     again = tmp_path / "elsewhere" / "resolved.yaml"
-    again.write_text(emitted(loaded.resolved()))
-    other = load(again)
-    assert other.file == loaded.file and other.out == loaded.out
+    for given in (f"{SHORT}calibrate: {{settings: null}}\nmerges: {{}}\n", text):
+        loaded = load(write(given))
+        again.write_text(emitted(loaded.resolved()))
+        other = load(again)
+        assert other.file == loaded.file and other.out == loaded.out
     assert loaded.resolved()["calibrate"]["lr"] == 1e-3
     assert loaded.resolved()["calibrate"]["noise"] == "off"
 

@@ -83,7 +83,7 @@ def test_a_run_ends_with_accuracies_that_numpy_counts_and_a_report(ran: Path) ->
     out = ran.parent / "hdrq-run"
     record = json.loads((out / "results.json").read_text())
     rows = {row["model"]: row["result"] for row in record["rows"]}
-    assert list(rows) == ["RTN W8A8, a model per domain", "RTN W8A8 merged"]
+    assert list(rows) == ["RTN W8A8 per domain", "RTN W8A8 merged"]
     with np.load(ran.parent / "data.npz") as data:
         x, y = data["x"], data["y"]
     for member, label in (("merged", "RTN W8A8 merged"), ("night", next(iter(rows)))):
@@ -273,6 +273,32 @@ def test_the_table_of_stages_counts_and_estimates(monkeypatch: pytest.MonkeyPatc
     console.print(shown.table())
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "2/3" in text and "14.0 s, 6.0 s left" in text and "0/1" in text
+
+
+def test_a_terminal_shows_the_table_and_its_end() -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    with StageTable(["merge a", "merge b"], {"merge b"}, console) as shown:
+        shown.begun("merge b")
+        shown.ended(1, 1, "merge b")
+    assert "2/2" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_an_engine_that_cannot_run_here_is_named(
+    ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(ran.parent / "hdrq-run", out)
+    manifest = out / "engines" / "rtn-w8a8-merged-ort" / "manifest.json"
+    record = json.loads(manifest.read_text())
+    record["build"]["checked"]["engine_not_run"] = "this machine has no GPU"
+    manifest.write_text(json.dumps(record))
+    (out / "accuracy" / "rtn-w8a8-merged-ort.json").unlink()
+    (out / "results.json").unlink()
+    assert run_command.main([str(ran), "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "RTN W8A8 merged: not measured, this machine has no GPU" in said
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["RTN W8A8 per domain"]
 
 
 def test_a_worker_makes_the_same_bundle(ran: Path, tmp_path: Path) -> None:
