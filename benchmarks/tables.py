@@ -1096,8 +1096,8 @@ def real_weights(record: Mapping[str, Any]) -> str:
             "",
             f"`benchmarks/real_weights.py`: calibrated on {images['calibration']} images, tested "
             f"on {images['test']} others, as they are and in fog and snow of ImageNet-C (severity "
-            "3). All are images that the weights were trained on, so that top-1 is higher than on new "
-            "ones; what counts is the difference to FP32. Changed decisions are those that the "
+            "3). The weights were trained on all of them, so that top-1 is higher than on new "
+            "images; what counts is the difference to FP32. Changed decisions are those that the "
             "float model does not make, in %. Intervals are of the test images (95%, Wilson); "
             f"`hdrq` learns {learned.get('iters', 0)} iterations a block at the PACS protocol's "
             "rate, which was not tuned here. 4-bit weights beside real activations have no row: "
