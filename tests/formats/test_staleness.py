@@ -230,7 +230,7 @@ def test_figures(
     def engine_of(*_: Any) -> Iterator[None]:
         yield None
 
-    def accuracy(*_: Any) -> Accuracy:
+    def accuracy(*_: Any, **__: Any) -> Accuracy:
         measured.append(1)
         return Accuracy(metric="top1", domains={"night": 0.5}, harmonic_mean=0.5, images={})
 
