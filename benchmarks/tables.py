@@ -1220,6 +1220,50 @@ def weight_search(record: Mapping[str, Any]) -> str:
     )
 
 
+def headline() -> str:
+    """README's table: merges of W4A8 parents beside merges of float models."""
+    digits, photos = load("merge_statistics"), load("pacs")
+    assert digits is not None and photos is not None
+    drawn = [r for r in digits["rows"] if r["task"] == "digits" and r["fold"] == "weights"]
+
+    def mean(rows: Iterable[Mapping[str, Any]], parents: str, way: str, size: int) -> str:
+        values = []
+        for row in rows:
+            is_it = (row["parents"], row["way"], len(row["members"])) == (parents, way, size)
+            if is_it and row["bits"] in {"", "w4a8"}:
+                values += row.get("harmonic_means") or [row["harmonic_mean"]]
+        return f"{statistics.fmean(values):.1f}"
+
+    def both(rows: Iterable[Mapping[str, Any]], parents: str, way: str) -> str:
+        return " / ".join(mean(rows, parents, way, size) for size in (2, 3))
+
+    lines = []
+    for parents in ("float", "rtn", "qdrop", "hdrq"):
+        exact = parents == "float"
+        by_layers = "regression-nearest" if exact else "regression-compensated"
+        lines.append(
+            [
+                parents,
+                both(drawn, parents, "mean-folded" if exact else "mean-nearest"),
+                both(drawn, parents, by_layers),
+                both(photos["rows"], parents, "mean-nearest"),
+                both(photos["rows"], parents, by_layers),
+                both(photos["rows"], parents, f"{by_layers}-renewed"),
+            ]
+        )
+    return table(
+        [
+            "parents",
+            "digits: mean",
+            "digits: regression",
+            "PACS: mean",
+            "PACS: regression",
+            "PACS: regression, BatchNorm re-estimated",
+        ],
+        lines,
+    )
+
+
 SECTIONS = {
     "pacs": pacs,
     "merge_statistics": merge_statistics,

@@ -192,6 +192,7 @@ def test_readme_and_ci_run_the_same_tests() -> None:
 def test_the_evidence_page_is_that_of_the_committed_results() -> None:
     tables = _load(ROOT / "benchmarks" / "tables.py")
     assert (ROOT / "docs" / "evidence.md").read_text() == tables.page()
+    assert tables.headline() in (ROOT / "README.md").read_text()
 
 
 def readme_commands() -> Iterator[list[str]]:
