@@ -79,16 +79,17 @@ def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
 
     colours = {"qdrop": "#b5651d", "hdrq": "#1f6fb2"}
     with rc_context({"svg.hashsalt": "hdrq", "svg.fonttype": "path", "font.size": 9}):
-        figure = Figure(figsize=(10, 6.4), layout="constrained")
+        figure = Figure(figsize=(11, 6.4), layout="constrained")
         axes = figure.subplots(2, 3)
         for line, bits in zip(axes, BITS, strict=True):
             own = [row for row in rows if row["bits"] == bits]
             _barriers(line[0], own, colours)
-            line[0].set_title(f"{bits.upper()}: loss between two models, rounded")
+            line[0].set_title(f"{bits.upper()}: loss between two parents")
             for axis, method in zip(line[1:], METHODS, strict=True):
                 row = next(r for r in own if r["method"] == method and r["surface"])
-                _surface(axis, row["surface"])
-                axis.set_title(f"{bits.upper()}, {method} parents: loss on their plane")
+                filled = _surface(axis, row["surface"])
+                axis.set_title(f"{bits.upper()}, {method}: plane of the parents")
+            figure.colorbar(filled, ax=line[2], label="log10 of the loss in nats")
         figure.savefig(target, metadata={"Date": None})
 
 
@@ -109,17 +110,21 @@ def _barriers(axis: Any, rows: Sequence[Mapping[str, Any]], colours: Mapping[str
     axis.legend()
 
 
-def _surface(axis: Any, surface: Mapping[str, Any]) -> None:
+def _surface(axis: Any, surface: Mapping[str, Any]) -> Any:
+    """The loss on the plane, the parents and their merge (a star); what a colour bar shows."""
     x, y = np.array(surface["x"]), np.array(surface["y"])
     loss = np.log10(np.array(surface["loss"]))
-    axis.contourf(x, y, loss, levels=np.linspace(-2, 1, 13), extend="both", cmap="viridis")
+    filled = axis.contourf(x, y, loss, levels=np.linspace(-1, 1, 17), extend="both", cmap="viridis")
     for name, (a, b) in surface["points"].items():
         is_merge = name.startswith("merged")
         axis.plot(a, b, "w*" if is_merge else "ro", markersize=7 if is_merge else 4)
         if not is_merge:
-            axis.annotate(name, (a, b), color="white", fontsize=7)
+            axis.annotate(
+                name, (a, b), (0, 5), textcoords="offset points", ha="center", color="white"
+            )
     axis.set_xticks([])
     axis.set_yticks([])
+    return filled
 
 
 def main(argv: Sequence[str] | None = None) -> int:
