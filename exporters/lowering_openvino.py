@@ -26,18 +26,14 @@ import numpy as np
 import onnx_ir as ir
 
 from ..graph.edits import constant, drop_unused, insert
-from ..graph.operators import LINEAR, MOVES_VALUES, QUANTIZABLE
+from ..graph.operators import LAYERS, LINEAR, MOVES_VALUES, POOLS, QUANTIZABLE
 from ..graph.qdq import Quantizer, array, in_blocks, producer, quantizers, weight_dequantizers
 from .lowering_shared import as_int8, fit_biases, requantize_operands, to_signed, to_unsigned
 
 __all__ = ["lower_openvino"]
 
 # No kernel goes on from a quantizer into one of these.
-_ENDS = (
-    QUANTIZABLE
-    | MOVES_VALUES
-    | {"AveragePool", "Concat", "ConvTranspose", "GlobalAveragePool", "ReduceMean", "Resize"}
-)
+_ENDS = LAYERS | MOVES_VALUES | POOLS | {"Concat", "Resize"}
 
 
 def lower_openvino(model: ir.Model) -> ir.Model:

@@ -63,7 +63,7 @@ def _columns(grid: Grid, out: Path, bits: str) -> Iterator[tuple[str, Bundle]]:
         merges: list[Merge] = [m for m in grid.merges(run) if m.members == grid.domains]
         path = bundle_path(out, merges[-1].cell(0))
         if path.is_dir():
-            name = "float merged"
+            name = "float merged" if run.setting == "float" else f"float merged, {run.setting}"
             if run.method != "float":
                 name = f"{run.method} {bits.upper()}, {run.setting}"
             yield name, Bundle.open(path)

@@ -13,6 +13,7 @@ __all__ = [
     "LINEAR",
     "MOVES_VALUES",
     "NEVER_AMPLIFIES",
+    "POOLS",
     "QDQ",
     "QUANTIZABLE",
     "REQUANTIZED",
@@ -34,10 +35,12 @@ REQUANTIZED = frozenset({"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueez
 # Operators whose output holds values of their first input only. Codes pass through unchanged,
 # with the scale that they had.
 MOVES_VALUES = REQUANTIZED | {"Split", "Slice", "Gather", "Identity"}
+# Operators that average.
+POOLS = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean"})
 # Operators whose output moves by no more than the sum of what their inputs move by.
 NEVER_AMPLIFIES = (
     MOVES_VALUES
     | CLAMPS
-    | {"Add", "Sub", "Max", "Concat", "Pad", "Resize", "ReduceMean", "GlobalAveragePool"}
-    | {"AveragePool", "Sigmoid", "Tanh", "Softmax"}
+    | POOLS
+    | {"Add", "Sub", "Max", "Concat", "Pad", "Resize", "Sigmoid", "Tanh", "Softmax"}
 )

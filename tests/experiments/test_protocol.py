@@ -591,8 +591,8 @@ def test_the_segmentation_protocol_runs_on_drawn_streets(
     pictures = sorted((tmp_path / "pictures").iterdir())
     assert [p.name for p in pictures][:2] == ["brick-0.png", "brick-1.png"]
     with Image.open(pictures[0]) as picture:
-        # Image, labels, float, and two settings of rtn; titles above.
-        assert picture.size == (5 * 260 - 4, 128 + 14)
+        # Image, labels, float of both folds, and two settings of rtn; titles above.
+        assert picture.size == (6 * 260 - 4, 128 + 14)
     row = json.loads(row_path(tmp_path, "ours-rtn-w4a4-s0-dusk+brick-auto-r0").read_text())
     assert row["metric"] == "miou" and set(row["domains"]) == {"dusk", "brick"}
     other = [*argv, "--out", str(tmp_path), "--table", "--draw", "w3a3", "--bits", "w3a3"]

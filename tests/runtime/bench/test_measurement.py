@@ -105,8 +105,8 @@ def test_phases_are_parts_of_the_whole(engines: dict[str, Path]) -> None:
         (BenchPlan(iterations=7, warmup=0), "int8", 1, 7, "one call"),
         (BenchPlan("multistream", 0, 5, streams=6), "int8", 6, 5, "6 images in 1 call"),
         (BenchPlan("multistream", 0, 5, streams=6), "fixed", 8, 5, "8 images in 2 call"),
-        (BenchPlan("offline", 0, 4), "int8", 32, 4, "two in flight"),
-        (BenchPlan("offline", 0, 4, batch=3), "int8", 3, 4, "two in flight"),
+        (BenchPlan("offline", 0, 4), "int8", 32, 4, "2 in flight"),
+        (BenchPlan("offline", 0, 4, batch=3), "int8", 3, 4, "2 in flight"),
         (BenchPlan(iterations=3), "fixed", 4, 3, "one call"),
     ],
 )
