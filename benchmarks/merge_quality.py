@@ -333,34 +333,18 @@ def evaluate_merged_first(setting: Setting, out: Path) -> Iterator[dict[str, Any
 def evaluate_folded_float(out: Path) -> Iterator[dict[str, Any]]:
     """Float weights with BatchNorm folded, averaged: the paper's upper row."""
     import torch
+    from folded_float import averages, folded
 
-    from hdrq_deploy.calibration.capture import capture
-    from hdrq_deploy.calibration.fold_batch_norm import fold_batch_norm, fold_constants
     from hdrq_deploy.calibration_data.digits.make_checkpoints import load
 
-    found = {}
-    for domain in DOMAINS:
-        graph = capture(load(domain), torch.zeros(2, 3, 32, 32))
-        fold_constants(graph)
-        fold_batch_norm(graph)
-        found[domain] = graph.module
-    for group in GROUPS:
-        states = [found[d].state_dict() for d in group]
-        model = found[group[0]]
-        kept = {k: v.clone() for k, v in model.state_dict().items()}
-        model.load_state_dict(
-            {
-                k: sum(s[k] for s in states) / len(states) if v.is_floating_point() else v
-                for k, v in kept.items()
-            }
-        )
+    models = {domain: folded(load(domain), torch.zeros(2, 3, 32, 32)) for domain in DOMAINS}
+    for group, model in averages(models, GROUPS):
         domains = {}
         for domain in group:
             x, labels = split(domain, "test")
             with torch.no_grad():
                 predicted = model(torch.from_numpy(x)).argmax(1).numpy()
             domains[domain] = float((predicted == labels).mean())
-        model.load_state_dict(kept)
         yield Row("float-folded", group, "merged", 0, domains, [harmonic(domains)]).record()
 
 

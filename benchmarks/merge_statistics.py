@@ -312,31 +312,18 @@ def record(
 def folded_float(task: str, out: Path) -> list[dict[str, Any]]:
     """The float weights with BatchNorm folded, averaged: the paper's upper row."""
     import torch
+    from folded_float import averages, folded
 
-    from hdrq_deploy.calibration.capture import capture
-    from hdrq_deploy.calibration.fold_batch_norm import fold_batch_norm, fold_constants
     from hdrq_deploy.calibration.loading import load_model, load_state, put_state
 
-    graphs, rows = {}, []
+    models, rows = {}, []
     names = [domain.name for domain in task_of(task, out).domains]
     for name in names:
         place = next(d for d in task_of(task, out).domains if d.name == name)
         network = load_model(task_of(task, out).model)
         put_state(network, load_state(network, place.weights, "weights"))
-        graph = capture(network.eval(), torch.from_numpy(images_of(task, name, "test")[0][:2]))
-        fold_constants(graph)
-        fold_batch_norm(graph)
-        graphs[name] = graph.module
-    for group in groups_of(task_of(task, out)):
-        states = [graphs[name].state_dict() for name in group]
-        model = graphs[group[0]]
-        own = {key: value.clone() for key, value in model.state_dict().items()}
-        model.load_state_dict(
-            {
-                key: sum(s[key] for s in states) / len(states) if v.is_floating_point() else v
-                for key, v in own.items()
-            }
-        )
+        models[name] = folded(network, torch.from_numpy(images_of(task, name, "test")[0][:2]))
+    for group, model in averages(models, groups_of(task_of(task, out))):
         measured = {}
         for name in group:
             images, labels = images_of(task, name, "test")
@@ -344,7 +331,6 @@ def folded_float(task: str, out: Path) -> list[dict[str, Any]]:
                 parts = torch.from_numpy(images).split(32)
                 logits = torch.cat([model(part) for part in parts]).numpy()
             measured[name] = scored(logits, labels)
-        model.load_state_dict(own)
         parents = Parents(task, "float", 32, 32, "weights", 0)
         rows.append(record(parents, group, "mean-folded", [measured]))
     return rows

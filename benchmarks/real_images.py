@@ -30,11 +30,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from folded_float import averages, folded
 from merge_statistics import logits_of, scored
 
 from hdrq_deploy import Bundle, merge
-from hdrq_deploy.calibration.capture import capture
-from hdrq_deploy.calibration.fold_batch_norm import fold_batch_norm, fold_constants
 from hdrq_deploy.calibration.graph_cache import GraphCache
 from hdrq_deploy.calibration.loading import load_model, load_state, put_state
 from hdrq_deploy.calibration.methods import Options
@@ -286,27 +285,18 @@ def record(
 
 def folded_float(work: Work) -> Iterator[dict[str, Any]]:
     """The float weights with BatchNorm folded, averaged: the paper's upper row."""
-    modules = {}
+    models = {}
     for name in work.names:
         network = load_model(work.task.model)
         put_state(network, load_state(network, work.domain(name).weights, "weights"))
-        graph = capture(network.eval(), torch.from_numpy(work.images(name, "test")[0][:2]))
-        fold_constants(graph)
-        fold_batch_norm(graph)
-        modules[name] = graph.module
-    for group in work.groups():
-        states = [modules[name].state_dict() for name in group]
-        model = modules[group[0]]
-        own = {key: value.clone() for key, value in model.state_dict().items()}
-        mean = {key: sum(s[key] for s in states) / len(states) for key in own}
-        model.load_state_dict({k: mean[k] if v.is_floating_point() else v for k, v in own.items()})
+        models[name] = folded(network, torch.from_numpy(work.images(name, "test")[0][:2]))
+    for group, model in averages(models, work.groups()):
         measured = {}
         for name in group:
             images, labels = work.images(name, "test")
             with torch.no_grad():
                 parts = torch.from_numpy(images).split(64)
                 measured[name] = scored(torch.cat([model(p) for p in parts]).numpy(), labels)
-        model.load_state_dict(own)
         yield record(Parents("float", 32, 32, 0), group, "mean-folded", measured)
 
 

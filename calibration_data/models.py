@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["ResNet14", "StreetNet", "resnet14", "streetnet"]
+__all__ = ["BasicBlock", "ResNet14", "StreetNet", "resnet14", "streetnet"]
 
 
 class BasicBlock(nn.Module):

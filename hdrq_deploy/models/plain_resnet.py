@@ -9,31 +9,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from ..calibration_data.models import BasicBlock
+
 __all__ = ["PlainResNet", "resnet_pacs"]
-
-
-class _Block(nn.Module):
-    """Two 3x3 convolutions and a skip (option B)."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = (
-            nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
-            if stride != 1 or inputs != outputs
-            else nn.Identity()
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
-        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        return cast(Tensor, self.relu(y + self.downsample(x)))
 
 
 class PlainResNet(nn.Module):
@@ -48,9 +26,9 @@ class PlainResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(first)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(2)
-        self.layers = nn.Sequential(_Block(first, first, 1), _Block(first, first, 1))
+        self.layers = nn.Sequential(BasicBlock(first, first, 1), BasicBlock(first, first, 1))
         for inputs, outputs in zip((first, *others), others, strict=False):
-            self.layers.extend([_Block(inputs, outputs, 2), _Block(outputs, outputs, 1)])
+            self.layers.extend([BasicBlock(inputs, outputs, 2), BasicBlock(outputs, outputs, 1)])
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(self.WIDTHS[-1], classes)
 
