@@ -94,7 +94,7 @@ def reconstruct(
         caches: Holds the activations between blocks; in memory by default.
         partial: Finished blocks of a stopped run; this run's blocks are added.
         progress: Called with (steps done, steps in all, block name).
-        watch: Looks on while the activations move through every finished block.
+        watch: Looks on while the float network's activations move through every block.
 
     Raises:
         ModelError: NaN or infinity appears in a block's activations.
@@ -149,7 +149,7 @@ def observe_float(
         inputs = [rows[node] for node in block.inputs]
         options, batch = Options.of("float"), run_batch(images)
         run = _BlockRun(module, inputs, inputs, options, device, caches, batch)
-        outputs = run.quantized_outputs(watch)
+        outputs = run.float_outputs(watch=watch)
         _check_finite(outputs, block, f"block {index}", batch)
         rows.update(zip(block.outputs, outputs, strict=True))
         for node in block.inputs:
@@ -213,11 +213,11 @@ class _Reconstruction:
             first = _BlockRun(module, real, weighted, *common, Mode.OFF)
         stored = partial.load(index) if partial else None
         if stored:
-            targets = run.float_outputs()
+            targets = run.float_outputs(watch=self._watch)
             restore_block(module, self.quantizers, stored.tensors)
             record = stored.record
         else:
-            targets = run.float_outputs(observe=True)
+            targets = run.float_outputs(observe=True, watch=self._watch)
             _check_finite(targets, block, name, run.batch)
             self._draws.restart(index)
             record = {"name": name, "layers": len(block.heavy), "outputs": len(block.outputs)}
@@ -225,7 +225,7 @@ class _Reconstruction:
         spent = [self._rows.pop(n) for n in block.inputs if self._last_use[n] == index]
         for activation in spent:
             activation.free_real()
-        outputs = run.quantized_outputs(self._watch)
+        outputs = run.quantized_outputs()
         between = first.quantized_outputs() if apart else outputs
         if not stored:
             record["loss_after"] = run.loss(outputs, targets)
@@ -364,15 +364,17 @@ class _BlockRun:
         """Open quantizers of activations, where they quantize."""
         return [] if self.activations is Mode.OFF else self.open_activations
 
-    def float_outputs(self, observe: bool = False) -> list[Rows]:
-        """Outputs of the float block; while ``observe``, scales of activations are found."""
+    def float_outputs(self, observe: bool = False, watch: Watch | None = None) -> list[Rows]:
+        """Outputs of the float block, before ``watch``; ``observe`` finds activation scales."""
         watched = self.open_activations if observe else []
         pooled = self.options.act_init == "pooled"
         self.module.set_mode(Mode.OFF)
         if pooled:
             for quantizer in watched:
                 quantizer.start_observing()
-        outputs = self._collect(self.real)
+        outputs = self._collect(self.real, watch)
+        if watch:
+            watch.finish(self.module)
         if watched and not pooled:
             for quantizer in watched:
                 quantizer.start_observing(_VALUES)
@@ -389,13 +391,10 @@ class _BlockRun:
         for first, last in self._batches(len(self.mixed[0])):
             yield last - first, [rows.read(first, last).to(self.device) for rows in self.mixed]
 
-    def quantized_outputs(self, watch: Watch | None = None) -> list[Rows]:
+    def quantized_outputs(self) -> list[Rows]:
         """Outputs of the rounded block on the quantized network's activations."""
         self.module.set_mode(Mode.ROUND, self.activations)
-        outputs = self._collect(self.mixed, watch)
-        if watch:
-            watch.finish(self.module)
-        return outputs
+        return self._collect(self.mixed)
 
     def round_loss(self, targets: list[Rows]) -> float:
         """Error of the rounded block on the quantized network's activations."""

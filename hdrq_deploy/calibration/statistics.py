@@ -1,7 +1,8 @@
 """What a calibration sees of every layer's inputs and of every activation, for a merge.
 
-A watch looks on while calibration moves the activations through a finished block
-(:mod:`.reconstruction`): inputs are those of the layer in the quantized network. It holds sums for
+A watch looks on while calibration moves the float network's activations through a block
+(:mod:`.reconstruction`): inputs are those of the layer in the float network, which the merged model
+is to follow. Those of the quantized network carry its own error with them. It holds sums for
 the layers of the block at work only, and of a large map it reads some rows, evenly spread over
 images and positions. It draws from random numbers of its own, so that a calibration's codes do not
 depend on it.

@@ -189,11 +189,15 @@ def recorded(bundle: Bundle, x: np.ndarray[Any, Any]) -> dict[str, tuple[Any, Te
 
 
 @pytest.mark.parametrize("fold", ["weights", "steps"])
-def test_inputs_are_those_of_the_quantized_network(make: Any, inputs: Any, fold: str) -> None:
-    bundle = make("Tiny", abits=4, fold=fold, statistics="auto")
+@pytest.mark.parametrize("method", ["rtn", "hdrq"])
+def test_inputs_are_those_of_the_float_network(
+    make: Any, inputs: Any, fold: str, method: str
+) -> None:
+    bundle = make("Tiny", method=method, abits=2, wbits=2, fold=fold, statistics="auto")
     statistics = bundle.statistics()
     assert statistics is not None
-    reference = recorded(bundle, inputs)
+    recorded_inputs = recorded(make("Tiny", method="float", fold=fold), inputs)
+    reference = {f"{weight}_codes": seen for weight, seen in recorded_inputs.items()}
     assert set(statistics.weights) == set(reference)
     for weight, (_, x) in reference.items():
         layer, record = statistics.layer(weight), statistics.record.layer(weight)
