@@ -3,8 +3,8 @@
     python benchmarks/landscape.py --cells build/merge_statistics --results benchmarks/results
 
 Analyses (``hdrq analyze``) the parents that ``benchmarks/merge_statistics.py`` calibrated on the
-digits with both methods, on test images, and draws ``docs/landscape.svg`` out of the committed
-figures (``--draw`` draws only).
+digits with both methods, on test images, and draws ``docs/evidence/landscape.svg`` out of the
+committed figures (``--draw`` draws only).
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "rows": rows,
         }
         write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
-    draw(json.loads(target.read_text())["rows"], ROOT / "docs" / "landscape.svg")
+    draw(json.loads(target.read_text())["rows"], ROOT / "docs" / "evidence" / "landscape.svg")
     return 0
 
 

@@ -58,7 +58,7 @@ QUICK = ((8, 8), (3, 3))
 # Few iterations want the larger of the paper's two learning rates.
 FULL_ITERS, QUICK_ITERS, LEARNING_RATE = 150, 25, 1e-3
 
-_EVIDENCE = "These digits show how it works; figures on real images are in docs/evidence.md"
+_EVIDENCE = "These digits show how it works; figures on real images are in docs/evidence/"
 
 Row = tuple[str, BenchResult]
 

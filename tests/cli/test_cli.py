@@ -196,7 +196,7 @@ def test_the_readme_demo_command_works(tmp_path: Path) -> None:
     report = (out / "report.html").read_text()
     (opening, _) = report.split("<table", 1)
     assert re.findall("<figcaption>(.*?)<", opening) == ["handwriting", "photo", "night"]
-    assert run.stdout.splitlines()[-1].endswith("figures on real images are in docs/evidence.md")
+    assert run.stdout.splitlines()[-1].endswith("figures on real images are in docs/evidence/")
 
 
 @pytest.mark.slow
