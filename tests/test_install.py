@@ -26,7 +26,8 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-VERSIONS = ("3.10", "3.11", "3.12", "3.13")
+# The oldest and the newest that are supported; the suite itself runs on one between them.
+VERSIONS = ("3.10", "3.13")
 WALK = """
 import importlib.util, json, pathlib, subprocess, sys
 import numpy as np

@@ -60,9 +60,7 @@ class Options:
             iterations each.
         act_init: Where the first scale of an activation comes from: a search over values of all
             images (``pooled``), or the largest of the scales that searches over each of 8 images
-            find (``per-image-max``, as published). On digits (HDRQ at W4A4 and W3A3, two seeds)
-            the second gave 0.4 points less of single models and 0.2 of merges on the calibration
-            split, 0.6 less and 0.4 more on the test split.
+            find (``per-image-max``, as published).
         noise: What replaces rounding at first: ``empirical`` (resampled rounding errors),
             ``uniform`` or ``off``.
         noise_fraction: Share of the iterations that use noise; the rest use real rounding.

@@ -581,7 +581,7 @@ def test_the_segmentation_protocol_runs_on_drawn_streets(
 ) -> None:
     from hdrq_deploy.calibration_data import streets
 
-    for split, count in (("calibration", 8), ("test", 4)):
+    for split, count in (("calibration", 4), ("test", 2)):
         monkeypatch.setitem(streets.SIZES, split, count)
     argv = ["segmentation", "--made", "--methods", "rtn", "--bits", "w4a4", "--settings", "paper"]
     argv += ["ours", "--seeds", "0", "--rounding-seeds", "1", "--threads", "2", "--draw", "w4a4"]
