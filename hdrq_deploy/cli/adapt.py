@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from .start import importing, run
 
 with importing("hdrq adapt"):
+    from ..adaptation.options import AdaptationOptions
     from ..errors import ModelError
     from ..formats.atomic_files import check_output, check_scratch
     from ..formats.file_kinds import ADAPTED, ADAPTING
@@ -15,45 +16,77 @@ with importing("hdrq adapt"):
 
 __all__ = ["arguments", "main"]
 
+_TEXT = (
+    "Adapt a source model to a domain without labels or source data: SHOT for classifiers, "
+    "class-balanced self-training for segmentation."
+)
+_EXAMPLE = """\
+hdrq adapt --model timm:resnet18 --weights source.safetensors --data images/night \\
+  -o night.safetensors"""
+_DEFAULTS = AdaptationOptions()
+
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = parser(
-        "hdrq adapt",
-        "Adapt a source model to a domain without labels or source data: SHOT for classifiers, "
-        "class-balanced self-training for segmentation.",
+    p = parser("hdrq adapt", _TEXT, _EXAMPLE)
+    what = p.add_argument_group("model, images and output")
+    what.add_argument(
+        "--model", required=True, help="PKG.MOD:FACTORY, {timm,torchvision,transformers}:NAME"
     )
-    p.add_argument("--model", required=True, help="PKG.MOD:FACTORY, {timm,torchvision,...}:NAME")
-    p.add_argument("--weights", required=True, help="source checkpoint")
-    p.add_argument("--data", required=True, help="image folder, street scenes or .npz")
-    p.add_argument("--images", type=int, help="at most so many (all)")
-    image_flags(p)
-    p.add_argument("--skip-corrupt", action="store_true", help="leave out broken images")
-    p.add_argument("--epochs", type=int, default=15)
-    p.add_argument("--batch", type=int, default=64, help="images per step")
-    p.add_argument(
+    what.add_argument("--weights", required=True, help="source checkpoint")
+    what.add_argument("--data", required=True, help="image folder, street scenes or .npz")
+    what.add_argument("--images", type=int, help="largest number of images (default: all)")
+    what.add_argument("-o", "--output", required=True, help="adapted checkpoint (.safetensors)")
+    run_flags = p.add_argument_group("the run")
+    run_flags.add_argument(
+        "--epochs", type=int, default=_DEFAULTS.epochs, help="passes over the images"
+    )
+    run_flags.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="where torch computes"
+    )
+    run_flags.add_argument(
+        "--resume", action="store_true", help="resume after the last epoch of a stopped run"
+    )
+    images = p.rarely_used("images")
+    image_flags(images)
+    images.add_argument("--skip-corrupt", action="store_true", help="leave out broken images")
+    _learning_flags(p.rarely_used("learning"))
+    return p
+
+
+def _learning_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--batch", type=int, default=_DEFAULTS.batch, help="images per iteration")
+    group.add_argument(
         "--lr",
         type=float,
-        default=1e-2,
+        default=_DEFAULTS.lr,
         help="learning rate of SGD; the backbone learns at a tenth of it",
     )
-    p.add_argument("--pseudo", type=float, default=0.3, help="weight of SHOT's pseudo-labels")
-    p.add_argument(
+    group.add_argument(
+        "--pseudo", type=float, default=_DEFAULTS.pseudo, help="weight of SHOT's pseudo-labels"
+    )
+    group.add_argument(
         "--share",
         type=float,
         nargs=2,
-        default=(0.2, 0.5),
+        default=_DEFAULTS.share,
         metavar=("FIRST", "LAST"),
         help="share of each class's pixels that get a pseudo-label, in the first and last epoch "
         "(segmentation)",
     )
-    p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True)
-    p.add_argument("--pull", type=float, default=0.0, help="towards the source weights (L2-SP)")
-    p.add_argument("--seed", type=seed_number, default=0)
-    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    p.add_argument("--resume", action="store_true", help="go on behind a stopped run's last epoch")
-    p.add_argument("-o", "--output", required=True, help="adapted checkpoint (.safetensors)")
-    return p
+    group.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        default=_DEFAULTS.flip,
+        help="mirror half of the images",
+    )
+    group.add_argument(
+        "--pull",
+        type=float,
+        default=_DEFAULTS.pull,
+        help="weight of the distance to the source weights (L2-SP)",
+    )
+    group.add_argument("--seed", type=seed_number, default=0, help="seed of all random numbers")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +102,7 @@ def _adapt(args: argparse.Namespace) -> int:
     check_scratch()
     try:
         with importing("hdrq adapt"):
-            from ..adaptation.adapt import AdaptationOptions, adapt
+            from ..adaptation.adapt import adapt
     except ImportError as error:
         raise ModelError(
             f"adaptation needs {error.name}: pip install 'hdrq-deploy[calibrate]'"

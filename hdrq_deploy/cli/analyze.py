@@ -28,23 +28,31 @@ with importing("hdrq analyze"):
 
 __all__ = ["arguments", "main"]
 
+_EXAMPLE = """\
+hdrq analyze night.hdrq day.hdrq --data night=test/night day=test/day -o why"""
+
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = parser("hdrq analyze", "Barriers, curvature, distances and rounding of a merge.")
-    p.add_argument("bundles", nargs="+", help="two or more bundles of one model and source")
-    p.add_argument(
+    text = "Barriers, curvature, distances and rounding of a merge, in a report."
+    p = parser("hdrq analyze", text, _EXAMPLE)
+    what = p.add_argument_group("bundles, images and output")
+    what.add_argument("bundles", nargs="+", help="two or more bundles of one model and source")
+    what.add_argument(
         "--data", nargs="+", required=True, metavar="NAME=PATH", help="labelled images per domain"
     )
-    p.add_argument("--base", help="source checkpoint; distances to it are shown too")
-    p.add_argument("--images", type=int, default=256, help="images per domain at most")
-    p.add_argument("--points", type=int, default=11, help="values of lambda along a barrier")
-    p.add_argument("--grid", type=int, default=13, help="surface points per axis; 0: no surface")
-    p.add_argument("--seeds", type=int, default=32, help="rounding seeds")
-    p.add_argument("--candidates", type=int, default=100, help="draws of advanced rounding")
-    p.add_argument("--products", type=int, default=20, help="products with the Hessian")
-    p.add_argument("--seed", type=seed_number, default=0)
-    p.add_argument("-o", "--output", required=True, help="folder of report.html and report.json")
+    what.add_argument("--base", help="source checkpoint; distances to it are shown too")
+    what.add_argument("-o", "--output", required=True, help="folder of report.html and report.json")
+    depth = p.add_argument_group("how much is computed")
+    depth.add_argument("--images", type=int, default=256, help="images per domain at most")
+    depth.add_argument("--points", type=int, default=11, help="values of lambda along a barrier")
+    depth.add_argument(
+        "--grid", type=int, default=13, help="surface points per axis; 0: no surface"
+    )
+    depth.add_argument("--seeds", type=int, default=32, help="rounding seeds")
+    depth.add_argument("--candidates", type=int, default=100, help="draws of advanced rounding")
+    depth.add_argument("--products", type=int, default=20, help="products with the Hessian")
+    depth.add_argument("--seed", type=seed_number, default=0, help="seed of all random numbers")
     return p
 
 

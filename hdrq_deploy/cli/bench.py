@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
@@ -26,75 +27,114 @@ with importing("hdrq-bench"):
     from .common import named, parser
 
 
+_TEXT = (
+    "Measure engines: latency and its phases, accuracy per domain. Several engines take turns, and "
+    "are compared with the first float one."
+)
+_EXAMPLE = """\
+hdrq-bench engine --data night=test/night day=test/day --json bench.json --html bench.html"""
+# Calls of a plan where a flag is not given.
+_PLAN = {field.name: field.default for field in fields(BenchPlan)}
+
+
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = parser(
-        "hdrq-bench",
-        "Measure engines: latency and its phases, accuracy per domain. Several engines take "
-        "turns, and are compared with the first float one.",
-    )
-    p.add_argument("engines", nargs="*", help="engine folders from hdrq-export")
-    p.add_argument(
+    p = parser("hdrq-bench", _TEXT, _EXAMPLE)
+    what = p.add_argument_group("engines and images")
+    what.add_argument("engines", nargs="*", help="engine folders from hdrq-export")
+    what.add_argument(
         "--data", nargs="+", default=[], metavar="NAME=PATH", help="labelled images of each domain"
     )
-    p.add_argument("--reference", help="engine whose decisions these are compared with")
-    p.add_argument("--split", default="val", help="split of street scenes that is measured")
-    p.add_argument(
+    _result_flags(p.add_argument_group("what is written"))
+    _timing_flags(p.add_argument_group("how it is measured"))
+    _machine_flags(p.rarely_used("where it runs"))
+    _check_flags(p.rarely_used("more measurements and checks"))
+    _scene_flags(p.rarely_used("images"))
+    return p
+
+
+def _result_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--json", type=Path, help="file of the result (a list for several engines)")
+    group.add_argument("--csv", type=Path, help="file with one line an engine")
+    group.add_argument("--html", type=Path, help="a report, one file")
+    group.add_argument("--schema", action="store_true", help="print the JSON schema and stop")
+
+
+def _timing_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--batch",
+        type=int,
+        help="images per call (default: 1; multistream: the streams; offline: 32)",
+    )
+    group.add_argument(
+        "--iterations", type=int, default=_PLAN["iterations"], help="timed queries, at least"
+    )
+    group.add_argument(
+        "--duration", type=float, default=_PLAN["duration"], help="seconds timed, at least"
+    )
+    group.add_argument("--threads", type=int, default=0, help="CPU threads; 0: one per core")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda[:N], tensorrt[:N]")
+
+
+def _machine_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--scenario",
+        choices=get_args(Scenario),
+        default=_PLAN["scenario"],
+        help="MLPerf's: query after query of one sample, or of --streams; or all at once",
+    )
+    group.add_argument(
+        "--streams", type=int, default=_PLAN["streams"], help="samples in a multistream query"
+    )
+    group.add_argument(
+        "--warmup", type=int, default=_PLAN["warmup"], help="calls before the clock counts"
+    )
+    group.add_argument(
+        "--cache",
+        "--runtime-cache",
+        type=Path,
+        metavar="PATH",
+        help="where a folder of OpenVINO or a file of TensorRT-RTX keeps what is compiled at load "
+        "(default: nothing is kept)",
+    )
+    group.add_argument("--no-cuda-graph", action="store_true", help="enqueue work call by call")
+
+
+def _check_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--reference", help="engine whose decisions these are compared with")
+    group.add_argument(
+        "--percentiles",
+        type=float,
+        nargs="+",
+        default=[],
+        help="percentiles of latency beside 50, 90 and 99",
+    )
+    group.add_argument(
+        "--energy",
+        action="store_true",
+        help="joules per call, idle subtracted (RAPL, INA3221 or NVML)",
+    )
+    group.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse a run (exit code 3, nothing written) that was throttled, changed its clock "
+        "or had a noisy neighbour",
+    )
+
+
+def _scene_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--split", default="val", help="split of street scenes that is measured")
+    group.add_argument(
         "--image-size",
         type=int,
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
         help="street scenes are brought to this; windows cover what is larger than the input",
     )
-    p.add_argument("--draw", type=Path, help="folder for pictures of image, labels, found labels")
-    p.add_argument("--skip-corrupt", action="store_true", help="leave out broken images")
-    how = p.add_argument_group("how it is measured")
-    how.add_argument(
-        "--scenario",
-        choices=get_args(Scenario),
-        default="singlestream",
-        help="MLPerf's: query after query of one sample, or of --streams; or all at once",
+    group.add_argument(
+        "--draw", type=Path, help="folder for pictures of image, labels, found labels"
     )
-    how.add_argument("--streams", type=int, default=8, help="samples in a multistream query")
-    how.add_argument("--warmup", type=int, default=10, help="calls before the clock counts")
-    how.add_argument("--iterations", type=int, default=100, help="timed queries, at least")
-    how.add_argument("--duration", type=float, default=0.0, help="seconds timed, at least")
-    how.add_argument(
-        "--batch",
-        type=int,
-        help="images per call (default: 1; multistream: the streams; offline: 32)",
-    )
-    how.add_argument(
-        "--percentiles", type=float, nargs="+", default=[], help="beside 50, 90 and 99"
-    )
-    how.add_argument("--threads", type=int, default=0, help="0: one per core")
-    how.add_argument("--device", default="auto", help="auto, cpu, cuda[:N], tensorrt[:N]")
-    how.add_argument(
-        "--cache",
-        "--runtime-cache",
-        type=Path,
-        metavar="PATH",
-        help="where a folder of OpenVINO or a file of TensorRT-RTX keeps what is compiled at load "
-        "(by default nothing is kept)",
-    )
-    how.add_argument("--no-cuda-graph", action="store_true", help="enqueue work call by call")
-    how.add_argument(
-        "--energy",
-        action="store_true",
-        help="joules per call, idle subtracted (RAPL, INA3221 or NVML)",
-    )
-    how.add_argument(
-        "--strict",
-        action="store_true",
-        help="refuse a run (exit code 3, nothing written) that was throttled, changed its clock "
-        "or had a noisy neighbour",
-    )
-    out = p.add_argument_group("what is written")
-    out.add_argument("--json", type=Path, help="the result (a list for several engines)")
-    out.add_argument("--csv", type=Path, help="one line an engine")
-    out.add_argument("--html", type=Path, help="a report, one file")
-    out.add_argument("--schema", action="store_true", help="print the JSON schema and stop")
-    return p
+    group.add_argument("--skip-corrupt", action="store_true", help="leave out broken images")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ with importing("hdrq-calibrate"):
         LEARNERS,
         METHODS,
         NOISES,
+        PUBLISHED_ITERS,
         SCHEDULES,
         Options,
     )
@@ -51,197 +53,271 @@ with importing("hdrq-calibrate"):
         wanted_of,
         where_flags,
     )
+    from .help_format import shown
 
 __all__ = ["arguments", "main"]
 
 
+_TEXT = """\
+Quantize an adapted model so that it stays mergeable.
+
+To calibrate several domains in one call, give --domain, --weights and --data the same number of
+values; the bundles are written to DIR/<domain>.hdrq, where DIR is the value of -o. With --together
+one checkpoint that serves all domains, such as a merge, becomes one bundle."""
+_EXAMPLE = """\
+hdrq-calibrate --model timm:resnet18 --weights night.safetensors --base source.safetensors \\
+  --data images/night --domain night --wbits 4 --abits 8 -o night.hdrq"""
+_DEFAULTS = {field.name: field.default for field in fields(CalibrationRequest)}
+
+
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = parser(
-        "hdrq-calibrate",
-        "Quantize an adapted model so that it stays mergeable. To calibrate several domains in one "
-        "call, give --domain, --weights and --data the same number of values; the bundles are "
-        "written to DIR/<domain>.hdrq, where DIR is the value of -o. With --together one "
-        "checkpoint that serves all domains, such as a merge, becomes one bundle.",
-    )
-    p.add_argument(
-        "--model", required=True, help="PKG.MOD:FACTORY, {timm,torchvision,transformers}:NAME"
-    )
-    p.add_argument("--weights", nargs="+", help="adapted checkpoint (.safetensors, .pt)")
-    p.add_argument("--base", help="source checkpoint that all domains started from")
-    p.add_argument(
-        "--data", required=True, nargs="+", help="image folder (one folder per class) or .npz"
-    )
-    p.add_argument("--domain", required=True, nargs="+", help="name of the domain")
-    p.add_argument(
-        "--together",
-        action="store_true",
-        help="one bundle for all of --domain, from one checkpoint and the images of all --data",
-    )
-    p.add_argument("--recipe", help="YAML or JSON with any of the settings below; flags win")
-    p.add_argument("--settings", choices=SETTINGS, help=_settings())
-    p.add_argument("--method", choices=METHODS, help=_methods())
-    p.add_argument("--wbits", type=int, help="bits of weights, 2 to 8 (8)")
-    p.add_argument("--abits", type=int, help="bits of activations, 2 to 8 (8)")
-    p.add_argument(
-        "--per-channel",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="one weight scale per output channel; --no-per-channel: one per tensor (default)",
-    )
-    p.add_argument(
-        "--fold",
-        choices=FOLDS,
-        help="fold BatchNorm into the weights (default), or (steps) into per-channel scales, "
-        "so that a merge can average it separately",
-    )
-    p.add_argument(
-        "--grid",
-        choices=GRIDS,
-        help="range of the codes of non-negative activations (default: int8)",
-    )
-    p.add_argument(
-        "--placement",
-        choices=PLACEMENTS,
-        help="where quantizers go: so that engines run every layer in INT8 (engine, default), or "
-        "as in the paper (paper: network input and residual branches real, a scale for each "
-        "concatenated tensor; those layers run in float)",
-    )
-    p.add_argument(
-        "--images",
+    p = parser("hdrq-calibrate", _TEXT, _EXAMPLE)
+    _input_flags(p.add_argument_group("model, images and output"))
+    _code_flags(p.add_argument_group("quantization"))
+    run_flags = p.add_argument_group("the run")
+    run_flags.add_argument(
+        "--iters",
         type=int,
-        help="largest number of calibration images of a domain (default: 1024)",
+        help=f"iterations per block; fewer are faster and less accurate {_of_methods('iters')}",
     )
-    image_flags(p)
-    p.add_argument(
-        "--skip-corrupt", action="store_true", help="leave out images that cannot be decoded"
+    run_flags.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="where torch computes"
     )
-    p.add_argument("--seed", type=seed_number, help="seed of all random numbers (default: 0)")
-    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    p.add_argument(
+    run_flags.add_argument(
         "--resume",
         action="store_true",
         help="resume after the last finished block of a stopped run",
     )
-    p.add_argument(
-        "--cache-gb",
-        type=float,
-        default=1.0,
-        help="gigabytes of activations in memory; the rest goes to files beside the output",
+    images = p.rarely_used("images")
+    image_flags(images)
+    images.add_argument(
+        "--skip-corrupt", action="store_true", help="leave out images that cannot be decoded"
     )
-    p.add_argument(
+    images.add_argument(
+        "--seed", type=seed_number, help=f"seed of all random numbers {_default('seed')}"
+    )
+    domains = p.rarely_used("several domains")
+    domains.add_argument(
+        "--together",
+        action="store_true",
+        help="one bundle for all of --domain, from one checkpoint and the images of all --data",
+    )
+    where_flags(domains)
+    _more_code_flags(p.rarely_used("more about quantization"))
+    _learning_flags(p.rarely_used("learning, per block", "Methods have defaults of their own."))
+    return p
+
+
+def _input_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--model", required=True, help="PKG.MOD:FACTORY, {timm,torchvision,transformers}:NAME"
+    )
+    group.add_argument("--weights", nargs="+", help="adapted checkpoint (.safetensors, .pt)")
+    group.add_argument("--base", help="source checkpoint that all domains started from")
+    group.add_argument(
+        "--data", required=True, nargs="+", help="image folder (one folder per class) or .npz"
+    )
+    group.add_argument("--domain", required=True, nargs="+", help="name of the domain")
+    group.add_argument(
+        "--images",
+        type=int,
+        help=f"largest number of calibration images of a domain {_default('images')}",
+    )
+    group.add_argument(
+        "-o", "--output", required=True, help="bundle folder (NAME.hdrq), or folder of bundles"
+    )
+
+
+def _code_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--method", choices=METHODS, help=f"{_rows(METHODS)} {_default('method')}")
+    group.add_argument("--wbits", type=int, help=f"bits of weights, 2 to 8 {_default('wbits')}")
+    group.add_argument("--abits", type=int, help=f"bits of activations, 2 to 8 {_default('abits')}")
+    group.add_argument(
+        "--per-channel",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="one weight scale per output channel; --no-per-channel: one per tensor "
+        f"{_default('per_channel')}",
+    )
+    group.add_argument(
+        "--fold",
+        choices=FOLDS,
+        help="fold BatchNorm into the weights, or (steps) into per-channel scales, so that a "
+        f"merge can average it separately {_default('fold')}",
+    )
+
+
+def _more_code_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--recipe", help="YAML or JSON with any of the settings here; flags win")
+    group.add_argument(
+        "--settings",
+        choices=SETTINGS,
+        help=f"preset, which the recipe and flags override ({_rows(SETTINGS)})",
+    )
+    group.add_argument(
+        "--grid",
+        choices=GRIDS,
+        help=f"range of the codes of non-negative activations {_default('grid')}",
+    )
+    group.add_argument(
+        "--placement",
+        choices=PLACEMENTS,
+        help="where quantizers go: so that engines run every layer in INT8 (engine), or as in the "
+        "paper (paper: network input and residual branches real, a scale for each concatenated "
+        f"tensor; those layers run in float) {_default('placement')}",
+    )
+    group.add_argument(
         "--statistics",
         type=rank_or_word,
         metavar="RANK|full|off",
         help="eigenvectors kept of the covariance of every layer's inputs, for merges by "
         "regression (default: as many as take no more room than the codes at 8 bits)",
     )
-    p.add_argument(
-        "-o", "--output", required=True, help="bundle folder (NAME.hdrq), or folder of bundles"
+    group.add_argument(
+        "--cache-gb",
+        type=float,
+        default=_DEFAULTS["cache_gb"],
+        help="gigabytes of activations in memory; the rest goes to files beside the output",
     )
-    where_flags(p.add_argument_group("several domains"))
-    _learning_flags(p.add_argument_group("learning, per block", "defaults are the method's own"))
-    return p
 
 
 def _learning_flags(knobs: argparse._ArgumentGroup) -> None:
-    knobs.add_argument("--iters", type=int, help="iterations (20000)")
-    knobs.add_argument("--batch", type=int, help="images per iteration (32)")
+    knobs.add_argument("--batch", type=int, help=f"images per iteration {_of_methods('batch')}")
     knobs.add_argument(
-        "--lr", type=float, help="learning rate of weights and their scales (hdrq 1e-4, else 1e-3)"
+        "--lr", type=float, help=f"learning rate of weights and their scales {_of_methods('lr')}"
     )
-    knobs.add_argument("--act-lr", type=float, help="learning rate of activation scales (4e-5)")
+    knobs.add_argument(
+        "--act-lr", type=float, help=f"learning rate of activation scales {_of_methods('act_lr')}"
+    )
     knobs.add_argument(
         "--schedule",
         choices=SCHEDULES,
-        help="of the learning rate of weights, after its warm-up (hdrq: cosine, else constant)",
+        help=f"course of the learning rate of weights, after its warm-up {_of_methods('schedule')}",
     )
     knobs.add_argument(
         "--scale-rates",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="multiply learning rates by 20000 / iterations where iterations are fewer (no)",
+        help=f"multiply learning rates by {PUBLISHED_ITERS} / iterations where iterations are "
+        f"fewer {_of_methods('scale_rates')}",
     )
     knobs.add_argument(
         "--stages",
         type=int,
         choices=(1, 2),
-        help="1: weights and activation scales together; 2: one after the other (1, brecq 2)",
+        help="1: weights and activation scales together; 2: one after the other "
+        f"{_of_methods('stages')}",
     )
     knobs.add_argument(
         "--act-init",
         choices=ACT_INITS,
         help="first activation scales: a search over all images, or the largest of the scales "
-        f"that 8 images want ({Options().act_init})",
+        f"that 8 images want {_of_methods('act_init')}",
     )
     knobs.add_argument(
-        "--noise", choices=NOISES, help="noise in place of rounding (hdrq: empirical)"
+        "--noise", choices=NOISES, help=f"noise in place of rounding {_of_methods('noise')}"
     )
     knobs.add_argument(
         "--noise-fraction",
         type=float,
-        help="fraction of iterations with rounding noise; the rest use real rounding (0.8)",
+        help="fraction of iterations with rounding noise; the rest use real rounding "
+        f"{_of_methods('noise_fraction')}",
     )
     knobs.add_argument(
         "--distance",
         type=float,
-        help="weight of the distance to the source model, lambda (hdrq: 0.05)",
+        help=f"weight of the distance to the source model, lambda {_of_methods('distance')}",
     )
     knobs.add_argument(
         "--distance-form",
         choices=DISTANCE_FORMS,
         help="norm: as published; relative: independent of the size of layers and activations "
-        f"({Options().distance_form})",
+        f"{_of_methods('distance_form')}",
     )
     knobs.add_argument(
-        "--warmup", type=float, help="fraction of iterations in which the learning rate rises (0.2)"
+        "--warmup",
+        type=float,
+        help=f"fraction of iterations in which the learning rate rises {_of_methods('warmup')}",
     )
+    _block_flags(knobs)
+
+
+def _block_flags(knobs: argparse._ArgumentGroup) -> None:
     knobs.add_argument(
         "--input-prob",
         type=float,
-        help="probability that a block gets quantized inputs (0.5, brecq 1)",
+        help=f"probability that a block gets quantized inputs {_of_methods('input_prob')}",
     )
     knobs.add_argument(
         "--drop-prob",
         type=float,
-        help="QDrop: probability that an activation stays real (0.5, brecq 0)",
+        help=f"QDrop: probability that an activation stays real {_of_methods('drop_prob')}",
     )
     knobs.add_argument(
-        "--step-change", type=float, help="largest relative update of a scale; 0: no bound (2e-3)"
+        "--step-change",
+        type=float,
+        help=f"largest relative update of a scale; 0: no bound {_of_methods('step_change')}",
     )
-    knobs.add_argument("--learner", choices=LEARNERS, help="what is learned of the weights")
-    knobs.add_argument("--granularity", choices=GRANULARITIES, help="block (adaround: layer)")
+    knobs.add_argument(
+        "--learner",
+        choices=LEARNERS,
+        help=f"what is learned of the weights {_of_methods('learner', every=True)}",
+    )
+    knobs.add_argument(
+        "--granularity",
+        choices=GRANULARITIES,
+        help=f"what is learned at once {_of_methods('granularity', every=True)}",
+    )
     knobs.add_argument(
         "--blocks",
         choices=BLOCKS,
-        help="a block ends where one tensor is alive (live, default), or with a residual unit "
-        "(unit: as BRECQ, QDrop and the paper)",
+        help="a block ends where one tensor is alive (live), or with a residual unit (unit: as "
+        f"BRECQ, QDrop and the paper) {_default('blocks')}",
     )
-    knobs.add_argument(
-        "--round-weight", type=float, help="AdaRound: weight of the rounding regularizer (0.01)"
-    )
-    knobs.add_argument(
-        "--beta-first", type=float, help="AdaRound: initial beta of the rounding regularizer (20)"
-    )
-    knobs.add_argument(
-        "--beta-last", type=float, help="AdaRound: final beta of the rounding regularizer (2)"
-    )
+    for name, what in (
+        ("round_weight", "weight"),
+        ("beta_first", "initial beta"),
+        ("beta_last", "final beta"),
+    ):
+        knobs.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=float,
+            help=f"AdaRound: {what} of the rounding regularizer {_of_methods(name)}",
+        )
     knobs.add_argument(
         "--keep-best",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="undo a block whose error rose (yes)",
+        help=f"undo a block whose error rose {_of_methods('keep_best')}",
     )
 
 
-def _methods() -> str:
-    rows = "; ".join(f"{name}: {row.summary}" for name, row in METHODS.items())
-    return f"{rows} (hdrq)"
+def _default(name: str) -> str:
+    """The default of an argument of a calibration, for its help."""
+    return f"(default: {shown(_DEFAULTS[name])})"
 
 
-def _settings() -> str:
-    rows = "; ".join(f"{name}: {row.summary}" for name, row in SETTINGS.items())
-    return f"preset of settings below, which the recipe and flags override ({rows})"
+def _of_methods(name: str, every: bool = False) -> str:
+    """The default of a learning option: that of the default method, and of others that differ.
+
+    Args:
+        name: Field of :class:`Options`.
+        every: Whether methods count that do not learn in iterations.
+    """
+    usual = shown(getattr(Options.of(str(_DEFAULTS["method"])), name))
+    others: dict[str, list[str]] = {}
+    for method, row in METHODS.items():
+        value = shown(getattr(row.options, name))
+        if value != usual and (row.options.iterates or (every and row.quantizes)):
+            others.setdefault(value, []).append(method)
+    parts = [usual, *(f"{', '.join(methods)}: {value}" for value, methods in others.items())]
+    return f"(default: {'; '.join(parts)})"
+
+
+def _rows(table: Mapping[str, Any]) -> str:
+    """What each entry of a table does."""
+    return "; ".join(f"{name}: {row.summary}" for name, row in table.items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,9 +24,12 @@ def arguments() -> argparse.ArgumentParser:
         "hdrq clean",
         "Remove what runs of a file wrote into their folder. What does not bear the mark of its "
         "kind stays, and so does everything outside that folder.",
+        "hdrq clean hdrq.yaml --only export --dry-run",
     )
     p.add_argument("file", nargs="?", default="hdrq.yaml", help="run file, YAML or JSON")
-    p.add_argument("--out", type=Path, help="folder of all results (NAME-run beside the file)")
+    p.add_argument(
+        "--out", type=Path, help="folder of all results (default: NAME-run beside the file)"
+    )
     p.add_argument(
         "--only",
         nargs="+",

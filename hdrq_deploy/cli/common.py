@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,18 +40,22 @@ __all__ = [
 ]
 
 
-def parser(command: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
-    """An argument parser with the defaults in its help."""
-    p = Parser(
-        prog=command,
-        description=text,
-        epilog=epilog,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    p.add_argument(
+def parser(command: str, text: str, example: str = "") -> Parser:
+    """The parser of a command.
+
+    Args:
+        command: Name, as a user types it.
+        text: What the command does; an empty line begins a new paragraph.
+        example: Calls that work as they stand, one below another; each line but the first of a
+            call ends the one before with a backslash.
+    """
+    epilog = f"example:\n{textwrap.indent(example.strip(), '  ')}" if example else None
+    p = Parser(prog=command, description=text, epilog=epilog)
+    p.about.add_argument(
         "--version",
         action="version",
         version=f"%(prog)s {importlib.metadata.version('hdrq-deploy')}",
+        help="show the version",
     )
     return p
 
@@ -110,7 +115,7 @@ def progress_lines(title: str) -> Iterator[Progress]:
     yield line
 
 
-def image_flags(p: argparse.ArgumentParser) -> None:
+def image_flags(p: argparse._ActionsContainer) -> None:
     """How images are read; :func:`wanted_of` makes it of the arguments."""
     p.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="resize images")
     p.add_argument(
@@ -120,8 +125,8 @@ def image_flags(p: argparse.ArgumentParser) -> None:
         metavar=("H", "W"),
         help="resize to this before center-cropping to --size",
     )
-    p.add_argument("--mean", type=float, nargs="+", help="per channel, of pixels in [0, 1]")
-    p.add_argument("--std", type=float, nargs="+", help="per channel, of pixels in [0, 1]")
+    p.add_argument("--mean", type=float, nargs="+", help="mean per channel, of pixels in [0, 1]")
+    p.add_argument("--std", type=float, nargs="+", help="deviation per channel, of [0, 1]")
 
 
 def wanted_of(args: argparse.Namespace) -> Wanted:

@@ -30,6 +30,7 @@ def arguments() -> argparse.ArgumentParser:
         "hdrq compare",
         "What changed between two hdrq-bench runs, with bootstrap intervals; exit code 3 on a "
         "regression beyond the tolerance.",
+        "hdrq compare before.json after.json --tolerance 0.05",
     )
     p.add_argument("base", help="--json of hdrq-bench, before")
     p.add_argument("new", help="--json of hdrq-bench, now")
@@ -42,7 +43,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument(
         "--confidence", type=float, default=0.95, help="confidence level of the intervals"
     )
-    p.add_argument("--json", help="write the comparison")
+    p.add_argument("--json", help="file of the comparison")
     return p
 
 

@@ -65,10 +65,11 @@ Row = tuple[str, BenchResult]
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = parser("hdrq demo", "Calibrate, merge, export and measure three domains of digits.")
-    p.add_argument("--out", type=Path, default=Path("hdrq-demo"), help="everything stays here")
+    text = "Calibrate, merge, export and measure three domains of digits."
+    p = parser("hdrq demo", text, "hdrq demo --quick --out hdrq-demo")
+    p.add_argument("--out", type=Path, default=Path("hdrq-demo"), help="folder of all results")
     p.add_argument("--quick", action="store_true", help="two bit-widths, fewer iterations")
-    p.add_argument("--seed", type=seed_number, default=0)
+    p.add_argument("--seed", type=seed_number, default=0, help="seed of all random numbers")
     return p
 
 

@@ -20,6 +20,7 @@ def arguments() -> argparse.ArgumentParser:
     p = parser(
         "hdrq doctor",
         "Show what this machine can build and run, and which --engine to take. Nothing is built.",
+        "hdrq doctor",
     )
     p.add_argument("--json", action="store_true", help="print it as JSON")
     p.add_argument(

@@ -13,6 +13,10 @@ with importing("hdrq emit"):
 
 __all__ = ["arguments", "main"]
 
+_EXAMPLE = """\
+hdrq emit triton engine --max-batch 8 -o models
+hdrq emit ros2 engine --topic /camera/image_raw -o launch"""
+
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
@@ -20,8 +24,9 @@ def arguments() -> argparse.ArgumentParser:
         "hdrq emit",
         "Write what a server needs to run an engine: a Triton model repository, a DeepStream "
         "nvinfer configuration, or ROS 2 launch and parameter files.",
+        _EXAMPLE,
     )
-    p.add_argument("target", choices=TARGETS)
+    p.add_argument("target", choices=TARGETS, help="what the files are for")
     p.add_argument("engine", help="engine folder from hdrq-export")
     p.add_argument("-o", "--output", required=True, help="folder to write")
     p.add_argument("--name", help="name of the model or node (default: the engine folder's name)")

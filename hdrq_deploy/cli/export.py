@@ -28,40 +28,69 @@ with importing("hdrq-export"):
 __all__ = ["arguments", "main", "show"]
 
 
+_EXAMPLE = """\
+hdrq-export merged.hdrq --engine ort -o engine
+hdrq-export merged.hdrq --engine trt-rtx --verify -o engine-rtx"""
+
+
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = parser("hdrq-export", "Lower a bundle for an engine and show what the engine executes.")
-    p.add_argument("bundle", help="calibrated or merged bundle")
-    p.add_argument(
+    text = "Lower a bundle for an engine and show what the engine executes."
+    p = parser("hdrq-export", text, _EXAMPLE)
+    main_flags = p.add_argument_group("bundle and engine")
+    main_flags.add_argument("bundle", help="calibrated or merged bundle")
+    main_flags.add_argument(
         "--engine",
         default="ort",
         choices=(*ENGINES, AUTO),
         help="auto builds all that run on this machine, measures them and keeps the fastest",
     )
-    p.add_argument(
-        "--threads", type=int, default=0, help="of every engine that auto measures; 0: one per core"
+    main_flags.add_argument("-o", "--output", required=True, help="engine folder")
+    main_flags.add_argument(
+        "--verify", action="store_true", help="then run hdrq-verify on the bundle's golden inputs"
     )
-    p.add_argument("-o", "--output", required=True, help="engine folder")
-    p.add_argument(
+    main_flags.add_argument(
+        "--layers", action="store_true", help="print every layer, not only those in float"
+    )
+    main_flags.add_argument("--force", action="store_true", help="build again what is up to date")
+    main_flags.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        help="threads of every engine that --engine auto measures; 0: one per core",
+    )
+    _input_flags(p.add_argument_group("the engine's input and output"))
+    _graph_flags(p.rarely_used("precision"))
+    _build_flags(p.rarely_used("TensorRT", "The names are those of trtexec."))
+    return p
+
+
+def _input_flags(g: argparse._ArgumentGroup) -> None:
+    g.add_argument(
+        "--fold-preprocess",
+        action="store_true",
+        help="the engine takes uint8 frames (N, H, W, C) and normalises them itself",
+    )
+    g.add_argument(
+        "--postprocess",
+        default="none",
+        choices=("none", "softmax", "argmax"),
+        help="what the engine does with the scores",
+    )
+    g.add_argument("--batch", type=int, help="fixed batch size (default: any)")
+    g.add_argument("--dynamic-size", action="store_true", help="leave height and width free")
+    g.add_argument("--input-name", help="name of the engine's input (default: the bundle's)")
+    g.add_argument("--output-name", help="name of the engine's output (default: the bundle's)")
+
+
+def _graph_flags(g: argparse._ArgumentGroup) -> None:
+    g.add_argument(
         "--allow-float",
         action="append",
         default=[],
         metavar="PATTERN",
         help="module paths that may run in float although INT8 was requested",
     )
-    p.add_argument(
-        "--layers", action="store_true", help="print every layer, not only those in float"
-    )
-    p.add_argument("--force", action="store_true", help="build again what is up to date")
-    p.add_argument(
-        "--verify", action="store_true", help="then run hdrq-verify on the bundle's golden inputs"
-    )
-    _graph_flags(p.add_argument_group("graph"))
-    _build_flags(p.add_argument_group("TensorRT", "as in trtexec"))
-    return p
-
-
-def _graph_flags(g: argparse._ArgumentGroup) -> None:
     g.add_argument(
         "--compute",
         default="fp16",
@@ -95,21 +124,6 @@ def _graph_flags(g: argparse._ArgumentGroup) -> None:
         help="ort: codes of non-negative tensors end at 127, bit for bit as calibrated; without "
         "it they go on to 255, which is a little faster",
     )
-    g.add_argument("--batch", type=int, help="fix the batch")
-    g.add_argument("--dynamic-size", action="store_true", help="leave height and width free")
-    g.add_argument("--input-name", help="name of the engine's input")
-    g.add_argument("--output-name", help="name of the engine's output")
-    g.add_argument(
-        "--fold-preprocess",
-        action="store_true",
-        help="the engine takes uint8 frames (N, H, W, C) and normalises them itself",
-    )
-    g.add_argument(
-        "--postprocess",
-        default="none",
-        choices=("none", "softmax", "argmax"),
-        help="what the engine does with the scores",
-    )
 
 
 def _build_flags(b: argparse._ArgumentGroup) -> None:
@@ -129,13 +143,20 @@ def _build_flags(b: argparse._ArgumentGroup) -> None:
             metavar="NAME:1x3x224x224",
             help=f"{side} shape of the profile; wins over --batches",
         )
-    b.add_argument("--workspace", type=int, metavar="MIB", help="memory limit of a tactic")
-    b.add_argument("--opt-level", type=int, help="builder optimization level, 0 to 5")
-    b.add_argument("--timing-cache", metavar="FILE", help="read and written back")
-    b.add_argument("--refit", action="store_true", help="weights can be replaced later")
-    b.add_argument("--strip-weights", action="store_true", help="a plan without its weights")
     b.add_argument(
-        "--hardware-compatibility", default="none", choices=("none", "ampere+", "same-cc")
+        "--workspace", type=int, metavar="MIB", help="memory limit of a tactic (default: none)"
+    )
+    b.add_argument(
+        "--opt-level", type=int, help="builder optimization level, 0 to 5 (default: TensorRT's)"
+    )
+    b.add_argument("--timing-cache", metavar="FILE", help="file that is read and written back")
+    b.add_argument("--refit", action="store_true", help="weights can be replaced later")
+    b.add_argument("--strip-weights", action="store_true", help="make a plan without its weights")
+    b.add_argument(
+        "--hardware-compatibility",
+        default="none",
+        choices=("none", "ampere+", "same-cc"),
+        help="other GPUs that the plan runs on",
     )
     b.add_argument("--dla-core", type=int, help="run on this DLA core where it can")
     b.add_argument(

@@ -25,16 +25,15 @@ _TEXT = (
     "Write a commented run file for hdrq run, after loading every checkpoint into the model and "
     "running it on a few images of each domain."
 )
-_EPILOG = (
-    "example: hdrq init --from timm:resnet18 --source source.safetensors "
-    "--domain night=night.safetensors:images/night:test/night "
-    "day=day.safetensors:images/day:test/day"
-)
+_EXAMPLE = """\
+hdrq init --from timm:resnet18 --source source.safetensors \\
+  --domain night=night.safetensors:images/night:test/night \\
+  day=day.safetensors:images/day:test/day"""
 
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = parser("hdrq init", _TEXT, _EPILOG)
+    p = parser("hdrq init", _TEXT, _EXAMPLE)
     p.add_argument(
         "--from",
         dest="model",

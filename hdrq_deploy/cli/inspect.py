@@ -21,8 +21,8 @@ __all__ = ["arguments", "main"]
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = parser("hdrq inspect", "Validate a bundle and show it.")
-    p.add_argument("bundle")
+    p = parser("hdrq inspect", "Validate a bundle and show it.", "hdrq inspect merged.hdrq")
+    p.add_argument("bundle", help="calibrated or merged bundle")
     p.add_argument("--json", action="store_true", help="print the manifest and layers as JSON")
     return p
 

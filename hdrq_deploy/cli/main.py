@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from .start import Parser, importing, run
 
 with importing("hdrq"):
-    import argparse
     import importlib.metadata
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "arguments", "main"]
 
 COMMANDS = {
     "init": "write a starter run file after a look at checkpoints and images",
@@ -49,17 +48,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run("hdrq", lambda: _help(given))
 
 
-def _help(given: Sequence[str]) -> int:
-    """Say what there is; anything else is refused."""
+def arguments() -> Parser:
+    """The flags of ``hdrq`` without a command."""
     listing = "\n".join(f"  {name:<13}{text}" for name, text in COMMANDS.items())
     parser = Parser(
         prog="hdrq",
         description="Merge-friendly quantization, from PyTorch to edge engines.",
-        epilog=f"commands:\n{listing}\n\n'hdrq COMMAND --help' shows a command's flags.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"commands:\n{listing}\n\n'hdrq COMMAND -h' shows the flags of a command that most "
+        "calls need, 'hdrq COMMAND --help' all of them.",
     )
     version = importlib.metadata.version("hdrq-deploy")
-    parser.add_argument("--version", action="version", version=f"hdrq {version}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
-    parser.parse_args(given[:1])
+    parser.about.add_argument(
+        "--version", action="version", version=f"hdrq {version}", help="show the version"
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    return parser
+
+
+def _help(given: Sequence[str]) -> int:
+    """Say what there is; anything else is refused."""
+    arguments().parse_args(given[:1])
     return 0

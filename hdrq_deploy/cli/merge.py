@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -26,6 +27,7 @@ with importing("hdrq-merge"):
         Merger,
         check_different,
         choose_weights,
+        merge,
         merge_checkpoints,
         re_estimate,
     )
@@ -34,20 +36,21 @@ with importing("hdrq-merge"):
     from ..merging.ways import way_of
     from ..merging.weight_search import ChosenWeights
     from .common import named, parser, paths_of, progress_bar, seed_number
+    from .help_format import shown
 
 __all__ = ["arguments", "main"]
 
-_TEXT = (
-    "Merge calibrated bundles, or float checkpoints. A merge needs neither torch nor data; images "
-    "without labels can choose the merge weights (--data) and new statistics (--re-estimate)."
-)
-_EPILOG = """\
-two checkpoints instead of bundles (.safetensors; .pt where torch is installed) are merged in float,
-and written in the dtype that they have (in float32 where they differ):
-  hdrq-merge night.safetensors day.safetensors --method mean -o merged.safetensors
-  hdrq-merge night.safetensors day.safetensors --method regression \\
-      --statistics night-seen.safetensors day-seen.safetensors -o merged.safetensors
-"""
+_TEXT = """\
+Merge calibrated bundles, or float checkpoints. A merge needs neither torch nor data; images without
+labels can choose the merge weights (--data) and new statistics (--re-estimate).
+
+Two or more checkpoints instead of bundles (.safetensors; .pt where torch is installed) are merged
+in float, and written in the dtype that they have (in float32 where they differ)."""
+_EXAMPLE = """\
+hdrq-merge night.hdrq day.hdrq --weights 0.5 0.5 -o merged.hdrq
+hdrq-merge night.safetensors day.safetensors --method mean -o merged.safetensors
+hdrq-merge night.safetensors day.safetensors --method regression \\
+  --statistics night-seen.safetensors day-seen.safetensors -o merged.safetensors"""
 # Flags of one kind of merge: what is given, and ignored, would be taken for what was done.
 _OF_BUNDLES = (
     "data",
@@ -58,69 +61,28 @@ _OF_BUNDLES = (
     "wbits",
     "activation_scales",
 )
+# What a merge does where a flag is not given.
+_MERGE = {
+    name: parameter.default for name, parameter in inspect.signature(merge).parameters.items()
+}
 _METHOD_OPTIONS = tuple(option.name for option in fields(MethodOptions))
 _OF_CHECKPOINTS = ("base", "statistics")
 
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = parser("hdrq-merge", _TEXT, _EPILOG)
-    p.add_argument("bundles", nargs="+", help="two or more bundles of one model and source")
-    p.add_argument(
-        "--weights",
-        nargs="+",
-        help="one per bundle, sum 1 (equal); auto chooses them from --data without labels",
-    )
-    p.add_argument(
-        "--method",
-        choices=METHODS,
-        help=f"how parameters are merged; {_summaries(METHODS)} (regression where all bundles hold "
-        "statistics, else mean)",
-    )
+    p = parser("hdrq-merge", _TEXT, _EXAMPLE)
+    _merge_flags(p.add_argument_group("bundles or checkpoints"))
+    _image_flags(p.add_argument_group("unlabelled images that help a merge of bundles"))
+    _bundle_flags(p.rarely_used("more about merges of bundles"))
+    numbers = p.rarely_used("numbers that some methods read")
     for option in fields(MethodOptions):
-        text = f"{option.metadata['help']} ({option.default})"
-        p.add_argument(f"--{option.name}", type=float, help=text)
-    p.add_argument(
-        "--rounding",
-        choices=ROUNDINGS,
-        help=f"how merged codes are rounded; {_summaries(ROUNDINGS)} (compensated with "
-        "regression, advanced with the mean of two, else nearest)",
-    )
-    p.add_argument(
-        "--wbits",
-        type=int,
-        help="weight bits of the merge, 2 to 8, from parents of more; first and last layers keep 8",
-    )
-    p.add_argument(
-        "--activation-scales",
-        choices=ACTIVATION_SCALES,
-        help=f"scales of merged activations; {_summaries(ACTIVATION_SCALES)} (mean)",
-    )
-    p.add_argument("--candidates", type=int, help="draws of advanced rounding (100)")
-    p.add_argument("--seed", type=seed_number, default=0)
-    p.add_argument(
-        "--data", nargs="+", default=[], metavar="NAME=PATH", help="images for --weights auto"
-    )
-    p.add_argument(
-        "--criterion",
-        choices=CRITERIA,
-        help=f"what --weights auto looks for; {_summaries(CRITERIA)} (agreement where the names in "
-        "--data are the bundles' domains, else information)",
-    )
-    p.add_argument(
-        "--re-estimate",
-        nargs="+",
-        default=[],
-        metavar="NAME=PATH",
-        help="unlabelled images for BatchNorm moments and activation scales of the merge "
-        "(bundles of --fold steps)",
-    )
-    p.add_argument("--images", type=int, default=256, help="images per domain for --weights auto")
-    p.add_argument(
-        "--re-estimate-images", type=int, default=64, help="images per domain for --re-estimate"
-    )
-    p.add_argument("-o", "--output", required=True, help="bundle folder, or .safetensors file")
-    floats = p.add_argument_group("checkpoints", "float merging of .safetensors or torch files")
+        numbers.add_argument(
+            f"--{option.name}",
+            type=float,
+            help=f"{option.metadata['help']} (default: {shown(option.default)})",
+        )
+    floats = p.rarely_used("checkpoints", "Float merging of .safetensors or torch files.")
     needing = [name for name, method in METHODS.items() if method.needs_base]
     floats.add_argument("--base", help=f"source checkpoint of {' and '.join(needing)}")
     floats.add_argument(
@@ -130,6 +92,74 @@ def arguments() -> argparse.ArgumentParser:
         help="files of hdrq statistics for --method regression, one per checkpoint",
     )
     return p
+
+
+def _merge_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("bundles", nargs="+", help="two or more bundles of one model and source")
+    group.add_argument(
+        "--weights",
+        nargs="+",
+        help="one per bundle, sum 1; auto chooses them from --data without labels "
+        "(default: equal weights)",
+    )
+    group.add_argument(
+        "--method",
+        choices=METHODS,
+        help=f"how parameters are merged; {_summaries(METHODS)} (default: regression where all "
+        "bundles hold statistics, else mean)",
+    )
+    group.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        help=f"how merged codes are rounded; {_summaries(ROUNDINGS)} (default: compensated with "
+        "regression, advanced with the mean of two, else nearest)",
+    )
+    group.add_argument("-o", "--output", required=True, help="bundle folder, or .safetensors file")
+
+
+def _image_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--data", nargs="+", default=[], metavar="NAME=PATH", help="images for --weights auto"
+    )
+    group.add_argument("--images", type=int, default=256, help="images per domain for --data")
+    group.add_argument(
+        "--re-estimate",
+        nargs="+",
+        default=[],
+        metavar="NAME=PATH",
+        help="images for BatchNorm moments and activation scales of the merge "
+        "(bundles of --fold steps)",
+    )
+    group.add_argument(
+        "--re-estimate-images", type=int, default=64, help="images per domain for --re-estimate"
+    )
+
+
+def _bundle_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--criterion",
+        choices=CRITERIA,
+        help=f"what --weights auto looks for; {_summaries(CRITERIA)} (default: agreement where "
+        "the names in --data are the bundles' domains, else information)",
+    )
+    group.add_argument(
+        "--wbits",
+        type=int,
+        help="weight bits of the merge, 2 to 8, from parents of more; first and last layers keep 8 "
+        "(default: the parents' bits)",
+    )
+    group.add_argument(
+        "--activation-scales",
+        choices=ACTIVATION_SCALES,
+        help=f"scales of merged activations; {_summaries(ACTIVATION_SCALES)} "
+        f"(default: {_MERGE['activation_scales']})",
+    )
+    group.add_argument(
+        "--candidates",
+        type=int,
+        help=f"draws of advanced rounding (default: {_MERGE['candidates']})",
+    )
+    group.add_argument("--seed", type=seed_number, default=0, help="seed of all random numbers")
 
 
 def _summaries(table: Mapping[str, Any]) -> str:
@@ -193,12 +223,12 @@ def _merger(args: argparse.Namespace) -> Merger:
     return Merger(
         parents,
         rounding,
-        100 if args.candidates is None else args.candidates,
+        _MERGE["candidates"] if args.candidates is None else args.candidates,
         args.seed,
         method,
         _method_options(args, method),
         wbits=args.wbits,
-        activation_scales=args.activation_scales or "mean",
+        activation_scales=args.activation_scales or _MERGE["activation_scales"],
     )
 
 

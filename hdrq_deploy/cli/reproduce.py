@@ -62,63 +62,30 @@ __all__ = ["arguments", "main"]
 _OF_THE_PAPER = ("office-home", "segmentation")
 # Protocols that label pixels.
 _SCENES = ("segmentation", "camvid")
-_EPILOG = """\
-Every cell is a bundle in OUT/cells and its figures in OUT/rows; the same command goes on where it
+_TEXT = """\
+Run a protocol and print its table.
+
+Every cell is a bundle in OUT/cells and its figures in OUT/rows; the same command resumes where it
 was stopped. --made runs on digits (office-home) or drawn streets (segmentation), with nothing to
 download. pacs and camvid take the data sets as they are distributed, and train a source model and
-one of each domain into OUT/checkpoints first.
-"""
+one of each domain into OUT/checkpoints first."""
+_EXAMPLE = """\
+hdrq reproduce office-home --made --out made
+hdrq reproduce pacs --data pacs --weights lite0.safetensors --bits w4a8 --out pacs-run"""
 
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = parser("hdrq reproduce", "Run a protocol and print its table.", _EPILOG)
-    p.add_argument("protocol", choices=(*_OF_THE_PAPER, *PROTOCOLS))
-    p.add_argument("--made", action="store_true", help="on the data that the project makes")
-    p.add_argument("--data", type=Path, help="folder of the data set(s)")
-    p.add_argument("--checkpoints", type=Path, help="folder of source and adapted checkpoints")
-    own = ", ".join(f"{protocol.source} of {name}" for name, protocol in PROTOCOLS.items())
-    p.add_argument("--source", help=f"source domain (Real World of Office-Home, {own})")
-    p.add_argument("--targets", nargs="+", default=[], help="target domains (all there are)")
-    p.add_argument("--weights", type=Path, help="ImageNet weights of lite0 (pacs, camvid)")
-    p.add_argument(
-        "--adaptation",
-        choices=ADAPTATIONS,
-        help=f"of pacs and camvid: with labels or, as hdrq adapt, without ({ADAPTATIONS[0]})",
+    p = parser("hdrq reproduce", _TEXT, _EXAMPLE)
+    _input_flags(p.add_argument_group("protocol, data and output"))
+    _cell_flags(p.add_argument_group("cells"))
+    where = p.add_argument_group("where it runs")
+    where.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="where torch computes"
     )
-    p.add_argument(
-        "--prepare", action="store_true", help="of pacs and camvid: stop behind the checkpoints"
-    )
-    networks = [name for protocol in PROTOCOLS.values() for name in protocol.networks]
-    own_forms = {
-        f"{name} of {protocol}": network.form
-        for protocol, row in PROTOCOLS.items()
-        for name, network in row.networks.items()
-    }
-    forms = "; ".join(f"{name}: {form}" for name, form in {**HRDA, **own_forms}.items())
-    which = p.add_mutually_exclusive_group()
-    which.add_argument(
-        "--model",
-        choices=tuple(dict.fromkeys((*HRDA, *networks))),
-        help=f"network ({forms}; default: the protocol's first)",
-    )
-    which.add_argument(
-        "--backbone",
-        choices=("resnet101", "mit_b5"),
-        help="the same by encoder: hrda_resnet101, hrda_mit_b5",
-    )
-    grid = p.add_argument_group("cells")
-    grid.add_argument("--methods", nargs="+", default=["brecq", "qdrop", "hdrq"])
-    grid.add_argument("--bits", nargs="+", default=list(BITS), metavar="wXaY")
-    grid.add_argument(
-        "--settings", nargs="+", choices=SETTINGS, help="paper (ours for pacs and camvid)"
-    )
-    grid.add_argument(
-        "--seeds", type=seed_number, nargs="+", default=[0, 1], help="calibration seeds"
-    )
-    grid.add_argument("--rounding-seeds", type=int, default=4, help="draws of every merge")
-    grid.add_argument("--pairs", action="store_true", help="merge every pair of domains too")
-    knobs = p.add_argument_group("learning", "defaults are the protocol's own")
+    where_flags(where)
+    _network_flags(p.rarely_used("network and adaptation"))
+    knobs = p.rarely_used("learning", "The protocols have defaults of their own.")
     knobs.add_argument(
         "--tune",
         nargs="*",
@@ -129,19 +96,85 @@ def arguments() -> argparse.ArgumentParser:
     knobs.add_argument("--iters", type=int, help="iterations a block")
     knobs.add_argument("--batch", type=int, help="images per iteration")
     knobs.add_argument("--images", type=int, help="calibration images of each domain")
-    where = p.add_argument_group("where it runs")
-    where.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    where_flags(where)
-    where.add_argument(
+    return p
+
+
+def _input_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "protocol", choices=(*_OF_THE_PAPER, *PROTOCOLS), help="data sets, networks and domains"
+    )
+    group.add_argument("--made", action="store_true", help="on the data that the project makes")
+    group.add_argument("--data", type=Path, help="folder of the data set(s)")
+    group.add_argument("--checkpoints", type=Path, help="folder of source and adapted checkpoints")
+    group.add_argument(
+        "--out", type=Path, required=True, help="folder of cells, rows, table.md, results.json"
+    )
+    group.add_argument(
         "--table", action="store_true", help="print the table of finished cells; run nothing"
     )
-    p.add_argument(
+    group.add_argument(
         "--draw",
         metavar="wXaY",
         help="pictures of two scenes a domain: image, labels, float merged, merged at these bits",
     )
-    p.add_argument("--out", type=Path, required=True, help="cells, rows, table.md, results.json")
-    return p
+
+
+def _cell_flags(grid: argparse._ArgumentGroup) -> None:
+    grid.add_argument(
+        "--methods",
+        nargs="+",
+        default=["brecq", "qdrop", "hdrq"],
+        help="calibration methods of hdrq-calibrate",
+    )
+    grid.add_argument(
+        "--bits", nargs="+", default=list(BITS), metavar="wXaY", help="bits of weights, activations"
+    )
+    grid.add_argument(
+        "--settings",
+        nargs="+",
+        choices=SETTINGS,
+        help="presets of hdrq-calibrate (default: paper; pacs and camvid: ours)",
+    )
+    grid.add_argument(
+        "--seeds", type=seed_number, nargs="+", default=[0, 1], help="calibration seeds"
+    )
+    grid.add_argument("--rounding-seeds", type=int, default=4, help="draws of every merge")
+    grid.add_argument("--pairs", action="store_true", help="merge every pair of domains too")
+
+
+def _network_flags(group: argparse._ArgumentGroup) -> None:
+    own = ", ".join(f"{name}: {protocol.source}" for name, protocol in PROTOCOLS.items())
+    group.add_argument("--source", help=f"source domain (default: office-home: Real World, {own})")
+    group.add_argument(
+        "--targets", nargs="+", default=[], help="target domains (default: all there are)"
+    )
+    group.add_argument("--weights", type=Path, help="ImageNet weights of lite0 (pacs, camvid)")
+    group.add_argument(
+        "--adaptation",
+        choices=ADAPTATIONS,
+        help=f"pacs and camvid: with labels or, as hdrq adapt, without (default: {ADAPTATIONS[0]})",
+    )
+    group.add_argument(
+        "--prepare", action="store_true", help="pacs and camvid: stop after the checkpoints"
+    )
+    networks = [name for protocol in PROTOCOLS.values() for name in protocol.networks]
+    own_forms = {
+        f"{name} of {protocol}": network.form
+        for protocol, row in PROTOCOLS.items()
+        for name, network in row.networks.items()
+    }
+    forms = "; ".join(f"{name}: {form}" for name, form in {**HRDA, **own_forms}.items())
+    which = group.add_mutually_exclusive_group()
+    which.add_argument(
+        "--model",
+        choices=tuple(dict.fromkeys((*HRDA, *networks))),
+        help=f"network ({forms}; default: the protocol's first)",
+    )
+    which.add_argument(
+        "--backbone",
+        choices=("resnet101", "mit_b5"),
+        help="the same by encoder: hrda_resnet101, hrda_mit_b5",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

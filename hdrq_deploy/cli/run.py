@@ -28,13 +28,18 @@ _TEXT = (
     "Adapt, calibrate, merge, export and measure what a run file asks for. Only what is missing "
     "or stale is made: where a checkpoint, images, options, a library or this package changed."
 )
+_EXAMPLE = """\
+hdrq run hdrq.yaml --dry-run
+hdrq run hdrq.yaml --workers 2"""
 
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = parser("hdrq run", _TEXT, "example: hdrq run hdrq.yaml --workers 2")
+    p = parser("hdrq run", _TEXT, _EXAMPLE)
     p.add_argument("file", nargs="?", default="hdrq.yaml", help="run file, YAML or JSON")
-    p.add_argument("--out", type=Path, help="folder of all results (NAME-run beside the file)")
+    p.add_argument(
+        "--out", type=Path, help="folder of all results (default: NAME-run beside the file)"
+    )
     p.add_argument(
         "--dry-run", action="store_true", help="say what would be made and why; make nothing"
     )
@@ -45,8 +50,8 @@ def arguments() -> argparse.ArgumentParser:
         metavar="STAGE",
         help=f"make these stages ({', '.join(KINDS)}) and what they read",
     )
-    where_flags(p.add_argument_group("where it runs"))
     p.add_argument("--schema", action="store_true", help="print the file's JSON schema and stop")
+    where_flags(p.add_argument_group("where it runs"))
     return p
 
 

@@ -35,28 +35,35 @@ with importing("hdrq sensitivity"):
 
 __all__ = ["arguments", "main", "show"]
 
+_EXAMPLE = """\
+hdrq sensitivity merged.hdrq --data night=test/night --max-drop 0.01 -o sensitivity"""
 _SHOWN = 20
 
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = parser("hdrq sensitivity", "Quantize every layer alone and rank the layers by the loss.")
-    p.add_argument("bundle", help="calibrated or merged bundle")
-    p.add_argument("--data", nargs="+", required=True, metavar="NAME=PATH")
-    p.add_argument(
+    text = "Quantize every layer alone and rank the layers by the loss."
+    p = parser("hdrq sensitivity", text, _EXAMPLE)
+    what = p.add_argument_group("bundle, images and output")
+    what.add_argument("bundle", help="calibrated or merged bundle")
+    what.add_argument(
+        "--data", nargs="+", required=True, metavar="NAME=PATH", help="images of each domain"
+    )
+    what.add_argument(
         "--weights",
         help="float checkpoint of the bundle (needs torch); without it only the activations of "
         "a layer are set free, its weights stay the bundle's",
     )
-    p.add_argument("--images", type=int, default=128, help="images per domain at most")
-    p.add_argument("--seed", type=seed_number, default=0, help="which images")
-    bound = p.add_mutually_exclusive_group()
+    what.add_argument("-o", "--output", help="folder for sensitivity.json and sensitivity.svg")
+    what.add_argument("--images", type=int, default=128, help="images per domain at most")
+    what.add_argument("--seed", type=seed_number, default=0, help="seed of the choice of images")
+    layers = p.add_argument_group("layers to keep in float")
+    bound = layers.add_mutually_exclusive_group()
     bound.add_argument("--keep-float", type=int, metavar="N", help="try the N worst in float")
     bound.add_argument(
         "--max-drop", type=float, help="fewest layers in float for this loss of accuracy (0 to 1)"
     )
     bound.add_argument("--min-sqnr", type=float, help="the same for this SQNR of the output, dB")
-    p.add_argument("-o", "--output", help="folder for sensitivity.json and sensitivity.svg")
     return p
 
 

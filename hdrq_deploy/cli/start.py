@@ -23,6 +23,7 @@ from ..errors import HdrqError, one_line
 from ..formats.atomic_files import environment_error
 from ..formats.notes import notes_of
 from ..jobs.waiting import shorten_idle_spinning
+from .help_format import HelpFormatter, help_text
 
 __all__ = ["Parser", "importing", "run", "shortened", "with_flags"]
 
@@ -34,19 +35,61 @@ _MOST = (1 << 31) - 1
 class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong with the flags; the usage is what --help is for.
 
-    Whole numbers are of a size that every library takes; other numbers are finite.
+    ``-h`` shows the flags that most calls need, ``--help`` all of them. Whole numbers are of a
+    size that every library takes; other numbers are finite.
+
+    Attributes:
+        about: The group of flags that say something of the command, at the end of the help.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+        super().__init__(*args, **{**options, "formatter_class": HelpFormatter, "add_help": False})
         self.register("type", int, _whole_number)
         self.register("type", float, _real_number)
+        self._positionals.title, self._optionals.title = "arguments", "options"
+        self._rarely_used: list[argparse._ArgumentGroup] = []
+        self.about = self.add_argument_group("help")
+        short, whole = "show the flags that most calls need", "show all flags"
+        self.about.add_argument("-h", action=_ShowHelp, nargs=0, whole=False, help=short)
+        self.about.add_argument("--help", action=_ShowHelp, nargs=0, whole=True, help=whole)
+
+    def rarely_used(self, title: str, description: str | None = None) -> argparse._ArgumentGroup:
+        """A group of flags that ``-h`` leaves out."""
+        group = self.add_argument_group(title, description)
+        self._rarely_used.append(group)
+        return group
+
+    def format_help(self) -> str:
+        """The whole help, as ``--help`` shows it."""
+        return help_text(self, self.about)
+
+    def short_help(self) -> str:
+        """The help without the groups of :meth:`rarely_used`, as ``-h`` shows it."""
+        return help_text(self, self.about, self._rarely_used)
 
     def error(self, message: str) -> NoReturn:
         """Print the line and leave with exit code 2."""
         line = " ".join(message.split())
         line = line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
         self.exit(2, f"{self.prog}: {line}; '{self.prog} --help' shows the flags\n")
+
+
+class _ShowHelp(argparse.Action):
+    """Prints the help, short or whole, and ends the command."""
+
+    def __init__(self, *args: Any, whole: bool, **options: Any) -> None:
+        # One dest, as the action of argparse has it; nothing is stored.
+        options.update(dest="help", default=argparse.SUPPRESS)
+        super().__init__(*args, **options)
+        self._whole = whole
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        """Print and leave with exit code 0."""
+        if isinstance(parser, Parser) and not self._whole:
+            print(parser.short_help(), end="")
+        else:
+            print(parser.format_help(), end="")
+        parser.exit()
 
 
 class _Stopped(KeyboardInterrupt):

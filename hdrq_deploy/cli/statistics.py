@@ -15,42 +15,48 @@ with importing("hdrq statistics"):
 
 __all__ = ["arguments", "main"]
 
-_EPILOG = """\
-a merge by regression reads one file for every checkpoint:
-  hdrq statistics --model shop.models:resnet18 --weights night.safetensors --data images/night \\
-                  -o night.statistics.safetensors
-  hdrq-merge night.safetensors day.safetensors --method regression \\
-             --statistics night.statistics.safetensors day.statistics.safetensors \\
-             -o merged.safetensors
-"""
+_TEXT = (
+    "Run images through a float checkpoint and keep mean and covariance of every layer's inputs, "
+    "for merges of checkpoints by regression, which read one file for every checkpoint. Bundles "
+    "hold theirs already."
+)
+_EXAMPLE = """\
+hdrq statistics --model shop.models:resnet18 --weights night.safetensors --data images/night \\
+  -o night.statistics.safetensors
+hdrq-merge night.safetensors day.safetensors --method regression \\
+  --statistics night.statistics.safetensors day.statistics.safetensors -o merged.safetensors"""
 
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = parser(
-        "hdrq statistics",
-        "Run images through a float checkpoint and keep mean and covariance of every layer's "
-        "inputs, for merges of checkpoints by regression. Bundles hold theirs already.",
-        _EPILOG,
+    p = parser("hdrq statistics", _TEXT, _EXAMPLE)
+    what = p.add_argument_group("model, images and output")
+    what.add_argument(
+        "--model", required=True, help="PKG.MOD:FACTORY, {timm,torchvision,transformers}:NAME"
     )
-    p.add_argument("--model", required=True, help="PKG.MOD:FACTORY, {timm,torchvision,...}:NAME")
-    p.add_argument("--weights", required=True, help="checkpoint (.safetensors, .pt)")
-    p.add_argument("--data", required=True, help="image folder, street scenes or .npz")
-    p.add_argument(
+    what.add_argument("--weights", required=True, help="checkpoint (.safetensors, .pt)")
+    what.add_argument("--data", required=True, help="image folder, street scenes or .npz")
+    what.add_argument("--images", type=int, default=1024, help="largest number of images")
+    what.add_argument("-o", "--output", required=True, help="file to write (.safetensors)")
+    run_flags = p.add_argument_group("the run")
+    run_flags.add_argument(
         "--rank",
         type=rank_or_word,
         metavar="RANK|full",
         help="eigenvectors kept of every covariance (default: as many as take no more room than "
         "the weights would at 8 bits)",
     )
-    p.add_argument("--images", type=int, default=1024, help="largest number of images")
-    image_flags(p)
-    p.add_argument(
+    run_flags.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="where torch computes"
+    )
+    run_flags.add_argument(
+        "--seed", type=seed_number, default=0, help="seed of the rows that are read"
+    )
+    images = p.rarely_used("images")
+    image_flags(images)
+    images.add_argument(
         "--skip-corrupt", action="store_true", help="leave out images that cannot be decoded"
     )
-    p.add_argument("--seed", type=seed_number, default=0, help="seed of the rows that are read")
-    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    p.add_argument("-o", "--output", required=True, help="file to write (.safetensors)")
     return p
 
 

@@ -16,12 +16,16 @@ with importing("hdrq status"):
 
 __all__ = ["arguments", "main"]
 
+_EXAMPLE = "hdrq status hdrq.yaml"
+
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = parser("hdrq status", "Show all stages of a run file, and why one is stale.")
+    p = parser("hdrq status", "Show all stages of a run file, and why one is stale.", _EXAMPLE)
     p.add_argument("file", nargs="?", default="hdrq.yaml", help="run file, YAML or JSON")
-    p.add_argument("--out", type=Path, help="folder of all results (NAME-run beside the file)")
+    p.add_argument(
+        "--out", type=Path, help="folder of all results (default: NAME-run beside the file)"
+    )
     return p
 
 

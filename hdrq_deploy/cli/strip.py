@@ -21,8 +21,9 @@ def arguments() -> argparse.ArgumentParser:
         "hdrq strip",
         "Remove the statistics of the layers' inputs from a bundle. Engines, weights and identity "
         "stay as they are; later merges of it average.",
+        "hdrq strip merged.hdrq -o small.hdrq",
     )
-    p.add_argument("bundle")
+    p.add_argument("bundle", help="calibrated or merged bundle")
     p.add_argument("-o", "--output", help="write a copy without statistics, and leave the bundle")
     return p
 

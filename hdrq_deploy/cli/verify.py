@@ -18,32 +18,54 @@ with importing("hdrq-verify"):
     from ..checks.verification import Verification, verify
     from ..formats.atomic_files import check_output, check_scratch, write_bytes
     from ..formats.file_kinds import VERIFY_JSON
+    from ..formats.records import Tolerances
     from .common import named, parser, paths_of
+    from .help_format import shown
 
 __all__ = ["arguments", "main", "show"]
+
+_TEXT = (
+    "Compare PyTorch, the bundle, the lowered graph and the engine on the same images: those of "
+    "--data, or the few golden inputs that bundle and engine carry. The exit code is 3 where they "
+    "differ by more than the tolerances."
+)
+_EXAMPLE = """\
+hdrq-verify merged.hdrq engine --data night=test/night
+hdrq-verify engine"""
 
 
 def arguments() -> argparse.ArgumentParser:
     """The command's flags."""
-    p = parser(
-        "hdrq-verify",
-        "Compare PyTorch, the bundle, the lowered graph and the engine on the same images: "
-        "those of --data, or the few golden inputs that bundle and engine carry.",
-    )
+    p = parser("hdrq-verify", _TEXT, _EXAMPLE)
+    tolerances = Tolerances()
     p.add_argument("bundle", help="bundle; or an engine folder alone, checked on its golden inputs")
     p.add_argument("engine", nargs="?", help="engine folder made of the bundle")
-    p.add_argument("--data", nargs="+", default=[], metavar="NAME=PATH")
-    p.add_argument("--images", type=int, default=512, help="images of each --data at most")
+    p.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="NAME=PATH",
+        help="images of each domain (default: the golden inputs)",
+    )
+    p.add_argument(
+        "--images", type=int, default=512, help="largest number of images of each --data"
+    )
     torch = p.add_mutually_exclusive_group()
     torch.add_argument("--torch", action="store_true", help="PyTorch must be compared too")
     torch.add_argument("--no-torch", action="store_true", help="leave PyTorch out")
     p.add_argument(
-        "--max-flips", type=float, help="share of decisions that may differ (manifest: 0.02)"
+        "--max-flips",
+        type=float,
+        help="share of decisions that may differ (default: the manifest's, usually "
+        f"{shown(tolerances.decision_flips)})",
     )
     p.add_argument(
-        "--max-rms", type=float, help="relative RMS that outputs may be apart (manifest: 0.05)"
+        "--max-rms",
+        type=float,
+        help="relative RMS of the outputs' difference that is accepted (default: the manifest's, "
+        f"usually {shown(tolerances.output_rms)})",
     )
-    p.add_argument("--json", help="write all that was found, tensor by tensor")
+    p.add_argument("--json", help="file of all that was found, tensor by tensor")
     return p
 
 
