@@ -11,6 +11,8 @@ from .start import Parser, importing, run
 with importing("hdrq"):
     import importlib.metadata
 
+    from .completion import SHELLS, InstallCompletion, PrintCompletion
+
 __all__ = ["COMMANDS", "arguments", "main"]
 
 COMMANDS = {
@@ -61,11 +63,28 @@ def arguments() -> Parser:
     parser.about.add_argument(
         "--version", action="version", version=f"hdrq {version}", help="show the version"
     )
+    completion = parser.add_argument_group("shell completion")
+    completion.add_argument(
+        "--install-completion",
+        action=InstallCompletion,
+        commands=COMMANDS,
+        nargs="?",
+        metavar="SHELL",
+        help=f"write the scripts for {' or '.join(SHELLS)} (default: the shell of $SHELL)",
+    )
+    completion.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        commands=COMMANDS,
+        metavar="SHELL",
+        help="print them, for a place of your own",
+    )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     return parser
 
 
 def _help(given: Sequence[str]) -> int:
     """Say what there is; anything else is refused."""
-    arguments().parse_args(given[:1])
+    flags = bool(given) and given[0].startswith("-")
+    arguments().parse_args(given if flags else given[:1])
     return 0

@@ -30,6 +30,8 @@ __all__ = [
     "CELL_ROW",
     "CHECKPOINT_STATISTICS",
     "COMPARE_JSON",
+    "COMPLETION",
+    "COMPLETION_MARK",
     "DEMO_COMMANDS",
     "DEMO_HTML",
     "DEMO_JSON",
@@ -61,6 +63,7 @@ __all__ = [
 ]
 
 _HEAD = 4096
+COMPLETION_MARK = "# hdrq-deploy: written by hdrq --install-completion"
 PICTURE_MARK = ("Software", "hdrq-deploy")
 RUNTIME_CACHE_MARK = b"hdrq-deploy: runtime cache of TensorRT-RTX\n"
 
@@ -214,6 +217,9 @@ RUN_RESULTS = _json_kind("hdrq-run-results", "results of hdrq run")
 RUN_LEDGER = _json_kind("hdrq-run-outputs", "record of hdrq run")
 RUN_HTML = _html_kind("hdrq run")
 RUN_FILE = _text_kind(r"# The resolved file of hdrq run\.[^\n]*\n", "resolved file of hdrq run")
+COMPLETION = _text_kind(
+    rf"(#compdef [^\n]*\n)?{re.escape(COMPLETION_MARK)}\n", "completion script of ours"
+)
 PICTURE = FileKind("picture of ours", _is_picture)
 TIMING_CACHE = FileKind("timing cache of TensorRT", _is_timing_cache)
 RUNTIME_CACHE = FileKind(
