@@ -19,8 +19,9 @@ with importing("hdrq-bench"):
     from ..formats.atomic_files import check_container, check_outputs, check_scratch, write_bytes
     from ..formats.bench_result import BenchResult, Energy, Scenario
     from ..formats.file_kinds import BENCH_CSV, BENCH_HTML, BENCH_JSON, PICTURE
-    from ..reports.bench_page import csv_text, did_it_pay, page, phase_table, table
-    from ..reports.html import need_matplotlib
+    from ..formats.findings import Findings
+    from ..reports.bench_page import Details, csv_text, page, phase_table, table
+    from ..reports.verdict import did_it_pay
     from ..runtime.bench.measurement import benchmark_all
     from ..runtime.bench.segmentation_images import picture_names
     from ..runtime.bench.timing import BenchPlan
@@ -153,8 +154,6 @@ def _bench(args: argparse.Namespace) -> int:
         return 0
     if not args.engines:
         raise HdrqError("found no engine; needed one or more folders from hdrq-export")
-    if args.html:
-        need_matplotlib()
     data = named(args.data)
     _check_outputs(args, data)
     check_scratch()
@@ -167,6 +166,7 @@ def _bench(args: argparse.Namespace) -> int:
         args.streams,
         tuple(args.percentiles),
     )
+    found: dict[str, Findings] = {}
     results = benchmark_all(
         args.engines,
         data,
@@ -181,6 +181,7 @@ def _bench(args: argparse.Namespace) -> int:
         image_size=tuple(args.image_size) if args.image_size else None,
         draw=args.draw,
         cache=args.cache,
+        found=found if args.html else None,
     )
     rows = list(zip(_names(args.engines), results, strict=True))
     _show(rows, args.energy)
@@ -190,7 +191,7 @@ def _bench(args: argparse.Namespace) -> int:
             f"found {'; '.join(marks)}; needed an undisturbed run for --strict: stop other work, "
             "fix the clock, let the device cool, and measure again"
         )
-    _write(args, rows)
+    _write(args, rows, found)
     return 0
 
 
@@ -226,7 +227,9 @@ def _show(rows: list[tuple[str, BenchResult]], energy: bool) -> None:
             print(f"{name}: doubtful, {mark}")
 
 
-def _write(args: argparse.Namespace, rows: list[tuple[str, BenchResult]]) -> None:
+def _write(
+    args: argparse.Namespace, rows: list[tuple[str, BenchResult]], found: dict[str, Findings]
+) -> None:
     if args.json:
         results = [json.loads(result.model_dump_json()) for _, result in rows]
         text = json.dumps(results[0] if len(results) == 1 else results, indent=1) + "\n"
@@ -234,7 +237,8 @@ def _write(args: argparse.Namespace, rows: list[tuple[str, BenchResult]]) -> Non
     if args.csv:
         write_bytes(args.csv.absolute(), csv_text(rows).encode(), BENCH_CSV)
     if args.html:
-        text = page("hdrq-bench", rows)
+        details = {name: Details.of(Path(r.path), found.get(r.path)) for name, r in rows}
+        text = page("hdrq-bench", rows, details)
         write_bytes(args.html.absolute(), text.encode(), BENCH_HTML)
 
 

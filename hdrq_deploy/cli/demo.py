@@ -39,11 +39,11 @@ with importing("hdrq demo"):
         ENGINE,
         PARTIAL,
     )
-    from ..reports.bench_page import page, table
-    from ..reports.domain_pictures import domain_pictures
-    from ..reports.html import need_matplotlib
-    from ..runtime import benchmark
+    from ..formats.findings import Findings
+    from ..reports.bench_page import Details, page, table
     from ..runtime.bench import Accuracy, BenchResult, Latency, harmonic_mean, interleaved
+    from ..runtime.bench.measurement import benchmark_all
+    from ..runtime.bench.timing import BenchPlan
     from . import calibrate as calibrate_command
     from . import export as export_command
     from . import merge as merge_command
@@ -86,14 +86,10 @@ def _demo(args: argparse.Namespace) -> int:
 class _Demo:
     """One run of the demonstration; every step is a command that a user could type."""
 
-    # Pictures of the domains, once their images are written.
-    pictures = ""
-
     def __init__(self, out: Path, quick: bool, seed: int) -> None:
         for module in ("torch", "onnxscript", "sklearn"):
             if importlib.util.find_spec(module) is None:
                 raise ModelError(f"the demo needs {module}: pip install 'hdrq-deploy[demo]'")
-        need_matplotlib()
         with importing("hdrq demo"):
             from ..calibration_data import digits
             from ..calibration_data.digits.make_checkpoints import TRAINING
@@ -105,6 +101,7 @@ class _Demo:
         self.domains, self.digits, self.training = digits.TARGETS, digits, TRAINING
         self.checkpoints = TRAINING.folder(out / "checkpoints")
         self.commands: list[str] = []
+        self.found: dict[str, Findings] = {}
         self.started = time.monotonic()
         check_container(out, list(self._outputs()), label="out")
         check_scratch()
@@ -131,7 +128,6 @@ class _Demo:
         with new_directory(out / "data", DIGITS, sync=False) as data:
             self.digits.write(data, self.domains, ("calibration", "test"), self.seed)
             write_record(data, DIGITS, {"seed": self.seed})
-        self.pictures = domain_pictures({d: out / "data" / d / "test" for d in self.domains})
         self._train()
         engines = self._export_all(self._calibrate_all())
         precision = self._build_rtx()
@@ -224,10 +220,11 @@ class _Demo:
         data = {d: str(self.out / "data" / d / "test") for d in self.domains}
         shown = [f"{domain}={path}" for domain, path in data.items()]
         results = {}
+        once, found = BenchPlan(iterations=1), self.found
         for name, path in engines.items():
             flags = [str(path), "--data", *shown, "--iterations", str(self.iterations)]
             self.commands.append(shlex.join(["hdrq-bench", *flags, "--threads", "1"]))
-            results[name] = benchmark(path, data, iterations=1, threads=1)
+            (results[name],) = benchmark_all([path], data, once, threads=1, found=found)
         times = self._interleaved(list(engines.values()))
         for name, latency in zip(engines, times, strict=True):
             rate = 1000 * latency.batch / latency.mean
@@ -295,7 +292,12 @@ class _Demo:
         out = self.out
         note = f"{precision}. {parity}."
         title, command = "hdrq demo: digits, three domains, one engine", "hdrq demo"
-        report = page(title, rows, header, cells, note, command, self.pictures)
+        details = {
+            name: Details.of(Path(r.path), self.found[r.path])
+            for name, r in rows
+            if r.path in self.found  # several engines in one row have no such path
+        }
+        report = page(title, rows, details, note, command)
         record = {
             "kind": DEMO_JSON.kind,
             "rows": {name: json.loads(result.model_dump_json()) for name, result in rows},

@@ -11,7 +11,8 @@ from .start import importing, run
 
 with importing("hdrq run"):
     from ..jobs.pool import open_pool
-    from ..reports.bench_page import did_it_pay, table
+    from ..reports.bench_page import table
+    from ..reports.verdict import did_it_pay
     from ..runfile.loading import Loaded, load
     from ..runfile.measuring import BenchStage, left_out, rows_of
     from ..runfile.plan import KINDS, Planned, plan, stages_of

@@ -135,7 +135,8 @@ def _svg(draw: Callable[[Any, Mapping[str, Any]], None], result: Mapping[str, An
             axes.spines[["top", "right"]].set_visible(False)
 
     text = svg(draw_all, {"font.size": 9, "svg.fonttype": "path"})
-    return text[text.index("<svg") :]
+    # Its colours are those of paper, in a dark scheme too.
+    return f'<div class="drawn">{text[text.index("<svg") :]}</div>'
 
 
 _CURVES = {"float": "float", "noise": "with noise", "quantized": "quantized"}

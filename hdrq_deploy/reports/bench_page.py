@@ -5,22 +5,54 @@ from __future__ import annotations
 import csv
 import html
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..formats.bench_result import BenchResult
-from .html import document, svg, table_of
+from ..formats.engine_folder import LayerPrecision, PrecisionReport
+from ..formats.findings import Findings
+from . import charts, decisions, precision_strip
+from .charts import Point, boxes, dots, trade
+from .decisions import confusion, samples
+from .html import document, table_of
+from .precision_strip import strips
+from .verdict import Rows, did_it_pay, headline, verdict
 
-__all__ = ["csv_text", "did_it_pay", "page", "phase_table", "table"]
+__all__ = ["Details", "accuracy_table", "csv_text", "page", "phase_table", "table"]
 
-Rows = Sequence[tuple[str, BenchResult]]
-
-_STYLE = """
-.scroll.facts td{white-space:normal}.scroll svg{min-width:34rem}
-.mark{background:#fdeceb;border-left:4px solid #c0392b;padding:.4rem .7rem;margin:.5rem 0}
-@media print{body{margin:0;max-width:none;font-size:11px}.scroll{overflow:visible}
-.scroll svg{min-width:0}th,td{white-space:normal}h2{break-after:avoid}svg,table{break-inside:avoid}}
+_STYLE = f"""
+.scroll.facts td{{white-space:normal}}.verdict{{font-size:1.15rem;line-height:1.4}}
+.mark{{background:var(--mark);border-left:4px solid var(--edge);padding:.4rem .7rem;margin:.5rem 0}}
+{charts.STYLE}{decisions.STYLE}{precision_strip.STYLE}
+@media print{{body{{margin:0;max-width:none;font-size:11px}}.scroll{{overflow:visible}}
+th,td{{white-space:normal}}h2{{break-after:avoid}}svg,table,figure{{break-inside:avoid}}}}
 """
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a page shows of an engine beside its result.
+
+    Attributes:
+        layers: What its layers execute.
+        findings: What it decided of labelled images; None where nothing was.
+    """
+
+    layers: tuple[LayerPrecision, ...]
+    findings: Findings | None = None
+
+    @classmethod
+    def of(cls, engine: Path, findings: Findings | None = None) -> Details:
+        """Those of an engine folder.
+
+        Raises:
+            EngineError: Its ``precision.json`` is missing or damaged.
+        """
+        return cls(PrecisionReport.read(engine).layers, findings)
 
 
 def _domains(rows: Rows) -> list[str]:
@@ -119,47 +151,6 @@ def accuracy_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
     return header, cells
 
 
-def did_it_pay(rows: Rows) -> list[str]:
-    """One sentence an engine: is it faster than the base, how much smaller, what it cost."""
-    by_path = {result.path: (name, result) for name, result in rows}
-    sentences = []
-    for name, result in rows:
-        gain = result.speedup
-        if gain is None:
-            continue
-        base_name, base = by_path.get(gain.against, (gain.against, None))
-        if gain.verdict == "no difference shown":
-            speed = (
-                f"no difference in speed shown ({gain.low:.2f} to {gain.high:.2f} times as fast)"
-            )
-        else:
-            speed = (
-                f"{gain.ratio:.2f} times as fast as {base_name} "
-                f"({gain.low:.2f} to {gain.high:.2f}, 95% over {gain.rounds} rounds)"
-            )
-        parts = [speed]
-        if base is not None:
-            parts.append(f"{base.size_bytes / result.size_bytes:.1f} times smaller")
-            parts += _accuracy_change(base, result)
-        verdict = ""
-        if base is not None and base.wbits is None and result.wbits is not None:
-            paid = gain.verdict == "faster"
-            verdict = "quantization paid: " if paid else "quantization did not pay in speed: "
-        sentences.append(f"{name}: {verdict}{', '.join(parts)}")
-    return sentences
-
-
-def _accuracy_change(base: BenchResult, result: BenchResult) -> Iterator[str]:
-    first, second = base.accuracy, result.accuracy
-    if first is None or second is None or first.domains.keys() != second.domains.keys():
-        return
-    if first.harmonic_mean is not None and second.harmonic_mean is not None:
-        change = 100 * (second.harmonic_mean - first.harmonic_mean)
-        worst = min(first.domains, key=lambda d: second.domains[d] - first.domains[d])
-        loss = 100 * (second.domains[worst] - first.domains[worst])
-        yield f"harmonic mean {change:+.1f} points (worst: {worst} {loss:+.1f})"
-
-
 def csv_text(rows: Rows) -> str:
     """One line an engine; times in ms, shares 0 to 1."""
     domains = _domains(rows)
@@ -190,167 +181,162 @@ def csv_text(rows: Rows) -> str:
 def page(
     title: str,
     rows: Rows,
-    header: Sequence[str] | None = None,
-    cells: Sequence[Sequence[str]] | None = None,
+    details: Mapping[str, Details] | None = None,
     note: str = "",
     command: str = "hdrq-bench",
-    opening: str = "",
+    facts: Sequence[str] = (),
 ) -> str:
-    """The report of a command as one HTML text; ``opening`` is HTML behind its title."""
-    if header is None or cells is None:
-        header, cells = table(rows)
-    first = rows[0][1]
-    times = first.latency_ms
-    answers = did_it_pay(rows)
-    metric = "mIoU" if first.accuracy and first.accuracy.metric == "miou" else "top-1 accuracy"
+    """The report of a command as one HTML text.
+
+    Args:
+        title: What was measured.
+        rows: Name and result of every engine.
+        details: What more is known of them, by name.
+        note: Shown below the verdict.
+        command: The command that makes the page.
+        facts: Further sentences, such as what a verification found.
+    """
+    details = details or {}
     body = [
         f"<h1>{html.escape(title)}</h1>",
-        opening,
+        f'<p class="verdict">{html.escape(verdict(rows))}</p>',
         f"<p>{html.escape(note)}</p>" if note else "",
         *(
             f"<p class=mark>{html.escape(name)}: {html.escape(mark)}</p>"
             for name, result in rows
             for mark in result.marks
         ),
-        f"<p>{metric} in %. Latency: {html.escape(times.what)}; batch {times.batch}, scenario "
-        f"{first.scenario}, {html.escape(first.device)}, {first.threads} thread(s), {times.warmup} "
-        f"warm-up and {times.iterations} timed.</p>",
-        table_of(header, cells),
-        *(["<h2>Did quantization pay?</h2>", _list(answers)] if answers else []),
-        "<h2>Accuracy per domain</h2>",
-        _svg(_plot_accuracy, rows),
-        table_of(*accuracy_table(rows)) if _domains(rows) else "",
-        "<h2>Latency</h2>",
-        _svg(_plot_latency, rows),
-        _svg(_plot_distribution, rows),
-        "<h2>Phases</h2><p>Median ms of each part, measured in calls of their own; the "
-        "harness itself takes the last column.</p>",
-        table_of(*phase_table(rows)),
-        "<h2>Accuracy, latency and size</h2>",
-        _svg(_plot_trade, rows),
-        "<h2>Executed precision</h2>",
-        table_of(
-            ["model", "engine", "what its layers execute"],
-            [[name, r.engine, r.precision] for name, r in rows],
-        ),
-        "<h2>Environment</h2>",
-        table_of(
-            ["item", "value"],
-            [
-                ["measured", first.created],
-                ["threads used (CPU time / wall time)", f"{first.cpu_per_wall:.2f}"],
-                ["CUDA graph", first.cuda_graph or "no GPU"],
-                *[
-                    [k.replace("_", " "), str(v)]
-                    for k, v in first.environment.items()
-                    if v is not None
-                ],
-            ],
-            "facts",
-        ),
+        *_pictures(rows, details),
+        *_compared(rows),
+        *_confusion(rows, details),
+        *(["<h2>Verified</h2>", _list(facts)] if facts else []),
+        *_layers(rows, details),
+        *_accuracies(rows),
+        *_latencies(rows),
+        *_environment(rows[0][1]),
     ]
     return document(title, body, command, _STYLE)
 
 
-def _list(lines: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+def _pictures(rows: Rows, details: Mapping[str, Details]) -> Iterator[str]:
+    """Images of each domain with what the headline's engine makes of them."""
+    name, result = headline(rows)
+    found = details[name].findings if name in details else None
+    shots = samples(found, result.accuracy.domains if result.accuracy else {}) if found else ""
+    if shots:
+        yield (
+            f"<h2>What {html.escape(name)} sees</h2><p>Test images of each domain, chosen by their "
+            "labels alone, and what the engine takes them for.</p>"
+        )
+        yield shots
 
 
-def _svg(draw: Callable[[Any, Rows], bool], rows: Rows) -> str:
-    """A plot of the rows, or a sentence where there is nothing to draw."""
-    drawn = True
-
-    def draw_all(figure: Any) -> None:
-        nonlocal drawn
-        figure.set_size_inches(9, 0.9 + 0.45 * max(len(rows), 5))
-        drawn = draw(figure.subplots(), rows)
-
-    text = svg(draw_all)
-    if not drawn:
-        return "<p>No accuracy was measured.</p>"
-    return f'<div class="scroll">{text[text.index("<svg") :]}</div>'
+def _confusion(rows: Rows, details: Mapping[str, Details]) -> Iterator[str]:
+    """Labels against predictions of the headline's engine."""
+    name, _ = headline(rows)
+    found = details[name].findings if name in details else None
+    if found is not None:
+        yield (
+            f"<h2>Confusion per domain</h2><p>{html.escape(name)}: a row is a label, a column what "
+            "the engine takes it for; colours are shares of the row.</p>"
+        )
+        yield confusion(found)
 
 
-def _plot_accuracy(axes: Any, rows: Rows) -> bool:
+def _compared(rows: Rows) -> Iterator[str]:
+    """The table of all engines, and accuracy against latency."""
+    first = rows[0][1]
+    times = first.latency_ms
+    metric = "mIoU" if first.accuracy and first.accuracy.metric == "miou" else "top-1 accuracy"
+    yield "<h2>All engines</h2>"
+    points = [
+        Point(
+            name,
+            r.latency_ms.p50,
+            100 * r.accuracy.harmonic_mean,
+            *(float(v) for v in np.percentile(r.latency_ms.samples, [25, 75])),
+        )
+        for name, r in rows
+        if r.accuracy and r.accuracy.harmonic_mean is not None
+    ]
+    if points:
+        yield (
+            "<p>Accuracy (harmonic mean of the domains) against latency. Engines on the dashed "
+            "line are beaten by no other one in both; thin lines are quartiles of the latency.</p>"
+        )
+        yield trade(points)
+    yield table_of(*table(rows))
+    yield (
+        f"<p><small>{metric} in %. Latency: {html.escape(times.what)}; batch {times.batch}, "
+        f"scenario {first.scenario}, {html.escape(first.device)}, {first.threads} thread(s), "
+        f"{times.warmup} warm-up and {times.iterations} timed.</small></p>"
+    )
+    answers = did_it_pay(rows)
+    if answers:
+        yield "<h2>Did quantization pay?</h2>" + _list(answers)
+
+
+def _layers(rows: Rows, details: Mapping[str, Details]) -> Iterator[str]:
+    yield "<h2>Precision of every layer</h2>"
+    known = [(name, details[name].layers) for name, _ in rows if name in details]
+    if known:
+        yield (
+            "<p>From input to output, what the engine executes; higher bars are wider numbers.</p>"
+        )
+        yield strips(known)
+    yield table_of(
+        ["model", "engine", "what its layers execute"],
+        [[name, r.engine, r.precision] for name, r in rows],
+    )
+
+
+def _accuracies(rows: Rows) -> Iterator[str]:
+    yield "<h2>Accuracy per domain</h2>"
     domains = _domains(rows)
     if not domains:
-        return False
-    height = 0.8 / len(domains)
-    for i, domain in enumerate(domains):
-        values = [100 * r.accuracy.domains.get(domain, 0) if r.accuracy else 0 for _, r in rows]
-        places = [y + (i - (len(domains) - 1) / 2) * height for y in range(len(rows))]
-        axes.barh(places, values, height, label=domain)
-    for y, (_, result) in enumerate(rows):
-        if result.accuracy and result.accuracy.harmonic_mean is not None:
-            mean = 100 * result.accuracy.harmonic_mean
-            axes.plot([mean, mean], [y - 0.42, y + 0.42], color="black", lw=1.5)
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 100)
-    axes.set_xlabel("accuracy, % (black line: harmonic mean)")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    return True
+        yield "<p>No accuracy was measured.</p>"
+        return
+    marks = [
+        (name, [_percent(r.accuracy.domains.get(d)) for d in domains],
+         _percent(r.accuracy.harmonic_mean))
+        for name, r in rows
+        if r.accuracy
+    ]  # fmt: skip
+    yield dots(marks, domains, "accuracy, %")
+    yield table_of(*accuracy_table(rows))
 
 
-def _plot_latency(axes: Any, rows: Rows) -> bool:
-    samples = [result.latency_ms.samples for _, result in rows]
-    places = list(range(len(rows)))
-    axes.boxplot(
-        samples, orientation="horizontal", positions=places, whis=(5, 95), showfliers=False
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _latencies(rows: Rows) -> Iterator[str]:
+    yield (
+        "<h2>Latency</h2><p>Box: quartiles and median, thin line: 5 to 95% of the calls; at the "
+        "right the median.</p>"
     )
-    axes.set_yticks(places, [name for name, _ in rows])
-    axes.invert_yaxis()
-    axes.set_xlim(left=0)
-    axes.set_xlabel("latency, ms (box: quartiles, whiskers: 5 to 95%)")
-    return True
-
-
-def _plot_distribution(axes: Any, rows: Rows) -> bool:
-    for name, result in rows:
-        samples = sorted(result.latency_ms.samples)
-        shares = [(i + 1) / len(samples) for i in range(len(samples))]
-        axes.step(samples, shares, where="post", label=name, lw=1.2)
-    for share in (0.5, 0.9, 0.99):
-        axes.axhline(share, color="0.85", lw=0.8, zorder=0)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.set_ylim(0, 1.02)
-    axes.set_yticks([0, 0.5, 0.9, 0.99], ["0", "p50", "p90", "p99"])
-    axes.set_xlabel("latency, ms")
-    axes.set_ylabel("share of calls below")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    return True
-
-
-def _plot_trade(axes: Any, rows: Rows) -> bool:
-    shown = [(name, r, r.accuracy) for name, r in rows if r.accuracy]
-    if not shown:
-        return False
-    largest = max(r.size_bytes for _, r, _ in shown)
-    colours: dict[str, Any] = {}
-    markers = dict(zip(_domains(rows), "osv^DPX*<>" * 10, strict=False))
-    for name, result, accuracy in shown:
-        area = 30 + 300 * result.size_bytes / largest
-        for domain, value in accuracy.domains.items():
-            dots = axes.scatter(
-                result.latency_ms.p50,
-                100 * value,
-                s=area,
-                alpha=0.6,
-                marker=markers[domain],
-                color=colours.get(name),
-                label=name if name not in colours else None,
-            )
-            colours.setdefault(name, dots.get_facecolor()[0])
-    axes.set_xlabel("median latency, ms")
-    axes.set_ylabel("accuracy of a domain, %")
-    for domain, marker in markers.items():
-        axes.scatter([], [], marker=marker, color="0.4", label=domain)
-    legend = axes.legend(
-        loc="upper left", bbox_to_anchor=(1, 1), frameon=False, title="area: size on disk"
+    yield boxes([(name, r.latency_ms.samples) for name, r in rows], "latency, ms")
+    yield (
+        "<h2>Phases</h2><p>Median ms of each part, measured in calls of their own; the harness "
+        "itself takes the last column.</p>"
     )
-    for handle in legend.legend_handles:
-        handle.set_sizes([40])
-    axes.margins(0.15)
-    return True
+    yield table_of(*phase_table(rows))
+
+
+def _environment(first: BenchResult) -> Iterator[str]:
+    known = [[k.replace("_", " "), str(v)] for k, v in first.environment.items() if v is not None]
+    yield "<h2>Environment</h2>"
+    yield table_of(
+        ["item", "value"],
+        [
+            ["measured", first.created],
+            ["threads used (CPU time / wall time)", f"{first.cpu_per_wall:.2f}"],
+            ["CUDA graph", first.cuda_graph or "no GPU"],
+            *known,
+        ],
+        "facts",
+    )
+
+
+def _list(lines: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"

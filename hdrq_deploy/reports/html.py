@@ -13,14 +13,24 @@ from ..formats.file_kinds import generator
 
 __all__ = ["document", "need_matplotlib", "svg", "table_of"]
 
+# Colours are variables, so that plots follow the reader's scheme too.
 _STYLE = """
+:root{color-scheme:light dark;--ink:#1c2430;--soft:#556070;--paper:#fff;--tint:#f2f5f9;
+--line:#d8dee6;--good:#1f6fb2;--bad:#c2410c;--mark:#fdeceb;--edge:#c0392b}
+@media (prefers-color-scheme:dark){:root{--ink:#e4e8ee;--soft:#a3adbb;--paper:#14181e;
+--tint:#20262f;--line:#38424f;--good:#58a6e8;--bad:#f08c4a;--mark:#3b211f;--edge:#e0675a}}
+*{box-sizing:border-box}
 body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;
-color:#1c2430}
-h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
+color:var(--ink);background:var(--paper);overflow-wrap:anywhere}
+h1{font-size:1.5rem;line-height:1.25}h2{font-size:1.1rem;margin-top:2rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%}
-th,td{padding:.35rem .45rem;text-align:right;border-bottom:1px solid #d8dee6;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}th{background:#f2f5f9}
-svg{max-width:100%;height:auto}small,footer{color:#5b6675}
+th,td{padding:.35rem .45rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}
+th,th:first-child{background:var(--tint)}
+@media (max-width:40rem){body{margin:1rem auto}th:first-child,td:first-child{white-space:normal;
+min-width:7.5rem}}
+svg{max-width:100%;height:auto}small,footer{color:var(--soft)}
+.drawn{background:#fff;border-radius:4px}
 """
 _METADATA: Mapping[str, None] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
@@ -48,6 +58,7 @@ def document(title: str, body: Sequence[str], command: str, style: str = "") -> 
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         + generator(command)
         + '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}{style}</style><body>"
         + "\n".join(part for part in body if part)
         + "</body></html>\n"

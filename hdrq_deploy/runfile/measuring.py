@@ -12,14 +12,16 @@ from pydantic import ValidationError
 
 from ..exporters import export
 from ..exporters.export import engine_change
-from ..formats.atomic_files import Kind, read_json, write_bytes
+from ..formats.atomic_files import Kind, read_json, sha256_file, write_bytes
 from ..formats.bench_result import Accuracy, BenchResult, harmonic_mean
 from ..formats.bundle import Bundle
 from ..formats.engine_folder import EngineManifest, read_manifest
 from ..formats.file_kinds import ENGINE, RUN_ACCURACY, RUN_HTML, RUN_RESULTS
+from ..formats.findings import Findings
 from ..formats.staleness import code_of, stamp, versions_of
-from ..reports.bench_page import page
+from ..reports.bench_page import Details, page
 from ..runtime.bench.accuracy import accuracy, classes_of
+from ..runtime.bench.findings import Decided
 from ..runtime.bench.measurement import benchmark_all, labelled, size_bytes
 from ..runtime.bench.timing import BenchPlan
 from ..runtime.loading import open_engine
@@ -91,12 +93,13 @@ class AccuracyStage(RecordedStage):
 
     def is_whole(self, path: Path) -> bool:
         """See :meth:`RecordedStage.is_whole`."""
-        return accuracy_in(path) is not None or bool((read_json(path) or {}).get("not_run"))
+        measured = accuracy_in(path) is not None and findings_in(path) is not None
+        return measured or bool((read_json(path) or {}).get("not_run"))
 
     def write(self) -> None:
         """See :meth:`RecordedStage.write`."""
         manifest = read_manifest(self.engine)
-        reason, measured = _not_run(manifest), None
+        reason, measured, found = _not_run(manifest), None, None
         if not reason:
             size = self.bench.image_size
             count = classes_of(self.engine, manifest)
@@ -111,9 +114,17 @@ class AccuracyStage(RecordedStage):
                 )
                 for name, path in self.tests.items()
             }
+            decided = Decided(manifest, sets)
             with open_engine(self.engine, manifest, threads=self.threads) as engine:
-                measured = accuracy(engine, sets).model_dump(mode="json")
-        record = {"kind": RUN_ACCURACY.kind, "not_run": reason, "accuracy": measured}
+                result = accuracy(engine, sets, draw=decided.draw, seen=decided.seen)
+            measured = result.model_dump(mode="json")
+            found = decided.findings().model_dump(mode="json")
+        record = {
+            "kind": RUN_ACCURACY.kind,
+            "not_run": reason,
+            "accuracy": measured,
+            "findings": found,
+        }
         write_bytes(self.output, (json.dumps(record, indent=1) + "\n").encode(), RUN_ACCURACY)
 
     def outputs(self) -> list[tuple[Path, Kind]]:
@@ -126,6 +137,15 @@ def accuracy_in(path: Path) -> Accuracy | None:
     record = read_json(path)
     try:
         return Accuracy.model_validate(record["accuracy"])
+    except (ValidationError, TypeError, KeyError):
+        return None
+
+
+def findings_in(path: Path) -> Findings | None:
+    """What an :class:`AccuracyStage` saw decided; None where there is nothing whole."""
+    record = read_json(path)
+    try:
+        return Findings.model_validate(record["findings"])
     except (ValidationError, TypeError, KeyError):
         return None
 
@@ -179,9 +199,9 @@ class BenchStage(RecordedStage):
                 for engine in row.engines
             },
             "accuracy": {
-                file.name: read_json(file) for row in self.rows for file in row.accuracies
+                file.name: sha256_file(file) for row in self.rows for file in row.accuracies
             },
-            "versions": versions_of("numpy", "onnxruntime", "matplotlib"),
+            "versions": versions_of("numpy", "onnxruntime"),
             "code": code_of("runtime", "reports"),
             "bench": self.bench.model_dump(mode="json"),
             "run_file": dict(self.resolved),
@@ -220,13 +240,22 @@ class BenchStage(RecordedStage):
         }
         if rows:
             note = "; ".join(f"{label}: not measured, {why}" for label, why in missing.items())
-            text = page(self.title, rows, note=note, command="hdrq run")
+            details = {row.label: _details(row) for row in timed}
+            text = page(self.title, rows, details, note, "hdrq run")
             write_bytes(self.report, text.encode(), RUN_HTML)
         write_bytes(self.output, (json.dumps(record, indent=1) + "\n").encode(), RUN_RESULTS)
 
     def outputs(self) -> list[tuple[Path, Kind]]:
         """See :meth:`Stage.outputs`."""
         return [*self.recorded(RUN_RESULTS), (self.report, RUN_HTML)]
+
+
+def _details(row: Row) -> Details:
+    """What the report shows of a line; of one engine for each domain the layers are alike."""
+    found = [part for file in row.accuracies if (part := findings_in(file)) is not None]
+    domains = {name: domain for part in found for name, domain in part.domains.items()}
+    whole = Findings(classes=found[0].classes, domains=domains) if found else None
+    return Details.of(row.engines[0], whole)
 
 
 def _joined(row: Row, result: BenchResult) -> BenchResult:

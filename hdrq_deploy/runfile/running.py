@@ -31,7 +31,6 @@ from ..formats.atomic_files import (
 from ..formats.file_kinds import RUN_FILE, RUN_LEDGER
 from ..graph.reference_session import session_threads
 from ..jobs.job import Job, Pool, run_jobs
-from ..reports.html import need_matplotlib
 from ..typing import Progress
 from .document import emitted
 from .loading import Loaded
@@ -67,8 +66,6 @@ def check(loaded: Loaded, stages: Sequence[Stage]) -> None:
     check_scratch()
     if any(stage.learns for stage in stages) and importlib.util.find_spec("torch") is None:
         raise ModelError("calibration needs torch: pip install 'hdrq-deploy[calibrate]'")
-    if any(stage.kind == "bench" for stage in stages):
-        need_matplotlib()
 
 
 def prepare(loaded: Loaded, stages: Sequence[Stage]) -> None:

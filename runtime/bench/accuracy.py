@@ -20,7 +20,16 @@ from ...typing import Array
 from ..engine import Engine, dtype_of
 from ..predictions import enlarge, softmax
 
-__all__ = ["Labelled", "accuracy", "classes_of", "confusion", "window_of", "windows"]
+__all__ = [
+    "Draw",
+    "Labelled",
+    "Seen",
+    "accuracy",
+    "classes_of",
+    "confusion",
+    "window_of",
+    "windows",
+]
 
 Labelled = ImageSet | Scenes
 # Called with domain, number of the image, its input, its labels and the predicted ones.

@@ -15,15 +15,17 @@ import numpy as np
 from ...calibration_data.readers import Wanted, numbered, read
 from ...calibration_data.readers.street_scenes import find_scenes, is_scenes
 from ...errors import DataError
-from ...formats.bench_result import BenchResult, Energy, Latency
+from ...formats.bench_result import Accuracy, BenchResult, Energy, Latency
 from ...formats.engine_folder import GOLDEN, PRECISION, EngineManifest, read_manifest
+from ...formats.findings import Findings
 from ...formats.preprocessing import feed
 from ...typing import Array
 from ..engine import Engine
 from ..loading import load_engine, open_engine
-from .accuracy import Labelled, accuracy, classes_of, window_of
+from .accuracy import Draw, Labelled, accuracy, classes_of, window_of
 from .energy import find_meters, measure_energy
 from .environment import Watch, environment
+from .findings import Decided
 from .segmentation_images import Pictures
 from .timing import ROUNDS, BenchPlan, latency, measure, overhead_us, phases, run_offline, speedup
 
@@ -101,6 +103,7 @@ def benchmark_all(
     cache: str | os.PathLike[str] | None = None,
     *,
     timed_with: str | Path | None = None,
+    found: dict[str, Findings] | None = None,
 ) -> list[BenchResult]:
     """Measure engines, taking turns so that a noisy moment meets them all.
 
@@ -121,6 +124,7 @@ def benchmark_all(
         draw: Folder for pictures of image, labels and predictions.
         cache: See :func:`load_engine`.
         timed_with: Images that are timed where there are no ``data``; they need no labels.
+        found: Filled with what each engine decided of ``data``, by its path as the result has it.
 
     Raises:
         EngineError: An engine cannot be loaded or fed.
@@ -153,7 +157,7 @@ def benchmark_all(
     _take_turns(subjects, plan)
     other = load_engine(reference, device, threads) if reference is not None else None
     with other or contextlib.nullcontext():
-        results = [subject.result(energy, other, draw) for subject in subjects]
+        results = [subject.result(energy, other, draw, found) for subject in subjects]
     return _compared(results, subjects)
 
 
@@ -254,6 +258,23 @@ class _Subject:
         self.rounds.append(samples)
         self.seconds += seconds
 
+    def _accuracy(
+        self,
+        engine: Engine,
+        reference: Engine | None,
+        pictures: Draw | None,
+        found: dict[str, Findings] | None,
+    ) -> Accuracy | None:
+        """Accuracy where there are data; ``found`` takes what was decided."""
+        if not self.sets:
+            return None
+        if found is None:
+            return accuracy(engine, self.sets, reference, pictures)
+        decided = Decided(self.manifest, self.sets)
+        result = accuracy(engine, self.sets, reference, _both(pictures, decided), decided.seen)
+        found[str(self.path)] = decided.findings()
+        return result
+
     @property
     def medians(self) -> list[float]:
         """ms of every round."""
@@ -279,6 +300,7 @@ class _Subject:
         energy: bool,
         reference: Engine | None,
         draw: str | os.PathLike[str] | None = None,
+        found: dict[str, Findings] | None = None,
     ) -> BenchResult:
         """Everything that is measured beside the latency, and the whole."""
         x, manifest = self.x, self.manifest
@@ -292,7 +314,7 @@ class _Subject:
             if energy:
                 used = measure_energy(engine.bound(x), find_meters(), times.iterations)
             pictures = Pictures(Path(draw) / self.path.name, manifest) if draw else None
-            accuracies = accuracy(engine, self.sets, reference, pictures) if self.sets else None
+            accuracies = self._accuracy(engine, reference, pictures, found)
             threads, device, graph = engine.threads, engine.device, engine.cuda_graph
         return BenchResult(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -319,6 +341,17 @@ class _Subject:
             environment={**environment(device=device), **self.watch.facts()},
             marks=tuple(self.watch.marks()),
         )
+
+
+def _both(pictures: Draw | None, decided: Decided) -> Draw:
+    """Draws what either asks for."""
+
+    def draw(domain: str, number: int, x: Array, labels: Array, predicted: Array) -> None:
+        for one in (pictures, decided.draw):
+            if one is not None:
+                one(domain, number, x, labels, predicted)
+
+    return draw
 
 
 def size_bytes(manifest: EngineManifest) -> int:

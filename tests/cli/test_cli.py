@@ -69,9 +69,9 @@ def test_the_path_from_checkpoints_to_a_report(
     assert result.latency_ms.p90 == pytest.approx(np.percentile(raw, 90))
     page = out[1].read_text()
     # One file: the plots inside, nothing fetched from elsewhere.
-    assert page.count("<svg") == 4
+    assert page.count('<svg class="chart wide"') == 3 and page.count("<figcaption>") == 4
     assert {"preprocess", "compute", "end_to_end"} <= result.phases.keys()
-    assert not re.search(r'(src|href)="(?!#)', page)
+    assert not re.search(r'(src|href)="(?!#|data:)', page)
     assert verify.main([merged, engine, "--torch", "--data", data[0], "--max-flips", "0.2"]) == 0
     capsys.readouterr()
     assert inspect.main([merged, "--json"]) == 0
@@ -195,7 +195,7 @@ def test_the_readme_demo_command_works(tmp_path: Path) -> None:
     assert (out / "commands.sh").is_file()
     report = (out / "report.html").read_text()
     (opening, _) = report.split("<table", 1)
-    assert re.findall("<figcaption>(.*?)<", opening) == ["handwriting", "photo", "night"]
+    assert re.findall("<figcaption>(.*?) <", opening) == ["handwriting", "photo", "night"]
     assert run.stdout.splitlines()[-1].endswith("figures on real images are in docs/evidence/")
 
 

@@ -448,6 +448,7 @@ def test_the_demo_writes_over_its_own_report(tmp_path: Path) -> None:
     from tests.runtime.bench.test_compare import noise, result
 
     made = object.__new__(demo._Demo)
+    made.found = {}
     made.out, made.iters, made.started, made.commands = tmp_path, 3, 0.0, ["hdrq-merge a b"]
     rows = [("float", result(noise(0)))]
     for _ in range(2):
