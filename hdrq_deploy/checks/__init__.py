@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .fastest_engine import export_fastest
+from .measured_precision import export_measured
 from .verification import Verification, verify
 
-__all__ = ["Verification", "export_fastest", "verify"]
+__all__ = ["Verification", "export_fastest", "export_measured", "verify"]

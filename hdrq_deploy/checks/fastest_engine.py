@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..comparison import golden
 from ..errors import CheckFailed, EngineError, ExportError
 from ..exporters.engines import ENGINES, target_of
 from ..exporters.export import export, ingredients
-from ..exporters.first_run import has_driver
 from ..exporters.options import BuildOptions, GraphOptions
-from ..formats.atomic_files import check_output, new_directory, scratch_folder
+from ..formats.atomic_files import check_output, scratch_folder
 from ..formats.bundle import Bundle
-from ..formats.engine_folder import (
-    KINDS,
-    MANIFEST,
-    PLAN,
-    EngineManifest,
-    altered_file,
-    read_manifest,
-    write_manifest,
-)
+from ..formats.engine_folder import KINDS, read_manifest
 from ..formats.file_kinds import ENGINE
-from ..formats.preprocessing import feed
 from ..runtime.bench.measurement import interleaved
-from ..typing import Array, Progress
+from ..typing import Progress
+from .chosen_engine import digest, golden_input, is_chosen, keep_engine, not_here
+from .measured_precision import GUARD, export_measured
 
 __all__ = ["AUTO", "export_fastest"]
 
 AUTO = "auto"
+# Key of the figures in ``build`` of a manifest.
+_FIGURES = "measured"
 _log = logging.getLogger("hdrq_deploy")
 _CALLS, _WARMUP = 60, 5
 
@@ -52,6 +41,7 @@ def export_fastest(
     force: bool = False,
     say: Callable[[str], None] = _log.info,
     progress: Progress | None = None,
+    measure: bool = False,
 ) -> Path:
     """Build every engine that runs on this machine, measure them in turn, and keep the fastest.
 
@@ -71,6 +61,7 @@ def export_fastest(
         force: Build and measure again what is there.
         say: Told what was measured and what was left out.
         progress: Called with (engines done, engines in all, what).
+        measure: Each leaves in float what INT8 makes slower (:func:`export_measured`).
 
     Returns:
         The engine folder.
@@ -83,29 +74,27 @@ def export_fastest(
     goal = check_output(output, ENGINE, [bundle.path])
     threads = threads or os.cpu_count() or 1
     able, left_out = _able(bundle, options, build, allow_float)
-    asked = _digest({"engines": able, "threads": threads})
-    if not force and _is_chosen_so(goal, asked):
+    asked = digest({"engines": able, "threads": threads, **({"measure": GUARD} if measure else {})})
+    if not force and is_chosen(goal, _FIGURES, asked):
         say(f"{goal}: up to date")
         return goal
     with scratch_folder() as scratch:
-        built: dict[str, Path] = {}
-        for i, name in enumerate(able):
-            if progress:
-                progress(i, len(able), name)
-            try:
-                place = scratch / name
-                export(
-                    bundle,
-                    place,
-                    name,
-                    allow_float=allow_float,
-                    options=options,
-                    build=build,
-                    say=say,
-                )
-                built[name] = place
-            except (ExportError, EngineError, CheckFailed) as error:
-                left_out[name] = str(error)
+        make = partial(export_measured, threads=threads) if measure else export
+
+        def built_at(place: Path, name: str) -> None:
+            told = _renamed(say, place, name)
+            make(
+                bundle,
+                place,
+                name,
+                allow_float=allow_float,
+                options=options,
+                build=build,
+                say=told,
+            )
+
+        built, refused = _built(able, scratch, built_at, progress)
+        left_out |= refused
         if not built:
             raise ExportError(
                 "found no engine that can be built and run here: "
@@ -121,7 +110,7 @@ def export_fastest(
             "threads": threads,
             "left_out": left_out,
         }
-        _keep(built[best], goal, measured)
+        keep_engine(built[best], goal, _FIGURES, measured, {})
     for name, why in left_out.items():
         say(f"{name}: left out, {why}")
     figures = ", ".join(f"{name} {ms:.3g} ms" for name, ms in sorted(medians.items(), key=_second))
@@ -130,6 +119,31 @@ def export_fastest(
         f"image(s) a call, {threads} thread(s))"
     )
     return goal
+
+
+def _built(
+    names: Collection[str],
+    scratch: Path,
+    make: Callable[[Path, str], None],
+    progress: Progress | None,
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Engine folders by name, and why the others could not be made."""
+    built: dict[str, Path] = {}
+    left_out: dict[str, str] = {}
+    for i, name in enumerate(names):
+        if progress:
+            progress(i, len(names), name)
+        try:
+            make(scratch / name, name)
+            built[name] = scratch / name
+        except (ExportError, EngineError, CheckFailed) as error:
+            left_out[name] = str(error)
+    return built, left_out
+
+
+def _renamed(say: Callable[[str], None], place: Path, name: str) -> Callable[[str], None]:
+    """Told of an engine in a temporary folder, by its name."""
+    return lambda text: say(text.replace(str(place), name))
 
 
 def _second(pair: tuple[str, float]) -> float:
@@ -144,35 +158,17 @@ def _able(
     left_out: dict[str, str] = {}
     for name in ENGINES:
         if not KINDS[name].built:
-            continue  # a portable graph is for no runtime of its own
+            continue
         target = target_of(name)
         try:
             able[name] = ingredients(bundle, target, options, build, allow_float, False)
         except ExportError as error:
             left_out[name] = str(error)
             continue
-        if KINDS[name].runs == PLAN and not has_driver():
-            left_out[name] = "this machine has no NVIDIA driver"
+        if reason := not_here(name):
+            left_out[name] = reason
             del able[name]
     return able, left_out
-
-
-def _digest(record: Mapping[str, Any]) -> str:
-    text = json.dumps(record, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _is_chosen_so(goal: Path, asked: str) -> bool:
-    """Whether the engine there was chosen in the same way among the same ones."""
-    if not (goal / MANIFEST).is_file():
-        return False
-    try:
-        manifest = read_manifest(goal, check=False)
-    except EngineError:
-        return False
-    measured = manifest.build.get("measured")
-    same = isinstance(measured, Mapping) and measured.get("asked") == asked
-    return same and altered_file(goal, manifest) == ("", "")
 
 
 def _measure(
@@ -180,24 +176,6 @@ def _measure(
 ) -> tuple[dict[str, float], int]:
     """Median of every engine in ms, and images in a call."""
     manifests = {name: read_manifest(path, check=False) for name, path in built.items()}
-    x = _input(bundle, next(iter(manifests.values())))
+    x = golden_input(bundle, next(iter(manifests.values())))
     found = interleaved(list(built.values()), x, _WARMUP, _CALLS, threads)
     return {name: row.p50 for name, row in zip(built, found, strict=True)}, len(x)
-
-
-def _input(bundle: Bundle, manifest: EngineManifest) -> Array:
-    """A golden input as the engines take it, one image or as many as they are fixed to."""
-    fixed = manifest.inputs[0].shape[0]
-    rows, _ = golden.inputs(bundle)
-    count = fixed if isinstance(fixed, int) else 1
-    return feed(np.ascontiguousarray(np.resize(rows, (count, *rows.shape[1:]))), manifest)
-
-
-def _keep(chosen: Path, goal: Path, measured: Mapping[str, Any]) -> None:
-    """Put an engine into its place, with the figures in its manifest."""
-    manifest = read_manifest(chosen, check=False)
-    with new_directory(goal, ENGINE) as folder:
-        for name in manifest.files:
-            shutil.copyfile(chosen / name, folder / name)
-        build = {**manifest.build, "measured": dict(measured)}
-        write_manifest(folder, manifest.model_copy(update={"build": build}))

@@ -13,7 +13,7 @@ with importing("hdrq-export"):
     from rich.console import Console
     from rich.table import Table
 
-    from ..checks import export_fastest, verify
+    from ..checks import export_fastest, export_measured, verify
     from ..checks.fastest_engine import AUTO
     from ..errors import ExportError
     from ..exporters import ENGINES, BuildOptions, GraphOptions, export, parse_shapes
@@ -57,7 +57,13 @@ def arguments() -> argparse.ArgumentParser:
         "--threads",
         type=int,
         default=0,
-        help="threads of every engine that --engine auto measures; 0: one per core",
+        help="threads of every engine that --engine auto and --measure time; 0: one per core",
+    )
+    main_flags.add_argument(
+        "--measure",
+        action="store_true",
+        help="time the engine beside its float twin on this machine, and leave in float the layers "
+        "that INT8 makes slower; says what was decided and why",
     )
     _input_flags(p.add_argument_group("the engine's input and output"))
     _graph_flags(p.rarely_used("precision"))
@@ -225,6 +231,8 @@ def _export_one(args: argparse.Namespace, graph: GraphOptions, build: BuildOptio
     """The engine that was asked for, or the fastest of all."""
     if args.engine == AUTO and args.no_build:
         raise ExportError("found --engine auto and --no-build; name one engine for its graph")
+    if args.measure and args.no_build:
+        raise ExportError("found --measure and --no-build; an engine is timed once it is built")
     if args.threads < 0:
         raise ExportError(f"found --threads {args.threads}; needed 0 (one per core) or more")
     with progress_bar("export") as progress:
@@ -232,6 +240,19 @@ def _export_one(args: argparse.Namespace, graph: GraphOptions, build: BuildOptio
             return export_fastest(
                 args.bundle,
                 args.output,
+                args.allow_float,
+                graph,
+                build,
+                args.threads,
+                args.force,
+                progress=progress,
+                measure=args.measure,
+            )
+        if args.measure:
+            return export_measured(
+                args.bundle,
+                args.output,
+                args.engine,
                 args.allow_float,
                 graph,
                 build,

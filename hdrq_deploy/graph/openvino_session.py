@@ -110,6 +110,7 @@ class OpenVinoSession:
         throughput: Many calls at once, each on few threads, in place of each as soon as can be.
         cache_folder: Folder that keeps compiled graphs, read and written; None keeps none.
         outside: Contents of the files that external data name, where ``model`` is bytes.
+        profile: Kernels are timed, for :meth:`kernel_times`.
 
     Raises:
         EngineError: OpenVINO is not installed, or cannot read the graph.
@@ -123,6 +124,7 @@ class OpenVinoSession:
         throughput: bool = False,
         cache_folder: str | os.PathLike[str] | None = None,
         outside: Mapping[str, bytes] | None = None,
+        profile: bool = False,
     ) -> None:
         self._where = where
         self._core = _core()
@@ -139,6 +141,8 @@ class OpenVinoSession:
             self._settings["NUM_STREAMS"] = 1
         if cache_folder is not None:
             self._settings["CACHE_DIR"] = str(cache_folder)
+        if profile:
+            self._settings["PERF_COUNT"] = True
         with self._one_line("read"):
             if isinstance(model, bytes):
                 data = with_data_inside(model, outside) if outside else model
@@ -205,6 +209,27 @@ class OpenVinoSession:
             return results
 
         return collect
+
+    def kernel_times(self, feeds: Feeds) -> list[tuple[str, float]]:
+        """A run; names and ms of its kernels in the order of the program, means of all runs so far.
+
+        A kernel has the name of the first of the nodes that were fused into it, perhaps with what
+        OpenVINO adds to it. The session was made with ``profile``.
+
+        Raises:
+            EngineError: OpenVINO cannot compile the graph for this shape, or run it.
+        """
+        program = self._program_for(feeds)
+        with self._one_line("time"):
+            request = program.take()
+            request.infer(self._fed(feeds), share_inputs=True)
+            times = [
+                (info.node_name, info.real_time.total_seconds() * 1000)
+                for info in request.get_profiling_info()
+                if info.status == info.Status.EXECUTED
+            ]
+            program.give_back(request)
+        return times
 
     def prepare(self, shapes: Sequence[Sequence[int]] | None) -> None:
         """Compile for these shapes of the inputs, or for the graph's own.
