@@ -153,12 +153,12 @@ def _zero(node: ir.Node) -> Iterator[str]:
         yield f"found a zero point {zero.name} that is computed; needed a constant 0"
         return
     values = zero.const_value.numpy()
-    if zero.dtype not in (ir.DataType.INT8, ir.DataType.INT4):
+    if zero.dtype not in (ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN):
         yield (
             f"found a zero point of type {zero.dtype}; TensorRT imports it as INT8 without a "
             "word: needed int8"
         )
-    elif values.astype(np.int64).any():
+    elif values.astype(np.float32).any():
         yield "found a zero point that is not 0; TensorRT quantizes symmetrically"
 
 

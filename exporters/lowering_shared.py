@@ -11,9 +11,16 @@ from ..errors import ExportError
 from ..graph.biases import bias_sites, fitted
 from ..graph.edits import constant, insert
 from ..graph.operators import REQUANTIZED
-from ..graph.qdq import Quantizer, array, producer
+from ..graph.qdq import Quantizer, array, producer, quantizers
 
-__all__ = ["as_int8", "fit_biases", "requantize_operands", "to_signed", "to_unsigned"]
+__all__ = [
+    "as_int8",
+    "fit_biases",
+    "refuse_e4m3",
+    "requantize_operands",
+    "to_signed",
+    "to_unsigned",
+]
 
 
 def fit_biases(model: ir.Model, shift: Mapping[str, int]) -> None:
@@ -51,6 +58,23 @@ def fit_biases(model: ir.Model, shift: Mapping[str, int]) -> None:
         if site.scale in changed and changed[site.scale].ndim:
             for use in scale.uses():
                 use.node.attributes["axis"] = ir.AttrInt64("axis", site.axis)
+
+
+def refuse_e4m3(model: ir.Model, runtime: str) -> None:
+    """Say that a runtime on the CPU computes no FP8.
+
+    Args:
+        model: The graph.
+        runtime: Name of the runtime.
+
+    Raises:
+        ExportError: The codes are numbers of E4M3.
+    """
+    if any(q.floating for q in quantizers(model)):
+        raise ExportError(
+            f"found the grid 'e4m3' (FP8); {runtime} has no kernel on a CPU that multiplies FP8: "
+            "calibrate with `grid` int8, or export with `engine` trt-rtx, trt or onnx"
+        )
 
 
 def as_int8(codes: ir.Value) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import ExportError
-from ..formats.bundle_manifest import Layer
+from ..formats.bundle_manifest import CODED, Layer
 from ..graph.edits import constant, drop_unused, free_operand, insert, quantize_only
 from ..graph.operators import LINEAR
 from ..graph.patterns import check_patterns, named
@@ -94,14 +94,14 @@ def keep_float(model: ir.Model, layers: Sequence[Layer], patterns: Sequence[str]
     check_patterns("keep_float", patterns, [layer.module for layer in layers])
     result = []
     for layer in layers:
-        if layer.requested == "int8" and named(layer.module, patterns):
+        if layer.requested in CODED and named(layer.module, patterns):
             if layer.weight:
                 _real_weight(model, nodes[layer.node])
             layer = layer.model_copy(
                 update={"requested": "float32", "reason": "kept in float by --keep-float"}
             )
         result.append(layer)
-    quantize_only(model, {layer.node for layer in result if layer.requested == "int8"})
+    quantize_only(model, {layer.node for layer in result if layer.requested in CODED})
     drop_unused(model)
     return result
 

@@ -15,7 +15,7 @@ import onnxruntime
 
 from ..errors import CheckFailed
 from ..formats.atomic_files import scratch_folder
-from ..formats.bundle_manifest import Layer
+from ..formats.bundle_manifest import CODED, Layer
 from ..formats.engine_folder import LayerPrecision, PrecisionReport
 from ..graph.openvino_session import Executed
 from ..graph.operators import LAYERS
@@ -163,8 +163,8 @@ def _of_openvino(node: Executed) -> str:
 def from_trt_log(engine: str, dump: str, layers: Sequence[Layer]) -> PrecisionReport:
     """Read the builder's layer dump (ProfilingVerbosity.DETAILED).
 
-    A layer is INT8 when the compute layer that carries its name in Metadata reads Int8
-    data and an Int8 weight.
+    A layer is INT8 or FP8 when the compute layer that carries its name in Metadata reads data
+    and a weight of that type.
     """
     parsed = [_parse_line(line) for line in dump.splitlines() if line.startswith("Name: ")]
     return _from_trt(engine, "builder's layer dump", parsed, layers)
@@ -253,8 +253,8 @@ def _data_and_weight(inputs: list[str], constants: list[str]) -> list[str]:
     TensorRT fuses a residual sum into a convolution, which then reads the other branch as its
     second input, before the weight among its constants.
     """
-    weights = [kind for kind in constants if kind.lower().startswith("int8")]
-    codes = [kind.lower().startswith("int8") for kind in inputs[:2]]
+    weights = [kind for kind in constants if _coded(kind)]
+    codes = [bool(_coded(kind)) for kind in inputs[:2]]
     return [inputs[0], *weights] if codes == [True, False] and weights else [*inputs, *constants]
 
 
@@ -276,11 +276,20 @@ def _from_trt(
     return _report(engine, source, rows)
 
 
+def _coded(kind: str) -> str:
+    """``int8`` or ``fp8`` for a datatype of codes, as TensorRT spells it; "" for others."""
+    kind = kind.lower()
+    if kind.startswith(("fp8", "float8", "e4m3")):
+        return "fp8"
+    return "int8" if kind.startswith("int8") else ""
+
+
 def _executed(datatypes: Sequence[str]) -> str:
     """Precision of a layer, from the datatypes of its inputs and constants."""
     kinds = [kind.lower() for kind in datatypes]
-    if len(kinds) >= 2 and all(kind.startswith("int8") for kind in kinds[:2]):
-        return "int8"
+    operands = {_coded(kind) for kind in kinds[:2]}
+    if len(kinds) >= 2 and len(operands) == 1 and "" not in operands:
+        return operands.pop()
     if any(kind.startswith("int4") for kind in kinds):
         return "int4"
     return "float16" if kinds and kinds[0].startswith("half") else "float32"
@@ -302,10 +311,10 @@ def _row(layer: Layer, executed: str | None, evidence: str) -> LayerPrecision:
 def _report(engine: str, source: str, rows: Sequence[LayerPrecision]) -> PrecisionReport:
     total = Counter(row.op for row in rows)
     parts = []
-    for kind in ("int8", "int4"):
+    for kind in ("int8", "fp8", "int4"):
         counts = Counter(row.op for row in rows if row.executed == kind)
-        if counts or (kind == "int8" and any(row.requested == kind for row in rows)):
-            ops = sorted(total if kind == "int8" else counts)
+        if counts or (kind in CODED and any(row.requested == kind for row in rows)):
+            ops = sorted(counts if kind == "int4" else total)
             parts.append(
                 ", ".join(f"{counts[op]}/{total[op]} {op}" for op in ops) + f" {kind.upper()}"
             )

@@ -18,6 +18,7 @@ from ..typing import Array, Progress
 from . import precision
 from .io_signature import port_of
 from .lowering_openvino import lower_openvino
+from .lowering_shared import refuse_e4m3
 from .options import BuildOptions, GraphOptions
 from .target import Target
 
@@ -41,6 +42,7 @@ class OpenVinoTarget(Target):
                 "found `pack_int4`; OpenVINO would multiply such weights in float: leave it out, "
                 "or export with `engine` trt"
             )
+        refuse_e4m3(model, "OpenVINO")
         return lower_openvino(model)
 
     def ingredients(self, build: BuildOptions, only_graph: bool) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ..formats.engine_folder import GRAPH, PrecisionReport
 from ..typing import Array, Progress
 from . import precision
 from .lowering_ort import lower_ort
+from .lowering_shared import refuse_e4m3
 from .options import BuildOptions, GraphOptions
 from .target import Target
 
@@ -29,6 +30,7 @@ class OrtTarget(Target):
 
     def lower(self, model: ir.Model, options: GraphOptions) -> ir.Model:
         """See :meth:`Target.lower`."""
+        refuse_e4m3(model, "ONNX Runtime")
         return lower_ort(model, options.exact)
 
     def ingredients(self, build: BuildOptions, only_graph: bool) -> dict[str, Any]:

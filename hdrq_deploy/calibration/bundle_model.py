@@ -16,13 +16,14 @@ from torch import Tensor, fx, nn
 from ..errors import ModelError
 from ..formats.bundle_manifest import FoldRecord
 from ..formats.bundle_manifest import Tensor as Entry
+from ..numerics import e4m3
 from ..numerics.batchnorm_fold import graph_tensors
 from ..numerics.spec import QuantSpec
 from .block_module import Quantizers
 from .capture import Capture, Fold
-from .fake_quantizers import WeightQuantizer
+from .fake_quantizers import WeightQuantizer, round_codes
 from .placement import Plan
-from .tensors import attribute, free_name, set_attribute
+from .tensors import attribute, free_name, set_attribute, to_numpy
 
 __all__ = ["PORTS", "BundleModel", "emit_float", "emit_quantized"]
 
@@ -54,13 +55,13 @@ class BundleModel:
     def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
         """All tensors of the bundle, codes unpacked."""
         state = self.module.state_dict()
-        return {**{n: v.detach().cpu().numpy() for n, v in state.items()}, **self.aside}
+        return {**{n: to_numpy(v.detach().cpu()) for n, v in state.items()}, **self.aside}
 
 
 @torch.library.custom_op("hdrq::quantize_dequantize", mutates_args=())
 def quantize_dequantize(x: Tensor, scale: Tensor, lo: int, hi: int) -> Tensor:
-    """scale * clamp(round(x / scale), lo, hi)."""
-    return torch.round(x / scale).clamp(lo, hi) * scale
+    """scale * clamp(round(x / scale), lo, hi), or on the numbers of E4M3 where ``hi`` is 448."""
+    return round_codes(x / scale, lo, hi) * scale
 
 
 @quantize_dequantize.register_fake
@@ -146,7 +147,7 @@ def _dequantize(
         graph.erase_node(node)
     entries[codes_name] = Entry(
         role="codes",
-        dtype="int4" if spec.bits <= 4 else "int8",
+        dtype=e4m3.NAME if spec.floating else "int4" if spec.bits <= 4 else "int8",
         shape=tuple(codes.shape),
         bits=spec.bits,
         lo=spec.lo,

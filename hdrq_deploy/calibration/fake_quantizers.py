@@ -9,10 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..numerics.e4m3 import LARGEST
 from ..numerics.spec import QuantSpec
-from .noise import Draws
+from .noise import Draws, unit_of
 
-__all__ = ["ActivationQuantizer", "Mode", "WeightQuantizer", "fake_quantize", "search_scale"]
+__all__ = [
+    "ActivationQuantizer",
+    "Mode",
+    "WeightQuantizer",
+    "fake_quantize",
+    "round_codes",
+    "search_scale",
+]
 
 
 class Mode(Enum):
@@ -86,9 +94,20 @@ def _range_errors(
             scales = widest[first_row : first_row + _CHUNK, None]
             for k, i in enumerate(tried.tolist()):
                 scale = scales * ((i + 1) / candidates)
-                error = (part / scale).round_().clamp_(spec.lo, spec.hi).mul_(scale).sub_(part)
+                codes = round_codes(part / scale, spec.lo, spec.hi)
+                error = codes.mul_(scale).sub_(part)
                 scores[k, first_row : first_row + _CHUNK] += error.abs_().pow_(power).sum(1)
     return scores
+
+
+def round_codes(u: Tensor, lo: int, hi: int) -> Tensor:
+    """Values in units of the scale on the nearest codes (ties to even), in place where it can be.
+
+    Codes of ``lo`` to ``hi``, which are integers, or numbers of E4M3 where ``hi`` is 448.
+    """
+    if hi == LARGEST:
+        return u.clamp_(lo, hi).to(torch.float8_e4m3fn).to(u.dtype)
+    return u.round_().clamp_(lo, hi)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -114,7 +133,7 @@ class _FakeQuantize(torch.autograd.Function):
         u = x / scale
         codes = u.clamp(spec.lo, spec.hi)
         if noise is None:
-            codes.round_()
+            codes = round_codes(codes, spec.lo, spec.hi)
         else:
             codes.add_(_inside(noise, u, spec))
         ctx.save_for_backward(u, codes, scale, keep)
@@ -234,15 +253,15 @@ class WeightQuantizer(nn.Module):
 
     @torch.no_grad()
     def codes(self) -> Tensor:
-        """int8 codes of what was learned."""
+        """Codes of what was learned, int8 or E4M3."""
         if self.frozen is not None:
             return self.frozen
         if self.rounding is not None:
             real = (self.original / self._scale()).floor() + (self.soft() >= 0.5)
         else:
-            real = torch.round(self.latent / self._scale())
-        codes: Tensor = real.clamp(self.spec.lo, self.spec.hi).to(torch.int8)
-        return codes
+            real = self.latent / self._scale()
+        codes = round_codes(real, self.spec.lo, self.spec.hi)
+        return codes.to(torch.float8_e4m3fn if self.spec.floating else torch.int8)
 
     @torch.no_grad()
     def freeze(self, codes: Tensor | None = None, scale: Tensor | None = None) -> None:
@@ -309,7 +328,10 @@ def _noise(
     if mode not in _NOISY:
         return None
     assert draws is not None
-    return draws.uniform(x) if mode is Mode.UNIFORM else draws.resample(x, scale, spec)
+    if mode is Mode.EMPIRICAL:
+        return draws.resample(x, scale, spec)
+    noise = draws.uniform(x)
+    return noise * unit_of(x / scale) if spec.floating else noise
 
 
 def _along(values: Tensor, ndim: int, axis: int | None) -> Tensor:

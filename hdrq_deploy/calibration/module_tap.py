@@ -11,10 +11,16 @@ from torch import fx
 
 from ..comparison.taps import Ran
 from ..formats.bundle_manifest import Layer
+from ..numerics import e4m3
 from ..typing import Array
 from .placement import HEAVY
 
 __all__ = ["TorchTap"]
+
+
+def _whole(codes: Array) -> Array:
+    whole: Array = np.rint(codes).astype(np.int16)
+    return whole
 
 
 class TorchTap:
@@ -53,7 +59,9 @@ class TorchTap:
                     scale = n.args[1]
                     assert isinstance(scale, fx.Node)
                     name = str(scale.target)
-                    codes[name] = np.rint(result.numpy() / scales[name]).astype(np.int16)
+                    given = result.numpy() / np.float32(scales[name])
+                    on_grid = n.args[3] == e4m3.LARGEST
+                    codes[name] = e4m3.places(given) if on_grid else _whole(given)
                 elif n in names:
                     layers[names[n]] = result.numpy().copy()  # what follows may change it
                 return result

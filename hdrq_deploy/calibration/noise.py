@@ -14,15 +14,30 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ..numerics.e4m3 import LARGEST
 from ..numerics.spec import QuantSpec
 
-__all__ = ["Draws"]
+__all__ = ["Draws", "unit_of"]
 
 SIZE = 1 << 22
 _PIECE = SIZE // 2
 # How many rounding errors of a tensor stand for their distribution.
 _POOL_BITS = 14
 POOL = 1 << _POOL_BITS
+
+
+def unit_of(u: Tensor) -> Tensor:
+    """The distance of the numbers of E4M3 around values ``u``, as :func:`..e4m3.spacing` has it."""
+    _, exponent = torch.frexp(u.clamp(-LARGEST, LARGEST))
+    return torch.ldexp(torch.ones_like(u), (exponent - 1).clamp_(min=-6) - 3)
+
+
+def _errors(u: Tensor, spec: QuantSpec) -> Tensor:
+    """Rounding errors of values in units of the scale, over the distance of their codes."""
+    if not spec.floating:
+        return torch.round(u) - u
+    inside = u.clamp(spec.lo, spec.hi)
+    return (inside.to(torch.float8_e4m3fn).to(u.dtype) - inside) / unit_of(u)
 
 
 class Draws:
@@ -72,6 +87,9 @@ class Draws:
         Returns:
             Noise in units of the scale, shape of ``x``.
 
+        The numbers of E4M3 do not lie equally far apart: errors are taken in units of their
+        distance, and each element's noise is multiplied by the distance around it.
+
         Source:
             Shin et al., ICML 2025, section 4.1.
         """
@@ -82,7 +100,7 @@ class Draws:
             some = flat[(places * flat.numel()).long()]
         if scale.ndim == 0:
             some = some / scale
-        errors = torch.round(some) - some
+        errors = _errors(some, spec)
         inside = errors[(some > spec.lo) & (some < spec.hi)]
         if inside.numel() == 0:
             return torch.zeros_like(x)
@@ -94,6 +112,8 @@ class Draws:
         for index in pieces:
             torch.index_select(inside, 0, index, out=noise[first : first + len(index)])
             first += len(index)
+        if spec.floating:
+            noise *= unit_of(flat / scale if scale.ndim == 0 else flat)
         return noise.reshape(x.shape)
 
     def rows(self, count: int, batch: int) -> Tensor:

@@ -190,7 +190,7 @@ def plan_quantizers(capture: Capture, codes: Quantization, placement: str = "eng
     for node in heavy:
         weight = weight_node(node)
         wide = weight is not None and str(weight.target) in ends
-        site = _layer_site(capture, node, 8 if wide else codes.wbits, codes.per_channel)
+        site = _layer_site(capture, node, 8 if wide else codes.wbits, codes)
         if node in quantized:
             groups = [sources[operand] for operand in operands(node)]
             widths = tuple(max(bits[s] for s in group) for group in groups if group)
@@ -348,14 +348,14 @@ def root(node: fx.Node) -> fx.Node:
     return node
 
 
-def _layer_site(capture: Capture, node: fx.Node, bits: int, per_channel: bool) -> LayerSite:
+def _layer_site(capture: Capture, node: fx.Node, bits: int, codes: Quantization) -> LayerSite:
     weight = weight_node(node)
     if weight is None or node.target in TRANSPOSED:
         return LayerSite(node, module_path(node), None, None)
     value = attribute(capture.module, str(weight.target))
-    axis = _channel_axis(node, value) if per_channel else None
+    axis = _channel_axis(node, value) if codes.per_channel else None
     path = module_path(node) if node.meta.get("hdrq_module") else str(weight.target)
-    return LayerSite(node, path, str(weight.target), QuantSpec.weight(bits, axis))
+    return LayerSite(node, path, str(weight.target), QuantSpec.weight(bits, axis, codes.grid))
 
 
 def _channel_axis(node: fx.Node, weight: torch.Tensor) -> int | None:

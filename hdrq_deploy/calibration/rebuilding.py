@@ -17,6 +17,7 @@ from .fold_batch_norm import fold_constants, folded
 from .loading import current_folder_importable, is_lazy, load_model, load_state
 from .placement import EARLIER, Plan, plan_quantizers
 from .request import PLACEMENTS, Quantization
+from .tensors import from_numpy
 
 __all__ = ["fake_quantized", "folded_weights"]
 
@@ -40,7 +41,7 @@ def fake_quantized(bundle: Bundle, example: Tensor) -> nn.Module:
             f"{manifest.model} now has other tensors than {bundle.path}; needed the version of "
             "the model that was calibrated"
         )
-    values = {name: torch.from_numpy(tensors[name].copy()) for name in manifest.graph_tensors}
+    values = {name: from_numpy(tensors[name].copy()) for name in manifest.graph_tensors}
     model.module.load_state_dict(values)
     return model.module
 

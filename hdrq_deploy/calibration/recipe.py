@@ -38,7 +38,7 @@ class Recipe(BaseModel):
     abits: int | None = None
     per_channel: bool | None = None
     fold: Literal["weights", "steps"] | None = None
-    grid: Literal["int8", "paper"] | None = None
+    grid: Literal["int8", "paper", "e4m3"] | None = None
     placement: Literal["engine", "paper"] | None = None
     blocks: Literal["live", "unit"] | None = None
     images: int | None = None

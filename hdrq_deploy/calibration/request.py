@@ -28,6 +28,8 @@ __all__ = [
 PLACEMENTS = ("engine", "paper")
 BLOCKS = ("live", "unit")
 _STATISTICS = ("auto", "full", "off")
+# Learners that round to nearest; the others choose between two neighbouring integers.
+_OF_FLOATS = ("none", "latent")
 
 
 def check_statistics(rank: int | str) -> None:
@@ -51,7 +53,7 @@ class Quantization:
         wbits: Bits of the weights, 2 to 8; the first and the last layers keep 8.
         abits: Bits of the activations that heavy layers read, 2 to 8.
         per_channel: One weight scale per output channel instead of one per tensor.
-        grid: ``int8`` or ``paper`` (see ``spec.activation_range``).
+        grid: ``int8`` or ``paper`` (see ``spec.activation_range``), or ``e4m3`` (FP8).
         scales_carry_batch_norm: BatchNorm is folded into the weight scales, one per channel,
             instead of into the weights, so that a merge averages it separately.
 
@@ -70,6 +72,11 @@ class Quantization:
             raise SpecError(f"found grid {self.grid!r}; choose one of {', '.join(GRIDS)}")
         check_bits(self.wbits, "wbits")
         check_bits(self.abits, "abits")
+        if self.grid == "e4m3" and (self.wbits, self.abits) != (8, 8):
+            raise SpecError(
+                f"found wbits={self.wbits}, abits={self.abits} on the grid e4m3; FP8 has 8 bits: "
+                "choose 8 of both, or the grid int8"
+            )
         if self.scales_carry_batch_norm and not self.per_channel:
             raise SpecError(
                 "found one weight scale per tensor; scales that carry BatchNorm need one per "
@@ -140,6 +147,14 @@ class CalibrationRequest:
         check_seed(self.seed)
         Options.of(self.method)
         _ = self.quantization
+        if self.grid == "e4m3" and self.learning.learner not in _OF_FLOATS and self.quantizes:
+            able = [
+                n for n, m in METHODS.items() if m.options.learner in _OF_FLOATS and m.quantizes
+            ]
+            raise SpecError(
+                f"found learner={self.learning.learner} on the grid e4m3; FP8 numbers are rounded "
+                f"to nearest: choose a method of {', '.join(able)}, or the grid int8"
+            )
         for name, allowed in (("placement", PLACEMENTS), ("blocks", BLOCKS)):
             if getattr(self, name) not in allowed:
                 raise SpecError(

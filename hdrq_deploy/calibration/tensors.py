@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
-__all__ = ["attribute", "free_name", "set_attribute"]
+from ..numerics import e4m3
+from ..typing import Array
+
+__all__ = ["attribute", "free_name", "from_numpy", "set_attribute", "to_numpy"]
 
 
 def attribute(module: nn.Module, target: str) -> Tensor:
@@ -72,3 +77,18 @@ def _numbered(name: str, fits: Callable[[str], bool]) -> str:
         number += 1
         tried = f"{name}_{number}"
     return tried
+
+
+def to_numpy(value: Tensor) -> Array:
+    """A tensor on the CPU as NumPy has it, the same memory; numbers of E4M3 too."""
+    if value.dtype == torch.float8_e4m3fn:
+        return value.view(torch.uint8).numpy().view(e4m3.DTYPE)
+    array: Array = value.numpy()
+    return array
+
+
+def from_numpy(value: Array) -> Tensor:
+    """The other way; the array must be writable."""
+    if value.dtype == e4m3.DTYPE:
+        return torch.from_numpy(value.view(np.uint8)).view(torch.float8_e4m3fn)
+    return torch.from_numpy(value)

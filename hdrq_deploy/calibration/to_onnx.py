@@ -27,6 +27,7 @@ from ..formats.safetensors_layout import Span, layout
 from ..graph.biases import bias_sites, fitted, shifts
 from ..graph.edits import distinct_names
 from ..graph.operators import LAYERS
+from ..numerics import e4m3
 from .bundle_model import PORTS, BundleModel
 from .capture import PRODUCTS, TRANSPOSED, Capture, quiet
 from .graph_cache import GraphCache
@@ -36,6 +37,13 @@ from .tensors import set_attribute
 
 __all__ = ["OPSET", "check_graph", "fit_biases", "onnx_graph"]
 
+_ONNX = {
+    "float32": "FLOAT",
+    "int8": "INT8",
+    "int4": "INT4",
+    e4m3.NAME: "FLOAT8E4M3FN",
+    "int64": "INT64",
+}
 # 21 knows INT4; TensorRT 10 and 11 and ONNX Runtime all read it.
 OPSET = 21
 
@@ -46,6 +54,8 @@ def _translations() -> dict[Any, Any]:
     def onnx_quantize_dequantize(x, scale, lo: int, hi: int):  # type: ignore[no-untyped-def]
         kind = ir.DataType.UINT8 if hi > 127 else ir.DataType.INT8
         lowest, highest = (0, 255) if hi > 127 else (-128, 127)
+        if hi == e4m3.LARGEST:
+            kind, lowest, highest = ir.DataType.FLOAT8E4M3FN, lo, hi
         zero = op.Constant(value=ir.tensor(np.array(0, kind.numpy())))
         codes = op.QuantizeLinear(x, scale, zero)
         if lo > lowest or hi < highest:
@@ -172,10 +182,7 @@ def _point_outside(model: ir.Model, entries: dict[str, Entry], spans: dict[str, 
                 f"the exported graph does not use {name}; this is a bug of hdrq-deploy or of "
                 "the exporter, please report the model"
             )
-        dtype = {"float32": "FLOAT", "int8": "INT8", "int4": "INT4", "int64": "INT64"}.get(
-            entry.dtype, "BOOL"
-        )
-        kind = ir.DataType[dtype]
+        kind = ir.DataType[_ONNX.get(entry.dtype, "BOOL")]
         value.const_value = ir.ExternalTensor(
             WEIGHTS,
             spans[name].offset,
@@ -270,9 +277,14 @@ def _describe(
         weight=codes.get(site.weight) if site.weight else None,
         weight_bits=site.spec.bits if site.spec else None,
         activation_bits=site.activation_bits,
-        requested="float32" if site.reason else "int8",
+        requested="float32" if site.reason else "fp8" if _floating(plan) else "int8",
         reason=site.reason,
     )
+
+
+def _floating(plan: Plan) -> bool:
+    """Whether the codes are numbers of E4M3; all of a network are, or none."""
+    return any(site.spec.floating for site in plan.activations)
 
 
 def check_graph(graph: bytes, folder: Path) -> None:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from ..errors import DataError
 from ..formats.bundle import Bundle
-from ..formats.bundle_manifest import weight_name
+from ..formats.bundle_manifest import CODED, weight_name
 from ..graph import reference_session
 from ..graph.edits import constant, quantize_only
 from ..graph.model_files import serialized
@@ -72,7 +72,7 @@ class PartlyQuantized:
     def __init__(self, bundle: Bundle, real: Mapping[str, Array] | None = None) -> None:
         self._bundle = bundle
         tensors = bundle.tensors()
-        self.layers = [layer for layer in bundle.manifest.layers if layer.requested == "int8"]
+        self.layers = [layer for layer in bundle.manifest.layers if layer.requested in CODED]
         self._weights: dict[str, tuple[Array, Array]] = {}
         for layer in self.layers:
             if layer.weight is None:

@@ -158,7 +158,8 @@ def _more_code_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--grid",
         choices=GRIDS,
-        help=f"range of the codes of non-negative activations {_default('grid')}",
+        help="what codes are: signed integers (int8), unsigned ones where nothing is negative "
+        f"(paper), or the 8-bit floating-point numbers of FP8 (e4m3) {_default('grid')}",
     )
     group.add_argument(
         "--placement",

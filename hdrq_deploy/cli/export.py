@@ -20,6 +20,7 @@ with importing("hdrq-export"):
     from ..exporters.export import ports
     from ..exporters.trtexec import trtexec
     from ..formats.atomic_files import check_outputs, check_scratch
+    from ..formats.bundle_manifest import CODED
     from ..formats.engine_folder import GRAPH, PLAN, PrecisionReport
     from ..formats.file_kinds import ENGINE, TIMING_CACHE
     from .common import parser, progress_bar
@@ -277,7 +278,7 @@ def show(report: PrecisionReport, every: bool) -> None:
     """Print the layers: all of them, or those that run in float."""
     rows = report.layers
     if not every:
-        rows = tuple(row for row in rows if row.executed not in {None, "int8", "int4"})
+        rows = tuple(row for row in rows if row.executed not in {None, *CODED, "int4"})
     if not rows:
         return
     table = Table(title=f"{report.engine}: {report.source}", title_justify="left")

@@ -6,7 +6,9 @@ Neighbouring stages are run on the same images and compared twice.
   that every layer starts from equal codes and errors cannot hide behind others. A code may differ
   by one, and only where the value before rounding lies as close to the tie between the two
   as float arithmetic (or the kernel's rounded bias) can move it. Such ties are counted; any other
-  difference fails. Real outputs of convolutions and products are compared where both show them.
+  difference fails. (Numbers of E4M3 near 0 lie closer together than float arithmetic is exact: a
+  value may cross several of them.) Real outputs of convolutions and products are compared where
+  both show them.
 * As a whole: the outputs' relative RMS always, decisions besides where there are classes. Ties
   spread, with few bits through the whole network; how far is measured on the reference itself
   (:func:`spread_of_ties`) when a stage is beyond the plain tolerance, and stated. Where two
@@ -27,6 +29,7 @@ from ..formats.bundle import Bundle
 from ..formats.bundle_manifest import Activation, Layer
 from ..formats.engine_folder import LayerPrecision
 from ..formats.records import Tolerances
+from ..numerics import e4m3
 from ..numerics.sqnr import decibels
 from ..typing import Array
 from .taps import GraphTap, Ran, Shows
@@ -119,7 +122,8 @@ class Stepwise:
     Attributes:
         modules: Module paths by the name of an activation's scale or of a layer's ONNX node, in
             graph order.
-        ranges: Lowest and highest code by the name of an activation's scale.
+        ranges: Lowest and highest code by the name of an activation's scale; places of numbers of
+            E4M3.
         fidelity: See :class:`Fidelity`.
         probe: Compare the layers on random codes too, which leave no channel unused.
         one_row: The batch is free, and one row of random codes is enough.
@@ -149,7 +153,9 @@ class Stepwise:
             for node in graph.graph.node
         )
         modules = {name: known[name] for name in names if name in known}
-        return cls(modules, {a.scale: (a.lo, a.hi) for a in activations}, fidelity)
+        most = (-e4m3.MOST, e4m3.MOST)
+        ranges = {a.scale: most if a.hi == e4m3.LARGEST else (a.lo, a.hi) for a in activations}
+        return cls(modules, ranges, fidelity)
 
     @classmethod
     def of_bundle(cls, bundle: Bundle, fidelity: Fidelity = EXACT) -> Stepwise:
@@ -501,7 +507,8 @@ class _Layers:
         computed = local.codes[name]
         if self._how.fidelity.widened:
             computed = computed.clip(*self._how.ranges[name])
-        flat = given.reshape(-1).astype(np.float32)
+        floating = self._floating(name)
+        flat = _real(given, floating).reshape(-1)
         sums.count += given.size
         sums.signal += float(flat @ flat)
         if np.array_equal(computed, given):
@@ -512,13 +519,27 @@ class _Layers:
         ties = by == 1
         if name in local.before:
             before = local.before[name]
-            middle = (computed[at] + given[at].astype(np.float32)) / 2
-            ties &= np.abs(before[at] - middle) <= self._slack(name, before, at)
+            slack = self._slack(name, before, at)
+            # The border of the given code that the value has crossed.
+            middle = (
+                _real(given[at] + np.sign(away[at]), floating) + _real(given[at], floating)
+            ) / 2
+            if floating:  # Near 0 they lie so close together that a value may cross several.
+                slack = slack + self._how.fidelity.tie * (e4m3.spacing(middle) - 1)
+                ties = np.ones_like(ties)
+            ties &= np.abs(before[at] - middle) <= slack
         sums.off += by.size
         sums.steps = max(sums.steps, int(by.max()))
         sums.ties += int(ties.sum())
         sums.wrong += int((~ties).sum())
+        if floating:
+            by = np.abs(_real(computed[at], True) - _real(given[at], True))
         sums.noise += float((by.astype(np.float64) ** 2).sum())
+
+    def _floating(self, name: str) -> bool:
+        """Whether codes are places of numbers of E4M3."""
+        sites = self._again.sites if self._again is not None else {}
+        return name in sites and sites[name].floating
 
     def _slack(self, name: str, before: Array, at: tuple[Array, ...]) -> Array | float:
         """How far from a tie, in codes, a code may still fall to the other side."""
@@ -628,6 +649,11 @@ class _Layers:
                 f"found outputs {stage.layer_rms:.2g} apart (relative RMS) though they were "
                 f"computed from the same codes; needed at most {most:.2g}"
             )
+
+
+def _real(codes: Array, floating: bool) -> Array:
+    """Codes as float32: the numbers themselves where ``codes`` are places of E4M3."""
+    return e4m3.numbers(codes) if floating else codes.astype(np.float32)
 
 
 def _replays(stage: Shows) -> TypeGuard[GraphTap]:

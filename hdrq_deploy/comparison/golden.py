@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from ..errors import CheckFailed
 from ..formats.bundle import WEIGHTS, Bundle
+from ..formats.bundle_manifest import CODED
 from ..formats.engine_folder import EngineManifest, PrecisionReport
 from ..formats.preprocessing import to_frames, to_input
 from ..formats.records import Preprocessing
@@ -93,10 +94,10 @@ def bundle_tap(
     asked = {
         layer.node: (requested or {}).get(layer.node, layer.requested)
         for layer in layers
-        if layer.requested == "int8"
+        if layer.requested in CODED
     }
     nodes = [layer.node for layer in layers]
-    changed = {kind for kind in asked.values() if kind != "int8"}
+    changed = {kind for kind in asked.values() if kind not in CODED}
     if not changed:
         model = bundle.graph()
         data = (
@@ -111,7 +112,7 @@ def bundle_tap(
         if kind == "int4":
             free_operand(graph, by_name[node], 0)
     if "float32" in changed:
-        quantize_only(graph, {node for node, kind in asked.items() if kind == "int8"})
+        quantize_only(graph, {node for node, kind in asked.items() if kind in CODED})
     drop_unused(graph)
     distinct_names(graph)
     return GraphTap(ir.to_proto(graph), {}, "bundle", nodes, postprocess=postprocess)

@@ -19,6 +19,7 @@ import onnx
 from ..errors import CheckFailed
 from ..graph import reference_session
 from ..graph.operators import CLAMPS, LAYERS, NEVER_AMPLIFIES
+from ..numerics import e4m3
 from ..typing import Array
 
 __all__ = ["GraphTap", "Opens", "Ran", "Runs", "Shows", "Site", "decide", "outside"]
@@ -41,6 +42,8 @@ class Site:
         bias_steps: By how many codes a kernel that rounds the bias of the layer in front to
             s_x * s_w may be off: a number, or one per channel (axis 1).
         rounded: The graph itself rounds that bias.
+        floating: The codes are numbers of E4M3. They are told by their places
+            (:mod:`~hdrq_deploy.numerics.e4m3`), and so are ``lo`` and ``hi``.
     """
 
     scale: float
@@ -48,6 +51,7 @@ class Site:
     hi: int
     bias_steps: Array | float = 0.0
     rounded: bool = False
+    floating: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Ran:
         output: The network's or the engine's output.
         scores: The real values behind ``output``: those that labels were chosen from (argmax on
             axis 1), the output itself where it holds no labels.
-        codes: Codes without their zero point, by the name of their scale.
+        codes: Codes without their zero point, by the name of their scale; places where they are
+            numbers of E4M3.
         layers: Real outputs of convolutions and products, by ONNX node.
         before: Values before they were rounded, in codes, by the name of the scale.
         hidden: Scales of quantizers whose codes the stage computes and does not show.
@@ -140,6 +145,7 @@ class GraphTap:
         self._scores = self._behind_labels()
         self.sites: dict[str, Site] = {}
         self._codes: dict[str, str] = {}
+        self._numbers: dict[str, str] = {}
         self._points: dict[str, int] = {}
         self._before: dict[str, str] = {}
         self.named: dict[str, str] = {}
@@ -159,9 +165,11 @@ class GraphTap:
         self._places = {scale: i for i, scale in enumerate(self.sites)}
         if show is not None:
             self._codes = {s: value for s, value in self._codes.items() if s in show}
-        shown = [*self._codes.values(), *([self._scores] if self._scores else [])]
         if self.replays:
             self._let_replay(graph)
+        self._show_numbers(graph)
+        shown = [*self._codes.values(), *([self._scores] if self._scores else [])]
+        if self.replays:
             shown += [*self._layers.values(), *self._before.values()]
         taken = {value.name for value in graph.output}
         graph.output.extend(
@@ -199,11 +207,9 @@ class GraphTap:
         feeds: dict[str, Array] = {self._port: x}
         if self.replays:
             for scale, place in self._places.items():
-                kind, point = self._values.kinds[scale], self._points[scale]
                 given = codes.get(scale)
                 feeds[f"hdrq/given/{place}"] = np.array(given is not None)
-                codes_given = _NOTHING if given is None else (given + point).astype(kind)
-                feeds[f"hdrq/codes/{place}"] = codes_given.astype(np.int32)
+                feeds[f"hdrq/codes/{place}"] = self._fed(scale, given)
         fetched = {
             "output": [self._output],
             "scores": [self._scores] if self._scores else [],
@@ -225,7 +231,9 @@ class GraphTap:
             output=output,
             scores=scores,
             codes={
-                scale: _centred(values[value], self._points[scale])
+                scale: e4m3.places(values[value])
+                if self.sites[scale].floating
+                else _centred(values[value], self._points[scale])
                 for scale, value in self._codes.items()
             },
             layers={node: values[value] for node, value in self._layers.items()},
@@ -236,6 +244,24 @@ class GraphTap:
             },
         )
 
+    def _fed(self, scale: str, given: Array | None) -> Array:
+        """Codes as the graph reads them: numbers of E4M3 as float32, others as int32."""
+        if self.sites[scale].floating:
+            return np.zeros(1, np.float32) if given is None else e4m3.numbers(given)
+        if given is None:
+            return _NOTHING
+        kind = self._values.kinds[scale]
+        return (given + self._points[scale]).astype(kind).astype(np.int32)
+
+    def _show_numbers(self, graph: onnx.GraphProto) -> None:
+        """Show numbers of E4M3 as float32, for ONNX Runtime gives NumPy no others."""
+        for scale, value in self._codes.items():
+            if self.sites[scale].floating:
+                name = f"hdrq/number/{self._places[scale]}"
+                cast = onnx.helper.make_node("Cast", [value], [name], to=onnx.TensorProto.FLOAT)
+                graph.node.append(cast)
+                self._codes[scale] = name
+
     def _behind_labels(self) -> str | None:
         node = self._producers.get(self._output)
         return node.input[0] if node is not None and node.op_type == "ArgMax" else None
@@ -243,6 +269,11 @@ class GraphTap:
     def _add_site(self, node: onnx.NodeProto) -> None:
         scale, codes = node.input[1], node.output[0]
         if self._values.get(scale) is None:
+            return
+        if len(node.input) > 2 and self._values.is_e4m3(node.input[2]):
+            real = float(np.asarray(self._values.get(scale), np.float32).reshape(-1)[0])
+            self.sites[scale] = Site(real, -e4m3.MOST, e4m3.MOST, floating=True)
+            self._note(node, codes, 0, np.dtype(np.float32))
             return
         zero = self._values.get(node.input[2]) if len(node.input) > 2 and node.input[2] else None
         kind = np.dtype(np.uint8) if zero is None else zero.dtype
@@ -262,6 +293,11 @@ class GraphTap:
         real = float(np.asarray(self._values.get(scale), np.float32).reshape(-1)[0])
         slack, rounded = self._bias_steps(node, real)
         self.sites[scale] = Site(real, lo - point, hi - point, slack, rounded)
+        self._note(node, codes, point, kind)
+
+    def _note(self, node: onnx.NodeProto, codes: str, point: int, kind: np.dtype[Any]) -> None:
+        """Keep by its scale where a site's codes are, their zero point and their type."""
+        scale = node.input[1]
         self._codes[scale], self._points[scale] = codes, point
         self.named |= dict.fromkeys((node.name, node.output[0]), scale)
         self._before[scale] = node.input[0]
@@ -348,20 +384,22 @@ class GraphTap:
                     continue
                 scale = by_value[value]
                 place = self._places[scale]
+                floating = self.sites[scale].floating
                 kind = onnx.helper.np_dtype_to_tensor_dtype(self._values.kinds[scale])
                 given, codes = f"hdrq/given/{place}", f"hdrq/codes/{place}"
                 # Before 1.24 ONNX Runtime chooses between int32, not between int8.
                 wide, chosen = f"hdrq/wide/{place}", f"hdrq/chosen/{place}"
-                int32 = onnx.TensorProto.INT32
+                between = onnx.TensorProto.FLOAT if floating else onnx.TensorProto.INT32
+                kind = onnx.TensorProto.FLOAT8E4M3FN if floating else kind
                 nodes += [
-                    onnx.helper.make_node("Cast", [value], [wide], to=int32),
+                    onnx.helper.make_node("Cast", [value], [wide], to=between),
                     onnx.helper.make_node("Where", [given, codes, wide], [chosen]),
                     onnx.helper.make_node("Cast", [chosen], [swapped[value]], to=kind),
                 ]
                 graph.input.extend(
                     [
                         onnx.helper.make_tensor_value_info(given, onnx.TensorProto.BOOL, []),
-                        onnx.helper.make_tensor_value_info(codes, int32, None),
+                        onnx.helper.make_tensor_value_info(codes, between, None),
                     ]
                 )
         copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
@@ -380,6 +418,11 @@ class _Constants:
                 self._tensors.update(zip(node.output, held, strict=False))
         self._data = data
         self.kinds: dict[str, np.dtype[Any]] = {}
+
+    def is_e4m3(self, name: str) -> bool:
+        """Whether ``name`` is a constant number of E4M3."""
+        tensor = self._tensors.get(name)
+        return tensor is not None and tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN
 
     def get(self, name: str) -> Array | None:
         """The value; None where ``name`` is no constant."""

@@ -22,6 +22,7 @@ import onnx
 import safetensors.numpy
 
 from ..errors import BundleError
+from ..numerics import e4m3
 from ..numerics.int4 import unpack_int4
 from ..typing import Array
 from . import onnx_file
@@ -47,11 +48,19 @@ __all__ = ["GOLDEN", "GRAPH", "MANIFEST", "WEIGHTS", "Bundle"]
 
 WEIGHTS = "weights.safetensors"
 
-_STORED = {"float32": "F32", "int8": "I8", "int4": "U8", "int64": "I64", "bool": "BOOL"}
+_STORED = {
+    "float32": "F32",
+    "int8": "I8",
+    "int4": "U8",
+    e4m3.NAME: "U8",
+    "int64": "I64",
+    "bool": "BOOL",
+}
 _ONNX = {
     "float32": onnx.TensorProto.FLOAT,
     "int8": onnx.TensorProto.INT8,
     "int4": onnx.TensorProto.INT4,
+    e4m3.NAME: onnx.TensorProto.FLOAT8E4M3FN,
     "int64": onnx.TensorProto.INT64,
     "bool": onnx.TensorProto.BOOL,
 }
@@ -362,6 +371,8 @@ class Bundle:
 
     def _unpack(self, name: str, value: Array) -> Array:
         entry = self.manifest.tensors[name]
+        if entry.dtype == e4m3.NAME:
+            return value.view(e4m3.DTYPE)
         return unpack_int4(value, entry.shape) if entry.packed else value
 
     def _error(self, file: str, problem: str) -> BundleError:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from ..errors import BundleError, HdrqError
+from ..numerics import e4m3
 from ..numerics.spec import QuantSpec
 from .records import (
     MOST_ELEMENTS,
@@ -22,8 +23,19 @@ from .records import (
 )
 from .statistics import StatisticsRecord
 
-__all__ = ["Activation", "FoldRecord", "Layer", "Manifest", "ParentRecord", "Tensor", "weight_name"]
+__all__ = [
+    "CODED",
+    "Activation",
+    "FoldRecord",
+    "Layer",
+    "Manifest",
+    "ParentRecord",
+    "Tensor",
+    "weight_name",
+]
 
+# What is asked of a layer all of whose operands are codes.
+CODED = ("int8", "fp8")
 Role = Literal[
     "codes", "scale", "activation_scale", "float", "bn_mean", "bn_var", "constant", "raw_scale"
 ]
@@ -33,7 +45,8 @@ class Tensor(Frozen):
     """One tensor of ``weights.safetensors``.
 
     ``shape`` is that of the codes; 4-bit codes are stored packed, as uint8 of half the
-    length. ``scale`` names the tensor with the scales of these codes.
+    length, and E4M3 numbers as uint8, for not every reader of safetensors knows them. ``scale``
+    names the tensor with the scales of these codes.
     """
 
     role: Role
@@ -62,8 +75,10 @@ class Tensor(Frozen):
             spec = self.spec
         except HdrqError as error:
             raise ValueError(str(error)) from error
-        least, most = (-8, 7) if self.packed else (-128, 127)
-        if self.dtype not in {"int8", "int4"} or spec.lo < least or spec.hi > most:
+        limits = {"int8": (-128, 127), "int4": (-8, 7), e4m3.NAME: (-e4m3.LARGEST, e4m3.LARGEST)}
+        least, most = limits.get(self.dtype, (0, 0))
+        fits = least <= spec.lo and spec.hi <= most and spec.floating == (self.dtype == e4m3.NAME)
+        if not fits:
             raise ValueError(f"found codes {spec.lo} to {spec.hi} in {self.dtype}")
 
     @property
@@ -124,9 +139,9 @@ class Activation(Frozen):
 class Layer(Frozen):
     """One convolution, linear or matrix product and what was asked of it.
 
-    ``node`` is its ONNX node; ``requested`` is ``int8`` when all its operands are codes,
-    ``int4`` when only its weight is (an export may choose that), else ``float32`` with the
-    ``reason``.
+    ``node`` is its ONNX node; ``requested`` is ``int8`` when all its operands are codes, ``fp8``
+    when these are numbers of E4M3, ``int4`` when only its weight is (an export may choose that),
+    else ``float32`` with the ``reason``.
     """
 
     node: str
@@ -135,7 +150,7 @@ class Layer(Frozen):
     weight: str | None
     weight_bits: int | None
     activation_bits: tuple[int, ...]
-    requested: Literal["int8", "int4", "float32"]
+    requested: Literal["int8", "fp8", "int4", "float32"]
     reason: str = ""
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import safetensors.numpy
 
 from ..errors import BundleError
+from ..numerics import e4m3
 from ..numerics.int4 import pack_int4
 from ..typing import Array
 
@@ -154,10 +155,15 @@ def serialize(tensors: Mapping[str, Array], entries: Mapping[str, Tensor]) -> by
 
 
 def stored(value: Array, entry: Tensor) -> Array:
-    """A tensor as it lies in a bundle's weights: of the entry's dtype, 4-bit codes packed."""
+    """A tensor as it lies in a bundle's weights: of the entry's dtype, but for two.
+
+    4-bit codes are packed, numbers of E4M3 are bytes.
+    """
     array = np.ascontiguousarray(value).reshape(entry.shape)
     if entry.packed:
         return pack_int4(array)
+    if entry.dtype == e4m3.NAME:
+        return array.astype(e4m3.DTYPE, copy=False).view(np.uint8)
     return array.astype(entry.dtype, copy=False)
 
 

@@ -299,7 +299,7 @@ def _site(model: ir.Model, node: ir.Node) -> BiasSite | None:
     if not all(_is_initializer(model, value) for value in (codes, scale, operand_scale)):
         return None
     assert codes is not None and scale is not None and operand_scale is not None
-    if codes.shape is None:
+    if codes.shape is None or codes.dtype == ir.DataType.FLOAT8E4M3FN:  # no whole sums
         return None
     axis = channel_axis(node, len(codes.shape), transposed)
     if bias.shape is None or tuple(bias.shape) != (codes.shape[axis],):

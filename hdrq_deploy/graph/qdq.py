@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ..errors import ExportError
+from ..numerics import e4m3
 from .operators import CLAMPS, MOVES_VALUES
 
 __all__ = [
@@ -39,6 +40,11 @@ class Quantizer:
     lo: int
     hi: int
     unsigned: bool
+
+    @property
+    def floating(self) -> bool:
+        """Whether the codes are numbers of E4M3."""
+        return self.hi == e4m3.LARGEST
 
 
 def producer(value: ir.Value | None) -> ir.Node | None:
@@ -75,8 +81,11 @@ def quantizers(model: ir.Model) -> Iterator[Quantizer]:
         dequantize = _only_reader(clip) if clip else reader
         if dequantize.op_type != "DequantizeLinear":
             raise ExportError(f"found {dequantize.op_type} behind {node.name}; needed a DQ")
-        unsigned = node.inputs[2] is not None and array(node.inputs[2]).dtype == np.uint8
+        kind = None if node.inputs[2] is None else array(node.inputs[2]).dtype
+        unsigned = kind == np.uint8
         lo, hi = (0, 255) if unsigned else (-128, 127)
+        if kind == e4m3.DTYPE:
+            lo, hi = -e4m3.LARGEST, e4m3.LARGEST
         if clip:
             lo, hi = _range(clip, lo, hi)
         scale = float(array(node.inputs[1]))

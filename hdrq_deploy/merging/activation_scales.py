@@ -18,6 +18,8 @@ from ..errors import MergeError
 from ..formats.bundle import Bundle
 from ..formats.bundle_manifest import Activation
 from ..formats.statistics import Histogram
+from ..numerics.quantization import rounded
+from ..numerics.spec import QuantSpec
 from .merged_statistics import merged_histogram
 from .methods.mean import weighted_mean
 
@@ -55,7 +57,7 @@ def histogram_scale(histogram: Histogram, lo: int, hi: int) -> Scale:
     values, counts = (edges[1:] + edges[:-1]) / 2, histogram.counts.astype(np.float64)
     widest = max(histogram.high / hi, histogram.low / lo if lo else 0.0, 1e-30)
     scales = widest * np.arange(1, _CANDIDATES + 1)[:, None] / _CANDIDATES
-    off = np.abs(np.rint(values / scales).clip(lo, hi) * scales - values)
+    off = np.abs(rounded(values / scales, QuantSpec(8, lo, hi)) * scales - values)
     best = float(scales[int(np.argmin((off**_POWER) @ counts)), 0])
     # An activation of zeros has no range; any normal scale represents it.
     return np.array(best if best > 1e-20 else 1e-6, np.float32)

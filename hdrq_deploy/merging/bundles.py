@@ -40,7 +40,7 @@ from .methods.base import float64
 from .methods.mean import matched_variance, weighted_mean
 from .requantize import graph_with, requantized, requantized_entries
 from .rounding import ROUNDINGS, MergedCodes, merge_codes, round_target
-from .ways import check_way, way_of
+from .ways import check_grid, check_way, way_of
 
 __all__ = ["Merger", "golden_inputs", "in_parallel", "merge"]
 
@@ -174,6 +174,7 @@ class Merger:
         self.parents = [b if isinstance(b, Bundle) else Bundle.open(b) for b in bundles]
         for other in self.parents[1:]:
             check_compatible(self.parents[0], other)
+        check_grid(self.parents[0].manifest.scheme.grid, rounding, wbits is not None)
         self.rounding, self.candidates, self.seed = rounding, candidates, seed
         self.method, self.wbits, self.activation_scales = method, wbits, activation_scales
         self._activations = {a.scale: a for a in self.parents[0].manifest.activations}
@@ -357,7 +358,7 @@ class Merger:
     ) -> tuple[Array, dict[str, Any]]:
         """Merged codes of one tensor, and statistics of its rounding."""
         entry, scale = self.parents[0].manifest.tensors[name], scale_of(name, self.parents[0])
-        if method_of(self.method).is_mean:
+        if method_of(self.method).is_mean and not entry.spec.floating:
             merged = merge_codes(
                 [parent.tensor(name) for parent in self.parents],
                 [parent.tensor(scale) for parent in self.parents],

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..numerics import quantization
+from ..numerics import e4m3, quantization
 from ..numerics.spec import QuantSpec
 from ..typing import Array
 
@@ -108,14 +108,14 @@ class MergedCodes:
     """Codes of one tensor, and statistics of their rounding.
 
     Attributes:
-        codes: int8, shape of the parents' codes.
+        codes: int8 or E4M3, shape of the parents' codes.
         ambiguous: Share of the positions where rounding was a toss-up.
         changed: Share of the codes that are not those of ``nearest``.
         cosines: |cos(codes - parent, midpoint - parent)| for every parent.
         nearest_cosines: The same for ``nearest``.
     """
 
-    codes: npt.NDArray[np.int8]
+    codes: Array
     ambiguous: float
     changed: float
     cosines: tuple[float, ...]
@@ -193,7 +193,7 @@ def round_target(
     parents: Sequence[Array],
     scale: Array,
     spec: QuantSpec,
-    codes: npt.NDArray[np.int8] | None = None,
+    codes: Array | None = None,
 ) -> MergedCodes:
     """Codes of merged weights that a method other than the weighted mean gave.
 
@@ -205,12 +205,13 @@ def round_target(
         codes: The codes where they are found already; else the nearest ones are taken.
     """
     wide = quantization.along(scale.astype(np.float64), target.ndim, spec.axis)
-    nearest = np.rint(target / wide).clip(spec.lo, spec.hi).astype(np.int8)
+    nearest = quantization.rounded(target / wide, spec)
+    nearest = nearest.astype(e4m3.DTYPE if spec.floating else np.int8)
     taken = nearest if codes is None else codes
-    near = tuple(_cosine(nearest * wide - real, target - real) for real in parents)
+    near = tuple(_cosine(_wide(nearest) * wide - real, target - real) for real in parents)
     cosines = near
     if codes is not None:
-        cosines = tuple(_cosine(codes * wide - real, target - real) for real in parents)
+        cosines = tuple(_cosine(_wide(codes) * wide - real, target - real) for real in parents)
     return MergedCodes(
         codes=taken,
         ambiguous=0.0,
@@ -218,6 +219,10 @@ def round_target(
         cosines=cosines,
         nearest_cosines=near,
     )
+
+
+def _wide(codes: Array) -> Floats:
+    return codes.astype(np.float64)
 
 
 def _cosine(a: Floats, b: Floats) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from ..numerics.quantization import rounded
 from ..numerics.spec import QuantSpec
 from ..typing import Array
 
@@ -100,7 +101,7 @@ def _search_block(values: Floats, spec: QuantSpec, likely: Floats) -> Floats:
 def _error(values: Floats, scale: Floats, spec: QuantSpec) -> Floats:
     """Mean |w_hat - w|^2.4 of each channel."""
     wide = scale[:, None]
-    off = np.abs(np.rint(values / wide).clip(spec.lo, spec.hi) * wide - values)
+    off = np.abs(rounded(values / wide, spec) * wide - values)
     result: Floats = (off**_POWER).mean(1)
     return result
 

@@ -10,7 +10,7 @@ from .merged_statistics import common_layers
 from .methods import method_of
 from .rounding import ROUNDINGS
 
-__all__ = ["check_way", "way_of"]
+__all__ = ["check_grid", "check_way", "way_of"]
 
 
 def way_of(
@@ -25,27 +25,52 @@ def way_of(
     rounding; else the weighted mean, with advanced rounding of a pair. Three bundles at equal
     weights have no ties, so the mean of three or more is rounded to nearest. ``requantizes``
     says that the merge has other weight bits than the parents; their ties are no ties of it.
+    Numbers of E4M3 are rounded to nearest.
 
     Raises:
         MergeError: Names no row of a table, or two that do not go together.
     """
     check_way(method or "mean", rounding or "nearest", requantizes)
+    floating = {parent.manifest.scheme.grid for parent in parents} == {"e4m3"}
     draws = rounding is not None and ROUNDINGS[rounding].tosses
     if method is None:
         method = "regression" if not draws and _have_statistics(parents) else "mean"
     seen = method_of(method).needs_statistics or (requantizes and _have_statistics(parents))
+    if rounding is None and floating:
+        rounding = "nearest"
     if rounding is None and seen:
         rounding = "compensated"
     if rounding is None:
         pair = len(parents) == 2 and method_of(method).is_mean and not requantizes
         rounding = "advanced" if pair else "nearest"
     check_way(method, rounding, requantizes)
+    check_grid(parents[0].manifest.scheme.grid, rounding, requantizes)
     return method, rounding
 
 
 def _have_statistics(parents: Sequence[Bundle]) -> bool:
     files = [file for file in (parent.statistics() for parent in parents) if file is not None]
     return len(files) == len(parents) and bool(common_layers(files)[0])
+
+
+def check_grid(grid: str | None, rounding: str, requantizes: bool = False) -> None:
+    """Refuse what works on integer codes only, where the codes are numbers of E4M3.
+
+    Raises:
+        MergeError: Says what to choose.
+    """
+    if grid != "e4m3":
+        return
+    if rounding != "nearest":
+        raise MergeError(
+            f"found rounding {rounding!r} with bundles on the grid e4m3; it is defined for "
+            "integer codes, and FP8 numbers lie at unequal distances: choose nearest"
+        )
+    if requantizes:
+        raise MergeError(
+            "found `wbits` with bundles on the grid e4m3; FP8 has 8 bits: leave it out, or merge "
+            "bundles on the grid int8"
+        )
 
 
 def check_way(method: str, rounding: str, requantizes: bool = False) -> None:

@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import SpecError
+from . import e4m3
 from .spec import QuantSpec
 
-__all__ = ["along", "dequantize", "quantize", "search_scale"]
+__all__ = ["along", "dequantize", "quantize", "rounded", "search_scale"]
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -24,7 +25,14 @@ def along(scale: Floats, ndim: int, axis: int | None) -> Floats:
     return scale.reshape(shape)
 
 
-def quantize(x: Floats, scale: Floats, spec: QuantSpec) -> npt.NDArray[np.int16]:
+def rounded(units: Floats, spec: QuantSpec) -> Floats:
+    """Values in units of the scale on the nearest codes (ties to even), saturated; same dtype."""
+    if spec.floating:
+        return e4m3.nearest(units)
+    return np.rint(units).clip(spec.lo, spec.hi)
+
+
+def quantize(x: Floats, scale: Floats, spec: QuantSpec) -> npt.NDArray[Any]:
     """Divide by the scale, round to the nearest code (ties to even), saturate.
 
     Args:
@@ -34,7 +42,7 @@ def quantize(x: Floats, scale: Floats, spec: QuantSpec) -> npt.NDArray[np.int16]
         spec: Range of codes and axis.
 
     Returns:
-        Codes, shape of ``x``; int16, because the grid ``paper`` reaches 255.
+        Codes, shape of ``x``: int16, because the grid ``paper`` reaches 255, or E4M3.
 
     Raises:
         SpecError: ``scale`` has another shape or is not > 0.
@@ -52,8 +60,8 @@ def quantize(x: Floats, scale: Floats, spec: QuantSpec) -> npt.NDArray[np.int16]
             f"found a scale of shape {scale.shape} with minimum {lowest:g}; values of shape "
             f"{x.shape} on axis {spec.axis} need shape {needed}, all > 0: calibrate again"
         )
-    rounded = np.rint(x / along(scale, x.ndim, spec.axis))
-    return np.clip(rounded, spec.lo, spec.hi).astype(np.int16)
+    codes = rounded(x / along(scale, x.ndim, spec.axis), spec)
+    return codes.astype(e4m3.DTYPE if spec.floating else np.int16)
 
 
 def dequantize(codes: npt.NDArray[Any], scale: Floats, axis: int | None) -> Floats:
@@ -82,10 +90,7 @@ def search_scale(
     widest = max(float(x.max()) / spec.hi, float(-x.min()) / -spec.lo if spec.lo else 0.0, 1e-30)
     scales = widest * np.arange(1, candidates + 1) / candidates
     flat = x.astype(np.float64).ravel()
-    errors = [
-        float((np.abs(np.clip(np.rint(flat / s), spec.lo, spec.hi) * s - flat) ** power).mean())
-        for s in scales
-    ]
+    errors = [float((np.abs(rounded(flat / s, spec) * s - flat) ** power).mean()) for s in scales]
     best = float(scales[int(np.argmin(errors))])
     # A tensor of zeros has no range; any normal scale represents it.
     return np.array(best if best > 1e-20 else 1e-6, np.float32)
