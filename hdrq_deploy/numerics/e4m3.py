@@ -58,7 +58,8 @@ def numbers(places: Array) -> npt.NDArray[np.float32]:
     array([1.953125e-03, 1.562500e-02, 4.480000e+02], dtype=float32)
     """
     size = np.abs(places).astype(np.uint8).view(DTYPE).astype(np.float32)
-    return np.where(np.asarray(places) < 0, -size, size).astype(np.float32)
+    signed: npt.NDArray[np.float32] = np.where(np.asarray(places) < 0, -size, size)
+    return signed.astype(np.float32)
 
 
 def spacing(x: Array) -> Array:
