@@ -31,6 +31,7 @@ COMMANDS = {
     "analyze": "show why a merge works or fails",
     "sensitivity": "rank layers by what their quantization costs",
     "inspect": "show a bundle",
+    "card": "the README.md of a bundle or an engine, as model hubs take it",
     "strip": "remove a bundle's statistics, which only a merge reads",
     "doctor": "what this machine can build and run, which engine to take",
     "verify": "compare torch, bundle, lowered graph and engine",

@@ -101,6 +101,7 @@ class FolderKind:
         keys: Keys that tell a record without ``kind``, as earlier versions wrote it.
         more: Pattern of files that come and go, and are not in the record.
         places: Folders of such files.
+        beside: Names and kinds of files that another command may add, each with its own mark.
     """
 
     kind: str
@@ -109,6 +110,7 @@ class FolderKind:
     keys: frozenset[str] = frozenset()
     more: str = r"(?!)"
     places: tuple[str, ...] = ()
+    beside: tuple[tuple[str, FileKind], ...] = ()
 
     def stranger(self, folder: Path) -> str:
         """Why a folder is not wholly ours and of this kind; "" for ours and for an empty one."""
@@ -124,11 +126,13 @@ class FolderKind:
             if kind != self.kind and not (kind is None and self.keys and self.keys <= set(record)):
                 what = repr(kind)[:60] if kind is not None else "none that we know"
                 return f"other content ({self.marker} is of kind {what})"
-            return self._unnamed([first], record) or self._unnamed(entries, record)
+            return self._unnamed([first, *entries], record, folder)
         except OSError as error:
             return f"a folder that cannot be read ({error.strerror})"
 
-    def _unnamed(self, entries: Iterable[tuple[str, str]], record: Mapping[str, Any]) -> str:
+    def _unnamed(
+        self, entries: Iterable[tuple[str, str]], record: Mapping[str, Any], folder: Path
+    ) -> str:
         files = record.get("files")
         named = set(files) if isinstance(files, (dict, list)) else set(self.before)
         named = {name for name in named if isinstance(name, str)} | {self.marker}
@@ -138,6 +142,10 @@ class FolderKind:
             if what == "file" and (name in named or re.fullmatch(self.more, name)):
                 continue
             if what == "folder" and name in folders:
+                continue
+            if what == "file" and any(
+                name == known and not kind.stranger(folder / name) for known, kind in self.beside
+            ):
                 continue
             return f"other content ({what} {name}, which {self.marker} does not name)"
         return ""

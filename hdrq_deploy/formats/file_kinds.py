@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from .atomic_files import FileKind, FolderKind, read_json
+from .atomic_files import FileKind, FolderKind, read_json, sha256_bytes
 from .records import MANIFEST
 from .safetensors_layout import read_metadata
 from .statistics import STATISTICS
@@ -39,6 +39,7 @@ __all__ = [
     "EMITTED",
     "ENGINE",
     "MERGED",
+    "MODEL_CARD",
     "PARTIAL",
     "PICTURE",
     "PICTURE_MARK",
@@ -60,6 +61,7 @@ __all__ = [
     "TUNING_JSON",
     "VERIFY_JSON",
     "generator",
+    "sealed",
 ]
 
 _HEAD = 4096
@@ -67,10 +69,30 @@ COMPLETION_MARK = "# hdrq-deploy: written by hdrq --install-completion"
 PICTURE_MARK = ("Software", "hdrq-deploy")
 RUNTIME_CACHE_MARK = b"hdrq-deploy: runtime cache of TensorRT-RTX\n"
 
+_SEAL = "<!-- written by hdrq card; SHA-256 of the text above: {} -->\n"
+_LONGEST_CARD = 1 << 20
+
+
+def sealed(text: str) -> str:
+    """A card with its mark: a card that somebody edited is theirs, and not replaced."""
+    return text + _SEAL.format(sha256_bytes(text.encode()))
+
+
+def _is_card(path: Path) -> bool:
+    if path.stat().st_size > _LONGEST_CARD:
+        return False
+    *lines, last = path.read_bytes().splitlines(keepends=True) or [b""]
+    return last == _SEAL.format(sha256_bytes(b"".join(lines))).encode()
+
+
+MODEL_CARD = FileKind("card of hdrq card", _is_card)
+_CARD = (("README.md", MODEL_CARD),)
 # Statistics are no part of a bundle's identity, so the manifest names them apart.
-BUNDLE = FolderKind("hdrq-bundle", MANIFEST, more=re.escape(STATISTICS))
+BUNDLE = FolderKind("hdrq-bundle", MANIFEST, more=re.escape(STATISTICS), beside=_CARD)
 # OpenVINO keeps what it compiled wherever it is told to; inside the engine is a good place.
-ENGINE = FolderKind("hdrq-engine", MANIFEST, more=r"cache/\w+\.blob", places=("cache",))
+ENGINE = FolderKind(
+    "hdrq-engine", MANIFEST, more=r"cache/\w+\.blob", places=("cache",), beside=_CARD
+)
 ANALYSIS = FolderKind("hdrq-analysis", "report.json", before=("report.html",))
 SENSITIVITY = FolderKind("hdrq-sensitivity", "sensitivity.json", before=("sensitivity.svg",))
 EMITTED = {
