@@ -67,8 +67,7 @@ def calibrate(
         wbits: Bits of the weights, 2 to 8; the first and the last layers keep 8.
         abits: Bits of the activations that heavy layers read, 2 to 8.
         per_channel: One weight scale per output channel instead of one per tensor (the paper).
-        grid: ``int8`` or ``paper`` (see ``spec.activation_range``), or ``e4m3``: numbers of FP8 in
-            place of integers, for GPUs that multiply them.
+        grid: ``int8``, ``paper`` (see ``spec.activation_range``) or ``e4m3`` (FP8).
         fold: Where BatchNorm is folded: into the ``weights`` (the paper), or (``steps``) into
             the per-channel scales of the weights, so that a merge averages it separately.
         options: How to learn; by default as ``method`` does.
