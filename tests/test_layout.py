@@ -7,9 +7,7 @@ import doctest
 import importlib
 import importlib.util
 import re
-import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -194,20 +192,3 @@ def test_the_evidence_pages_are_those_of_the_committed_results() -> None:
     folder = ROOT / "docs" / "evidence"
     assert {path.name: path.read_text() for path in folder.glob("*.md")} == tables.pages()
     assert tables.headline() in (ROOT / "README.md").read_text()
-
-
-def readme_commands() -> Iterator[list[str]]:
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
-        for line in block.splitlines():
-            words = shlex.split(line, comments=True)
-            if words and words[0].startswith("hdrq"):
-                yield words
-
-
-@pytest.mark.parametrize("words", list(readme_commands()), ids=" ".join)
-def test_the_readmes_commands_have_the_flags_they_show(words: list[str]) -> None:
-    name = words[1] if words[0] == "hdrq" else words[0].removeprefix("hdrq-")
-    given = words[2:] if words[0] == "hdrq" else words[1:]
-    module = importlib.import_module(f"hdrq_deploy.cli.{name}")
-    module.arguments().parse_args(given)  # a wrong flag raises SystemExit

@@ -209,14 +209,6 @@ def test_the_schema_and_the_classes_accept_and_refuse_the_same(write: Any) -> No
     assert not checker.is_valid(Document.read(write(WRONG["unknown method"][0])).values)
 
 
-def test_the_readmes_file_is_one(tmp_path: Path) -> None:
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-    (text,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
-    (tmp_path / "hdrq.yaml").write_text(text)
-    file = RunFile.model_validate(Document.read(tmp_path / "hdrq.yaml").values)
-    assert file.domains["day"].adapt is not None and file.bits == ["w8a8", "w4a8"]
-
-
 def test_every_key_says_what_it_is() -> None:
     defs = json.loads(schema())
     for name in ("Domain", "Merge", "Bench", "Preprocess", "Adapt"):
