@@ -16,9 +16,11 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+from .deprecations import DEPRECATIONS
+
 __all__ = ["MOVED", "NAMES", "REMOVED_IN", "RENAMED", "install", "moved_names", "targets"]
 
-REMOVED_IN = "0.3"
+REMOVED_IN = DEPRECATIONS["moved modules"].remove_in
 # Old path to new path, or to several where a module was split; all below ``hdrq_deploy``.
 MOVED: dict[str, str | tuple[str, ...]] = {
     "adapt": "adaptation.adapt",

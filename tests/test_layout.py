@@ -21,7 +21,7 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 LAYERS = [  # low to high; the members of one layer are siblings and do not import each other
-    {"errors", "typing"},
+    {"deprecations", "errors", "typing"},
     {"numerics"},
     {"formats"},
     {"graph"},

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
+from ...deprecations import warn_deprecated
 from ...formats.bench_result import Accuracy, BenchResult, Latency, harmonic_mean
 from .measurement import benchmark, benchmark_all, interleaved
 from .timing import BenchPlan, measure
@@ -26,9 +26,5 @@ def __getattr__(name: str) -> Any:
     """Find ``Plan``, the name that :class:`BenchPlan` had in version 0.1."""
     if name != "Plan":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(
-        f"{__name__}.Plan is now BenchPlan; the old name works until version 0.3",
-        DeprecationWarning,
-        stacklevel=2,
-    )
+    warn_deprecated("runtime.bench.Plan")
     return BenchPlan
