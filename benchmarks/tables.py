@@ -408,6 +408,87 @@ def engines(record: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
+def peers(record: Mapping[str, Any]) -> str:
+    """The section on our engines beside each runtime's own tool."""
+    order = (
+        ("ours ort", "times_quantize_static"),
+        ("ours ort, codes to 255", "times_quantize_static"),
+        ("ours openvino", "times_nncf"),
+        ("ours openvino", "times_quantize_static"),
+    )
+    cells = [(threads, batch) for threads in (1, 2) for batch in (1, 16)]
+    parts, ratios = [], defaultdict[tuple[str, str], list[float]](list)
+    for model in record["models"]:
+        found = {(r["threads"], r["batch"], r["engine"]): r for r in model["rows"]}
+        names = list(dict.fromkeys(row["engine"] for row in model["rows"]))
+        lines = []
+        for name in names:
+            rows = [found[(*cell, name)] for cell in cells]
+            lines.append(
+                [
+                    name,
+                    " / ".join(f"{row['ms']:.1f}" for row in rows),
+                    " / ".join(f"{row['times_fp32_ort']:.2f}" for row in rows),
+                    *(
+                        " / ".join(f"{row[key]:.2f}" if row[key] else "-" for row in rows)
+                        for key in ("times_quantize_static", "times_nncf")
+                    ),
+                    " / ".join(f"{100 * row['share_of_peak']:.0f}" for row in rows),
+                    model["executed"].get(name, ""),
+                ]
+            )
+            for key in (key for own, key in order if own == name):
+                ratios[name, key] += [row[key] for row in rows if row[key]]
+        parts += [
+            f"`{model['model']}`, {model['multiplications'] / 1e9:.2f} G multiplications an image, "
+            f"{model['side']}x{model['side']}:",
+            "",
+            table(
+                [
+                    "engine",
+                    "ms",
+                    "times FP32 of ONNX Runtime",
+                    "times `quantize_static` best",
+                    "times NNCF best",
+                    "% of peak",
+                    "executed",
+                ],
+                lines,
+            ),
+            *(f"\n{name} refuses it: {line}" for name, line in model["failed"].items()),
+            "",
+        ]
+    overall = [
+        [
+            name,
+            {"times_quantize_static": "`quantize_static` best", "times_nncf": "NNCF best"}[key],
+            f"{statistics.geometric_mean(ratios[name, key]):.2f}",
+            f"{min(ratios[name, key]):.2f}",
+            f"{sum(ratio >= 1 for ratio in ratios[name, key])} of {len(ratios[name, key])}",
+        ]
+        for name, key in order
+    ]
+    about = record["environment"]
+    peak = " / ".join(f"{record['peak'][n] / 1000:.2f}" for n in ("1", "2"))
+    return "\n".join(
+        [
+            "## Beside each runtime's own tool",
+            "",
+            "W8A8, random weights, one weight scale a channel (`benchmarks/peers.py`; "
+            f"{about['cpu']}, {about['cores']} cores, ONNX Runtime {about['onnxruntime']}, "
+            f"OpenVINO {about['openvino']}, NNCF {about['nncf']}). Calls are interleaved; ratios "
+            "are medians over rounds, above 1 where the row's engine is faster. The four figures of a cell are "
+            "1 thread at batch 1 and 16, then 2 threads at batch 1 and 16. The peak is what ONNX "
+            f"Runtime's product of two 8-bit matrices reaches: {peak} T multiplications a second "
+            "with 1 / 2 threads.",
+            "",
+            table(["engine", "beside", "geometric mean", "least", "at least 1.0"], overall),
+            "",
+            *parts,
+        ]
+    )
+
+
 def mixing(record: Mapping[str, Any]) -> str:
     """The section on mixing while running."""
     speed = [
@@ -1336,6 +1417,7 @@ PAGES: dict[str, tuple[str, str, dict[str, Callable[[dict[str, Any]], str]]]] = 
         "What engines execute, how fast they are, and which architectures pass through.",
         {
             "engines": engines,
+            "peers": peers,
             "architectures": architectures,
             "protocol_models": protocol_models,
         },
