@@ -477,8 +477,9 @@ def peers(record: Mapping[str, Any]) -> str:
             "W8A8, random weights, one weight scale a channel (`benchmarks/peers.py`; "
             f"{about['cpu']}, {about['cores']} cores, ONNX Runtime {about['onnxruntime']}, "
             f"OpenVINO {about['openvino']}, NNCF {about['nncf']}). Calls are interleaved; ratios "
-            "are medians over rounds, above 1 where the row's engine is faster. The four figures of a cell are "
-            "1 thread at batch 1 and 16, then 2 threads at batch 1 and 16. The peak is what ONNX "
+            "are medians over rounds, above 1 where the row's engine is faster. The four figures "
+            "of a cell are 1 thread at batch 1 and 16, then 2 threads at batch 1 and 16. The peak "
+            "is what ONNX "
             f"Runtime's product of two 8-bit matrices reaches: {peak} T multiplications a second "
             "with 1 / 2 threads.",
             "",
