@@ -576,6 +576,56 @@ def harness(record: Mapping[str, Any]) -> str:
     )
 
 
+def same_codes(record: Mapping[str, Any]) -> str:
+    """The section on the integers of several runtimes."""
+    rows = []
+    for model in record["rows"]:
+        for runtime in model["runtimes"]:
+            tensors = runtime["tensors"]
+            first = next((t["module"] for t in tensors if t["free_off"]), "nowhere")
+            rows.append(
+                [
+                    model["name"],
+                    runtime["name"],
+                    f"{len(tensors)} of {model['activations']}",
+                    f"{runtime['most_off']:.3%}",
+                    sum(t["ties"] for t in tensors),
+                    sum(t["wrong"] for t in tensors),
+                    first,
+                    f"{max((t['free_off'] for t in tensors), default=0):.2%}",
+                    max((t["free_steps"] for t in tensors), default=0),
+                    f"{runtime['output_rms']:.2g}",
+                ]
+            )
+    header = [
+        "bundle",
+        "runtime",
+        "activations shown",
+        "most codes off in one",
+        "at ties",
+        "wrong",
+        "parts first at",
+        "free: most codes off",
+        "by",
+        "output, rel. RMS",
+    ]
+    return "\n".join(
+        [
+            "## The same integers everywhere",
+            "",
+            "Codes of every activation beside those of the bundle's graph computed as written, on "
+            f"{record['rows'][0]['images']} images, random weights (`benchmarks/same_codes.py`). "
+            "The first figures are computed from the same codes, so that each layer answers for "
+            "itself: a code may be off by one at a tie, and anything else is wrong. *Free* is the "
+            "whole network at once, where one tie changes what lies behind it. Activations that "
+            "are not shown lie inside a kernel. `code_ties` of an engine's manifest is ten times "
+            "the largest share that was found for its kind, rounded up.",
+            "",
+            table(header, rows),
+        ]
+    )
+
+
 def adaptation(record: Mapping[str, Any]) -> str:
     """The section on adapting without labels."""
     cells = []
@@ -1419,6 +1469,7 @@ PAGES: dict[str, tuple[str, str, dict[str, Callable[[dict[str, Any]], str]]]] = 
         {
             "engines": engines,
             "peers": peers,
+            "same_codes": same_codes,
             "architectures": architectures,
             "protocol_models": protocol_models,
         },

@@ -26,6 +26,7 @@ from ..formats.bundle_manifest import Layer
 from ..formats.engine_folder import (
     GOLDEN,
     GRAPH,
+    KINDS,
     MANIFEST,
     EngineManifest,
     PrecisionReport,
@@ -198,6 +199,7 @@ def _check_golden(
         options.fold_preprocess,
         target.exact(options),
         options.postprocess,
+        KINDS[target.name].code_ties,
     )
     at_once = None
     if takes is not None:
@@ -340,6 +342,7 @@ def _manifest(
         options=dict(parts),
         build=dict(facts),
         tolerances=origin.tolerances,
+        code_ties=KINDS[report.engine].code_ties,
         versions={name: str(parts[name]) for name in versions if name in parts},
     )
 

@@ -33,7 +33,7 @@ struct Preprocessing {
 };
 
 struct Manifest {
-    std::string engine;  // ort, onnx, openvino, trt, trt-rtx
+    std::string engine;  // ort, onnx, openvino, trt
     std::string model, precision, postprocess;
     std::vector<Port> inputs, outputs;
     std::optional<Preprocessing> preprocessing;
@@ -51,8 +51,8 @@ struct Tensor {
 };
 
 struct Options {
-    int threads = 0;     // of an engine on the CPU; 0, one per core
-    std::string cache;   // folder of OpenVINO or file of TensorRT-RTX; empty keeps nothing
+    int threads = 0;    // of an engine on the CPU; 0, one per core
+    std::string cache;  // folder in which OpenVINO keeps what it compiled; empty keeps nothing
 };
 
 // What runs a graph or a plan. There is one for each library that was found when this was built.

@@ -101,7 +101,7 @@ def compare_engine(path: str | Path) -> tuple[list[Stage], Tolerances]:
 
     report = PrecisionReport.read(path)
     lowered = golden.file_tap(path / GRAPH, "lowered graph", [row.node for row in report.layers])
-    how = Stepwise.like(lowered, report.layers, golden.engine_fidelity(lowered))
+    how = Stepwise.like(lowered, report.layers, golden.engine_fidelity(lowered, manifest.code_ties))
     engine = _engine(path, manifest)
     stages = [difference(recorded, engine, batches, how)]
     measure_spread(stages[0], lowered, lambda: iter(fed), how)

@@ -63,6 +63,8 @@ _VALUES_AT_ONCE = 1 << 19
 PLAIN_RMS = 0.05
 # Ties that spread explain no more than this of an engine whose layers are not to be seen.
 _MOST_UNSEEN = 0.5
+# So many codes at ties say nothing of a share.
+_FEW = 10
 # Relative RMS of codes behind others that are not to be seen: one of those at a tie may move a few.
 _BEHIND_HIDDEN = 5e-3
 # Two sides of a tie are taken for one choice where they are so close, over the largest score.
@@ -83,6 +85,8 @@ class Fidelity:
         output: Relative RMS of the output computed from equal codes, beside what the last
             layers' rounded biases explain.
         kernel: The second stage rounds biases as integer kernels do.
+        most_ties: Share of a tensor's codes that may be off at a tie; None sets no limit. A few
+            codes may be in any tensor.
         widened: The second stage's codes go on beyond the first's on purpose.
         advice: What to do where a layer fails.
     """
@@ -95,6 +99,7 @@ class Fidelity:
     output: float = 1e-3
     kernel: bool = False
     widened: bool = False
+    most_ties: float | None = None
     advice: str = "export again"
 
 
@@ -621,6 +626,7 @@ class _Layers:
             sums = self._sums.get(name)
             if sums is None or not sums.count:
                 continue
+            crowded = _too_many_ties(module, sums, self._how.fidelity)
             if name in self._how.ranges:
                 if 0 < sums.noise <= most_off**2 * sums.signal:
                     sums.ties, sums.wrong = sums.ties + sums.wrong, 0
@@ -633,6 +639,7 @@ class _Layers:
                 stage.layers.append(LayerDifference(module, sums.largest, sums.wrong))
             if sums.wrong and stage.failure is None:
                 stage.failure = _failure(module, sums, name in self._how.ranges)
+            stage.failure = stage.failure or crowded
         stage.max_steps = max((t.steps for t in stage.tensors), default=0)
         stage.ties = sum(t.ties for t in stage.tensors)
         stage.stepwise = self._compared and bool(stage.tensors)
@@ -688,6 +695,17 @@ def spread_of_ties(
         outputs.add(ran, reference.replay(x, given))
     stage = outputs.stage("spread")
     return Spread(stage.output_rms, stage.flip_share)
+
+
+def _too_many_ties(module: str, sums: _Sums, fidelity: Fidelity) -> str | None:
+    """That more codes fell to the other side of a tie than an engine of this kind lets fall."""
+    if fidelity.most_ties is None or sums.ties <= max(_FEW, fidelity.most_ties * sums.count):
+        return None
+    return (
+        f"found {sums.ties} of {sums.count} codes of {module} off by one at ties "
+        f"({sums.ties / sums.count:.2%}); needed at most {fidelity.most_ties:.2%} (`code_ties` of "
+        "the manifest)"
+    )
 
 
 def _failure(module: str, sums: _Sums, codes: bool) -> str:

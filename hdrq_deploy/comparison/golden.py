@@ -181,10 +181,17 @@ def recorded_tap(
     return CallTap(name, lambda rows: known[id(rows)], postprocess)
 
 
-def engine_fidelity(lowered: GraphTap) -> Fidelity:
-    """How exactly integer kernels must compute what their graph says."""
+def engine_fidelity(lowered: GraphTap, code_ties: float | None = None) -> Fidelity:
+    """How exactly integer kernels must compute what their graph says.
+
+    Args:
+        lowered: The graph.
+        code_ties: ``code_ties`` of the engine's manifest.
+    """
     # The kernels of 4-bit weights in blocks round their activations to 8 bits, in blocks.
-    return replace(KERNEL, codes=0.05, output=0.05) if lowered.in_blocks else KERNEL
+    if lowered.in_blocks:
+        return replace(KERNEL, codes=0.05, output=0.05)
+    return replace(KERNEL, most_ties=code_ties)
 
 
 @dataclass(frozen=True)
@@ -198,6 +205,7 @@ class Exported:
         frames: It takes uint8 frames (N, H, W, C).
         exact: Whether codes end where the bundle's do.
         postprocess: What was appended to the output.
+        code_ties: See :class:`~hdrq_deploy.formats.engine_folder.EngineKind`.
     """
 
     path: Path
@@ -206,6 +214,7 @@ class Exported:
     frames: bool = False
     exact: bool = True
     postprocess: str = "none"
+    code_ties: float | None = None
 
     @classmethod
     def of(cls, path: Path, manifest: EngineManifest, report: PrecisionReport) -> Exported:
@@ -220,6 +229,7 @@ class Exported:
             port.dtype == "uint8",
             manifest.engine != "ort" or bool(options.get("exact", True)),
             manifest.postprocess,
+            manifest.code_ties,
         )
 
 
@@ -278,7 +288,9 @@ class Comparison:
 
     def to_engine(self, engine: Shows) -> Stage:
         """Lowered graph to engine."""
-        how = Stepwise.of_bundle(self.bundle, engine_fidelity(self.lowered))
+        how = Stepwise.of_bundle(
+            self.bundle, engine_fidelity(self.lowered, self.exported.code_ties)
+        )
         return difference(self.lowered, engine, lambda: zip(self.fed, self.fed, strict=True), how)
 
     def run_reference(self) -> None:

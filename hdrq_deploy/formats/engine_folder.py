@@ -31,6 +31,7 @@ from .records import (
     Frozen,
     Preprocessing,
     Scheme,
+    Share,
     Tolerances,
 )
 
@@ -65,21 +66,25 @@ class EngineKind:
         runs: The file that is run: the graph or the plan.
         built: An export builds it for a library and knows what it executes. A portable graph is
             for any runtime.
+        code_ties: Share of an activation's codes that may fall to the other side of a tie, each
+            layer computed from the same codes; None where codes are not to be seen. It is ten
+            times the most that ``benchmarks/same_codes.py`` found.
     """
 
     name: str
     runs: str
     built: bool = True
+    code_ties: float | None = None
 
 
 KINDS: dict[str, EngineKind] = {
     kind.name: kind
     for kind in (
-        EngineKind("ort", GRAPH),
+        EngineKind("ort", GRAPH, code_ties=0.005),
         EngineKind("onnx", GRAPH, built=False),
         EngineKind("trt", PLAN),
         EngineKind("trt-rtx", PLAN),
-        EngineKind("openvino", GRAPH),
+        EngineKind("openvino", GRAPH, code_ties=0.011),
     )
 }
 
@@ -163,6 +168,7 @@ class EngineManifest(Frozen):
     """``manifest.json`` of an engine folder: what a runtime needs beside the engine.
 
     ``options`` is everything the engine depends on, ``build`` what its building took.
+    ``code_ties`` is that of its kind (:class:`EngineKind`) when it was built.
     """
 
     schema_version: Literal[1] = SCHEMA
@@ -182,6 +188,7 @@ class EngineManifest(Frozen):
     options: dict[str, Any] = Field(default_factory=dict)
     build: dict[str, Any] = Field(default_factory=dict)
     tolerances: Tolerances = Tolerances()
+    code_ties: Share | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     files: Files = Field(default_factory=dict)
 
