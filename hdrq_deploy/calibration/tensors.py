@@ -81,10 +81,9 @@ def _numbered(name: str, fits: Callable[[str], bool]) -> str:
 
 def to_numpy(value: Tensor) -> Array:
     """A tensor on the CPU as NumPy has it, the same memory; numbers of E4M3 too."""
-    if value.dtype == torch.float8_e4m3fn:
-        return value.view(torch.uint8).numpy().view(e4m3.DTYPE)
-    array: Array = value.numpy()
-    return array
+    floating = value.dtype == torch.float8_e4m3fn
+    array: Array = (value.view(torch.uint8) if floating else value).numpy()
+    return array.view(e4m3.DTYPE) if floating else array
 
 
 def from_numpy(value: Array) -> Tensor:

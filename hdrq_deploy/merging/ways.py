@@ -44,7 +44,7 @@ def way_of(
         pair = len(parents) == 2 and method_of(method).is_mean and not requantizes
         rounding = "advanced" if pair else "nearest"
     check_way(method, rounding, requantizes)
-    check_grid(parents[0].manifest.scheme.grid, rounding, requantizes)
+    check_grid("e4m3" if floating else None, rounding, requantizes)
     return method, rounding
 
 

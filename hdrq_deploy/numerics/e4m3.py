@@ -59,7 +59,7 @@ def numbers(places: Array) -> npt.NDArray[np.float32]:
     """
     size = np.abs(places).astype(np.uint8).view(DTYPE).astype(np.float32)
     signed: npt.NDArray[np.float32] = np.where(np.asarray(places) < 0, -size, size)
-    return signed.astype(np.float32)
+    return signed
 
 
 def spacing(x: Array) -> Array:
