@@ -11,10 +11,14 @@ ReLU behind a linear layer whose    Max, and Add becomes Sub: ONNX Runtime would
 output stays real                   with the layer and compute both in float
 scale with which a bias would       a larger one (bundles of earlier versions)
 leave int32
+weights of -128, on an ARM          uint8 with zero point 128, which another kernel takes
+processor without dot product
 ==================================  ======================================================
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +40,11 @@ from .lowering_shared import fit_biases, requantize_operands, to_unsigned
 
 __all__ = ["lower_ort"]
 
+# The code of which two products wrap, and the zero point of weights that are held as uint8.
+_WRAPS, _MIDDLE = -128, 128
 
-def lower_ort(model: ir.Model, exact: bool = True) -> ir.Model:
+
+def lower_ort(model: ir.Model, exact: bool = True, wraps: bool = False) -> ir.Model:
     """Edit a graph in place to what ONNX Runtime's CPU kernels run in INT8; return it.
 
     Signed codes c become c + 128 with zero point 128; codes of tensors that are never
@@ -48,6 +55,8 @@ def lower_ort(model: ir.Model, exact: bool = True) -> ir.Model:
         model: The graph as :func:`~hdrq_deploy.graph.model_files.load` gives it.
         exact: Keep that Clip where 8-bit codes of a tensor that is never negative end at
             127. Otherwise they extend to 255 at the same scale: less saturates.
+        wraps: Products of -128 and -128 wrap on this processor
+            (:func:`~hdrq_deploy.graph.reference_session.products_wrap`).
 
     Raises:
         ExportError: A bias is not finite, or does not fit int32.
@@ -59,7 +68,9 @@ def lower_ort(model: ir.Model, exact: bool = True) -> ir.Model:
         if not q.unsigned:
             to_unsigned(model, q, exact)
     for codes, dequantizers in weights.items():
-        _widen_weight(model, codes, dequantizers, shift[str(codes.name)])
+        least = int(array(codes).astype(np.int64).min(initial=0)) << shift[str(codes.name)]
+        unsigned = wraps and least == _WRAPS
+        _widen_weight(model, codes, dequantizers, shift[str(codes.name)], unsigned)
         for dequantize in dequantizers:
             _zero_point(model, dequantize)
     for node in list(model.graph):
@@ -91,35 +102,39 @@ def _weights(model: ir.Model) -> dict[ir.Value, list[ir.Node]]:
 
 
 def _widen_weight(
-    model: ir.Model, codes: ir.Value, dequantizers: list[ir.Node], shift: int
+    model: ir.Model, codes: ir.Value, dequantizers: list[ir.Node], shift: int, unsigned: bool
 ) -> None:
     """Codes of b < 8 bits times 2^(8-b), the scale divided by as much: the same real values.
 
     ONNX Runtime rounds every bias to s_x * s_w, which is coarse for few bits; this makes it
     finer. INT4 initializers stay packed in the file: Cast, Mul and Cast are folded at load.
+    ``unsigned`` makes them uint8, 128 more than they are.
     """
+    kind, zero = (ir.DataType.UINT8, _MIDDLE) if unsigned else (ir.DataType.INT8, 0)
     if shift:
         scale = array(dequantizers[0].inputs[1]) / np.float32(1 << shift)
         finer = constant(model, f"{codes.name}/step", scale.astype(np.float32))
         for dequantize in dequantizers:
             dequantize.replace_input_with(1, finer)
     if codes.dtype != ir.DataType.INT4:
-        if shift:
-            wide = array(codes).astype(np.int64) << shift
-            codes.const_value = ir.tensor(wide.astype(np.int8), name=codes.name)
+        if shift or unsigned:
+            wide = (array(codes).astype(np.int64) << shift) + zero
+            codes.const_value = ir.tensor(wide.astype(kind.numpy()), name=codes.name)
+            codes.dtype = kind
         return
     factor = constant(model, f"{codes.name}/factor", np.array(1 << shift, np.int32))
     parts = [ir.node("Cast", [codes], {"to": ir.DataType.INT32}, name=f"{codes.name}/wide")]
     parts.append(ir.node("Mul", [parts[0].outputs[0], factor], name=f"{codes.name}/shift"))
-    parts.append(
-        ir.node("Cast", [parts[1].outputs[0]], {"to": ir.DataType.INT8}, name=f"{codes.name}/cast")
-    )
-    kinds = (ir.DataType.INT32, ir.DataType.INT32, ir.DataType.INT8)
-    for part, kind in zip(parts, kinds, strict=True):
+    if unsigned:
+        middle = constant(model, f"{codes.name}/middle", np.array(zero, np.int32))
+        parts.append(ir.node("Add", [parts[-1].outputs[0], middle], name=f"{codes.name}/raise"))
+    parts.append(ir.node("Cast", [parts[-1].outputs[0]], {"to": kind}, name=f"{codes.name}/cast"))
+    for part in parts:
         insert(model, dequantizers[0], part)
         part.outputs[0].name = f"{part.name}/out"
-        part.outputs[0].dtype, part.outputs[0].shape = kind, codes.shape
-    parts[-1].outputs[0].name = f"{codes.name}_int8"
+        part.outputs[0].dtype, part.outputs[0].shape = ir.DataType.INT32, codes.shape
+    parts[-1].outputs[0].dtype = kind
+    parts[-1].outputs[0].name = f"{codes.name}_{'uint8' if unsigned else 'int8'}"
     for dequantize in dequantizers:
         dequantize.replace_input_with(0, parts[-1].outputs[0])
 
@@ -139,7 +154,11 @@ def _zero_point(model: ir.Model, dequantize: ir.Node) -> None:
     codes, scale = dequantize.inputs[:2]
     if len(dequantize.inputs) > 2 or codes is None:
         return
-    zeros = constant(model, f"{dequantize.name}/zero", np.zeros(array(scale).shape, np.int8))
+    shape = array(scale).shape
+    points: npt.NDArray[Any] = np.zeros(shape, np.int8)
+    if codes.dtype == ir.DataType.UINT8:
+        points = np.full(shape, _MIDDLE, np.uint8)
+    zeros = constant(model, f"{dequantize.name}/zero", points)
     dequantize.resize_inputs(3)
     dequantize.replace_input_with(2, zeros)
 
@@ -261,6 +280,8 @@ def _integer_convolution(model: ir.Model, node: ir.Node) -> None:
     shape = (1, -1, *[1] * (rank - 2))
     unit = (array(operand.inputs[1]) * array(weight.inputs[1])).astype(np.float32)
     inputs = [operand.inputs[0], weight.inputs[0], operand.inputs[2]]
+    if weight.inputs[0].dtype == ir.DataType.UINT8:
+        inputs.append(constant(model, f"{name}/middle", np.array(_MIDDLE, np.uint8)))
     integer = ir.node("ConvInteger", inputs, dict(node.attributes), name=name)
     nodes = [
         integer,

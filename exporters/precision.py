@@ -82,7 +82,8 @@ def from_ort(path: Path, layers: Sequence[Layer]) -> PrecisionReport:
 
 def _find_ort(layer: Layer, nodes: Iterable[onnx.NodeProto]) -> onnx.NodeProto | None:
     named = re.compile(_PREFIX + re.escape(layer.node) + _SUFFIX)
-    weights = {layer.weight, f"{layer.weight}_int8"} - {None, "None_int8"}
+    held = [layer.weight, f"{layer.weight}_int8", f"{layer.weight}_uint8"]
+    weights = set(held) if layer.weight else set()
     for node in nodes:
         if weights & set(node.input):
             return node

@@ -10,7 +10,12 @@ import onnxruntime
 
 from ..errors import EngineError
 from ..formats.engine_folder import GRAPH, EngineManifest
-from ..graph.reference_session import saturates, session_options
+from ..graph.reference_session import (
+    holds_wrapping_weights,
+    products_wrap,
+    saturates,
+    session_options,
+)
 from ..typing import Array
 from .engine import Engine, Feeds
 
@@ -62,6 +67,13 @@ class OrtEngine(Engine):
                 f"{path}: found no {provider} in this onnxruntime (it has "
                 f"{', '.join(available)}); pip install onnxruntime-gpu, or take device cpu"
             )
+        if on_cpu and manifest.scheme.grid == "e4m3":
+            raise EngineError(
+                f"{path}: found FP8 codes (grid e4m3); ONNX Runtime has no kernel on a CPU that "
+                "multiplies FP8: load an engine of trt-rtx or trt, or take device tensorrt"
+            )
+        if on_cpu and manifest.engine == "ort":
+            _check_products(path)
         options = session_options(threads)
         if manifest.engine == "onnx" and on_cpu:
             # The portable graph keeps int8 activations, which x86 fuses into slow kernels.
@@ -101,3 +113,13 @@ class OrtEngine(Engine):
 
     def _release(self) -> None:
         self._session = None
+
+
+def _check_products(path: Path) -> None:
+    """Refuse an engine that was made on another processor and computes wrong sums on this one."""
+    if products_wrap() and holds_wrapping_weights(path / GRAPH):
+        raise EngineError(
+            f"{path}: found weights of -128, whose products ONNX Runtime adds wrongly on this ARM "
+            "processor without dot product; export the bundle again on this machine, which holds "
+            "them as uint8"
+        )

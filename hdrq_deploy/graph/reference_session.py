@@ -17,7 +17,9 @@ from ..errors import EngineError
 
 __all__ = [
     "compare",
+    "holds_wrapping_weights",
     "open_session",
+    "products_wrap",
     "saturates",
     "session_options",
     "session_threads",
@@ -158,6 +160,34 @@ def saturates(cpuinfo: Path) -> bool:
         return False
     flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
     return " avx2" in flags and "vnni" not in flags
+
+
+def products_wrap(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether two products of -128 and -128 can wrap: 64-bit ARM without dot product.
+
+    ONNX Runtime's kernel for int8 weights adds two products in 16 bits there
+    (github.com/microsoft/onnxruntime/issues/31573, mended after 1.32). Zeros behind a ReLU are
+    -128 to it, so that weights of -128 give wrong sums. Another kernel takes uint8 weights.
+    """
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        return False
+    features = [line.split() for line in text.splitlines() if line.startswith("Features")]
+    return any("asimd" in line and "asimddp" not in line for line in features)
+
+
+def holds_wrapping_weights(path: Path) -> bool:
+    """Whether a lowered graph has weights that :func:`products_wrap` is about."""
+    graph = onnx.load(str(path)).graph
+    computed = {name for node in graph.node for name in node.output}
+    for tensor in graph.initializer:
+        widened = tensor.data_type == onnx.TensorProto.INT4 and f"{tensor.name}_int8" in computed
+        if widened or tensor.data_type == onnx.TensorProto.INT8:
+            codes = onnx.numpy_helper.to_array(tensor).astype(np.int8)
+            if (codes == (-8 if widened else -128)).any():
+                return True
+    return False
 
 
 def compare(
