@@ -79,8 +79,34 @@ class BenchmarkTraining(Generic[Model]):
         Raises:
             HdrqError: Other files are in the way, no permission, or a full disk.
         """
-        if folder == self.shipped:
+        if folder != self.shipped:
+            self._fill(folder, progress, self.learn)
+
+    def provide(self, folder: Path, progress: Progress = no_progress) -> None:
+        """Fill a folder with the checkpoints of the repository, or train what it lacks.
+
+        Args:
+            folder: Where they go; a file is whole or not there.
+            progress: As for :meth:`train_missing`.
+
+        Raises:
+            HdrqError: Other files are in the way, no permission, or a full disk.
+        """
+        if self.folder(folder) != self.shipped:
+            self.train_missing(folder, progress)
             return
+
+        def copied(domain: str, source: Model | None, seed: int, report: Steps) -> Model:
+            return self.load(self.shipped / f"{domain}.safetensors")
+
+        self._fill(folder, progress, copied)
+
+    def _fill(
+        self,
+        folder: Path,
+        progress: Progress,
+        learn: Callable[[str, Model | None, int, Steps], Model],
+    ) -> None:
         make_directory(folder)
         source: Model | None = None
         for done, domain in enumerate(self.recipes):
@@ -88,7 +114,7 @@ class BenchmarkTraining(Generic[Model]):
             report(0, 1)
             path = folder / f"{domain}.safetensors"
             if not self._is_trained(path, domain):
-                model = self.learn(domain, source, self.seed, report)
+                model = learn(domain, source, self.seed, report)
                 notes = json.dumps(self._notes(domain))
                 write_bytes(path, save(model.state_dict(), {"trained": notes}), TRAINED)
             source = source or self.load(path)

@@ -15,14 +15,14 @@ from ..exporters.export import export, ingredients
 from ..exporters.options import BuildOptions, GraphOptions
 from ..formats.atomic_files import check_output, scratch_folder
 from ..formats.bundle import Bundle
-from ..formats.engine_folder import KINDS, read_manifest
+from ..formats.engine_folder import KINDS, is_engine, read_manifest
 from ..formats.file_kinds import ENGINE
 from ..runtime.bench.measurement import interleaved
 from ..typing import Progress
 from .chosen_engine import digest, golden_input, is_chosen, keep_engine, not_here
 from .measured_precision import GUARD, export_measured
 
-__all__ = ["AUTO", "export_fastest"]
+__all__ = ["AUTO", "export_fastest", "fastest_change"]
 
 AUTO = "auto"
 # Key of the figures in ``build`` of a manifest.
@@ -144,6 +144,23 @@ def _built(
 def _renamed(say: Callable[[str], None], place: Path, name: str) -> Callable[[str], None]:
     """Told of an engine in a temporary folder, by its name."""
     return lambda text: say(text.replace(str(place), name))
+
+
+def fastest_change(bundle: Bundle, output: str | os.PathLike[str], threads: int = 0) -> str:
+    """Why :func:`export_fastest` would build, in words; "" where the engine is up to date.
+
+    Args:
+        bundle: The bundle.
+        output: Engine folder.
+        threads: Threads of every engine on the CPU; 0, one per core.
+    """
+    if not is_engine(Path(output)):
+        return "it is missing"
+    able, _ = _able(bundle, GraphOptions(), BuildOptions(), ())
+    asked = digest({"engines": able, "threads": threads or os.cpu_count() or 1})
+    if is_chosen(Path(output), _FIGURES, asked):
+        return ""
+    return "it was chosen of another bundle, among other engines, or is altered"
 
 
 def _second(pair: tuple[str, float]) -> float:

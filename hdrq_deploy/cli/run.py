@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from .start import importing, run
@@ -14,8 +15,9 @@ with importing("hdrq run"):
     from ..reports.bench_page import table
     from ..reports.verdict import did_it_pay
     from ..runfile.loading import Loaded, load
-    from ..runfile.measuring import BenchStage, left_out, rows_of
     from ..runfile.plan import KINDS, Planned, plan, stages_of
+    from ..runfile.preflight import preflight
+    from ..runfile.results import BenchStage, left_out, rows_of, verified
     from ..runfile.running import check, execute, prepare
     from ..runfile.schema import schema
     from ..runfile.stage import Stage
@@ -23,7 +25,7 @@ with importing("hdrq run"):
     from .common import parser, threads_of, where_flags
     from .stage_table import StageTable
 
-__all__ = ["arguments", "main"]
+__all__ = ["Where", "arguments", "main", "make"]
 
 _TEXT = (
     "Adapt, calibrate, merge, export and measure what a run file asks for. Only what is missing "
@@ -69,24 +71,50 @@ def _run(args: argparse.Namespace) -> int:
     loaded = load(args.file, args.out)
     threads = threads_of(args.threads, args.workers, args.ray, args.gpus)
     stages = stages_of(loaded, threads)
-    planned = plan(stages, args.only)
     if args.dry_run:
-        _explain(planned)
+        _explain(plan(stages, args.only))
         return 0
+    make(loaded, stages, args.only, Where(args.workers, threads, args.ray, args.gpus))
+    return 0
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where stages run; see :func:`..jobs.pool.open_pool`."""
+
+    workers: int = 1
+    threads: int = 1
+    ray: str | None = None
+    gpus: float = 0.0
+
+
+def make(loaded: Loaded, stages: Sequence[Stage], only: Sequence[str], where: Where) -> None:
+    """Make what is stale, show a table of stages meanwhile and that of the results at the end.
+
+    Args:
+        loaded: The run file.
+        stages: All its stages.
+        only: Kinds or names of the stages that are asked for; all by default.
+        where: Where the work is done.
+
+    Raises:
+        HdrqError: With file and line where a line of the file is the cause.
+    """
+    planned = plan(stages, only)
     check(loaded, [row.stage for row in planned])
+    preflight(loaded, planned)
     prepare(loaded, stages)
-    stale = [row for row in planned if row.why]
+    stale = {row.stage.key for row in planned if row.why}
     if stale:
         with (
-            StageTable([row.stage.key for row in planned], {r.stage.key for r in stale}) as shown,
-            open_pool(args.workers, threads, args.ray, loaded.out, args.gpus) as pool,
+            StageTable([row.stage.key for row in planned], stale) as shown,
+            open_pool(where.workers, where.threads, where.ray, loaded.out, where.gpus) as pool,
         ):
             shown.room = pool.room
             execute(loaded, planned, pool, shown.ended, shown.begun)
     else:
         print(f"all {len(planned)} stages are up to date", file=sys.stderr)
     _show(loaded, [row.stage for row in planned])
-    return 0
 
 
 def _explain(planned: Sequence[Planned]) -> None:
@@ -108,7 +136,9 @@ def _show(loaded: Loaded, stages: Sequence[Stage]) -> None:
         for line in did_it_pay(rows):
             print(line)
     for label, why in left_out(bench.output).items():
-        print(f"{label}: not measured, {why}")
+        print(f"{label}: {why}")
+    for line in verified(bench.output):
+        print(line)
     if rows:
         print(f"\nReport: {bench.report}")
     print(f"Results: {bench.output}; bundles and engines: {loaded.out}")

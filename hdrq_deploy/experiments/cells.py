@@ -19,14 +19,14 @@ from ..formats.atomic_files import scratch_folder, write_bytes
 from ..formats.bundle import Bundle
 from ..formats.engine_folder import read_manifest
 from ..formats.file_kinds import CELL_ROW
-from ..formats.staleness import change_since, code_of, first_change, stamp, versions_of
+from ..formats.staleness import code_of, first_change, stamp, versions_of
 from ..jobs.job import Job
 from ..merging import Merger, choose_weights, re_estimate
 from ..runtime.bench.accuracy import Labelled, accuracy, classes_of
 from ..runtime.bench.measurement import labelled
 from ..runtime.engine import Engine
 from ..runtime.loading import open_engine
-from .bundles import inputs_of, is_merged, make_bundle, record_ingredients
+from .bundles import is_merged, make_bundle, record_ingredients, recorded_change
 from .decisions import Decisions, packed
 from .grid import Grid, Merge, Run, bundle_path, read_row, row_path
 from .tasks import Domain, Task
@@ -102,7 +102,7 @@ def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) 
     missing = [
         draw
         for draw, path in enumerate(targets)
-        if change_since(inputs_of(path), ingredients[draw]) or not is_merged(path, parents)
+        if recorded_change(path, ingredients[draw], lambda made: is_merged(made, parents))
     ]
     if missing:
         way = WAYS[merge.way]

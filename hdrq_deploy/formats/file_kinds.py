@@ -32,9 +32,7 @@ __all__ = [
     "COMPARE_JSON",
     "COMPLETION",
     "COMPLETION_MARK",
-    "DEMO_COMMANDS",
-    "DEMO_HTML",
-    "DEMO_JSON",
+    "DEMO_FILE",
     "DIGITS",
     "EMITTED",
     "ENGINE",
@@ -111,10 +109,13 @@ SPLITS = FolderKind("hdrq-splits", "hdrq-data.json")
 STREETS = FolderKind("hdrq-streets", "hdrq-data.json")
 
 
-def _json_kind(kind: str, name: str, keys: set[str] | None = None) -> FileKind:
+def _json_kind(
+    kind: str, name: str, keys: set[str] | None = None, other: str | None = None
+) -> FileKind:
     """A JSON object of this kind, or a list of them.
 
-    ``keys`` identify a record of an earlier version, which had no ``kind``.
+    ``keys`` identify a record of an earlier version, which had no ``kind``, or, as ``other``,
+    another one.
     """
 
     def is_ours(path: Path) -> bool:
@@ -126,7 +127,7 @@ def _json_kind(kind: str, name: str, keys: set[str] | None = None) -> FileKind:
         if not isinstance(part, dict):
             return False
         if "kind" in part:
-            return bool(part["kind"] == kind)
+            return part["kind"] in {kind, other or kind}
         return keys is not None and keys <= set(part)
 
     return FileKind(name, is_ours, kind)
@@ -137,9 +138,10 @@ def _head(path: Path) -> bytes:
         return file.read(_HEAD)
 
 
-def _html_kind(command: str) -> FileKind:
-    mark = generator(command).encode()
-    return FileKind(f"report of {command}", lambda path: mark in _head(path))
+def _html_kind(command: str, *others: str) -> FileKind:
+    """A report of a command; those of ``others`` are taken for it too."""
+    marks = [generator(name).encode() for name in (command, *others)]
+    return FileKind(f"report of {command}", lambda path: any(mark in _head(path) for mark in marks))
 
 
 def _text_kind(pattern: str, name: str) -> FileKind:
@@ -214,11 +216,6 @@ BENCH_CSV = _text_kind(
 BENCH_HTML = _html_kind("hdrq-bench")
 COMPARE_JSON = _json_kind("hdrq-compare", "result of hdrq compare")
 VERIFY_JSON = _json_kind("hdrq-verify", "result of hdrq-verify")
-DEMO_HTML = _html_kind("hdrq demo")
-DEMO_JSON = _json_kind("hdrq-demo", "result of hdrq demo", {"rows", "trt_rtx", "parity", "iters"})
-DEMO_COMMANDS = _text_kind(
-    r"#!/bin/sh\n# The commands of this demonstration\.\n", "script of hdrq demo"
-)
 REPRODUCE_JSON = _json_kind(
     "hdrq-reproduce", "result of hdrq reproduce", {"protocol", "task", "model", "rows"}
 )
@@ -235,13 +232,15 @@ CELL_INPUTS = _json_kind(
 TRIAL = _json_kind("hdrq-trial", "trial of a learning rate")
 TUNING_JSON = _json_kind("hdrq-tuning", "search of learning rates")
 RUN_ACCURACY = _json_kind("hdrq-run-accuracy", "accuracy that hdrq run measured")
-RUN_RESULTS = _json_kind("hdrq-run-results", "results of hdrq run")
+RUN_RESULTS = _json_kind("hdrq-run-results", "results of hdrq run", other="hdrq-demo")
 RUN_LEDGER = _json_kind("hdrq-run-outputs", "record of hdrq run")
-RUN_HTML = _html_kind("hdrq run")
+# The folder of an earlier demonstration is run again.
+RUN_HTML = _html_kind("hdrq run", "hdrq demo")
 RUN_FILE = _text_kind(r"# The resolved file of hdrq run\.[^\n]*\n", "resolved file of hdrq run")
 COMPLETION = _text_kind(
     rf"(#compdef [^\n]*\n)?{re.escape(COMPLETION_MARK)}\n", "completion script of ours"
 )
+DEMO_FILE = _text_kind(r"# The run of hdrq demo: [^\n]*\n", "run file of hdrq demo")
 PICTURE = FileKind("picture of ours", _is_picture)
 TIMING_CACHE = FileKind("timing cache of TensorRT", _is_timing_cache)
 RUNTIME_CACHE = FileKind(

@@ -19,7 +19,7 @@ from ..merging.ways import check_way
 from .document import Document, Loc
 from .schema import Domain, Merge, RunFile
 
-__all__ = ["Loaded", "load"]
+__all__ = ["Loaded", "load", "meant"]
 
 _MERGED = "merged"
 
@@ -58,13 +58,16 @@ class Loaded:
             raise self.document.error(loc, str(error), type(error)) from error
 
 
-def load(path: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Loaded:
+def load(
+    path: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, exists: bool = True
+) -> Loaded:
     """Read and check a run file.
 
     Args:
         path: The file, YAML or JSON.
         out: Folder of all results; by default that of the file's key ``out``, else a folder
             beside the file that is named after it, such as ``hdrq-run`` for ``hdrq.yaml``.
+        exists: Whether all checkpoints and images must be there already.
 
     Raises:
         HdrqError: In one line: file, line, what was found and what is needed.
@@ -77,7 +80,7 @@ def load(path: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
     folder = document.path.parent
     named = folder / Path(file.out or f"{document.path.stem}-run").expanduser()
     place = Path(os.path.normpath(Path(out).absolute() if out is not None else named))
-    checked = _Checks(document, folder)
+    checked = _Checks(document, folder, exists)
     file = checked.paths(file)
     file = file.model_copy(update={"out": str(place), "merges": checked.merges(file)})
     return Loaded(file, document, place)
@@ -94,9 +97,9 @@ def _first_error(document: Document, error: ValidationError) -> HdrqError:
     name = ".".join(str(part) for part in loc)
     if row["type"] == "extra_forbidden":
         known = list(_section_at(RunFile, loc[:-1]).model_fields)
-        meant = _meant(str(loc[-1]), known)
+        hint = meant(str(loc[-1]), known)
         return document.error(
-            loc, f"found the unknown key {name}; {meant}keys are {', '.join(known)}"
+            loc, f"found the unknown key {name}; {hint}keys are {', '.join(known)}"
         )
     if row["type"] == "missing":
         return document.error(loc[:-1], f"found no {name}; add it")
@@ -135,11 +138,11 @@ def _inner(annotation: Any) -> Any:
 class _Checks:
     """What types cannot say: paths that exist, and names that fit each other."""
 
-    def __init__(self, document: Document, folder: Path) -> None:
-        self._document, self._folder = document, folder
+    def __init__(self, document: Document, folder: Path, exists: bool) -> None:
+        self._document, self._folder, self._exists = document, folder, exists
 
     def paths(self, file: RunFile) -> RunFile:
-        """The file with absolute paths, all of which exist."""
+        """The file with absolute paths."""
         domains = {}
         for name, domain in file.domains.items():
             loc: Loc = ("domains", name)
@@ -161,7 +164,7 @@ class _Checks:
 
     def _path(self, loc: Loc, text: str) -> str:
         path = Path(os.path.normpath(self._folder / Path(text).expanduser()))
-        if not text or not path.exists():
+        if not text or (self._exists and not path.exists()):
             name = ".".join(map(str, loc))
             raise self._document.error(
                 loc,
@@ -186,10 +189,10 @@ class _Checks:
         members = merge.domains or list(file.domains)
         for i, member in enumerate(members):
             if member not in file.domains:
-                meant = _meant(member, file.domains)
+                hint = meant(member, file.domains)
                 raise self._document.error(
                     (*loc, "domains", i),
-                    f"merges.{name}: found the domain {member!r}; {meant}domains are "
+                    f"merges.{name}: found the domain {member!r}; {hint}domains are "
                     f"{', '.join(file.domains)}",
                 )
             if member in members[:i]:
@@ -237,6 +240,7 @@ class _Checks:
             )
 
 
-def _meant(word: str, known: Iterable[str]) -> str:
+def meant(word: str, known: Iterable[str]) -> str:
+    """A question that names the nearest known word; "" where none is near."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f"did you mean {near[0]}? " if near else ""

@@ -19,10 +19,12 @@ from ..errors import SpecError
 from ..experiments.grid import parse_bits
 from ..formats.atomic_files import Kind
 from .bundles import AdaptStage, CalibrateStage, MergeStage
-from .loading import Loaded
-from .measuring import AccuracyStage, BenchStage, ExportStage, Row
-from .schema import Domain, Merge
-from .stage import Stage
+from .loading import Loaded, meant
+from .measuring import AccuracyStage, ExportStage
+from .results import BenchStage, Row
+from .schema import Domain, Merge, named_engines
+from .stage import Stage, change_of
+from .verifying import VerifyStage
 
 __all__ = ["KINDS", "Planned", "outputs_of", "plan", "stages_of"]
 
@@ -33,6 +35,7 @@ _STAGES: tuple[type[Stage], ...] = (
     MergeStage,
     ExportStage,
     AccuracyStage,
+    VerifyStage,
     BenchStage,
 )
 KINDS = tuple(stage.kind for stage in _STAGES)
@@ -66,12 +69,13 @@ def plan(stages: Sequence[Stage], only: Sequence[str] = ()) -> list[Planned]:
 
     Raises:
         SpecError: Nothing is of a kind of this name.
+        HdrqError: What a stage reads cannot be looked at; file and line are named.
     """
     wanted = _wanted(stages, only)
     why: dict[str, str] = {}
     for stage in stages:
         first = next((key for key in stage.after if why.get(key)), None)
-        why[stage.key] = f"{first} is made first" if first else stage.change()
+        why[stage.key] = f"{first} is made first" if first else change_of(stage)
     return [Planned(stage, why[stage.key]) for stage in stages if stage.key in wanted]
 
 
@@ -95,17 +99,18 @@ def outputs_of(stages: Sequence[Stage]) -> list[tuple[Path, Kind]]:
     return [output for stage in stages for output in stage.outputs()]
 
 
-def stages_of(loaded: Loaded, threads: int = 1) -> list[Stage]:
+def stages_of(loaded: Loaded, threads: int = 1, title: str = "") -> list[Stage]:
     """The stages of a run file, each after those whose outputs it reads.
 
     Args:
         loaded: The run file.
         threads: Threads of each stage.
+        title: Title of the report; by default the name of the file.
 
     Raises:
         HdrqError: Options of a stage do not fit each other; file and line are named.
     """
-    return sorted(_Stages(loaded, threads).all(), key=lambda stage: KINDS.index(stage.kind))
+    return sorted(_Stages(loaded, threads, title).all(), key=lambda stage: KINDS.index(stage.kind))
 
 
 @dataclass(frozen=True)
@@ -124,17 +129,27 @@ class _Cell:
     def scheme(self) -> str:
         return f"W{self.wbits}A{self.abits}"
 
-    @property
-    def label(self) -> str:
+    def bundle(self, member: str) -> str:
+        """Name of the bundle of a domain or a merge."""
+        return f"{self.name}-{member}"
+
+    def label(self, member: str) -> str:
+        """What its line in the table of results is called."""
         if self.method == "float":
-            return "float"
-        return f"{self.method.upper()} {self.scheme}"
+            return f"float {member}"
+        return f"{self.method.upper()} {member} {self.scheme}"
+
+    @property
+    def label_of_singles(self) -> str:
+        start = "float" if self.method == "float" else f"{self.method.upper()} {self.scheme}"
+        return f"{start}, a model per domain"
 
 
 class _Stages:
     """Makes the stages of one run file."""
 
-    def __init__(self, loaded: Loaded, threads: int) -> None:
+    def __init__(self, loaded: Loaded, threads: int, title: str) -> None:
+        self._title = title or f"hdrq run: {loaded.document.path.name}"
         self._loaded, self._file, self._threads = loaded, loaded.file, threads
         self._out = loaded.out
         p = self._file.preprocess
@@ -150,6 +165,7 @@ class _Stages:
                 yield self._adapt(name, domain)
         rows: list[Row] = []
         measures: list[Stage] = []
+        self._check_names()
         for cell in self._cells():
             yield from (self._calibrate(cell, name) for name in self._file.domains)
             merges = self._file.merges or {}
@@ -159,15 +175,13 @@ class _Stages:
                 rows.append(row)
         yield from measures
         if self._file.bench is not None and rows:
-            yield self._bench(rows, [stage.key for stage in measures])
+            yield self._bench(rows, measures)
 
     def _cells(self) -> list[_Cell]:
-        """The grid of methods and bits; ``float`` has no bits."""
-        bits = parse_bits(self._file.bits)
-        cells = []
-        for method in self._file.methods:
-            schemes = bits if METHODS[method].quantizes else bits[:1]
-            cells += [_Cell(method, wbits, abits) for wbits, abits in schemes]
+        """The grid of bits and methods; ``float`` comes first and has no bits."""
+        bits, methods = parse_bits(self._file.bits), self._file.methods
+        cells = [_Cell(m, *bits[0]) for m in methods if not METHODS[m].quantizes]
+        cells += [_Cell(m, *pair) for pair in bits for m in methods if METHODS[m].quantizes]
         return list(dict.fromkeys(cells))
 
     def _common(self, name: str, output: str, after: Sequence[str], *loc: str) -> dict[str, Any]:
@@ -208,7 +222,7 @@ class _Stages:
         )
 
     def _bundle(self, cell: _Cell, member: str) -> Path:
-        return self._out / "bundles" / f"{cell.name}-{member}.hdrq"
+        return self._out / "bundles" / f"{cell.bundle(member)}.hdrq"
 
     def _calibrate(self, cell: _Cell, name: str) -> Stage:
         domain = self._file.domains[name]
@@ -272,22 +286,53 @@ class _Stages:
             seed=self._file.seed,
         )
 
+    def _check_names(self) -> None:
+        """Whether the bundles exist that ``engines`` and ``verify`` name."""
+        members = [*self._file.domains, *(self._file.merges or {})]
+        known = [cell.bundle(member) for cell in self._cells() for member in members]
+        asked = [
+            (("engines", i), bundles) for i, (_, bundles) in enumerate(named_engines(self._file))
+        ]
+        verify = self._file.verify
+        asked.append((("verify",), verify if isinstance(verify, list) else None))
+        for loc, names in asked:
+            for name in names or ():
+                if name not in known:
+                    raise self._loaded.document.error(
+                        loc,
+                        f"{loc[0]}: found the bundle {name!r}; {meant(name, known)}bundles are "
+                        f"{', '.join(known)}",
+                    )
+
     def _measured(self, cell: _Cell) -> Iterator[tuple[list[Stage], Row]]:
         """Engines and accuracies behind each line of the table."""
-        several = len(self._file.engines) > 1
-        bench, merges = self._file.bench, self._file.merges or {}
-        for engine in self._file.engines:
-            suffix = f" {engine}" if several else ""
-            # Without a merge the models of the domains are what is wanted.
-            first = engine == self._file.engines[0]
-            if not merges or (bench is not None and bench.singles and first):
-                members = {name: [name] for name in self._file.domains}
-                label = f"{cell.label} per domain{suffix}"
-                yield self._row(cell, engine, members, label, CalibrateStage.kind)
+        merges = self._file.merges or {}
+        whole = [engine for engine, bundles in named_engines(self._file) if bundles is None]
+        for engine, bundles in named_engines(self._file):
+            suffix = "" if [engine] == whole else f" {engine}"
+            if bundles is None:
+                if self._measures_singles(cell, engine == whole[0]):
+                    members = {name: [name] for name in self._file.domains}
+                    label = f"{cell.label_of_singles}{suffix}"
+                    yield self._row(cell, engine, members, label, CalibrateStage.kind)
+            else:
+                for name in self._file.domains:
+                    if cell.bundle(name) in bundles:
+                        label = f"{cell.label(name)}{suffix}"
+                        yield self._row(cell, engine, {name: [name]}, label, CalibrateStage.kind)
             for name, merge in merges.items():
-                label = f"{cell.label} {name}{suffix}"
-                own = {name: list(merge.domains or [])}
-                yield self._row(cell, engine, own, label, MergeStage.kind)
+                if bundles is None or cell.bundle(name) in bundles:
+                    own = {name: list(merge.domains or [])}
+                    label = f"{cell.label(name)}{suffix}"
+                    yield self._row(cell, engine, own, label, MergeStage.kind)
+
+    def _measures_singles(self, cell: _Cell, first: bool) -> bool:
+        """Whether the models of the domains are measured; without a merge they are wanted."""
+        bench = self._file.bench
+        if not self._file.merges:
+            return True
+        singles = bench is not None and bench.singles
+        return first and bool(singles and (singles != "float" or cell.method == "float"))
 
     def _row(
         self, cell: _Cell, engine: str, members: dict[str, list[str]], label: str, maker: str
@@ -302,6 +347,7 @@ class _Stages:
                 **self._common(name, f"engines/{name}", after, *loc),
                 bundle=self._bundle(cell, member),
                 engine=engine,
+                engine_threads=self._file.bench.threads if self._file.bench else 1,
             )
             stages.append(exported)
             engines.append(exported.output)
@@ -316,17 +362,46 @@ class _Stages:
                 )
                 stages.append(measured)
                 accuracies.append(measured.output)
+            if self._verifies(cell, member, maker):
+                stages.append(self._verify(cell, member, domains, exported, loc))
         return stages, Row(label, tuple(engines), tuple(accuracies))
 
-    def _bench(self, rows: list[Row], after: Sequence[str]) -> Stage:
+    def _verifies(self, cell: _Cell, member: str, maker: str) -> bool:
+        verify = self._file.verify
+        if isinstance(verify, list):
+            return cell.bundle(member) in verify
+        return bool(verify and (maker == MergeStage.kind or not self._file.merges))
+
+    def _verify(
+        self,
+        cell: _Cell,
+        member: str,
+        domains: Sequence[str],
+        exported: ExportStage,
+        loc: tuple[str, ...],
+    ) -> Stage:
+        given = {d: self._file.domains[d] for d in domains}
+        name = exported.name
+        return VerifyStage(
+            **self._common(name, f"verify/{name}.json", [exported.key], *loc),
+            bundle=self._bundle(cell, member),
+            engine=exported.output,
+            data={d: domain.test or domain.calibration for d, domain in given.items()},
+        )
+
+    def _bench(self, rows: list[Row], measures: Sequence[Stage]) -> Stage:
         bench = self._file.bench
         assert bench is not None
         first = next(iter(self._file.domains.values()))
+        after = [stage.key for stage in measures]
         return BenchStage(
             **self._common("results", "results.json", after, "bench"),
             rows=tuple(rows),
             images=first.test or first.calibration,
             bench=bench,
             resolved=self._loaded.resolved(),
-            title=f"hdrq run: {self._loaded.document.path.name}",
+            title=self._title,
+            verified=tuple(
+                (stage.name, stage.output) for stage in measures if isinstance(stage, VerifyStage)
+            ),
         )

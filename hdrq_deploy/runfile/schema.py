@@ -22,6 +22,7 @@ from pydantic import (
 
 from ..calibration.methods import METHODS
 from ..calibration.recipe import Recipe
+from ..checks.fastest_engine import AUTO
 from ..errors import HdrqError
 from ..experiments.grid import parse_bits
 from ..exporters import ENGINES
@@ -29,7 +30,17 @@ from ..formats.atomic_files import check_name
 from ..merging import ACTIVATION_SCALES, CRITERIA, ROUNDINGS
 from ..merging import METHODS as MERGE_METHODS
 
-__all__ = ["SCHEMA_FILE", "Adapt", "Bench", "Domain", "Merge", "Preprocess", "RunFile", "schema"]
+__all__ = [
+    "SCHEMA_FILE",
+    "Adapt",
+    "Bench",
+    "Domain",
+    "Merge",
+    "Preprocess",
+    "RunFile",
+    "named_engines",
+    "schema",
+]
 
 SCHEMA_FILE = "hdrq.schema.json"
 # Keys of a recipe that a run file says in another place.
@@ -78,6 +89,34 @@ def _weights(value: Any) -> Any:
     if value is None or value == "auto" or plain:
         return value
     raise ValueError(f"found {value!r}; needed auto, a list of numbers, or a number per domain")
+
+
+def _engine(value: Any) -> str | dict[str, list[str]]:
+    """The name of an engine, or the bundles that it is for by its name."""
+    check = one_of((*ENGINES, AUTO))
+    if isinstance(value, str):
+        return check(value)
+    if isinstance(value, Mapping) and len(value) == 1:
+        ((name, bundles),) = value.items()
+        return {check(str(name)): _listed_names(bundles)}
+    raise ValueError(f"found {value!r}; needed the name of an engine, or NAME: [bundle, ...]")
+
+
+def _listed_names(value: Any) -> list[str]:
+    names = _listed(value)
+    if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+        return names
+    raise ValueError(f"found {value!r}; needed names of bundles, such as hdrq-w4a8-merged")
+
+
+def _verify(value: Any) -> bool | list[str]:
+    return value if isinstance(value, bool) else _listed_names(value)
+
+
+def _singles(value: Any) -> Any:
+    if isinstance(value, bool) or value == "float":
+        return value
+    raise ValueError(f"found {value!r}; needed true, false or float")
 
 
 def _rank(value: Any) -> Any:
@@ -132,11 +171,23 @@ Bits = Annotated[
     Field(min_length=1),
     WithJsonSchema(_or_list(_BITS)),
 ]
+_ENGINE = {
+    "anyOf": [
+        {"type": "string", "enum": [*ENGINES, AUTO]},
+        {
+            "type": "object",
+            "minProperties": 1,
+            "maxProperties": 1,
+            "properties": {name: _or_list({"type": "string"}) for name in (*ENGINES, AUTO)},
+            "additionalProperties": False,
+        },
+    ]
+}
 Engines = Annotated[
-    list[Annotated[str, AfterValidator(one_of(ENGINES))]],
+    list[Annotated[Any, AfterValidator(_engine)]],
     BeforeValidator(_listed),
     Field(min_length=1),
-    _enum(ENGINES, many=True),
+    WithJsonSchema(_or_list(_ENGINE)),
 ]
 Sides = Annotated[
     Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)],
@@ -265,7 +316,12 @@ class Bench(_Section):
     batch: Count | None = Field(default=None, description="images per call (1)")
     split: str = Field(default="val", description="split of street scenes that is measured")
     image_size: Sides | None = Field(default=None, description="street scenes are brought to this")
-    singles: bool = Field(default=True, description="measure the model of each domain too")
+    singles: Annotated[
+        Any, AfterValidator(_singles), WithJsonSchema({"enum": [True, False, "float"]})
+    ] = Field(
+        default=True,
+        description="measure the model of each domain too; float: that of method float only",
+    )
 
 
 def _calibrate_section() -> type[BaseModel]:
@@ -307,7 +363,20 @@ class RunFile(_Section):
     merges: dict[Name, Merge] | None = Field(
         default=None, description="by name (one, of all domains)"
     )
-    engines: Engines = Field(default=["ort"], description="what merges are exported for")
+    engines: Engines = Field(
+        default=["ort"],
+        description="what merges are exported for; auto: the fastest that runs here; "
+        "NAME: [bundle, ...] is for these bundles only",
+    )
+    verify: Annotated[
+        Any,
+        AfterValidator(_verify),
+        WithJsonSchema({"anyOf": [{"type": "boolean"}, _or_list({"type": "string"})]}),
+    ] = Field(
+        default=False,
+        description="compare PyTorch, bundle, lowered graph and engine on the test images: of "
+        "all merges, or of the bundles that are named",
+    )
     bench: Annotated[Bench | None, BeforeValidator(_switch), _OrSwitch()] = Field(
         default=Bench(), description="how engines are measured; false: they are not"
     )
@@ -317,6 +386,14 @@ class RunFile(_Section):
     out: str | None = Field(
         default=None, description="folder of all results (NAME-run beside the file)"
     )
+
+
+def named_engines(file: RunFile) -> list[tuple[str, list[str] | None]]:
+    """Name of every engine, and the bundles that it is for; None for all."""
+    return [
+        (entry, None) if isinstance(entry, str) else next(iter(entry.items()))
+        for entry in file.engines
+    ]
 
 
 def schema() -> str:

@@ -15,7 +15,7 @@ from ..experiments.bundles import inputs_of, record_ingredients, recorded_change
 from ..formats.atomic_files import Kind, remove_file
 from ..formats.file_kinds import CELL_INPUTS
 
-__all__ = ["RecordedStage", "Stage", "run_stage"]
+__all__ = ["RecordedStage", "Stage", "change_of", "importable", "run_stage"]
 
 
 @dataclass(frozen=True)
@@ -102,18 +102,34 @@ def run_stage(stage: Stage, folder: str) -> None:
     Raises:
         HdrqError: As the stage, with file and line in front.
     """
-    with _importable(folder):
-        try:
-            if stage.change():
-                stage.make()
-        except HdrqError as error:
-            # The file has keys, and no flags, that a name in backquotes could become.
-            text = str(error).replace("`", "")
-            raise type(error)(f"{stage.place}: {stage.key}: {text}") from error
+    with importable(folder), _placed(stage):
+        if stage.change():
+            stage.make()
+
+
+def change_of(stage: Stage) -> str:
+    """Why a stage's output is stale, in words; "" where it is up to date.
+
+    Raises:
+        HdrqError: As the stage, with file and line in front.
+    """
+    with _placed(stage):
+        return stage.change()
 
 
 @contextlib.contextmanager
-def _importable(folder: str) -> Iterator[None]:
+def _placed(stage: Stage) -> Iterator[None]:
+    """Errors inside the block begin with the file and line that ask for a stage."""
+    try:
+        yield
+    except HdrqError as error:
+        # The file has keys, and no flags, that a name in backquotes could become.
+        text = str(error).replace("`", "")
+        raise type(error)(f"{stage.place}: {stage.key}: {text}") from error
+
+
+@contextlib.contextmanager
+def importable(folder: str) -> Iterator[None]:
     """Modules of a folder can be imported; afterwards ``sys.path`` is as it was."""
     sys.path.append(folder)
     try:

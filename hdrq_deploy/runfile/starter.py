@@ -179,7 +179,13 @@ def text(
             "    # re_estimate: true   # measure BatchNorm again on unlabelled images",
             "",
         ]
-    lines += ["engines: [ort]  # onnx, trt (NVIDIA GPU), trt-rtx", "", "bench:", "  threads: 1"]
+    lines += [
+        "engines: [ort]  # openvino, onnx, trt (NVIDIA GPU), trt-rtx; auto: the fastest here",
+        "verify: true    # PyTorch, bundle, lowered graph and engine are compared",
+        "",
+        "bench:",
+        "  threads: 1",
+    ]
     return "\n".join(lines) + "\n"
 
 

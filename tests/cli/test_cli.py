@@ -187,16 +187,30 @@ def test_the_readme_demo_command_works(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     out = tmp_path / "hdrq-demo"
     record = json.loads((out / "results.json").read_text())
-    means = {name: row["accuracy"]["harmonic_mean"] for name, row in record["rows"].items()}
+    rows = {row["model"]: row["result"] for row in record["rows"]}
+    means = {name: row["accuracy"]["harmonic_mean"] for name, row in rows.items()}
     assert means["float, a model per domain"] > 0.9
     assert means["float merged"] > 0.8
     # 25 iterations a block already recover most of what rounding loses at 3 bits.
     assert means["HDRQ merged W3A3"] > means["RTN merged W3A3"]
-    assert (out / "commands.sh").is_file()
+    assert list(rows) == [
+        "float, a model per domain",
+        "float merged",
+        "RTN merged W8A8",
+        "HDRQ merged W8A8",
+        "RTN merged W3A3",
+        "HDRQ merged W3A3",
+    ]
+    (said,) = (line for line in record["verified"] if line.startswith("hdrq-w3a3-merged-ort: "))
+    assert "1500 images: PyTorch to bundle 0 decisions differ" in said
     report = (out / "report.html").read_text()
     (opening, _) = report.split("<table", 1)
     assert re.findall("<figcaption>(.*?) <", opening) == ["handwriting", "photo", "night"]
     assert run.stdout.splitlines()[-1].endswith("figures on real images are in docs/evidence/")
+    # It is a run like any other, of the file that it leaves.
+    flags = ["run", str(out / "hdrq.yaml"), "--dry-run"]
+    again = subprocess.run([program, *flags], capture_output=True, text=True, check=False)
+    assert again.stdout.startswith("0 of ")
 
 
 @pytest.mark.slow

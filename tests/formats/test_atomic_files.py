@@ -276,7 +276,7 @@ def test_places_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_container_keeps_what_is_not_ours(tmp_path: Path) -> None:
-    outputs = [("cells/a.hdrq", KIND), ("results.json", kinds.DEMO_JSON)]
+    outputs = [("cells/a.hdrq", KIND), ("results.json", kinds.RUN_RESULTS)]
     (tmp_path / "thesis.txt").write_text("x")
     assert check_container(tmp_path, outputs) == tmp_path
     ours(tmp_path / "cells" / "b.hdrq")
@@ -339,8 +339,8 @@ MARKS: dict[
         [lambda p: p.write_text('[{"kind": "hdrq-bench"}, {"kind": "hdrq-verify"}]')],
     ),
     "an earlier result": (
-        kinds.DEMO_JSON,
-        lambda p: p.write_text('{"rows": {}, "trt_rtx": "", "parity": "", "iters": 3}'),
+        kinds.RUN_RESULTS,
+        lambda p: p.write_text('{"kind": "hdrq-demo", "rows": {}}'),
         [lambda p: p.write_text('{"rows": {}}')],
     ),
     "csv": (
@@ -382,10 +382,10 @@ MARKS: dict[
         lambda p: p.write_bytes(b"ptrtd\0\0\0\x98\0"),
         [lambda p: p.write_text("thesis"), lambda p: p.write_bytes(b"\0" * 20)],
     ),
-    "script": (
-        kinds.DEMO_COMMANDS,
-        lambda p: p.write_text("#!/bin/sh\n# The commands of this demonstration.\nset -e\n"),
-        [lambda p: p.write_text("#!/bin/sh\nset -e\n")],
+    "run file": (
+        kinds.DEMO_FILE,
+        lambda p: p.write_text("# The run of hdrq demo: three domains\nseed: 0\n"),
+        [lambda p: p.write_text("# A run\nseed: 0\n")],
     ),
     "table": (
         kinds.REPRODUCE_TABLE,
@@ -431,7 +431,7 @@ def test_a_file_is_replaced_only_with_our_mark(case: str, tmp_path: Path) -> Non
         (kinds.BENCH_JSON, "hdrq-bench"),
         (kinds.COMPARE_JSON, "hdrq-compare"),
         (kinds.VERIFY_JSON, "hdrq-verify"),
-        (kinds.DEMO_JSON, "hdrq-demo"),
+        (kinds.RUN_RESULTS, "hdrq-run-results"),
         (kinds.REPRODUCE_JSON, "hdrq-reproduce"),
         (kinds.CELL_ROW, "hdrq-row"),
     ],
@@ -444,16 +444,21 @@ def test_the_kind_that_is_written_is_the_one_that_is_read(
     assert kind.is_ours(tmp_path / "x.json")
 
 
-def test_the_demo_writes_over_its_own_report(tmp_path: Path) -> None:
-    from tests.runtime.bench.test_compare import noise, result
+def test_the_demo_writes_over_its_own_file_unless_it_was_edited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object) -> None:
+        raise HdrqError("the work would begin")
 
-    made = object.__new__(demo._Demo)
-    made.found = {}
-    made.out, made.iters, made.started, made.commands = tmp_path, 3, 0.0, ["hdrq-merge a b"]
-    rows = [("float", result(noise(0)))]
-    for _ in range(2):
-        made._close(rows, ["model"], [["float"]], "precision", "parity")
-    assert sorted(contents(tmp_path)) == ["commands.sh", "report.html", "results.json"]
+    monkeypatch.setattr("hdrq_deploy.cli.demo._write_data", stop)
+    out = ["--out", str(tmp_path / "out")]
+    for flags in ([], ["--quick", "--seed", "7"], []):
+        assert "the work would begin" in refused(demo.main, [*out, *flags], capsys)
+    file = tmp_path / "out" / "hdrq.yaml"
+    assert file.read_text() in {demo.run_file(False, 0, rtx) for rtx in (False, True)}
+    file.write_text(file.read_text().replace("iters: 150", "iters: 151"))
+    assert "hdrq.yaml edited; run it with hdrq run" in refused(demo.main, out, capsys)
+    assert "iters: 151" in file.read_text()
 
 
 # The command lines: what is asked for is not there at all, so a refusal that names the output
@@ -698,7 +703,7 @@ def test_demo_and_reproduce_replace_only_what_is_ours(
     def stop(*_: object) -> None:
         raise HdrqError("the work would begin")
 
-    monkeypatch.setattr("hdrq_deploy.cli.demo._Demo.run", stop)
+    monkeypatch.setattr("hdrq_deploy.cli.demo._write_data", stop)
     monkeypatch.setattr("hdrq_deploy.cli.reproduce.make_directory", stop)
     (tmp_path / "file").write_text("x")
     (tmp_path / "real").mkdir()
@@ -706,8 +711,8 @@ def test_demo_and_reproduce_replace_only_what_is_ours(
     commands = {
         demo.main: (
             ["--quick", "--out"],
-            ["data", "bundles/hdrq-w3a3-night.hdrq", "engines/float-merged", "bundles"],
-            ["results.json", "report.html", "commands.sh"],
+            ["data", "bundles/hdrq-w3a3-night.hdrq", "engines/float-merged-ort", "bundles"],
+            ["results.json", "report.html", "hdrq.yaml"],
         ),
         reproduce.main: (
             ["office-home", "--made", "--bits", "w4a4", "--methods", "hdrq", "--out"],

@@ -145,6 +145,14 @@ WRONG: dict[str, tuple[str, int, str]] = {
     ),
     "key twice": (f"{SHORT}seed: 1\nseed: 2\n", 11, "found the key 'seed' twice (first in line 10"),
     "variable": (f"{SHORT}out: ${{HDRQ_UNSET}}/x\n", 10, "no environment variable HDRQ_UNSET"),
+    "engine": (f"{SHORT}engines:\n- ort\n- opnvino\n", 12, "did you mean openvino?"),
+    "bundles of an engine": (
+        f"{SHORT}engines:\n- ort\n- onnx: hdrq-w4a8-merged\n",
+        12,
+        "engines: found the bundle 'hdrq-w4a8-merged'; did you mean hdrq-w8a8-merged? bundles are",
+    ),
+    "verify": (f"{SHORT}verify: merged\n", 10, "verify: found the bundle 'merged'; bundles"),
+    "singles": (f"{SHORT}bench:\n  singles: rtn\n", 11, "needed true, false or float"),
     "yaml": (f"{SHORT}bits: [w8a8\n", 11, "needed YAML"),
 }
 

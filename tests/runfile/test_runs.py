@@ -21,8 +21,11 @@ from hdrq_deploy.cli import init as init_command
 from hdrq_deploy.cli import run as run_command
 from hdrq_deploy.cli import status as status_command
 from hdrq_deploy.cli.stage_table import StageTable
+from hdrq_deploy.errors import ExportError, HdrqError
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.runfile.loading import load
+from hdrq_deploy.runfile.plan import plan
+from hdrq_deploy.runfile.stage import Stage
 from hdrq_deploy.runtime import load_engine
 
 FILE = """\
@@ -83,10 +86,10 @@ def test_a_run_ends_with_accuracies_that_numpy_counts_and_a_report(ran: Path) ->
     out = ran.parent / "hdrq-run"
     record = json.loads((out / "results.json").read_text())
     rows = {row["model"]: row["result"] for row in record["rows"]}
-    assert list(rows) == ["RTN W8A8 per domain", "RTN W8A8 merged"]
+    assert list(rows) == ["RTN W8A8, a model per domain", "RTN merged W8A8"]
     with np.load(ran.parent / "data.npz") as data:
         x, y = data["x"], data["y"]
-    for member, label in (("merged", "RTN W8A8 merged"), ("night", next(iter(rows)))):
+    for member, label in (("merged", "RTN merged W8A8"), ("night", next(iter(rows)))):
         with load_engine(out / "engines" / f"rtn-w8a8-{member}-ort") as engine:
             expected = float((engine(x).argmax(1) == y).mean())
         assert rows[label]["accuracy"]["domains"]["night"] == pytest.approx(expected)
@@ -94,7 +97,7 @@ def test_a_run_ends_with_accuracies_that_numpy_counts_and_a_report(ran: Path) ->
     one, merged = rows.values()
     assert one["size_bytes"] > 1.5 * merged["size_bytes"]
     page = (out / "report.html").read_text()
-    assert "RTN W8A8 merged" in page and 'content="hdrq run"' in page
+    assert "RTN merged W8A8" in page and 'content="hdrq run"' in page
     assert record["run_file"]["source"] == str(ran.parent / "Tiny-base.safetensors")
     merge = Bundle.open(out / "bundles" / "rtn-w8a8-merged.hdrq").manifest.options["merge"]
     # By default bundles hold statistics, and the best merge is taken.
@@ -107,7 +110,7 @@ def test_a_second_run_does_nothing(ran: Path, capsys: pytest.CaptureFixture[str]
     assert stale(ran, capsys) == [] == stale(out / "resolved.yaml", capsys)
     assert run_command.main([str(ran)]) == 0
     said = capsys.readouterr()
-    assert "all 10 stages are up to date" in said.err and "RTN W8A8 merged" in said.out
+    assert "all 10 stages are up to date" in said.err and "RTN merged W8A8" in said.out
     changed = {name for name, state in states(out).items() if before.get(name) != state}
     assert changed == {"outputs.json", "resolved.yaml"}
     assert status_command.main([str(ran)]) == 0
@@ -177,15 +180,108 @@ def test_a_killed_run_resumes(work: Path, tmp_path: Path) -> None:
     assert set(Bundle.open(merged).manifest.domains) == {"night", "day"}
 
 
-def test_an_error_of_a_stage_names_its_line(
-    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def refused(file: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """The one line of an error, behind the path of the file."""
+    capsys.readouterr()
+    assert run_command.main([str(file), *flags]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith(f"hdrq run: {file}:")
+    return line.removeprefix(f"hdrq run: {file}:")
+
+
+def test_what_would_stop_a_run_later_is_found_before_any_work(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = copied(work, tmp_path)
-    file.write_text(FILE.replace("checkpoint: Tiny-day", "checkpoint: Wide-day"))
-    assert run_command.main([str(file), "--only", "calibrate rtn-w8a8-day"]) == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith(f"hdrq run: {file}:5: calibrate rtn-w8a8-day: ")
-    assert "does not fit the model" in line
+    with np.load(tmp_path / "data.npz") as data:
+        np.savez(tmp_path / "unlabelled.npz", x=data["x"])
+    (tmp_path / "text.npz").write_text("no archive")
+    wrong = {
+        FILE.replace("checkpoint: Tiny-day", "checkpoint: Wide-day"): (6, "does not fit the model"),
+        FILE.replace("Tiny-base.safetensors", "text.npz"): (2, "text.npz"),
+        FILE.replace("tiny_models:Tiny", "tiny_models:Tyni"): (1, "cannot import the model"),
+        FILE.replace("test: images", "test: unlabelled.npz"): (8, "domains.day.test: found images"),
+        FILE.replace("    calibration: data", "    calibration: text"): (
+            7,
+            "cannot be read as .npz",
+        ),
+    }
+    for text, (number, words) in wrong.items():
+        file.write_text(text)
+        line = refused(file, capsys)
+        assert line.startswith(f"{number}: ") and words in line, line
+
+    def absent(*_: object) -> None:
+        raise ExportError("the engine needs a library")
+
+    monkeypatch.setattr("hdrq_deploy.exporters.target.Target.ingredients", absent)
+    file.write_text(f"{FILE}engines:\n- ort\n- onnx\n")
+    assert refused(file, capsys) == "14: the engine needs a library"
+    assert not (tmp_path / "hdrq-run").exists()
+
+
+def test_an_error_of_a_stage_names_its_line(
+    again: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with np.load(again.parent / "data.npz") as data:
+        np.savez(again.parent / "nine.npz", x=data["x"], y=np.arange(len(data["x"])) % 10)
+    again.write_text(FILE.replace("test: data.npz", "test: nine.npz"))
+    line = refused(again, capsys)
+    assert line.startswith("4: accuracy rtn-w8a8-night-ort: ")
+    assert line.endswith("nine.npz: found labels 0 to 9; the model has 4 classes")
+
+    class Broken(Stage):
+        def change(self) -> str:
+            raise HdrqError("`data` is damaged")
+
+        make = outputs = change  # type: ignore[assignment]
+
+    broken = Broken("a", again, (), f"{again}:7", 1)
+    broken.__class__.kind = "merge"
+    with pytest.raises(HdrqError, match=":7: merge a: data is damaged"):
+        plan([broken])
+
+
+def test_engines_by_bundle_the_fastest_one_and_verification(
+    again: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = again.parent / "hdrq-run"
+    again.write_text(f"{FILE}engines: [auto, onnx: rtn-w8a8-merged]\nverify: rtn-w8a8-merged\n")
+    capsys.readouterr()
+    assert run_command.main([str(again), "--threads", "1"]) == 0
+    said = capsys.readouterr().out
+    record = json.loads((out / "results.json").read_text())
+    assert [row["model"] for row in record["rows"]] == [
+        "RTN W8A8, a model per domain",
+        "RTN merged W8A8",
+    ]
+    engine = json.loads((out / "engines" / "rtn-w8a8-merged-auto" / "manifest.json").read_text())
+    medians = engine["build"]["measured"]["median_ms"]
+    assert "ort" in medians and engine["engine"] == min(medians, key=medians.__getitem__)
+    assert not (out / "engines" / "rtn-w8a8-night-onnx").exists()
+    assert "RTN merged W8A8 onnx: built (" in said
+    assert "rtn-w8a8-merged-auto: 60 images: PyTorch to bundle 0 decisions differ" in said
+    page = (out / "report.html").read_text()
+    assert "<h2>Verified</h2>" in page and "rtn-w8a8-merged-auto: 60 images" in page
+    assert stale(again, capsys) == []
+    (out / "engines" / "rtn-w8a8-merged-auto" / "model.onnx").write_bytes(b"x")
+    assert "export rtn-w8a8-merged-auto" in stale(again, capsys)
+    again.write_text(FILE)
+    assert clean_command.main([str(again), "--unused"]) == 0
+    assert not [*out.rglob("*-auto*"), *out.rglob("*-onnx*")]
+
+
+@pytest.mark.slow
+def test_ray_makes_the_same_bundles(ran: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    flags = ["--only", "merge", "--ray", "--threads", "1"]
+    assert run_command.main([str(ran), "--out", str(tmp_path), *flags]) == 0
+    for name in ("rtn-w8a8-night", "rtn-w8a8-merged"):
+        one, two = (
+            Bundle.open(out / "bundles" / f"{name}.hdrq")
+            for out in (ran.parent / "hdrq-run", tmp_path)
+        )
+        assert one.manifest_sha256 == two.manifest_sha256
 
 
 def test_clean_leaves_what_is_not_ours(
@@ -296,9 +392,9 @@ def test_an_engine_that_cannot_run_here_is_named(
     (out / "results.json").unlink()
     assert run_command.main([str(ran), "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "RTN W8A8 merged: not measured, this machine has no GPU" in said
+    assert "INT8), not measured: this machine has no GPU" in said
     rows = json.loads((out / "results.json").read_text())["rows"]
-    assert [row["model"] for row in rows] == ["RTN W8A8 per domain"]
+    assert [row["model"] for row in rows] == ["RTN W8A8, a model per domain"]
 
 
 def test_a_worker_makes_the_same_bundle(ran: Path, tmp_path: Path) -> None:
