@@ -181,7 +181,7 @@ def text(
         ]
     lines += [
         "engines: [ort]  # openvino, onnx, trt (NVIDIA GPU), trt-rtx; auto: the fastest here",
-        "verify: true    # PyTorch, bundle, lowered graph and engine are compared",
+        "# verify: true  # compare PyTorch, bundle, lowered graph and engine on the test images",
         "",
         "bench:",
         "  threads: 1",
