@@ -85,8 +85,8 @@ class Fidelity:
         output: Relative RMS of the output computed from equal codes, beside what the last
             layers' rounded biases explain.
         kernel: The second stage rounds biases as integer kernels do.
-        most_ties: Share of a tensor's codes that may be off at a tie; None sets no limit. A few
-            codes may be in any tensor.
+        most_ties: Share of a tensor's codes that may be off at a tie, equal values of a channel
+            counted once; None sets no limit. A few codes may be in any tensor.
         widened: The second stage's codes go on beyond the first's on purpose.
         advice: What to do where a layer fails.
     """
@@ -426,6 +426,7 @@ class _Sums:
     off: int = 0
     steps: int = 0
     ties: int = 0
+    own_ties: int = 0
     wrong: int = 0
     signal: float = 0.0
     noise: float = 0.0
@@ -533,6 +534,7 @@ class _Layers:
                 slack = slack + self._how.fidelity.tie * (e4m3.spacing(middle) - 1)
                 ties = np.ones_like(ties)
             ties &= np.abs(before[at] - middle) <= slack
+        sums.own_ties += _distinct(at, ties, local.before.get(name))
         sums.off += by.size
         sums.steps = max(sums.steps, int(by.max()))
         sums.ties += int(ties.sum())
@@ -699,13 +701,22 @@ def spread_of_ties(
 
 def _too_many_ties(module: str, sums: _Sums, fidelity: Fidelity) -> str | None:
     """That more codes fell to the other side of a tie than an engine of this kind lets fall."""
-    if fidelity.most_ties is None or sums.ties <= max(_FEW, fidelity.most_ties * sums.count):
+    if fidelity.most_ties is None or sums.own_ties <= max(_FEW, fidelity.most_ties * sums.count):
         return None
     return (
-        f"found {sums.ties} of {sums.count} codes of {module} off by one at ties "
-        f"({sums.ties / sums.count:.2%}); needed at most {fidelity.most_ties:.2%} (`code_ties` of "
-        "the manifest)"
+        f"found {sums.own_ties} of {sums.count} codes of {module} off by one at ties of their own "
+        f"({sums.own_ties / sums.count:.2%}); needed at most {fidelity.most_ties:.2%} (`code_ties` "
+        "of the manifest)"
     )
+
+
+def _distinct(at: tuple[Array, ...], ties: Array, before: Array | None) -> int:
+    """How many ties there are where equal values of a channel are one: an even background is."""
+    if before is None:
+        return int(ties.sum())
+    channel = at[1] if len(at) > 1 else np.zeros_like(at[0])
+    pairs = np.stack([channel[ties].astype(np.float64), before[at][ties].astype(np.float64)])
+    return int(np.unique(pairs, axis=1).shape[1])
 
 
 def _failure(module: str, sums: _Sums, codes: bool) -> str:

@@ -67,8 +67,9 @@ class EngineKind:
         built: An export builds it for a library and knows what it executes. A portable graph is
             for any runtime.
         code_ties: Share of an activation's codes that may fall to the other side of a tie, each
-            layer computed from the same codes; None where codes are not to be seen. It is ten
-            times the most that ``benchmarks/same_codes.py`` found.
+            layer computed from the same codes and equal values of a channel counted once; None
+            where codes are not to be seen. It is ten times the largest share, each code counted,
+            that ``benchmarks/same_codes.py`` found.
     """
 
     name: str
