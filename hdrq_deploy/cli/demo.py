@@ -109,8 +109,8 @@ def _check(out: Path) -> None:
         return
     found = file.read_text("utf-8")
     seed = re.search(r"^seed: (\d+)$", found, re.MULTILINE)
-    ours = (run_file(q, int(seed[1]), rtx) for q in (False, True) for rtx in (False, True))
-    if seed is None or found not in ours:
+    kinds = [(quick, rtx) for quick in (False, True) for rtx in (False, True)]
+    if seed is None or found not in {run_file(q, int(seed[1]), rtx) for q, rtx in kinds}:
         raise HdrqError(
             f"found {file} edited; run it with hdrq run {file}, or choose another --out for the "
             "demonstration"

@@ -290,7 +290,7 @@ class _Stages:
         """Whether the bundles exist that ``engines`` and ``verify`` name."""
         members = [*self._file.domains, *(self._file.merges or {})]
         known = [cell.bundle(member) for cell in self._cells() for member in members]
-        asked = [
+        asked: list[tuple[tuple[str | int, ...], list[str] | None]] = [
             (("engines", i), bundles) for i, (_, bundles) in enumerate(named_engines(self._file))
         ]
         verify = self._file.verify
