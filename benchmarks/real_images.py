@@ -53,7 +53,7 @@ from hdrq_deploy.runtime.bench.environment import environment
 Array = npt.NDArray[Any]
 ITERS = 200
 METHODS = ("rtn", "qdrop", "hdrq")
-BITS = ((4, 8), (4, 4), (3, 3), (8, 8))
+BITS = ((4, 8), (4, 4), (8, 8), (8, 4), (3, 3))
 # Rates for 200 iterations, three a method and about a factor of three apart, around those that the
 # data set's protocol starts from; ``--scan`` says which differs least from the float model.
 RATES_TRIED = {"qdrop": (3e-3, 1e-2, 3e-2), "hdrq": (3e-4, 1e-3, 3e-3)}
@@ -81,10 +81,16 @@ FLOAT_WAYS: tuple[Way, ...] = (
 )
 
 
-def name_of(way: Way) -> str:
-    """``regression-compensated-auto-renewed``."""
+# Bits that weights of 8 bits are rounded to by the merge itself, with new BatchNorm moments.
+REQUANTIZED: tuple[Way, ...] = (("regression", "compensated", True, False, True),)
+MERGED_BITS = (4, 3)
+
+
+def name_of(way: Way, wbits: int | None = None) -> str:
+    """``regression-compensated-auto-renewed``, with ``-w4`` where the merge requantizes."""
     method, rounding, renewed, chosen, _ = way
-    return f"{method}-{rounding}" + "-auto" * chosen + "-renewed" * renewed
+    requantized = "" if wbits is None else f"-w{wbits}"
+    return f"{method}-{rounding}{requantized}" + "-auto" * chosen + "-renewed" * renewed
 
 
 @dataclass(frozen=True)
@@ -227,10 +233,21 @@ def evaluate(parents: Parents, work: Work) -> Iterator[dict[str, Any]]:
             # Three models at equal thirds have no ties, and nothing to draw.
             if way[4] if len(group) == 2 else way[1] != "advanced":
                 yield merged(parents, [bundles[name] for name in group], group, way, work)
+        if parents.bits and parents.wbits == 8:
+            for way in REQUANTIZED:
+                for wbits in MERGED_BITS:
+                    yield merged(
+                        parents, [bundles[name] for name in group], group, way, work, wbits
+                    )
 
 
 def merged(
-    parents: Parents, bundles: Sequence[Bundle], group: Sequence[str], way: Way, work: Work
+    parents: Parents,
+    bundles: Sequence[Bundle],
+    group: Sequence[str],
+    way: Way,
+    work: Work,
+    wbits: int | None = None,
 ) -> dict[str, Any]:
     """The row of one merge."""
     method, rounding, renewed, chosen, _ = way
@@ -248,13 +265,18 @@ def merged(
             candidates=30,  # as in the paper
             threads=1,
             method=method,
+            wbits=wbits,
         )
         if images is not None:
             bundle = re_estimate(bundle, images, Path(folder) / "renewed.hdrq", 0)
         seconds = time.monotonic() - begun
         measured = work.accuracies(bundle, group)
     extra = {"weights": weights} if chosen else {}
-    return {**record(parents, group, name_of(way), measured), **extra, "seconds": round(seconds, 1)}
+    return {
+        **record(parents, group, name_of(way, wbits), measured),
+        **extra,
+        "seconds": round(seconds, 1),
+    }
 
 
 def renewed_singles(parents: Parents, work: Work) -> dict[str, Any]:
@@ -341,6 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("build/pacs"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--collect", action="store_true", help="write the finished rows, no more")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -352,7 +375,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         work.preparation.make("cpu", 1)
     rows, missing = [], []
     for parents in grid(args.seeds):
-        if args.collect and not measured_at(out, parents).exists():
+        left_out = parents.bits and parents.method not in args.methods
+        if (args.collect or left_out) and not measured_at(out, parents).exists():
             missing.append(parents.name)
             continue
         rows += rows_of(parents, work, args.collect)
