@@ -22,6 +22,7 @@ with importing("hdrq demo"):
         check_scratch,
         make_directory,
         new_directory,
+        scratch_folder,
         write_bytes,
         write_record,
     )
@@ -85,12 +86,10 @@ def _demo(args: argparse.Namespace) -> int:
         if importlib.util.find_spec(module) is None:
             raise ModelError(f"the demo needs {module}: pip install 'hdrq-deploy[demo]'")
     started, out = time.monotonic(), args.out.absolute()
-    _check(out)
-    make_directory(out)
     text = run_file(args.quick, args.seed, importlib.util.find_spec("tensorrt_rtx") is not None)
+    _check(out, text)
+    make_directory(out)
     write_bytes(out / _FILE, text.encode(), DEMO_FILE)
-    coming = load(out / _FILE, exists=False)
-    check(coming, stages_of(coming))
     _write_data(out, args.seed)
     _provide_checkpoints(out)
     loaded, threads = load(out / _FILE), os.cpu_count() or 1
@@ -100,10 +99,14 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(out: Path) -> None:
-    """Whether all that is written before the run may be."""
+def _check(out: Path, text: str) -> None:
+    """Whether all may be written that the demonstration and the run of its file write."""
     check_container(out, list(_outputs()), label="out")
     check_scratch()
+    with scratch_folder() as scratch:
+        (scratch / _FILE).write_text(text, "utf-8")
+        coming = load(scratch / _FILE, out, exists=False)
+        check(coming, stages_of(coming))
     file = out / _FILE
     if not file.is_file():
         return

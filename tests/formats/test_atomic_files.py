@@ -451,13 +451,17 @@ def test_the_demo_writes_over_its_own_file_unless_it_was_edited(
         raise HdrqError("the work would begin")
 
     monkeypatch.setattr("hdrq_deploy.cli.demo._write_data", stop)
-    out = ["--out", str(tmp_path / "out")]
+
+    def said(*flags: str) -> str:
+        assert demo.main(["--out", str(tmp_path / "out"), *flags]) == 2
+        return capsys.readouterr().err
+
     for flags in ([], ["--quick", "--seed", "7"], []):
-        assert "the work would begin" in refused(demo.main, [*out, *flags], capsys)
+        assert "the work would begin" in said(*flags)
     file = tmp_path / "out" / "hdrq.yaml"
     assert file.read_text() in {demo.run_file(False, 0, rtx) for rtx in (False, True)}
     file.write_text(file.read_text().replace("iters: 150", "iters: 151"))
-    assert "hdrq.yaml edited; run it with hdrq run" in refused(demo.main, out, capsys)
+    assert "hdrq.yaml edited; run it with hdrq run" in said()
     assert "iters: 151" in file.read_text()
 
 
@@ -703,7 +707,7 @@ def test_demo_and_reproduce_replace_only_what_is_ours(
     def stop(*_: object) -> None:
         raise HdrqError("the work would begin")
 
-    monkeypatch.setattr("hdrq_deploy.cli.demo._write_data", stop)
+    monkeypatch.setattr("hdrq_deploy.cli.demo.make_directory", stop)
     monkeypatch.setattr("hdrq_deploy.cli.reproduce.make_directory", stop)
     (tmp_path / "file").write_text("x")
     (tmp_path / "real").mkdir()
