@@ -132,7 +132,7 @@ def _command(name: str) -> str:
     """The page of one command: what it does, its flags by group, its examples."""
     parser: argparse.ArgumentParser = importlib.import_module(f"hdrq_deploy.cli.{name}").arguments()
     lines = [f"# {parser.prog}", "", _cell(parser.description or ""), ""]
-    for group in parser._action_groups:
+    for group in sorted(parser._action_groups, key=lambda group: group.title == "help"):
         shown = [
             action
             for action in group._group_actions
