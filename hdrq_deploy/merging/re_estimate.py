@@ -4,7 +4,8 @@ Averaging models moves the means and variances that their BatchNorms normalise b
 bundle keeps BatchNorm separately (it was folded into the scales, or the method is ``float``) they
 are measured again: a variant of the graph normalises by the batch's own moments, so that one pass
 yields those of all layers, each after corrected ones. Activation scales are then searched again on
-what the corrected network computes. Codes stay as they are; nothing is trained.
+what the corrected network computes, and the moments are measured once more behind these quantizers.
+Codes stay as they are; nothing is trained.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def moved(
     """``tensors`` with new moments and activation scales; ``bundle`` gives graph and entries.
 
     Each activation scale is multiplied by (scale found with the new statistics) / (scale found
-    with the old ones), which preserves what calibration learned.
+    with the old ones), which preserves what calibration learned. Both are searched with real
+    activations; the moments are those of the network with quantized ones.
 
     Raises:
         MergeError, DataError: See :func:`re_estimate`.
@@ -101,6 +103,10 @@ def moved(
     before = _activation_scales(bundle, tensors, x, seed)
     for name, scale in _activation_scales(bundle, result, x, seed).items():
         result[name] = (tensors[name] * (scale / before[name])).astype(np.float32)
+    if before:
+        # What the quantizers clip and round moves the moments again, at few bits by a lot.
+        result |= _moments(bundle, result, x, quantized=True)
+        result |= _folded(bundle, result)
     sites = bias_sites(bundle.graph_ir())
     manifest = bundle.manifest
     return result | fitted(result, sites, shifts(manifest.tensors), manifest.folds)
@@ -114,10 +120,13 @@ def _folded(bundle: Bundle, tensors: Mapping[str, Array]) -> dict[str, Array]:
     return folded
 
 
-def _moments(bundle: Bundle, tensors: Mapping[str, Array], x: Array) -> dict[str, Array]:
-    """New means and variances, by tensor name."""
+def _moments(
+    bundle: Bundle, tensors: Mapping[str, Array], x: Array, quantized: bool = False
+) -> dict[str, Array]:
+    """New means and variances, by tensor name; of ``quantized`` activations, or of real ones."""
     model = bundle.graph_ir()
-    _drop_quantizers(model)
+    if not quantized:
+        _drop_quantizers(model)
     probes = [*_probe_folds(model, bundle, tensors), *_probe_norms(model, tensors)]
     if not probes:
         return {}

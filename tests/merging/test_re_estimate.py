@@ -11,6 +11,9 @@ import torch
 
 from hdrq_deploy import merge
 from hdrq_deploy.errors import HdrqError, MergeError
+from hdrq_deploy.formats.bundle import WEIGHTS, Bundle
+from hdrq_deploy.graph import reference_session
+from hdrq_deploy.graph.model_files import serialized
 from hdrq_deploy.merging import re_estimate
 
 
@@ -58,6 +61,36 @@ def test_moments_are_those_of_the_images(
     for name in merged.manifest.tensors:
         if merged.manifest.tensors[name].role == "codes":
             np.testing.assert_array_equal(found.tensor(name), merged.tensor(name))
+
+
+@pytest.mark.parametrize("abits", [8, 2])
+def test_what_the_engine_computes_has_the_moments_that_batch_norm_gives(
+    make: Any, inputs: Any, tmp_path: Path, abits: int
+) -> None:
+    """Behind quantizers of few bits too: outputs of a layer have mean beta and spread gamma."""
+    parents = [
+        make(domain=d, method="rtn", wbits=8, abits=abits, fold="steps") for d in ("night", "day")
+    ]
+    merged = merge(parents, tmp_path / "m.hdrq", rounding="nearest", method="mean")
+    found = re_estimate(merged, {"all": inputs}, tmp_path / "r.hdrq")
+
+    def away(bundle: Bundle) -> float:
+        """How far the outputs' moments are from beta and gamma at most, in gammas."""
+        model, folds = bundle.graph_ir(), list(bundle.manifest.folds.values())
+        for fold in folds:
+            (use,) = model.graph.initializers[fold.bias].uses()
+            model.graph.outputs.append(use.node.outputs[0])
+        weights = {WEIGHTS: (bundle.path / WEIGHTS).read_bytes()}
+        session = reference_session.unfused_session(serialized(model), weights)
+        _, *outputs = session.run(None, {session.get_inputs()[0].name: inputs})
+        worst = []
+        for fold, y in zip(folds, outputs, strict=True):
+            gamma, beta = np.abs(bundle.tensor(fold.gamma)), bundle.tensor(fold.beta)
+            worst.append(np.abs((y.mean((0, 2, 3)) - beta) / gamma).max())
+            worst.append(np.abs(y.std((0, 2, 3)) / gamma - 1).max())
+        return float(max(worst))
+
+    assert away(found) < 0.01 < 0.5 < away(merged)
 
 
 def test_bundles_without_a_batch_norm_of_their_own_are_not_re_estimated(
