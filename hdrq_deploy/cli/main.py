@@ -11,8 +11,6 @@ from .start import Parser, importing, run
 with importing("hdrq"):
     import importlib.metadata
 
-    from .completion import SHELLS, InstallCompletion, PrintCompletion
-
 __all__ = ["COMMANDS", "arguments", "main"]
 
 COMMANDS = {
@@ -53,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def arguments() -> Parser:
     """The flags of ``hdrq`` without a command."""
+    # Here, because every `hdrq COMMAND` passes this file and has no use for it.
+    from .completion import SHELLS, InstallCompletion, PrintCompletion
+
     listing = "\n".join(f"  {name:<13}{text}" for name, text in COMMANDS.items())
     parser = Parser(
         prog="hdrq",
