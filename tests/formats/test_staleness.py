@@ -264,7 +264,12 @@ def test_merged_cells(
     for member in merge.members:
         shutil.copytree(CORPUS / "night.hdrq", bundle_path(tmp_path, merge.run.single(member)))
     written = []
-    monkeypatch.setattr(cells, "write_merge", lambda merger, target, *_: written.append(target))
+
+    def write(merger: object, target: Path, *_: object) -> None:
+        target.mkdir(exist_ok=True)
+        written.append(target)
+
+    monkeypatch.setattr(cells, "write_merge", write)
     monkeypatch.setattr(cells, "Merger", lambda *_: None)
     monkeypatch.setattr(cells, "_measure", lambda *_: None)
     monkeypatch.setattr(cells, "is_merged", lambda path, parents: True)
