@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,18 +24,22 @@ class FirstLook:
         images: A few images of each domain, as the model reads them.
         outputs: Classes that the model tells apart; None where its output has another form.
         own_size: Height and width that the model's own configuration names, or None.
+        recognised: Of domains with a checkpoint and labelled images: how many images of how many
+            the model with that checkpoint takes for what they are.
     """
 
     images: Mapping[str, ImageSet]
     outputs: int | None
     own_size: tuple[int, int] | None
+    recognised: Mapping[str, tuple[int, int]]
 
 
 def first_look(
     model: str,
     source: str | Path,
-    checkpoints: Sequence[str | Path],
+    checkpoints: Mapping[str, str | Path],
     images: Mapping[str, str | Path],
+    tests: Mapping[str, str | Path],
     size: tuple[int, int] | None = None,
     count: int = 32,
 ) -> FirstLook:
@@ -44,8 +48,9 @@ def first_look(
     Args:
         model: ``PKG.MOD:FACTORY``, ``timm:NAME``, ``torchvision:NAME`` or ``transformers:NAME``.
         source: Source checkpoint.
-        checkpoints: Adapted checkpoints.
+        checkpoints: Adapted checkpoint of each domain that has one.
         images: Image folder, street scenes or .npz of each domain.
+        tests: Labelled images of each domain that has some.
         size: Height and width that images are resized to, or None.
         count: Images of each domain that are read.
 
@@ -56,12 +61,29 @@ def first_look(
     with current_folder_importable():
         network = load_model(model)
         load_state(network, source, "source")
-        for checkpoint in checkpoints:
-            load_state(network, checkpoint, "adapted")
         wanted, outputs = own_wanted(network, Wanted(size=size)), None
+        labelled = {name: read(path, wanted, count) for name, path in tests.items()}
+        recognised: dict[str, tuple[int, int]] = {}
+        for name, checkpoint in checkpoints.items():
+            load_state(network, checkpoint, "adapted")
+            if name in labelled:
+                recognised |= _recognised(network, name, labelled[name])
         sets = {name: read(path, wanted, count) for name, path in images.items()}
         for some in sets.values():
             answer = run_model(network, torch.from_numpy(some.x[:2]))
             outputs = int(answer.shape[1]) if answer.ndim in {2, 4} else None
         own = own_wanted(network, None).size
-    return FirstLook(sets, outputs, own)
+    return FirstLook(sets, outputs, own, recognised)
+
+
+def _recognised(
+    network: torch.nn.Module, name: str, images: ImageSet
+) -> dict[str, tuple[int, int]]:
+    """Images taken for what they are, and all; nothing where labels are of another form."""
+    scores = run_model(network, torch.from_numpy(images.x))
+    if images.y is None or images.y.ndim != 1 or scores.ndim != 2:
+        return {}
+    if images.classes is not None and len(images.classes) != scores.shape[1]:
+        return {}  # which folder is which class is not known
+    right = scores.argmax(1).numpy() == images.y
+    return {name: (int(right.sum()), len(right))}

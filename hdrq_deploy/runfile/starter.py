@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..calibration_data.readers import Wanted, read
 from ..errors import HdrqError
 from ..formats.atomic_files import check_name
 from .document import emitted
@@ -89,13 +88,10 @@ def look(model: str, source: str, domains: Sequence[Given], size: tuple[int, int
     """
     from ..calibration.first_look import first_look
 
-    own = [domain.checkpoint for domain in domains if domain.checkpoint != ADAPT]
+    own = {d.name: d.checkpoint for d in domains if d.checkpoint != ADAPT}
+    tests = {d.name: d.test for d in domains if d.test is not None}
     images = {domain.name: domain.images for domain in domains}
-    seen = first_look(model, source, own, images, size, _LOOKED_AT)
-    wanted = Wanted(size=size or seen.own_size)
-    for domain in domains:
-        if domain.test is not None:
-            read(domain.test, wanted, _LOOKED_AT)
+    seen = first_look(model, source, own, images, tests, size, _LOOKED_AT)
     sets, outputs = seen.images, seen.outputs
     sizes = {images.x.shape[2:] for images in sets.values()}
     common = sizes.pop() if len(sizes) == 1 else None
@@ -107,8 +103,19 @@ def look(model: str, source: str, domains: Sequence[Given], size: tuple[int, int
         classes,
         outputs,
         seen.own_size,
-        tuple(_notes(named, outputs)),
+        (*_notes(named, outputs), *_checkpoint_notes(seen.recognised)),
     )
+
+
+def _checkpoint_notes(recognised: Mapping[str, tuple[int, int]]) -> list[str]:
+    """What the checkpoints recognise: images that are read otherwise than in training show here."""
+    told = [f"{right} of {total} of {name}" for name, (right, total) in recognised.items()]
+    if not told:
+        return []
+    return [
+        f"the checkpoints recognise these test images: {', '.join(told)}; if you know them to be "
+        "better, set preprocess (size, mean, std) as in training"
+    ]
 
 
 def _notes(named: Mapping[str, tuple[str, ...]], outputs: int | None) -> list[str]:

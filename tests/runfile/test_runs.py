@@ -14,8 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
+from hdrq_deploy.calibration.loading import load_model, load_state
+from hdrq_deploy.calibration_data.readers import read
 from hdrq_deploy.cli import clean as clean_command
 from hdrq_deploy.cli import init as init_command
 from hdrq_deploy.cli import run as run_command
@@ -335,6 +338,12 @@ def test_init_looks_and_writes_a_file_that_runs(
     assert init_command.main([*flags, night, "day=adapt:images", "-o", "new.yaml"]) == 0
     text = Path("new.yaml").read_text()
     assert "# 4 class folders: a, b, c, d" in text and "16 x 16" in text
+    said = capsys.readouterr().out
+    images = read("images")
+    network = load_model("tiny_models:Tiny")
+    load_state(network, "Tiny-night.safetensors", "adapted")
+    right = int((network(torch.from_numpy(images.x)).argmax(1).numpy() == images.y).sum())
+    assert f"recognise these test images: {right} of 12 of night; if you know" in said
     domains = load("new.yaml").file.domains
     assert domains["day"].adapt is not None and domains["night"].test == str(tmp_path / "images")
     refused = {
