@@ -338,14 +338,18 @@ def _type(entry: Mapping[str, Any]) -> str:
 # Hooks of MkDocs.
 
 
-def on_config(config: Any) -> Any:
-    """Show docstrings of the mapped folders, and put what there is of the project into the nav."""
+def on_startup(**_: Any) -> None:
+    """Link the mapped folders into one tree, before the reference's plugin looks where it is."""
     spec = importlib.util.spec_from_file_location("typecheck", ROOT / "tests" / "typecheck.py")
     assert spec and spec.loader
     typecheck = importlib.util.module_from_spec(spec)
     sys.modules["typecheck"] = typecheck
     spec.loader.exec_module(typecheck)
     typecheck.link_tree(ROOT / "build" / "docs")
+
+
+def on_config(config: Any) -> Any:
+    """Put what there is of the project into the nav."""
     config.nav = _nav(config.nav, {*pages(), *(p.relative_to(DOCS).as_posix() for p in written())})
     return config
 
