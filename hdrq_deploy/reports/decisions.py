@@ -18,7 +18,7 @@ figure{margin:.8rem 0}figcaption{font-weight:600}figcaption small{font-weight:40
 .shot img.small{image-rendering:pixelated}
 .scene img{width:100%;max-width:46rem;display:block}
 .tables{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1rem}
-.confusion{width:100%;max-width:26rem}
+.confusion{display:block;width:100%;max-width:26rem}
 .confusion text{font-family:system-ui,sans-serif;fill:var(--ink)}
 .confusion .hit{fill:#2a74b8}.confusion .miss{fill:#d06a2c}
 .confusion .cell{stroke:var(--line);stroke-width:.5;fill:var(--tint)}

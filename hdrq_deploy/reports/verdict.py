@@ -39,11 +39,11 @@ def verdict(rows: Rows) -> str:
                 f"serves {domains} with {engines} at {100 * _mean(result):.1f}% {what} "
                 "(harmonic mean)"
             )
-        others = [
-            f"{other} {100 * _mean(row):.1f}%"
-            for other, row in rows
-            if row.wbits is None and other != name and _alike(row, result)
-        ]
+        alike = [row for row in rows if row[0] != name and _alike(row[1], result)]
+        floats = [row for row in alike if row[1].wbits is None]
+        # Without a model in float, what one engine for each domain reaches is the measure.
+        apart = [row for row in alike if not row[1].domains and row[1].abits == result.abits]
+        others = [f"{other} {100 * _mean(row):.1f}%" for other, row in floats or apart]
         beside = f", beside {_and(others)}" if others else ""
         first = f"{name} {reached}{beside}."
     return f"{first} {_cost(name, result, rows)}"

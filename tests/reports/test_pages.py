@@ -139,6 +139,9 @@ def test_the_verdict_is_of_the_best_quantized_merge() -> None:
     served = f"{name} serves night, {DOMAINS[1]} and day with one engine at {mean:.1f}%"
     assert said.startswith(served) and f"beside float merged {other:.1f}%." in said
     assert f"209 KB, {722 / 209:.1f} times smaller than float merged, and is 1.19 times as" in said
+    apart = [(n, r.model_copy(update={"domains": {}})) for n, r in table if n == "RTN merged W8A8"]
+    said = verdict([*table[3:4], *apart])
+    assert said.startswith(name) and f", beside {apart[0][0]} " in said
     alone = [("only", best.model_copy(update={"accuracy": None, "speedup": None}))]
     assert "no accuracy was measured. It takes 209 KB and" in verdict(alone)
     one = best.model_copy(
