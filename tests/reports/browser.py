@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,17 @@ class Shot:
     fetched: tuple[str, ...]
 
 
+# The browser reads descriptor 3 and writes descriptor 4. They are set in a process of its own: here
+# any number may be in use, those of the pipes among them.
+_WIRE = """
+import fcntl, os, sys
+read, write = (fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, 10) for fd in sys.argv[1:3])
+os.dup2(read, 3)
+os.dup2(write, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
 def find_browser() -> str | None:
     """The path of a browser on this machine, or None."""
     return next((path for name in _NAMES if (path := shutil.which(name))), None)
@@ -100,17 +112,10 @@ class Browser:
         read_here, answers = os.pipe()
         commands, write_here = os.pipe()
 
-        def wire() -> None:  # the browser reads descriptor 3 and writes descriptor 4
-            os.dup2(commands, 13)
-            os.dup2(answers, 14)
-            os.dup2(13, 3)
-            os.dup2(14, 4)
-
         command = [path, *_FLAGS, f"--user-data-dir={self._folder.name}", "about:blank"]
         self._process = subprocess.Popen(
-            command,
-            pass_fds=(3, 4),
-            preexec_fn=wire,
+            [sys.executable, "-c", _WIRE, str(commands), str(answers), *command],
+            pass_fds=(commands, answers),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

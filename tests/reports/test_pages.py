@@ -178,14 +178,8 @@ def browser() -> Iterator[Browser]:
     path = find_browser()
     if path is None:
         pytest.skip("no Chromium is installed")
-    try:
-        opened = Browser(path).__enter__()
-    except RuntimeError as error:
-        pytest.skip(f"{path} does not start here: {error}")
-    try:
+    with Browser(path) as opened:
         yield opened
-    finally:
-        opened.__exit__(None, None, None)
 
 
 def looked_at(
