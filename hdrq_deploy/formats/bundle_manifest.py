@@ -20,6 +20,7 @@ from .records import (
     Scheme,
     Share,
     Tolerances,
+    first_fault,
 )
 from .statistics import StatisticsRecord
 
@@ -267,9 +268,8 @@ class Manifest(Frozen):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"]) or "the whole file"
+            field, how = first_fault(error)
             raise BundleError(
                 f"{origin}: found a manifest that does not fit schema {SCHEMA} at {field} "
-                f"({first['msg'].lower()}); make the bundle again with this version"
+                f"({how}); make the bundle again with this version"
             ) from error

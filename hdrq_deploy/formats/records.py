@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 __all__ = [
     "GRAPH",
@@ -19,6 +19,7 @@ __all__ = [
     "Scheme",
     "Share",
     "Tolerances",
+    "first_fault",
 ]
 
 MANIFEST, GRAPH = "manifest.json", "model.onnx"
@@ -36,6 +37,12 @@ class Frozen(BaseModel):
     """A record that is never changed and has no other fields than its own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def first_fault(error: ValidationError, whole: str = "the whole file") -> tuple[str, str]:
+    """Where a record does not fit, and how, in words; ``whole`` names all of it."""
+    first = error.errors()[0]
+    return ".".join(str(part) for part in first["loc"]) or whole, first["msg"].lower()
 
 
 class FileRecord(Frozen):

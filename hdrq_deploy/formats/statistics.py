@@ -39,7 +39,7 @@ from ..errors import BundleError
 from ..numerics.layer_statistics import InputStatistics
 from ..typing import Array
 from .atomic_files import sha256_bytes
-from .records import MOST_ELEMENTS, FileRecord, Frozen
+from .records import MOST_ELEMENTS, FileRecord, Frozen, first_fault
 from .safetensors_layout import read_header, read_metadata
 
 __all__ = [
@@ -358,10 +358,9 @@ def read_statistics(path: Path) -> StatisticsFile:
     try:
         record = CheckpointStatistics.model_validate_json(read_metadata(path).get(_METADATA, ""))
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "its metadata"
+        field, how = first_fault(error, "its metadata")
         raise BundleError(
-            f"{path}: found no statistics of a checkpoint ({field}: {first['msg'].lower()}); "
+            f"{path}: found no statistics of a checkpoint ({field}: {how}); "
             "needed a file as hdrq statistics writes it"
         ) from error
     return StatisticsFile(path, record)

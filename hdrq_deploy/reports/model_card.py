@@ -22,7 +22,7 @@ from ..formats.atomic_files import read_json, sha256_file
 from ..formats.bench_result import BenchResult
 from ..formats.bundle import Bundle
 from ..formats.engine_folder import EngineManifest, PrecisionReport, is_engine, read_manifest
-from ..formats.records import MANIFEST, Preprocessing, Scheme
+from ..formats.records import MANIFEST, Preprocessing, Scheme, first_fault
 
 __all__ = ["model_card", "read_results"]
 
@@ -113,11 +113,10 @@ def read_results(path: str | Path) -> list[BenchResult]:
     try:
         return [BenchResult.model_validate_json(json.dumps(part)) for part in parts]
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        where, how = first_fault(error)
         raise DataError(
             f"{file}: found no measurements of hdrq-bench, hdrq run or hdrq demo ({where}: "
-            f"{first['msg'].lower()}); measure again with this version"
+            f"{how}); measure again with this version"
         ) from error
 
 

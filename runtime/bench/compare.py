@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from ...errors import DataError
 from ...formats.bench_result import BenchResult
+from ...formats.records import first_fault
 from ...typing import Array
 
 __all__ = ["Change", "compare", "read_result"]
@@ -63,11 +64,10 @@ def read_result(path: str | Path) -> BenchResult:
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        where, how = first_fault(error)
         raise DataError(
             f"{file}: not the JSON of hdrq-bench for one engine ({where}: "
-            f"{first['msg'].lower()}); measure again with this version"
+            f"{how}); measure again with this version"
         ) from error
     wrong = _impossible(result)
     if wrong:
