@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +18,7 @@ with importing("hdrq-merge"):
     from ..formats.bundle import Bundle
     from ..formats.checkpoints import is_checkpoint
     from ..formats.file_kinds import BUNDLE, MERGED
+    from ..formats.temporary import temporary_folder
     from ..merging import (
         ACTIVATION_SCALES,
         CRITERIA,
@@ -196,8 +196,8 @@ def _merge(args: argparse.Namespace) -> int:
         print(f"chosen from {chosen.summary}")
     target = Path(args.output).absolute()
     check_parent(target)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        merged = Path(scratch) / "merged.hdrq" if renewed else target
+    with temporary_folder(target) as scratch:
+        merged = scratch / "merged.hdrq" if renewed else target
         with progress_bar("merge") as progress:
             bundle = merger.write(
                 merged,

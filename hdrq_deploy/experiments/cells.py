@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..formats.bundle import Bundle
 from ..formats.engine_folder import read_manifest
 from ..formats.file_kinds import CELL_ROW
 from ..formats.staleness import code_of, first_change, stamp, versions_of
+from ..formats.temporary import temporary_folder
 from ..jobs.job import Job
 from ..merging import Merger, choose_weights, re_estimate
 from ..runtime.bench.accuracy import Labelled, accuracy, classes_of
@@ -172,8 +172,8 @@ def write_merge(
     if renewed is None:
         merger.write(target, mix, None, threads)
         return
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        bundle = merger.write(Path(scratch) / "merged.hdrq", mix, None, threads, record)
+    with temporary_folder(target) as scratch:
+        bundle = merger.write(scratch / "merged.hdrq", mix, None, threads, record)
         re_estimate(bundle, renewed, target, merger.seed)
 
 

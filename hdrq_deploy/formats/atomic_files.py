@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import DataError, HdrqError
+from .temporary import abandoned, held, sibling_folder, temporary_file, temporary_folder
 
 __all__ = [
     "FileKind",
@@ -52,8 +53,9 @@ __all__ = [
     "write_record",
 ]
 
-# Our own additions to an output's name: ``.NAME.old.XXXXXXXX``, ``.NAME.inputs.json``.
+# Our own additions to an output's name: ``.NAME.old.XXXXXXXX.hdrq-tmp``, ``.NAME.inputs.json``.
 _ADDED = 24
+_OLD = "old."
 _LONGEST_PATH = 4096 - 256
 _LONGEST_RECORD = 64 << 20
 _DOMAIN = re.compile(r"\w[\w.+ -]{0,63}")
@@ -422,20 +424,14 @@ def replaced(path: Path, kind: FileKind | None = None) -> Iterator[BinaryIO]:
         _check_free(path, kind)
     check_parent(path)
     with explained(path):
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        try:
-            with os.fdopen(descriptor, "w+b") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+        with temporary_file(path) as (file, temporary):
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
             temporary.chmod(0o666 & ~_umask())
             if kind is not None:
                 _check_free(path, kind)
             temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
         _sync(path.parent)
 
 
@@ -499,14 +495,10 @@ def new_directory(path: Path, kind: FolderKind, sync: bool = True) -> Iterator[P
     _check_free(path, kind)
     check_parent(path)
     with explained(path):
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        try:
+        with temporary_folder(path) as temporary:
             yield temporary
             _finish(temporary, sync)
             _swap(temporary, path, kind)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
         _sync(path.parent)
 
 
@@ -534,7 +526,15 @@ def _swap(new: Path, path: Path, kind: FolderKind) -> None:
     if not path.exists():
         new.rename(path)
         return
-    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+    with held(path):
+        _replace(new, path, kind)
+    for old in abandoned(path, _OLD):
+        if not kind.stranger(old):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace(new: Path, path: Path, kind: FolderKind) -> None:
+    old = sibling_folder(path, _OLD)
     ours = False
     try:
         path.replace(old)
