@@ -241,7 +241,8 @@ class Stage:
         first_difference: Module of the first activation in which a code differs.
         tensors: Activations, each computed from the same codes in both stages.
         layers: Real outputs of layers, likewise; empty where a stage does not show them.
-        layer_rms: ``output_rms`` computed from the same codes; None where codes are hidden.
+        layer_rms: ``output_rms`` computed from the same codes; None where there are none, or where
+            it is beyond its limit and hidden codes, which ties may move, lie between.
         ties: Codes off by one at a tie.
         failure: What fails layer by layer, the first in graph order; None where nothing does.
         advice: What to do then.
@@ -653,7 +654,12 @@ class _Layers:
         most = self._how.fidelity.output
         if self._signal:  # beside an output near zero, half a step of a bias is much
             most += self._bias_step() / float(np.sqrt(self._signal / self._outputs))
-        if stage.failure is None and not stage.layer_rms <= most:
+        if stage.layer_rms <= most:
+            return
+        if self._again is not None and self._again.last & self._hidden:
+            # Ties of codes that are not to be seen lie between: the output is judged as a whole.
+            stage.layer_rms, stage.stepwise = None, False
+        elif stage.failure is None:
             stage.failure = (
                 f"found outputs {stage.layer_rms:.2g} apart (relative RMS) though they were "
                 f"computed from the same codes; needed at most {most:.2g}"

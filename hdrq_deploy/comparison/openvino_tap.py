@@ -85,25 +85,40 @@ class OpenVinoTap:
         best = self._tap(())
         self._sites = list(best.sites)
         self._run_plain(x)  # compiled for this shape
-        left = _COPIES
+        left, known = _COPIES, list[str]()
 
-        def add(known: Sequence[str], sites: Sequence[str]) -> list[str]:
-            """Those of ``sites`` that can be given out beside ``known``, which ``best`` does."""
+        def add(sites: Sequence[str]) -> bool:
+            """Whether ``sites`` can be given out beside those that ``best`` gives."""
             nonlocal left, best
-            if not sites or not left:
-                return []
             left -= 1
             tap = self._tap([*known, *sites])
-            if self._agrees(tap, x, output):
-                best = tap
-                return list(sites)
-            half = len(sites) // 2
-            first = add(known, sites[:half])
-            return first + (add([*known, *first], sites[half:]) if half else [])
+            if not self._agrees(tap, x, output):
+                return False
+            best = tap
+            known.extend(sites)
+            return True
 
-        if not add((), self._ends(best)) and self._sites:
+        ends = self._ends(best)
+        # What changes by being shown is mostly of one kind, such as all products of activations.
+        groups = [] if not ends or add(ends) else self._by_kind(ends)
+        while groups and left:
+            sites = groups.pop(0)
+            if not add(sites) and len(sites) > 1:
+                half = len(sites) // 2
+                groups += [sites[:half], sites[half:]]
+        if not known and self._sites:
             _log.info("engine: its codes are not to be seen, only its output is compared")
         return best
+
+    def _by_kind(self, sites: Sequence[str]) -> list[list[str]]:
+        """The sites by the operator in front of their quantizers."""
+        producers = {out: node.op_type for node in self._model.graph.node for out in node.output}
+        quantizers = (n for n in self._model.graph.node if n.op_type == "QuantizeLinear")
+        kinds: dict[str, list[str]] = {}
+        for scale, value in {n.input[1]: n.input[0] for n in reversed(list(quantizers))}.items():
+            if scale in sites:
+                kinds.setdefault(producers.get(value, ""), []).insert(0, scale)
+        return list(kinds.values())
 
     def _ends(self, tap: GraphTap) -> list[str]:
         """Sites whose codes some kernel of the engine gives out."""

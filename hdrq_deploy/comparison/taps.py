@@ -118,6 +118,7 @@ class GraphTap:
     Attributes:
         sites: Quantizers by the name of their scale.
         named: Names of the nodes and tensors of each quantizer, with the name of its scale.
+        last: The quantizers whose codes the output is computed from, by nothing but real values.
 
     Raises:
         CheckFailed: ONNX Runtime does not load the graph.
@@ -152,6 +153,7 @@ class GraphTap:
         for node in graph.node:
             if node.op_type == "QuantizeLinear" and node.input[1] not in self.sites:
                 self._add_site(node)
+        self.last = self._last_sites()
         kinds = {tensor.data_type for tensor in graph.initializer}
         self.half = onnx.TensorProto.FLOAT16 in kinds
         self.in_blocks = any(
@@ -261,6 +263,20 @@ class GraphTap:
                 cast = onnx.helper.make_node("Cast", [value], [name], to=onnx.TensorProto.FLOAT)
                 graph.node.append(cast)
                 self._codes[scale] = name
+
+    def _last_sites(self) -> frozenset[str]:
+        """The first quantizers on all ways from the output back."""
+        found, seen, ahead = set(), set(), [self._output]
+        while ahead:
+            node = self._producers.get(ahead.pop())
+            if node is None or id(node) in seen:
+                continue
+            seen.add(id(node))
+            if node.op_type == "QuantizeLinear" and node.input[1] in self.sites:
+                found.add(node.input[1])
+            else:
+                ahead.extend(node.input)
+        return frozenset(found)
 
     def _behind_labels(self) -> str | None:
         node = self._producers.get(self._output)

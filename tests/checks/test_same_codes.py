@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 
 from hdrq_deploy.checks.same_codes import RUNTIMES, Recorded, compare, record
 from hdrq_deploy.comparison import golden
-from hdrq_deploy.comparison.differences import Fidelity, Stepwise, difference
+from hdrq_deploy.comparison.differences import KERNEL, Fidelity, Stage, Stepwise, check, difference
 from hdrq_deploy.comparison.taps import GraphTap, Ran, outside
 from hdrq_deploy.errors import CheckFailed, DataError
 from hdrq_deploy.exporters import export
@@ -190,3 +190,37 @@ def test_tolerances_follow_from_what_was_measured() -> None:
     for name in ("ort", "openvino"):
         limit = KINDS[name].code_ties
         assert limit is not None and 10 * most[name] <= limit <= 11 * most[name]
+
+
+def test_an_output_behind_codes_that_are_not_shown_is_judged_as_a_whole(
+    make: Any, inputs: Any
+) -> None:
+    """Ties among hidden codes move it, and nothing else may."""
+    bundle, x = make("Tiny", wbits=8), inputs[:32]
+    reference = golden.bundle_tap(bundle)
+    whole = reference.run(x)
+    first, last = next(iter(whole.codes)), list(reference.last)
+    assert last and first not in last
+    # The last codes, before the output, are hidden and some of them are off by one.
+    moved = {site: whole.codes[site].copy() for site in last}
+    for codes in moved.values():
+        codes.reshape(-1)[::11] += 1
+    tied = reference.replay(x, moved)
+    codes = {name: codes for name, codes in whole.codes.items() if name not in last}
+    ran = replace(whole, output=tied.output, scores=tied.output, codes=codes, layers={},
+                  hidden=frozenset(last))  # fmt: skip
+
+    def stage_of(ran: Ran) -> Stage:
+        how = Stepwise.of_bundle(bundle, KERNEL)
+        return difference(reference, Recorded("engine", ran), lambda: iter([(x, x)]), how)
+
+    stage = stage_of(ran)
+    assert stage.failure is None and stage.layer_rms is None and not stage.stepwise
+    assert stage.output_rms > 1e-3
+    check([stage], bundle.manifest.tolerances)
+    # Shown, the same output is one that no code explains.
+    shown = stage_of(replace(ran, codes=whole.codes, hidden=frozenset()))
+    assert shown.failure is not None and "computed from the same codes" in shown.failure
+    wrong = np.roll(tied.output, 1, axis=1)
+    with pytest.raises(CheckFailed, match="apart"):
+        check([stage_of(replace(ran, output=wrong, scores=wrong))], bundle.manifest.tolerances)

@@ -15,6 +15,7 @@ from hdrq_deploy import calibrate
 from hdrq_deploy.checks import verify
 from hdrq_deploy.cli import export as export_command
 from hdrq_deploy.comparison import openvino_tap
+from hdrq_deploy.comparison.taps import GraphTap
 from hdrq_deploy.errors import CheckFailed, EngineError
 from hdrq_deploy.exporters import GraphOptions, export, lowering_openvino, precision
 from hdrq_deploy.formats.bundle_manifest import Layer
@@ -133,6 +134,26 @@ def test_codes_are_shown_only_where_the_copy_computes_what_the_engine_does(
     other = openvino_tap.of_file(path / "model.onnx", lambda x: ran.output + 1)
     ran = other.run(inputs[:2])
     assert not ran.codes and ran.hidden == shown.run(inputs[:2]).codes.keys()
+
+
+def test_a_code_that_changes_by_being_shown_hides_no_others(
+    make: Any, inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product of activations is another kernel where its codes are given out."""
+    path = export(make("Attention", wbits=8), tmp_path / "engine", "openvino")
+    whole = openvino_tap.of_file(path / "model.onnx")
+    sites = whole.run(inputs[:2]).codes.keys()
+    for hidden in sites:
+        tap = openvino_tap.of_file(path / "model.onnx")
+        agrees = tap._agrees
+
+        def other(copy: GraphTap, *args: Any, hidden: str = hidden, agrees: Any = agrees) -> bool:
+            return hidden not in copy._codes and agrees(copy, *args)
+
+        monkeypatch.setattr(tap, "_agrees", other)
+        ran = tap.run(inputs[:2])
+        assert ran.codes.keys() == sites - {hidden}
+        assert ran.hidden == whole.run(inputs[:2]).hidden | {hidden}
 
 
 def test_a_layer_in_float_or_out_of_sight_fails_the_export(
