@@ -116,8 +116,9 @@ HALF = Fidelity(
 )
 KERNEL = Fidelity(kernel=True)
 # Without quantizers nothing starts anew from codes: what every layer adds up differently goes on
-# to the next, and a network of 50 layers comes out beyond the bound of one.
-UNBROKEN = Fidelity(real=5e-4)
+# to the next. Where terms cancel, as in depthwise convolutions of MobileNetV2, single values of 50
+# layers came out 5e-4 of their channel's largest apart, and the layer 1e-6 as a whole.
+UNBROKEN = Fidelity(real=2e-3)
 
 
 @dataclass(frozen=True)
