@@ -10,8 +10,10 @@ channel), NNCF's post-training quantization at its best on OpenVINO, and FP32 of
 engine alive at a time where there are two threads, because idle threads of others would spin.
 Ratios are medians over rounds. The roofline is the rate of ONNX Runtime's product
 of two 8-bit matrices of 1,024 rows and columns on as many threads; the share
-reached counts the model's multiplications as :mod:`torch.utils.flop_counter` does. Models that are
-in the result are not measured again.
+reached counts the model's multiplications as :mod:`torch.utils.flop_counter` does. Milliseconds of
+each kind of kernel, ours and of ``quantize_static``, are medians of ONNX Runtime's profiles at one
+thread and batch 16; they tell what bounds a ratio. Models that are in the result are not measured
+again.
 """
 
 from __future__ import annotations
@@ -123,7 +125,7 @@ def contenders(model: str, folder: Path) -> tuple[list[Contender], dict[str, Any
         Contender("FP32 ort", partial(in_onnx_runtime, graph)),
         Contender("FP32 openvino", partial(in_openvino, openvino.Core().read_model(str(graph)))),
     ]
-    facts: dict[str, Any] = {"executed": {}, "failed": {}}
+    facts: dict[str, Any] = {"executed": {}, "failed": {}, "kernels": {}}
     ours = {
         "ours ort": ("ort", GraphOptions()),
         "ours ort, codes to 255": ("ort", GraphOptions(exact=False)),
@@ -134,11 +136,15 @@ def contenders(model: str, folder: Path) -> tuple[list[Contender], dict[str, Any
         facts["executed"][name] = json.loads((path / "precision.json").read_text())["summary"]
         load = partial(_ours, path)
         found.append(Contender(name, load, lambda engine: engine.close()))
+    profiled = {"ours ort": folder / "ours-ort" / "model.onnx"}
+
+    def quantize_static() -> Contender:
+        name = "quantize_static best"
+        profiled[name] = engines.peers(folder, graph, x)[name]
+        return Contender(name, partial(in_onnx_runtime, profiled[name]))
+
     makers: dict[str, Callable[[], Contender]] = {
-        "quantize_static best": lambda: Contender(
-            "quantize_static best",
-            partial(in_onnx_runtime, engines.peers(folder, graph, x)["quantize_static best"]),
-        ),
+        "quantize_static best": quantize_static,
         "NNCF best": lambda: Contender(
             "NNCF best", partial(in_openvino, of_nncf(graph, x, model.startswith(TRANSFORMERS)))
         ),
@@ -148,7 +154,37 @@ def contenders(model: str, folder: Path) -> tuple[list[Contender], dict[str, Any
             found.append(make())
         except Exception as error:  # a peer that refuses a model is a row of its own
             facts["failed"][name] = " ".join(str(error).split())[:300]
+    facts["kernels"] = kernels(profiled, photographs(max(BATCHES), MODELS[model], 3), folder)
     return found, facts
+
+
+def kernels(graphs: Mapping[str, Path], x: Array, folder: Path) -> dict[str, dict[str, float]]:
+    """Milliseconds of a call by kind of kernel, one thread, for each graph; largest first."""
+    sessions = {}
+    for name, path in graphs.items():
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 3
+        options.enable_profiling = True
+        options.profile_file_prefix = str(folder / "profile")
+        sessions[name] = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+    for _ in range(2 * ROUNDS[len(x)]):
+        for session in sessions.values():
+            session.run(None, {session.get_inputs()[0].name: x})
+    found = {}
+    for name, session in sessions.items():
+        spent: dict[tuple[str, str], list[int]] = {}
+        for event in json.loads(Path(session.end_profiling()).read_text()):
+            if event["name"].endswith("_kernel_time"):
+                kind = event["args"]["op_name"]
+                spent.setdefault((kind, event["name"]), []).append(event["dur"])
+        by_kind: dict[str, float] = {}
+        for (kind, _), durations in spent.items():
+            by_kind[kind] = by_kind.get(kind, 0.0) + statistics.median(durations) / 1e3
+        ordered = sorted(by_kind.items(), key=lambda item: -item[1])
+        found[name] = {kind: round(ms, 2) for kind, ms in ordered if ms >= 0.01}
+    return found
 
 
 def _ours(path: Path, threads: int) -> Any:

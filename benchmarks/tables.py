@@ -408,6 +408,26 @@ def engines(record: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
+def _kernels(found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The kinds of kernels that take most of the time, side by side."""
+    if len(found) < 2:
+        return []
+    kinds = list(dict.fromkeys(kind for kernels in found.values() for kind in kernels))
+    most = [kind for kind in kinds if max(k.get(kind, 0) for k in found.values()) >= 0.5]
+    return [
+        "Kernels of ONNX Runtime, ms at 1 thread and batch 16:",
+        "",
+        table(
+            ["engine", *most],
+            [
+                [name, *(f"{kernels[kind]:.1f}" if kind in kernels else "-" for kind in most)]
+                for name, kernels in found.items()
+            ],
+        ),
+        "",
+    ]
+
+
 def peers(record: Mapping[str, Any]) -> str:
     """The section on our engines beside each runtime's own tool."""
     order = (
@@ -457,6 +477,7 @@ def peers(record: Mapping[str, Any]) -> str:
             ),
             *(f"\n{name} refuses it: {line}" for name, line in model["failed"].items()),
             "",
+            *_kernels(model.get("kernels", {})),
         ]
     overall = [
         [
