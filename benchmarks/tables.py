@@ -647,6 +647,47 @@ def same_codes(record: Mapping[str, Any]) -> str:
     )
 
 
+def arm_emulated(record: Mapping[str, Any]) -> str:
+    """The section on emulated ARM processors."""
+    rows = []
+    for processor, found in record["processors"].items():
+        for setting, of in found["settings"].items():
+            codes = of["codes"].values()
+            rows.append(
+                [
+                    processor,
+                    setting,
+                    f"{sum(c['differ'] for c in codes):,} of {sum(c['count'] for c in codes):,}",
+                    f"{of['decisions_that_differ']} of {of['decisions']}",
+                    "yes" if of["same_merge"] else "no",
+                    of["summary"],
+                ]
+            )
+    return "\n".join(
+        [
+            "## The same integers on ARM",
+            "",
+            "ResNet-14 on emulated processors: the base install merges, exports, verifies and "
+            "runs there, and its codes are compared with those of the same engine on x86 "
+            f"(`benchmarks/arm_emulated.py`; {record['emulator'].split(' (')[0]}, ONNX Runtime "
+            f"{record['reference']['versions']['onnxruntime']}). An emulator says nothing of "
+            "speed.",
+            "",
+            table(
+                [
+                    "processor",
+                    "bits",
+                    "codes that differ",
+                    "decisions that differ",
+                    "same merged bytes",
+                    "executed",
+                ],
+                rows,
+            ),
+        ]
+    )
+
+
 def adaptation(record: Mapping[str, Any]) -> str:
     """The section on adapting without labels."""
     cells = []
@@ -1495,6 +1536,7 @@ PAGES: dict[str, tuple[str, str, dict[str, Callable[[dict[str, Any]], str]]]] = 
             "engines": engines,
             "peers": peers,
             "same_codes": same_codes,
+            "arm_emulated": arm_emulated,
             "architectures": architectures,
             "protocol_models": protocol_models,
         },
