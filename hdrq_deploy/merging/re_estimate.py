@@ -33,7 +33,7 @@ from ..numerics.spec import QuantSpec
 from ..typing import Array
 from .merged_statistics import in_turn, merged_statistics
 
-__all__ = ["moved", "re_estimate"]
+__all__ = ["moved", "re_estimate", "with_new_moments"]
 
 # A channel with a smaller BatchNorm gain shows nothing of its own moments.
 _BLIND = 1e6 * SMALLEST_GAIN
@@ -88,16 +88,10 @@ def moved(
     Raises:
         MergeError, DataError: See :func:`re_estimate`.
     """
-    x = np.concatenate(list(images.values()))
-    if len(x) < 2:
-        raise DataError(f"found {len(x)} image; needed 2 or more to estimate a variance")
+    x = _together(images)
     # What integer kernels need of scales and biases would bend the moments.
     moments = _moments(bundle, {**tensors, **_folded(bundle, tensors)}, x)
-    if not moments:
-        raise MergeError(
-            f"{bundle.path}: found no BatchNorm kept apart; re-estimation needs bundles that were "
-            "calibrated with BatchNorm folded into the scales (`fold` steps), or `method` float"
-        )
+    _check_measured(bundle, moments)
     result = {**tensors, **moments}
     result |= _folded(bundle, result)
     before = _activation_scales(bundle, tensors, x, seed)
@@ -110,6 +104,40 @@ def moved(
     sites = bias_sites(bundle.graph_ir())
     manifest = bundle.manifest
     return result | fitted(result, sites, shifts(manifest.tensors), manifest.folds)
+
+
+def with_new_moments(
+    bundle: Bundle,
+    tensors: Mapping[str, Array],
+    images: Mapping[str, npt.NDArray[np.float32]],
+) -> dict[str, Array]:
+    """``tensors`` with the moments of the quantized network, at the scales that there are.
+
+    This is one pass where :func:`moved` takes four, and serves to compare merges with each other.
+
+    Raises:
+        MergeError, DataError: See :func:`re_estimate`.
+    """
+    x = _together(images)
+    moments = _moments(bundle, {**tensors, **_folded(bundle, tensors)}, x, quantized=True)
+    _check_measured(bundle, moments)
+    result = {**tensors, **moments}
+    return result | _folded(bundle, result)
+
+
+def _together(images: Mapping[str, npt.NDArray[np.float32]]) -> Array:
+    x = np.concatenate(list(images.values()))
+    if len(x) < 2:
+        raise DataError(f"found {len(x)} image; needed 2 or more to estimate a variance")
+    return x
+
+
+def _check_measured(bundle: Bundle, moments: Mapping[str, Array]) -> None:
+    if not moments:
+        raise MergeError(
+            f"{bundle.path}: found no BatchNorm kept apart; re-estimation needs bundles that were "
+            "calibrated with BatchNorm folded into the scales (`fold` steps), or `method` float"
+        )
 
 
 def _folded(bundle: Bundle, tensors: Mapping[str, Array]) -> dict[str, Array]:

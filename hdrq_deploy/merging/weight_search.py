@@ -32,13 +32,16 @@ from ..formats.bundle import Bundle
 from ..numerics.spec import check_seed
 from ..typing import Array
 from .bundles import Merger
-from .re_estimate import moved
+from .re_estimate import with_new_moments
 from .unrounded_network import Network
 from .weight_race import Point, Race
 
 __all__ = ["CRITERIA", "ChosenWeights", "Criterion", "choose_weights", "score", "simplex"]
 
 _MOST_POINTS = 100
+# Images of each domain that give a point of the grid its new moments. All points take the same
+# ones, so that what these few get wrong is common to them.
+_RENEWED = 16
 
 Images = Mapping[str, npt.NDArray[np.float32]]
 
@@ -210,7 +213,8 @@ def choose_weights(
             every domain counts the same.
         criterion: Name of one of ``CRITERIA``; by default agreement where every name in
             ``images`` is a domain of one parent, else information.
-        renewed: Images for :func:`re_estimate`; every point is then scored with new moments.
+        renewed: Images for :func:`re_estimate`; every point is then scored with new moments, of 16
+            images a domain at most.
         progress: Called with (images run, images in all as far as is known), over all points.
         also: Further points, beside the grid's; they are run on all images.
         seed: Seed of the order in which images are taken.
@@ -231,7 +235,12 @@ def choose_weights(
     points = list(dict.fromkeys([*grid, *also]))
     race = Race(
         points,
-        _Sampler(merger.in_memory(), _shuffled(images, seed), CRITERIA[name], renewed),
+        _Sampler(
+            merger.in_memory(),
+            _shuffled(images, seed),
+            CRITERIA[name],
+            {n: rows[:_RENEWED] for n, rows in _shuffled(renewed or {}, seed).items()},
+        ),
         [len(rows) for rows in images.values()],
         lambda point: _neighbours(point, grid),
         _every_second(grid),
@@ -254,7 +263,7 @@ class _Sampler:
     """Runs points on images, each point on each image once; see :class:`Race`."""
 
     def __init__(
-        self, merger: Merger, images: Images, criterion: Criterion, renewed: Images | None
+        self, merger: Merger, images: Images, criterion: Criterion, renewed: Images
     ) -> None:
         self._merger, self._images, self._criterion = merger, images, criterion
         self._renewed = renewed
@@ -289,7 +298,9 @@ class _Sampler:
         if point not in self._floats:
             floats = self._merger.floats(point)
             if self._renewed:
-                tensors = moved(self._merger.parents[0], self._merger.tensors(point), self._renewed)
+                tensors = with_new_moments(
+                    self._merger.parents[0], self._merger.tensors(point), self._renewed
+                )
                 floats = {name: tensors[name] for name in floats}
             self._floats[point] = floats
         return self._floats[point]

@@ -12,9 +12,11 @@ import torch
 from hdrq_deploy import merge
 from hdrq_deploy.errors import HdrqError, MergeError
 from hdrq_deploy.formats.bundle import WEIGHTS, Bundle
+from hdrq_deploy.formats.safetensors_layout import serialize
 from hdrq_deploy.graph import reference_session
 from hdrq_deploy.graph.model_files import serialized
 from hdrq_deploy.merging import re_estimate
+from hdrq_deploy.merging.re_estimate import with_new_moments
 
 
 @pytest.mark.parametrize(("method", "options"), [("rtn", {"fold": "steps"}), ("float", {})])
@@ -74,23 +76,28 @@ def test_what_the_engine_computes_has_the_moments_that_batch_norm_gives(
     merged = merge(parents, tmp_path / "m.hdrq", rounding="nearest", method="mean")
     found = re_estimate(merged, {"all": inputs}, tmp_path / "r.hdrq")
 
-    def away(bundle: Bundle) -> float:
+    def away(bundle: Bundle, tensors: Any) -> float:
         """How far the outputs' moments are from beta and gamma at most, in gammas."""
         model, folds = bundle.graph_ir(), list(bundle.manifest.folds.values())
         for fold in folds:
             (use,) = model.graph.initializers[fold.bias].uses()
             model.graph.outputs.append(use.node.outputs[0])
-        weights = {WEIGHTS: (bundle.path / WEIGHTS).read_bytes()}
+        weights = {WEIGHTS: serialize(tensors, bundle.manifest.tensors)}
         session = reference_session.unfused_session(serialized(model), weights)
         _, *outputs = session.run(None, {session.get_inputs()[0].name: inputs})
         worst = []
         for fold, y in zip(folds, outputs, strict=True):
-            gamma, beta = np.abs(bundle.tensor(fold.gamma)), bundle.tensor(fold.beta)
+            gamma, beta = np.abs(tensors[fold.gamma]), tensors[fold.beta]
             worst.append(np.abs((y.mean((0, 2, 3)) - beta) / gamma).max())
             worst.append(np.abs(y.std((0, 2, 3)) / gamma - 1).max())
         return float(max(worst))
 
-    assert away(found) < 0.01 < 0.5 < away(merged)
+    assert away(found, found.tensors()) < 0.01 < 0.5 < away(merged, merged.tensors())
+    # A search of merge weights measures them in one pass, at the scales that there are.
+    quick = with_new_moments(merged, merged.tensors(), {"all": inputs})
+    assert away(merged, quick) < 0.01
+    scales = [name for name in quick if name.endswith("act_scale")]
+    assert scales and all(np.array_equal(quick[n], merged.tensor(n)) for n in scales)
 
 
 def test_bundles_without_a_batch_norm_of_their_own_are_not_re_estimated(
