@@ -279,7 +279,7 @@ def _integer_convolution(model: ir.Model, node: ir.Node) -> None:
     if operand is None or weight is None or weight.inputs[0] is None:
         return
     name = node.name or "conv"
-    sizes = [int(size) for size in weight.inputs[0].shape or ()]  # weights have fixed shapes
+    sizes = weight.inputs[0].shape.numpy() if weight.inputs[0].shape is not None else ()
     pointwise = _is_pointwise(node, sizes)
     shape = (-1,) if pointwise else (1, -1, *[1] * (len(sizes) - 2))
 
