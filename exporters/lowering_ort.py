@@ -6,9 +6,7 @@ what                                becomes
 activations                         uint8 codes (x86 has no fast signed kernel)
 4-bit weights                       INT4, widened by nodes that are folded at load
 bias of Gemm                        int32
-convolution with real output        ConvInteger, then scale and bias in float; MatMulInteger with
-                                    channels last where its kernel is one point, which is four
-                                    times as fast
+convolution with real output        ConvInteger, then scale and bias in float
 ReLU behind a linear layer whose    Max, and Add becomes Sub: ONNX Runtime would fuse them
 output stays real                   with the layer and compute both in float
 scale with which a bias would       a larger one (bundles of earlier versions)
@@ -20,7 +18,6 @@ processor without dot product
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -274,58 +271,28 @@ def _replace(model: ir.Model, node: ir.Node, new: ir.Value) -> None:
 
 
 def _integer_convolution(model: ir.Model, node: ir.Node) -> None:
-    """An integer product, then scale and bias: a convolution with codes in and real values out."""
+    """ConvInteger, then scale and bias: a convolution with codes in and real values out."""
     operand, weight = _dequantizer(node.inputs[0]), _dequantizer(node.inputs[1])
     if operand is None or weight is None or weight.inputs[0] is None:
         return
     name = node.name or "conv"
-    sizes = weight.inputs[0].shape.numpy() if weight.inputs[0].shape is not None else ()
-    pointwise = _is_pointwise(node, sizes)
-    shape = (-1,) if pointwise else (1, -1, *[1] * (len(sizes) - 2))
-
-    def add(op: str, label: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> ir.Value:
-        part = ir.node(op, inputs, attributes, name=f"{name}/{label}" if label else name)
-        part.outputs[0].name = f"{name}/{label or 'int'}"
-        return insert(model, node, part)
-
-    codes, weights = operand.inputs[0], weight.inputs[0]
-    if pointwise:
-        last = [0, *range(2, len(sizes)), 1]
-        codes = add("Transpose", "last", [codes], perm=last)
-        matrix = constant(model, f"{name}/matrix", np.array(sizes[:2], np.int64))
-        weights = add("Reshape", "flat", [weights, matrix])
-        weights = add("Transpose", "columns", [weights], perm=[1, 0])
-    inputs = [codes, weights, operand.inputs[2]]
+    rank = len(weight.inputs[0].shape or ())
+    shape = (1, -1, *[1] * (rank - 2))
+    unit = (array(operand.inputs[1]) * array(weight.inputs[1])).astype(np.float32)
+    inputs = [operand.inputs[0], weight.inputs[0], operand.inputs[2]]
     if weight.inputs[0].dtype == ir.DataType.UINT8:
         inputs.append(constant(model, f"{name}/middle", np.array(_MIDDLE, np.uint8)))
-    attributes = {} if pointwise else dict(node.attributes)
-    value = add("MatMulInteger" if pointwise else "ConvInteger", "", inputs, **attributes)
-    value = add("Cast", "real", [value], to=ir.DataType.FLOAT)
-    unit = (array(operand.inputs[1]) * array(weight.inputs[1])).astype(np.float32)
+    integer = ir.node("ConvInteger", inputs, dict(node.attributes), name=name)
+    nodes = [
+        integer,
+        ir.node("Cast", [integer.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}/real"),
+    ]
     factor = constant(model, f"{name}/step", unit.reshape(shape) if unit.ndim else unit)
-    value = add("Mul", "scale", [value, factor])
+    nodes.append(ir.node("Mul", [nodes[-1].outputs[0], factor], name=f"{name}/scale"))
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         bias = constant(model, f"{name}/bias", array(node.inputs[2]).reshape(shape))
-        value = add("Add", "add", [value, bias])
-    if pointwise:
-        value = add(
-            "Transpose", "first", [value], perm=[0, len(sizes) - 1, *range(1, len(sizes) - 1)]
-        )
-    _replace(model, node, value)
-
-
-def _is_pointwise(node: ir.Node, weight: Sequence[int]) -> bool:
-    """Whether a convolution is a product of its channels at every place."""
-
-    def of(name: str, default: list[int]) -> list[int]:
-        attribute = node.attributes.get(name)
-        return default if attribute is None else [int(n) for n in attribute.as_ints()]
-
-    groups = node.attributes.get("group")
-    return (
-        len(weight) > 2
-        and all(size == 1 for size in weight[2:])
-        and (groups is None or groups.as_int() == 1)
-        and set(of("strides", [1])) == {1}
-        and set(of("pads", [0])) == {0}
-    )
+        nodes.append(ir.node("Add", [nodes[-1].outputs[0], bias], name=f"{name}/add"))
+    for part, label in zip(nodes, ("int", "real", "scaled", "biased"), strict=False):
+        part.outputs[0].name = f"{name}/{label}"
+        insert(model, node, part)
+    _replace(model, node, nodes[-1].outputs[0])

@@ -24,8 +24,8 @@ from ..typing import Array
 
 __all__ = ["GraphTap", "Opens", "Ran", "Runs", "Shows", "Site", "decide", "outside"]
 
-# A lowered graph holds integer products beside the layers of a bundle.
-_LAYERS = LAYERS | {"ConvInteger", "MatMulInteger"}
+# A lowered graph holds convolutions of codes beside the layers of a bundle.
+_LAYERS = LAYERS | {"ConvInteger"}
 _STEMS = (np.dtype(np.uint8), np.dtype(np.int8))
 # A quantizer that is not given codes takes this in their place, and does not read it.
 _NOTHING = np.zeros(1, np.int32)
@@ -361,7 +361,7 @@ class GraphTap:
                 unit = self._values.get(bias.input[1]) if bias is not None else None
                 if unit is not None:
                     self.bias_steps[name] = np.abs(unit.astype(np.float32)) / 2
-            # Scale and bias of an integer product are nodes of their own, named after it.
+            # ConvInteger's scale and bias are nodes of their own, named after it.
             readers = self._readers.get(node.output[0], [])
             while len(readers) == 1 and readers[0].name.startswith(f"{name}/"):
                 node = readers[0]

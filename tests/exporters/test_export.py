@@ -8,10 +8,8 @@ from typing import Any
 import onnx
 import onnxruntime
 import pytest
-import torch
 from onnx.reference import ReferenceEvaluator
 
-from hdrq_deploy import calibrate
 from hdrq_deploy.cli import export as export_command
 from hdrq_deploy.errors import CheckFailed, ExportError
 from hdrq_deploy.exporters import export, precision
@@ -198,51 +196,3 @@ def test_patterns_that_name_nothing_show_what_is_near(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error
     assert not out.exists()
-
-
-HEADS = """
-import torch
-from torch import nn
-
-
-class Heads(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Conv2d(3, 16, 3, padding=1)
-        self.point = nn.Conv2d(16, 5, 1)
-        self.grouped = nn.Conv2d(16, 4, 1, groups=2)
-        self.strided = nn.Conv2d(16, 5, 1, stride=2)
-        self.padded = nn.Conv2d(16, 5, 1, padding=1)
-        self.line = nn.Conv1d(16, 5, 1, bias=False)
-
-    def forward(self, x):
-        x = torch.relu(self.a(x))
-        parts = [self.point(x), self.grouped(x), self.strided(x), self.padded(x)]
-        parts.append(self.line(x.flatten(2)))
-        return torch.cat([part.flatten(1) for part in parts], 1)
-"""
-
-
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_a_pointwise_convolution_with_real_output_is_a_product_of_matrices(
-    work: Path, inputs: Any, tmp_path: Path, per_channel: bool
-) -> None:
-    (work / "heads_model.py").write_text(HEADS)
-    torch.manual_seed(0)
-    bundle = calibrate(
-        "heads_model:Heads",
-        work / "data.npz",
-        "night",
-        tmp_path / "n.hdrq",
-        method="rtn",
-        per_channel=per_channel,
-    )
-    path = export(bundle, tmp_path / "engine", "ort")
-    report = json.loads((path / "precision.json").read_text())
-    kernels = {row["module"]: row["evidence"].split()[0] for row in report["layers"]}
-    products = dict.fromkeys(("point", "line"), "MatMulInteger")
-    others = dict.fromkeys(("grouped", "strided", "padded"), "ConvInteger")
-    assert kernels == {"a": "QLinearConv", **products, **others}
-    expected = run(bundle.path / "model.onnx", inputs, fused=False)
-    got = run(path / "model.onnx", inputs, fused=True)
-    assert reference_session.compare(expected, got)["relative_rms"] < 2e-3
