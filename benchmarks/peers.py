@@ -60,7 +60,7 @@ MODELS = {
 TRANSFORMERS = ("timm:vit", "transformers:")
 THREADS, BATCHES = (1, 2), (1, 16)
 # Rounds, and calls of one contender in a round, by batch.
-ROUNDS, CALLS = {1: 7, 16: 3}, {1: 5, 16: 1}
+ROUNDS, CALLS = {1: 9, 16: 5}, {1: 5, 16: 1}
 PEERS = {"ours ort": "quantize_static best", "ours openvino": "NNCF best"}
 _SIDE = 1024
 
