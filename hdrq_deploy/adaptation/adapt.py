@@ -7,7 +7,9 @@ self-training (:mod:`.self_training`).
 from __future__ import annotations
 
 import json
+import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,6 +37,8 @@ from .shot import ShotTraining, centroid_labels, information
 from .training import Training
 
 __all__ = ["AdaptationOptions", "adapt", "centroid_labels", "confident_labels", "information"]
+
+_log = logging.getLogger("hdrq_deploy")
 
 
 def adapt(
@@ -85,11 +89,7 @@ def adapt(
         if not isinstance(data, ImageSet):
             wanted = own_wanted(network, wanted)
             data = read(data, wanted, images, seed, skip_corrupt=skip_corrupt)
-        if len(data.x) < options.batch:
-            raise DataError(
-                f"found {len(data.x)} images; needed {options.batch} or more (one batch): add "
-                "images or choose a smaller `batch`"
-            )
+        options = _of_so_many(options, len(data.x))
         where = torch_device(device)
         training = _training(network.to(where), torch.from_numpy(data.x), options, seed, where)
         origin = {"model": model, "source_sha256": source, "data_sha256": data.sha256}
@@ -101,6 +101,22 @@ def adapt(
     write_bytes(target, save(state, {"adapted": notes}), ADAPTED)
     remove_file(partial, ADAPTING)
     return target
+
+
+def _of_so_many(options: AdaptationOptions, images: int) -> AdaptationOptions:
+    """All images are one batch where they are fewer than one.
+
+    Raises:
+        DataError: Fewer than two images.
+    """
+    if images < 2:
+        raise DataError(f"found {images} images; needed 2 or more: add images")
+    if images >= options.batch:
+        return options
+    _log.warning(
+        "%d images are fewer than a batch of %d; all of them are one batch", images, options.batch
+    )
+    return replace(options, batch=images)
 
 
 def _training(

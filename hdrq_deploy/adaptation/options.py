@@ -16,7 +16,7 @@ class AdaptationOptions:
 
     Attributes:
         epochs: Passes over the images.
-        batch: Images per iteration.
+        batch: Images per iteration; all of them where there are fewer.
         lr: Learning rate of SGD; layers in front of the classifier's bottleneck use a tenth.
         pseudo: Weight of the pseudo-labels beside information maximisation (classifiers).
         share: Share of the pixels of every class that is labelled, in the first and the last

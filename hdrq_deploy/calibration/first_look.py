@@ -11,7 +11,13 @@ import torch
 from ..calibration_data.readers import ImageSet, Wanted, read
 from .capture import run_model
 from .inputs import own_wanted
-from .loading import current_folder_importable, load_model, load_state
+from .loading import (
+    checkpoint_classes,
+    current_folder_importable,
+    load_model,
+    load_state,
+    with_classes,
+)
 
 __all__ = ["FirstLook", "first_look"]
 
@@ -21,16 +27,19 @@ class FirstLook:
     """What a model and its images look like.
 
     Attributes:
+        model: Name of the model; that of a library's model with the checkpoint's classes, where
+            these are others than the library's own.
         images: A few images of each domain, as the model reads them.
         outputs: Classes that the model tells apart; None where its output has another form.
-        own_size: Height and width that the model's own configuration names, or None.
+        own: What the model's own configuration says of its inputs.
         recognised: Of domains with a checkpoint and labelled images: how many images of how many
             the model with that checkpoint takes for what they are.
     """
 
+    model: str
     images: Mapping[str, ImageSet]
     outputs: int | None
-    own_size: tuple[int, int] | None
+    own: Wanted
     recognised: Mapping[str, tuple[int, int]]
 
 
@@ -40,7 +49,7 @@ def first_look(
     checkpoints: Mapping[str, str | Path],
     images: Mapping[str, str | Path],
     tests: Mapping[str, str | Path],
-    size: tuple[int, int] | None = None,
+    wanted: Wanted | None = None,
     count: int = 32,
 ) -> FirstLook:
     """Load every checkpoint into a model, and run the model on images of each domain.
@@ -51,7 +60,8 @@ def first_look(
         checkpoints: Adapted checkpoint of each domain that has one.
         images: Image folder, street scenes or .npz of each domain.
         tests: Labelled images of each domain that has some.
-        size: Height and width that images are resized to, or None.
+        wanted: How images become inputs; what it leaves open is taken from a timm model's own
+            configuration, then from the images.
         count: Images of each domain that are read.
 
     Raises:
@@ -59,9 +69,10 @@ def first_look(
         DataError: Images cannot be read, or the model does not take them.
     """
     with current_folder_importable():
-        network = load_model(model)
+        model, network = _with_the_classes_of(source, model)
         load_state(network, source, "source")
-        wanted, outputs = own_wanted(network, Wanted(size=size)), None
+        own, outputs = own_wanted(network, None), None
+        wanted = own_wanted(network, wanted)
         labelled = {name: read(path, wanted, count) for name, path in tests.items()}
         recognised: dict[str, tuple[int, int]] = {}
         for name, checkpoint in checkpoints.items():
@@ -72,8 +83,15 @@ def first_look(
         for some in sets.values():
             answer = run_model(network, torch.from_numpy(some.x[:2]))
             outputs = int(answer.shape[1]) if answer.ndim in {2, 4} else None
-        own = own_wanted(network, None).size
-    return FirstLook(sets, outputs, own, recognised)
+    return FirstLook(model, sets, outputs, own, recognised)
+
+
+def _with_the_classes_of(source: str | Path, model: str) -> tuple[str, torch.nn.Module]:
+    """The model and its name; a library's model is built with the classes of the checkpoint."""
+    network = load_model(model)
+    differing = checkpoint_classes(network, source)
+    renamed = with_classes(model, differing[1]) if differing else None
+    return (model, network) if renamed is None else (renamed, load_model(renamed))
 
 
 def _recognised(

@@ -98,7 +98,7 @@ def learn(
         **record.options,
         **record.hashes,
     }
-    partial = Partial.open(inputs.target, run, request.resume)
+    partial = Partial.open(inputs.target, run, request.resume, len(preparation.blocks))
     caches = Caches(round(request.cache_gb * 1e9), partial.folder)
     quantizers = reconstruct(
         preparation,

@@ -20,6 +20,7 @@ from ..errors import ModelError
 from ..formats.checkpoints import bare_names, shot_parts, torch_state
 
 __all__ = [
+    "checkpoint_classes",
     "checkpoint_names",
     "current_folder_importable",
     "is_lazy",
@@ -28,6 +29,7 @@ __all__ = [
     "load_state",
     "put_state",
     "state_sha256",
+    "with_classes",
 ]
 
 # What DataParallel, torch.compile and Lightning put before every key.
@@ -39,7 +41,8 @@ def load_model(name: str) -> nn.Module:
 
     Args:
         name: ``PKG.MOD:FACTORY``, ``timm:NAME``, ``torchvision:NAME`` or ``transformers:NAME``
-            (a model type such as ``segformer``, or a folder with config.json).
+            (a model type such as ``segformer``, or a folder with config.json). A number of
+            classes may follow the name of a library's model: ``timm:resnet18:7``.
 
     Raises:
         ModelError: Nothing of that name can be built.
@@ -50,12 +53,9 @@ def load_model(name: str) -> nn.Module:
             f"found `model` {name!r}; needed PKG.MOD:FACTORY, timm:NAME, torchvision:NAME or "
             "transformers:NAME"
         )
-    if kind == "timm":
-        return _build(name, lambda: _need("timm").create_model(rest, pretrained=False))
-    if kind == "torchvision":
-        return _build(name, lambda: _torchvision(rest))
-    if kind == "transformers":
-        return _build(name, lambda: _transformers(rest))
+    if kind in _LIBRARIES:
+        own, classes = _named_classes(rest)
+        return _build(name, lambda: _LIBRARIES[kind](own, classes))
     with current_folder_importable():
         try:
             factory = getattr(importlib.import_module(kind), rest)
@@ -139,15 +139,43 @@ def _need(module: str) -> Any:
         raise ModelError(f"{module} is not installed: pip install 'hdrq-deploy[models]'") from error
 
 
-def _torchvision(name: str) -> nn.Module:
+def _named_classes(rest: str) -> tuple[str, int | None]:
+    """``resnet18:7`` as the name and the classes; None where no number follows."""
+    name, _, number = rest.rpartition(":")
+    if not (name and number.isascii() and number.isdigit()):
+        return rest, None
+    if int(number) < 1:
+        raise ModelError(f"found {number} classes in `model` {rest!r}; needed 1 or more")
+    return name, int(number)
+
+
+def with_classes(name: str, classes: int) -> str | None:
+    """The name of a library's model with a number of classes, where it does not say one yet.
+
+    >>> with_classes("timm:resnet18", 7)
+    'timm:resnet18:7'
+    """
+    kind, _, rest = name.partition(":")
+    says = kind not in _LIBRARIES or _named_classes(rest)[1] is not None
+    return None if says else f"{name}:{classes}"
+
+
+def _timm(name: str, classes: int | None) -> nn.Module:
+    given = {} if classes is None else {"num_classes": classes}
+    model: nn.Module = _need("timm").create_model(name, pretrained=False, **given)
+    return model
+
+
+def _torchvision(name: str, classes: int | None) -> nn.Module:
     models = _need("torchvision").models
     # Models with a backbone of its own weights would fetch them.
     segments = models.get_model_builder(name).__module__.startswith(
         "torchvision.models.segmentation"
     )
-    model: nn.Module = models.get_model(
-        name, weights=None, **({"weights_backbone": None} if segments else {})
-    )
+    given: dict[str, Any] = {"weights_backbone": None} if segments else {}
+    if classes is not None:
+        given["num_classes"] = classes
+    model: nn.Module = models.get_model(name, weights=None, **given)
     if segments:
         model.map_checkpoint = _without_auxiliary  # type: ignore[assignment]
     return model
@@ -158,16 +186,26 @@ def _without_auxiliary(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if not key.startswith("aux_classifier.")}
 
 
-def _transformers(name: str) -> nn.Module:
+def _transformers(name: str, classes: int | None) -> nn.Module:
     library = _need("transformers")
     auto = library.AutoConfig
     config = auto.from_pretrained(name) if Path(name).exists() else auto.for_model(name)
+    if classes is not None:
+        config.num_labels = classes
     tasks = (library.AutoModelForSemanticSegmentation, library.AutoModelForImageClassification)
     for task in tasks:
         if type(config) in task._model_mapping:
             model: nn.Module = task.from_config(config)
             return model
     raise ModelError(f"transformers:{name} is no image classification or segmentation model")
+
+
+# Whose models are built by name, with the number of classes where one is given.
+_LIBRARIES: dict[str, Callable[[str, int | None], nn.Module]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "transformers": _transformers,
+}
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -249,9 +287,15 @@ def load_state(model: nn.Module, path: str | Path, what: str) -> dict[str, Tenso
         if keys
     ]
     if problems:
+        classes = None if missing or unexpected else _other_classes(own, state)
         raise ModelError(
             f"{path}: the {what} checkpoint does not fit the model: {', '.join(problems)}; "
-            "adapted and source model must both be of the architecture that model names"
+            + (
+                "adapted and source model must both be of the architecture that model names"
+                if classes is None
+                else f"it has {classes[1]} classes and the model {classes[0]}; needed one number "
+                f"for all (a library's model takes it behind its name: timm:resnet18:{classes[1]})"
+            )
         )
     for key, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
@@ -261,6 +305,35 @@ def load_state(model: nn.Module, path: str | Path, what: str) -> dict[str, Tenso
             )
     _load(model, state, str(path))
     return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def checkpoint_classes(model: nn.Module, path: str | Path) -> tuple[int, int] | None:
+    """Classes of a model and of a checkpoint that fits it but for their number; else None.
+
+    Raises:
+        ModelError: The checkpoint cannot be read.
+    """
+    own = model.state_dict()
+    state = _as_model(model, load_checkpoint(path), path)
+    if not set(own) - _counters(own) <= state.keys() <= own.keys():
+        return None
+    return _other_classes(own, state)
+
+
+def _other_classes(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> tuple[int, int] | None:
+    """Outputs of the last layers in the model and in a checkpoint, where nothing else differs.
+
+    All tensors of another shape have the same two numbers of outputs.
+    """
+    names = [n for n in own if n in state and own[n].shape != state[n].shape]
+    pairs = {(own[n].shape[:1], state[n].shape[:1]) for n in names}
+    rest = all(own[n].shape[1:] == state[n].shape[1:] for n in names)
+    if not names or not rest or len(pairs) != 1:
+        return None
+    ((ours, theirs),) = pairs
+    return (ours[0], theirs[0]) if ours and theirs else None
 
 
 def checkpoint_names(model: nn.Module, path: str | Path) -> dict[str, str]:

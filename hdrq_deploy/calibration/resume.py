@@ -53,7 +53,9 @@ class Partial:
         self.folder = folder
 
     @classmethod
-    def open(cls, output: Path, run: dict[str, Any], resume: bool) -> Partial:
+    def open(
+        cls, output: Path, run: dict[str, Any], resume: bool, blocks: int | None = None
+    ) -> Partial:
         """Start anew, or resume where ``resume`` says so.
 
         Args:
@@ -61,6 +63,7 @@ class Partial:
             run: All that the result depends on; the code of this package is added. A run is
                 resumed only where it is equal.
             resume: Keep the finished blocks.
+            blocks: Blocks in all, for whoever asks how far the run is.
 
         Raises:
             SpecError: The finished blocks belong to another run; the first difference is
@@ -71,10 +74,11 @@ class Partial:
         folder = partial_of(output)
         check_output(folder, PARTIAL)
         run = {**run, "code": code_of(*CALIBRATION)}
-        text = json.dumps({**run, "kind": PARTIAL.kind}, indent=1, sort_keys=True)
+        text = json.dumps({**run, "kind": PARTIAL.kind, "blocks": blocks}, indent=1, sort_keys=True)
         if resume and (folder / _RUN).is_file():
             before = _read_run(folder)
-            before.pop("kind", None)
+            for key in ("kind", "blocks"):
+                before.pop(key, None)
             change = first_change(before, run)
             if change:
                 raise SpecError(

@@ -55,7 +55,12 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def _learning_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--batch", type=int, default=_DEFAULTS.batch, help="images per iteration")
+    group.add_argument(
+        "--batch",
+        type=int,
+        default=_DEFAULTS.batch,
+        help="images per iteration; all where there are fewer",
+    )
     group.add_argument(
         "--lr",
         type=float,

@@ -17,7 +17,7 @@ with importing("hdrq init"):
     from ..runfile.loading import load
     from ..runfile.plan import stages_of
     from ..runfile.starter import ADAPT, given_domain, look, text
-    from .common import parser
+    from .common import image_flags, parser, wanted_of
 
 __all__ = ["arguments", "main"]
 
@@ -36,10 +36,12 @@ def arguments() -> argparse.ArgumentParser:
     p = parser("hdrq init", _TEXT, _EXAMPLE)
     p.add_argument(
         "--from",
+        "--model",
         dest="model",
         required=True,
         metavar="MODEL",
-        help="PKG.MOD:FACTORY, {timm,torchvision,transformers}:NAME",
+        help="PKG.MOD:FACTORY, {timm,torchvision,transformers}:NAME; the classes of a library's "
+        "model are those of the source checkpoint",
     )
     p.add_argument("--source", required=True, help="checkpoint that all domains were adapted from")
     p.add_argument(
@@ -51,7 +53,8 @@ def arguments() -> argparse.ArgumentParser:
         help="checkpoint, calibration images and labelled test images of each domain; "
         f"the word {ADAPT} in place of a checkpoint makes it from the source",
     )
-    p.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="resize images")
+    about = "as in training; what is not given is a timm model's own, or taken from the images"
+    image_flags(p.add_argument_group("images", about))
     p.add_argument(
         "-o", "--output", type=Path, default=Path("hdrq.yaml"), help="run file, a new one"
     )
@@ -74,15 +77,15 @@ def _init(args: argparse.Namespace) -> int:
     names = [domain.name for domain in domains]
     if len(set(names)) < len(names):
         raise HdrqError(f"found a name twice in --domain {shlex.join(names)}; give each its own")
-    size = None if args.size is None else (args.size[0], args.size[1])
+    wanted = wanted_of(args)
     try:
-        seen = look(args.model, args.source, domains, size)
+        seen = look(args.model, args.source, domains, wanted)
     except ImportError as error:
         raise ModelError(
             f"a look at checkpoints needs {error.name}: pip install 'hdrq-deploy[calibrate]'"
         ) from error
     folder = target.absolute().parent
-    written = text(args.model, args.source, domains, seen, size, folder)
+    written = text(args.source, domains, seen, wanted, folder)
     write_bytes(target.absolute(), written.encode())
     stages = stages_of(load(target))
     for note in seen.notes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -21,13 +21,18 @@ class StageTable:
         keys: All stages, ``KIND NAME`` each, in order.
         stale: Those that are made.
         console: Where it is shown; stderr by default.
+        reached: What a stage that runs has done so far, in words.
 
     Attributes:
         room: Stages that run at a time, for the estimate.
     """
 
     def __init__(
-        self, keys: Sequence[str], stale: set[str], console: Console | None = None
+        self,
+        keys: Sequence[str],
+        stale: set[str],
+        console: Console | None = None,
+        reached: Callable[[str], str] | None = None,
     ) -> None:
         self.room = 1
         self._keys, self._stale = list(keys), stale
@@ -36,6 +41,7 @@ class StageTable:
         self._started = time.monotonic()
         self._console = console or Console(stderr=True)
         self._live: Live | None = None
+        self._reached = reached
 
     def __enter__(self) -> StageTable:
         if self._console.is_terminal:
@@ -100,7 +106,7 @@ class StageTable:
             running = [key for key in made if key in self._began and key not in self._took]
             spent = sum(self._took[key] for key in done)
             spent += sum(now - self._began[key] for key in running)
-            state = ", ".join(key.split(" ", 1)[1] for key in running)
+            state = ", ".join(self._named(key) for key in running)
             shown.add_row(
                 kind,
                 f"{len(own) - len(made) + len(done)}/{len(own)}",
@@ -112,6 +118,11 @@ class StageTable:
         shown.caption = f"{_time(now - self._started)}{rest}"
         shown.caption_justify = "left"
         return shown
+
+    def _named(self, key: str) -> str:
+        """The name of a stage that runs, and what it has done so far."""
+        name, reached = key.split(" ", 1)[1], self._reached(key) if self._reached else ""
+        return f"{name} ({reached})" if reached else name
 
     def _say(self, text: str) -> None:
         print(f"hdrq run: {text}", file=sys.stderr, flush=True)

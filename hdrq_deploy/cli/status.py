@@ -10,7 +10,7 @@ from .start import importing, run
 
 with importing("hdrq status"):
     from ..runfile.loading import load
-    from ..runfile.plan import plan, stages_of
+    from ..runfile.plan import Planned, plan, stages_of
     from .bench import print_table
     from .common import parser
 
@@ -36,11 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _status(args: argparse.Namespace) -> int:
     planned = plan(stages_of(load(args.file, args.out)))
-    cells = [
-        [row.stage.kind, row.stage.name, "stale" if row.why else "up to date", row.why]
-        for row in planned
-    ]
+    cells = [[row.stage.kind, row.stage.name, *_state(row)] for row in planned]
     print_table(["stage", "name", "state", "why"], cells)
     stale = sum(bool(row.why) for row in planned)
     print(f"{len(planned) - stale} of {len(planned)} stages are up to date")
     return 0
+
+
+def _state(row: Planned) -> tuple[str, str]:
+    """Whether a stage is stale; why, and what is done of it so far."""
+    if not row.why:
+        return "up to date", ""
+    reached = row.stage.reached()
+    return "stale", f"{row.why}; {reached} are done" if reached else row.why

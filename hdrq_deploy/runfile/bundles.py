@@ -14,7 +14,7 @@ from ..calibration_data.readers import Wanted, read
 from ..errors import SpecError
 from ..experiments.bundles import bundle_change, inputs_of, is_merged, make_bundle
 from ..experiments.cells import write_merge
-from ..formats.atomic_files import Kind
+from ..formats.atomic_files import Kind, read_json
 from ..formats.bundle import Bundle
 from ..formats.file_kinds import ADAPTED, ADAPTING, BUNDLE, CELL_INPUTS, PARTIAL
 from ..formats.staleness import code_of, plain, stamp, versions_of
@@ -110,14 +110,25 @@ class CalibrateStage(Stage):
         """See :meth:`Stage.make`."""
         make_bundle(self.request, self.graphs)
 
+    def reached(self) -> str:
+        """See :meth:`Stage.reached`."""
+        record: Any = read_json(self._partial / PARTIAL.marker)
+        if not isinstance(record, dict) or not isinstance(record.get("blocks"), int):
+            return ""
+        done = len(list(self._partial.glob("block-*.safetensors")))
+        return f"{done} of {record['blocks']} blocks"
+
     def outputs(self) -> list[tuple[Path, Kind]]:
         """See :meth:`Stage.outputs`."""
-        partial = self.output.with_name(f"{self.output.name}.partial")
         return [
             (self.output, BUNDLE),
             (inputs_of(self.output), CELL_INPUTS),
-            (partial, PARTIAL),
+            (self._partial, PARTIAL),
         ]
+
+    @property
+    def _partial(self) -> Path:
+        return self.output.with_name(f"{self.output.name}.partial")
 
 
 @dataclass(frozen=True)

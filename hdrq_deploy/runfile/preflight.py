@@ -11,6 +11,7 @@ from ..checks.fastest_engine import AUTO
 from ..errors import DataError
 from ..exporters.engines import target_of
 from ..exporters.options import BuildOptions
+from .bundles import CalibrateStage
 from .loading import Loaded
 from .plan import Planned
 from .schema import named_engines
@@ -30,7 +31,7 @@ def preflight(loaded: Loaded, planned: Sequence[Planned]) -> None:
 
     Raises:
         HdrqError: A library of an engine is not installed, a checkpoint does not fit the model,
-            or images cannot be read or have no labels; file and line are named.
+            or images cannot be read, are too few or have no labels; file and line are named.
     """
     kinds = {row.stage.kind for row in planned if row.why}
     if "export" in kinds:
@@ -39,22 +40,35 @@ def preflight(loaded: Loaded, planned: Sequence[Planned]) -> None:
                 with loaded.at("engines", i):
                     target_of(engine).ingredients(BuildOptions(), False)
     if kinds & {"adapt", "calibrate"}:
-        _look_at_images(loaded, "calibration")
+        _look_at_images(loaded, "calibration", _images_of_a_batch(planned))
         _look_at_checkpoints(loaded)
     if kinds & {"accuracy", "verify"}:
-        _look_at_images(loaded, "test")
+        _look_at_images(loaded, "test", _LOOKED_AT)
 
 
-def _look_at_images(loaded: Loaded, key: str) -> None:
+def _images_of_a_batch(planned: Sequence[Planned]) -> int:
+    """Images that the calibrations to come need of a domain."""
+    stages = [row.stage for row in planned if row.why]
+    requests = [stage.request for stage in stages if isinstance(stage, CalibrateStage)]
+    return max([_LOOKED_AT, *(request.learning.batch for request in requests if request.learns)])
+
+
+def _look_at_images(loaded: Loaded, key: str, needed: int) -> None:
     given = loaded.file.preprocess
     size = given.resize or given.size
-    wanted = Wanted(size=(size[0], size[1]) if size else None)
+    mean, std = (None if v is None else tuple(v) for v in (given.mean, given.std))
+    wanted = Wanted((size[0], size[1]) if size else None, mean, std)
     for name, domain in loaded.file.domains.items():
         path = getattr(domain, key)
         if path is None:
             continue
         with loaded.at("domains", name, key):
-            images = read(path, wanted, _LOOKED_AT, skip_corrupt=given.skip_corrupt)
+            images = read(path, wanted, needed, skip_corrupt=given.skip_corrupt)
+            if key == "calibration" and len(images) < needed:
+                raise DataError(
+                    f"domains.{name}.calibration: found {len(images)} images in {path}; needed "
+                    f"{needed} or more (one batch): add images, or choose a smaller calibrate.batch"
+                )
             if key == "test" and images.y is None and not is_scenes(Path(path)):
                 raise DataError(
                     f"domains.{name}.test: found images without labels in {path}; accuracy needs "

@@ -232,7 +232,7 @@ class Adapt(_Section):
 
     images: Count | None = Field(default=None, description="largest number of images (all)")
     epochs: Count = Field(default=15, description="passes over the images")
-    batch: Count = Field(default=64, description="images per step")
+    batch: Count = Field(default=64, description="images per step (all, where they are fewer)")
     lr: float = Field(default=1e-2, description="learning rate of SGD")
     pseudo: float = Field(default=0.3, description="weight of SHOT's pseudo-labels")
     flip: bool = Field(default=True, description="mirror half of the images")

@@ -56,6 +56,10 @@ class Stage(ABC):
     def make(self) -> None:
         """Make the output, completely or not at all."""
 
+    def reached(self) -> str:
+        """What an unfinished stage has done so far, in words; "" where nothing says so."""
+        return ""
+
     @abstractmethod
     def outputs(self) -> list[tuple[Path, Kind]]:
         """All that the stage may write, with the kind that marks it as ours."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..calibration_data.readers import Wanted
 from ..errors import HdrqError
 from ..formats.atomic_files import check_name
 from .document import emitted
@@ -42,19 +43,21 @@ class Seen:
     """What the images and the model of a run look like.
 
     Attributes:
+        model: Name of the model, with the checkpoint's number of classes where it needs that.
         count: Images of each domain that were looked at (a few).
         size: Height and width of all of them; None where sizes differ.
         classes: Names of class folders, where there are any.
         outputs: Classes that the model tells apart.
-        own_size: Size that the model's own configuration names, or None.
+        own: What the model's own configuration says of its inputs.
         notes: What the user should know.
     """
 
+    model: str
     count: Mapping[str, int]
     size: tuple[int, int] | None
     classes: tuple[str, ...] | None
     outputs: int | None
-    own_size: tuple[int, int] | None
+    own: Wanted
     notes: tuple[str, ...]
 
 
@@ -74,14 +77,14 @@ def given_domain(word: str) -> Given:
     return Given(check_name(name, "the name"), *parts)
 
 
-def look(model: str, source: str, domains: Sequence[Given], size: tuple[int, int] | None) -> Seen:
+def look(model: str, source: str, domains: Sequence[Given], wanted: Wanted) -> Seen:
     """Load every checkpoint into the model, and run it on a few images of each domain.
 
     Args:
         model: Name of the model.
         source: Checkpoint that all domains started from.
         domains: What is given of each domain.
-        size: Height and width that images are resized to, or None.
+        wanted: How images become inputs, where the user says so.
 
     Raises:
         HdrqError: A checkpoint does not fit the model, or images do not fit it or cannot be read.
@@ -91,19 +94,23 @@ def look(model: str, source: str, domains: Sequence[Given], size: tuple[int, int
     own = {d.name: d.checkpoint for d in domains if d.checkpoint != ADAPT}
     tests = {d.name: d.test for d in domains if d.test is not None}
     images = {domain.name: domain.images for domain in domains}
-    seen = first_look(model, source, own, images, tests, size, _LOOKED_AT)
+    seen = first_look(model, source, own, images, tests, wanted, _LOOKED_AT)
     sets, outputs = seen.images, seen.outputs
     sizes = {images.x.shape[2:] for images in sets.values()}
     common = sizes.pop() if len(sizes) == 1 else None
     named = {name: images.classes for name, images in sets.items() if images.classes}
     classes = next(iter(named.values()), None)
+    notes = _notes(named, outputs)
+    if seen.model != model:
+        notes.insert(0, f"the source checkpoint has {outputs} classes: the model is {seen.model}")
     return Seen(
+        seen.model,
         {name: len(images) for name, images in sets.items()},
         None if common is None else (int(common[0]), int(common[1])),
         classes,
         outputs,
-        seen.own_size,
-        (*_notes(named, outputs), *_checkpoint_notes(seen.recognised)),
+        seen.own,
+        (*notes, *_checkpoint_notes(seen.recognised)),
     )
 
 
@@ -114,7 +121,7 @@ def _checkpoint_notes(recognised: Mapping[str, tuple[int, int]]) -> list[str]:
         return []
     return [
         f"the checkpoints recognise these test images: {', '.join(told)}; if you know them to be "
-        "better, set preprocess (size, mean, std) as in training"
+        "better, say how training read images (size, mean, std)"
     ]
 
 
@@ -133,22 +140,14 @@ def _notes(named: Mapping[str, tuple[str, ...]], outputs: int | None) -> list[st
     return notes
 
 
-def text(
-    model: str,
-    source: str,
-    domains: Sequence[Given],
-    seen: Seen,
-    size: tuple[int, int] | None,
-    folder: Path,
-) -> str:
+def text(source: str, domains: Sequence[Given], seen: Seen, wanted: Wanted, folder: Path) -> str:
     """The run file.
 
     Args:
-        model: Name of the model.
         source: Checkpoint that all domains started from.
         domains: What is given of each domain.
         seen: What :func:`look` found.
-        size: Height and width that images are resized to, or None.
+        wanted: How images become inputs, where the user says so.
         folder: Folder of the file, which paths are relative to.
     """
     first = domains[0].name
@@ -157,14 +156,14 @@ def text(
         "# A run of hdrq-deploy. `hdrq run` makes what is missing or stale, `hdrq run --dry-run`",
         "# says what that is, `hdrq run --schema` prints the schema that editors complete this",
         "# file with. Paths are relative to this file; ${NAME} is an environment variable.",
-        f"model: {_plain(model)}" + (f"  # {seen.outputs} classes" if seen.outputs else ""),
+        f"model: {_plain(seen.model)}" + (f"  # {seen.outputs} classes" if seen.outputs else ""),
         f"source: {_path(source, folder)}  # all domains were adapted from this checkpoint",
         "",
         "domains:",
     ]
     for domain in domains:
         lines += _domain_lines(domain, folder)
-    lines += ["", *_preprocess_lines(seen, size), ""]
+    lines += ["", *_preprocess_lines(seen, wanted), ""]
     lines += [
         "# Lists make a grid: every method with every bit-width. float and rtn (round to nearest)",
         "# are what hdrq is compared with.",
@@ -210,20 +209,27 @@ def _domain_lines(domain: Given, folder: Path) -> list[str]:
     return lines
 
 
-def _preprocess_lines(seen: Seen, size: tuple[int, int] | None) -> list[str]:
+def _preprocess_lines(seen: Seen, wanted: Wanted) -> list[str]:
     lines = []
     if seen.classes:
         names = ", ".join(seen.classes[:_SHOWN])
         more = ", ..." if len(seen.classes) > _SHOWN else ""
         lines.append(f"# {len(seen.classes)} class folders: {names}{more}")
-    if size is not None:
-        return [*lines, "preprocess:", f"  size: [{size[0]}, {size[1]}]"]
-    if seen.own_size is not None:
-        h, w = seen.own_size
-        lines.append(f"# The model brings its own size, {h} x {w}, and normalisation.")
-    elif seen.size is not None:
+    own = seen.own
+    if own.size is not None:
+        lines.append("# What is not said here is the model's own: " + ", ".join(_pairs(own)))
+    elif wanted.size is None and seen.size is not None:
         lines.append(f"# Images of {seen.size[0]} x {seen.size[1]} are read as they are.")
+    given = _pairs(wanted)
+    if given:
+        return [*lines, "preprocess:", *(f"  {pair}" for pair in given)]
     return [*lines, "# preprocess: {size: [224, 224], mean: [...], std: [...]}"]
+
+
+def _pairs(wanted: Wanted) -> list[str]:
+    """The keys of ``preprocess`` and their values, where there are any."""
+    values = {name: getattr(wanted, name) for name in ("size", "resize", "mean", "std")}
+    return [f"{name}: [{', '.join(map(str, value))}]" for name, value in values.items() if value]
 
 
 def _path(path: str, folder: Path) -> str:

@@ -160,11 +160,20 @@ def test_a_stopped_adaptation_goes_on_to_the_same_bytes(work: Path, tmp_path: Pa
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 
 
+def test_fewer_images_than_a_batch_are_one_batch(work: Path, tmp_path: Path) -> None:
+    images, weights = np.load(work / "data.npz")["x"], work / "Tiny-base.safetensors"
+    files = [tmp_path / f"{batch}.safetensors" for batch in (48, 64)]
+    for batch, file in zip((48, 64), files, strict=True):
+        recipe = AdaptationOptions(epochs=2, batch=batch)
+        adapt("tiny_models:Tiny", image_set(images), file, weights, recipe)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_what_cannot_be_adapted(work: Path, tmp_path: Path) -> None:
     images, weights = np.load(work / "data.npz")["x"], work / "Tiny-base.safetensors"
     target = tmp_path / "a.safetensors"
-    with pytest.raises(DataError, match="found 48 images; needed 64 or more"):
-        adapt("tiny_models:Tiny", image_set(images), target, weights)
+    with pytest.raises(DataError, match="found 1 images; needed 2 or more"):
+        adapt("tiny_models:Tiny", image_set(images[:1]), target, weights)
     with pytest.raises(SpecError, match=r"needed a .safetensors file"):
         adapt("tiny_models:Tiny", image_set(images), tmp_path / "a.pt", weights)
     with pytest.raises(DataError, match="does not take images of shape .1, 16, 16."):
@@ -196,8 +205,8 @@ def test_the_command_writes_what_calibration_reads(
     assert {k: v.shape for k, v in load_file(target).items()} == {
         k: v.shape for k, v in base.items()
     }
-    assert command.main([*argv, "--batch", "99", "-o", str(target)]) == 2
-    assert "choose a smaller --batch" in capsys.readouterr().err
+    assert command.main([*argv, "--images", "1", "-o", str(target)]) == 2
+    assert "found 1 images; needed 2 or more" in capsys.readouterr().err
 
 
 def test_flipping_mirrors_labels_with_their_images() -> None:

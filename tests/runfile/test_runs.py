@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from hdrq_deploy.calibration.loading import load_model, load_state
+from hdrq_deploy.calibration.resume import Partial
 from hdrq_deploy.calibration_data.readers import read
 from hdrq_deploy.cli import clean as clean_command
 from hdrq_deploy.cli import init as init_command
@@ -27,7 +28,7 @@ from hdrq_deploy.cli.stage_table import StageTable
 from hdrq_deploy.errors import ExportError, HdrqError
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.runfile.loading import load
-from hdrq_deploy.runfile.plan import plan
+from hdrq_deploy.runfile.plan import plan, stages_of
 from hdrq_deploy.runfile.stage import Stage
 from hdrq_deploy.runtime import load_engine
 
@@ -378,6 +379,35 @@ def test_the_table_of_stages_counts_and_estimates(monkeypatch: pytest.MonkeyPatc
     console.print(shown.table())
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "2/3" in text and "14.0 s, 6.0 s left" in text and "0/1" in text
+
+
+def test_the_blocks_of_a_calibration_that_runs_are_shown(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = copied(work, tmp_path)
+    text = FILE.replace("rtn", "hdrq") + "calibrate: {iters: 2, batch: 8}\n"
+    file.write_text(text)
+    seen: list[str] = []
+    save = Partial.save
+
+    def stopped(self: Partial, index: int, *rest: object) -> None:
+        save(self, index, *rest)  # type: ignore[arg-type]
+        console = Console(file=io.StringIO(), width=100)
+        shown = StageTable(list(reached), set(reached), console, lambda key: reached[key]())
+        shown.begun("calibrate hdrq-w8a8-night")
+        console.print(shown.table())
+        seen.append(console.file.getvalue())  # type: ignore[attr-defined]
+        if index == 1:
+            raise KeyboardInterrupt
+
+    reached = {stage.key: stage.reached for stage in stages_of(load(file))}
+    assert reached["calibrate hdrq-w8a8-night"]() == ""
+    monkeypatch.setattr(Partial, "save", stopped)
+    assert run_command.main([str(file)]) == 130
+    assert "hdrq-w8a8-night (2 of 3 blocks)" in seen[-1]
+    capsys.readouterr()
+    assert status_command.main([str(file)]) == 0
+    assert "it is missing; 2 of 3 blocks are done" in capsys.readouterr().out
 
 
 def test_a_terminal_shows_the_table_and_its_end() -> None:
