@@ -258,8 +258,10 @@ def _block(nodes: list[fx.Node], first: int, last: int) -> Block:
 def rows_per_image(node: fx.Node) -> int:
     """Rows of a tensor for one image: 1, or the parts that the network cuts it into."""
     first = node.meta["val"].shape[0]
-    # Up to torch 2.11 some graphs have lost the symbol; they are one block, from images to output.
-    return scalar(first, 1) if isinstance(first, torch.SymInt) else 1
+    # Up to torch 2.11 some graphs have lost the symbol: the example's number of images stands in
+    # its place. They are one block, from images to output.
+    symbolic = isinstance(first, torch.SymInt) and first.node.expr.free_symbols
+    return scalar(first, 1) if symbolic else 1
 
 
 def scalar_value(node: fx.Node, batch: int) -> int:

@@ -249,7 +249,7 @@ def ambiguous(codes: Sequence[Array], merge_weights: Sequence[float]) -> npt.NDA
         return odd
     total = np.zeros(codes[0].shape, np.int32)
     for part, values in zip(parts, codes, strict=True):
-        total += np.int32(part) * values
+        total += part * values.astype(np.int32)  # NumPy 1 multiplies in the type of the codes
     ties: npt.NDArray[np.bool_] = total % whole == whole // 2
     return ties
 
