@@ -106,9 +106,9 @@ def make(loaded: Loaded, stages: Sequence[Stage], only: Sequence[str], where: Wh
     prepare(loaded, stages)
     stale = {row.stage.key for row in planned if row.why}
     if stale:
-        reached = {row.stage.key: row.stage.reached for row in planned}
+        by_key = {row.stage.key: row.stage for row in planned}
         with (
-            StageTable([*reached], stale, reached=lambda key: reached[key]()) as shown,
+            StageTable(by_key, stale) as shown,
             open_pool(where.workers, where.threads, where.ray, loaded.out, where.gpus) as pool,
         ):
             shown.room = pool.room

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+
+from ..runfile.stage import Stage
 
 __all__ = ["StageTable"]
 
@@ -18,10 +20,9 @@ class StageTable:
     """Shows which stages run, which are done, and how long the rest will take.
 
     Args:
-        keys: All stages, ``KIND NAME`` each, in order.
-        stale: Those that are made.
+        stages: All stages by their keys, in order.
+        stale: Keys of those that are made.
         console: Where it is shown; stderr by default.
-        reached: What a stage that runs has done so far, in words.
 
     Attributes:
         room: Stages that run at a time, for the estimate.
@@ -29,19 +30,17 @@ class StageTable:
 
     def __init__(
         self,
-        keys: Sequence[str],
+        stages: Mapping[str, Stage],
         stale: set[str],
         console: Console | None = None,
-        reached: Callable[[str], str] | None = None,
     ) -> None:
         self.room = 1
-        self._keys, self._stale = list(keys), stale
+        self._stages, self._stale = dict(stages), stale
         self._began: dict[str, float] = {}
         self._took: dict[str, float] = {}
         self._started = time.monotonic()
         self._console = console or Console(stderr=True)
         self._live: Live | None = None
-        self._reached = reached
 
     def __enter__(self) -> StageTable:
         if self._console.is_terminal:
@@ -50,7 +49,7 @@ class StageTable:
             )
             self._live.start()
         else:
-            kept = len(self._keys) - len(self._stale)
+            kept = len(self._stages) - len(self._stale)
             self._say(f"{len(self._stale)} stages to make, {kept} up to date")
         return self
 
@@ -76,16 +75,16 @@ class StageTable:
             self._say(f"[{done}/{total}] {key}: {_time(self._took[key])}{rest}")
 
     def seconds_left(self) -> float | None:
-        """An estimate from stages of the same kind; None while nothing says how long.
+        """An estimate from stages of the same pace; None while nothing says how long.
 
-        Kinds that have not ended once take little beside adaptation and calibration, and count
-        as nothing.
+        Stages without iterations count as nothing until one of their pace has ended.
         """
         left = 0.0
         now = time.monotonic()
         for key in self._stale - self._took.keys():
-            alike = [t for k, t in self._took.items() if k.split()[0] == key.split()[0]]
-            if not alike and key.split()[0] in {"adapt", "calibrate"}:
+            stage = self._stages[key]
+            alike = [t for k, t in self._took.items() if self._stages[k].pace == stage.pace]
+            if not alike and stage.iterates:
                 return None
             if not alike:
                 continue
@@ -99,8 +98,8 @@ class StageTable:
         for name in ("stage", "done", "running", "time"):
             shown.add_column(name, justify="right" if name in {"done", "time"} else "left")
         now = time.monotonic()
-        for kind in dict.fromkeys(key.split()[0] for key in self._keys):
-            own = [key for key in self._keys if key.split()[0] == kind]
+        for kind in dict.fromkeys(stage.kind for stage in self._stages.values()):
+            own = [key for key, stage in self._stages.items() if stage.kind == kind]
             made = [key for key in own if key in self._stale]
             done = [key for key in made if key in self._took]
             running = [key for key in made if key in self._began and key not in self._took]
@@ -121,8 +120,9 @@ class StageTable:
 
     def _named(self, key: str) -> str:
         """The name of a stage that runs, and what it has done so far."""
-        name, reached = key.split(" ", 1)[1], self._reached(key) if self._reached else ""
-        return f"{name} ({reached})" if reached else name
+        stage = self._stages[key]
+        reached = stage.reached()
+        return f"{stage.name} ({reached})" if reached else stage.name
 
     def _say(self, text: str) -> None:
         print(f"hdrq run: {text}", file=sys.stderr, flush=True)

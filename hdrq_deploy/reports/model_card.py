@@ -23,6 +23,7 @@ from ..formats.bench_result import BenchResult
 from ..formats.bundle import Bundle
 from ..formats.engine_folder import EngineManifest, PrecisionReport, is_engine, read_manifest
 from ..formats.records import MANIFEST, Preprocessing, Scheme, first_fault
+from .verdict import and_joined
 
 __all__ = ["model_card", "read_results"]
 
@@ -330,7 +331,7 @@ def _yaml(value: Any, indent: str = "") -> str:
 
 
 def _body(artefact: _Artefact, results: Sequence[BenchResult]) -> str:
-    domains = " and ".join(artefact.domains)
+    domains = and_joined(list(artefact.domains))
     plural = "domains" if len(artefact.domains) > 1 else "domain"
     article = "An" if artefact.kind == "engine" else "A"
     parts = [
@@ -419,7 +420,7 @@ def _limits(artefact: _Artefact, results: Sequence[BenchResult]) -> Iterator[str
         if not any(r.accuracy and domain in r.accuracy.domains for r in results)
     ]
     if unmeasured:
-        yield f"The accuracy on {_plain(' and '.join(unmeasured))} is not known."
+        yield f"The accuracy on {_plain(and_joined(unmeasured))} is not known."
     for result in results:
         for mark in result.marks:
             yield f"The measurement of {result.engine} is doubtful: {_plain(mark)}."

@@ -11,7 +11,7 @@ from ..formats.engine_folder import LayerPrecision
 __all__ = ["STYLE", "strips"]
 
 STYLE = """
-.strip{display:flex;align-items:flex-end;height:2.2rem;gap:1px;margin:.2rem 0}
+.strip{display:flex;align-items:flex-end;height:2.2rem;gap:1px;margin:.2rem 0 1.2rem}
 .strip i,.legend i{flex:1 1 0;min-width:0;background:var(--soft)}
 .strip .int4,.legend .int4{background:#5a9e4b;height:30%}
 .strip .int8,.legend .int8{background:var(--good);height:50%}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ..formats.bench_result import BenchResult
 
-__all__ = ["Rows", "did_it_pay", "headline", "verdict"]
+__all__ = ["Rows", "and_joined", "did_it_pay", "headline", "verdict"]
 
 Rows = Sequence[tuple[str, BenchResult]]
 
@@ -30,7 +30,7 @@ def verdict(rows: Rows) -> str:
         first = f"{name} takes {result.latency_ms.p50:.2f} ms a call; no accuracy was measured."
     else:
         what = "mIoU" if accuracy.metric == "miou" else "accuracy"
-        domains = _and(list(accuracy.domains))
+        domains = and_joined(list(accuracy.domains))
         if len(accuracy.domains) == 1:
             reached = f"reaches {100 * _mean(result):.1f}% {what} on {domains}"
         else:
@@ -44,7 +44,7 @@ def verdict(rows: Rows) -> str:
         # Without a model in float, what one engine for each domain reaches is the measure.
         apart = [row for row in alike if not row[1].domains and row[1].abits == result.abits]
         others = [f"{other} {100 * _mean(row):.1f}%" for other, row in floats or apart]
-        beside = f", beside {_and(others)}" if others else ""
+        beside = f", beside {and_joined(others)}" if others else ""
         first = f"{name} {reached}{beside}."
     return f"{first} {_cost(name, result, rows)}"
 
@@ -116,7 +116,12 @@ def _alike(a: BenchResult, b: BenchResult) -> bool:
     )
 
 
-def _and(words: Sequence[str]) -> str:
+def and_joined(words: Sequence[str]) -> str:
+    """Words as a sentence lists them.
+
+    >>> and_joined(["night"]), and_joined(["night", "day", "snow"])
+    ('night', 'night, day and snow')
+    """
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 

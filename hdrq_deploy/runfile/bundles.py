@@ -102,6 +102,16 @@ class CalibrateStage(Stage):
     request: CalibrationRequest
     graphs: GraphCache
 
+    @property
+    def pace(self) -> str:
+        """See :meth:`Stage.pace`."""
+        return f"{self.kind} {self.request.method}"
+
+    @property
+    def iterates(self) -> bool:
+        """See :meth:`Stage.iterates`; round-to-nearest takes a small part of what others take."""
+        return self.request.learns
+
     def change(self) -> str:
         """See :meth:`Stage.change`."""
         return bundle_change(self.request)

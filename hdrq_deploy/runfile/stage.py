@@ -45,6 +45,16 @@ class Stage(ABC):
         """Its name among all stages of a run."""
         return f"{self.kind} {self.name}"
 
+    @property
+    def pace(self) -> str:
+        """Stages of one pace take about as long as each other."""
+        return self.kind
+
+    @property
+    def iterates(self) -> bool:
+        """Whether most of the time of a run goes into stages like this one."""
+        return self.learns
+
     @abstractmethod
     def change(self) -> str:
         """Why the output is stale, in words; "" where it is up to date.

@@ -151,7 +151,7 @@ def text(source: str, domains: Sequence[Given], seen: Seen, wanted: Wanted, fold
         folder: Folder of the file, which paths are relative to.
     """
     first = domains[0].name
-    iters = "# iterations a block; 20000 as published (hours on a CPU)"
+    iters = "# iterations a block, for a first look; 20000 as published (hours on a CPU)"
     lines = [
         "# A run of hdrq-deploy. `hdrq run` makes what is missing or stale, `hdrq run --dry-run`",
         "# says what that is, `hdrq run --schema` prints the schema that editors complete this",
@@ -170,7 +170,7 @@ def text(source: str, domains: Sequence[Given], seen: Seen, wanted: Wanted, fold
         "methods: [hdrq]",
         "bits: [w8a8]  # w4a8: 4-bit weights",
         "calibrate:",
-        f"  iters: 1000  {iters}",
+        f"  iters: 200  {iters}",
         "  scale_rates: true  # fewer iterations learn at higher rates",
         "",
     ]

@@ -362,23 +362,31 @@ def test_init_looks_and_writes_a_file_that_runs(
     assert "note: night has 5 class folders, and the model 4" in capsys.readouterr().out
 
 
-def test_the_table_of_stages_counts_and_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_stages_counts_and_estimates(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [0.0]
     monkeypatch.setattr("hdrq_deploy.cli.stage_table.time.monotonic", lambda: now[0])
-    keys = ["calibrate a", "calibrate b", "calibrate c", "merge m"]
-    shown = StageTable(keys, set(keys[1:]))
+    file = copied(work, tmp_path)
+    file.write_text(FILE.replace("methods: rtn", "methods: [hdrq, rtn]"))
+    stages = {stage.key: stage for stage in stages_of(load(file))}
+    shown = StageTable(stages, set(stages) - {"calibrate rtn-w8a8-day"})
     assert shown.seconds_left() is None
-    shown.begun("calibrate b")
-    now[0] = 10.0
-    shown.ended(1, 3, "calibrate b")
-    shown.begun("calibrate c")
-    now[0] = 14.0
+    shown.begun("calibrate rtn-w8a8-night")
+    now[0] = 1.0
+    shown.ended(1, 3, "calibrate rtn-w8a8-night")
+    assert shown.seconds_left() is None  # round-to-nearest says nothing of hdrq
+    shown.begun("calibrate hdrq-w8a8-night")
+    now[0] = 11.0
+    shown.ended(2, 3, "calibrate hdrq-w8a8-night")
+    shown.begun("calibrate hdrq-w8a8-day")
+    now[0] = 15.0
     # One calibration takes 10 s, and 4 s of the second are over.
     assert shown.seconds_left() == pytest.approx(6.0)
     console = Console(file=io.StringIO(), width=80)
     console.print(shown.table())
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "2/3" in text and "14.0 s, 6.0 s left" in text and "0/1" in text
+    assert "3/4" in text and "15.0 s, 6.0 s left" in text and "0/2" in text
 
 
 def test_the_blocks_of_a_calibration_that_runs_are_shown(
@@ -393,15 +401,15 @@ def test_the_blocks_of_a_calibration_that_runs_are_shown(
     def stopped(self: Partial, index: int, *rest: object) -> None:
         save(self, index, *rest)  # type: ignore[arg-type]
         console = Console(file=io.StringIO(), width=100)
-        shown = StageTable(list(reached), set(reached), console, lambda key: reached[key]())
+        shown = StageTable(stages, set(stages), console)
         shown.begun("calibrate hdrq-w8a8-night")
         console.print(shown.table())
         seen.append(console.file.getvalue())  # type: ignore[attr-defined]
         if index == 1:
             raise KeyboardInterrupt
 
-    reached = {stage.key: stage.reached for stage in stages_of(load(file))}
-    assert reached["calibrate hdrq-w8a8-night"]() == ""
+    stages = {stage.key: stage for stage in stages_of(load(file))}
+    assert stages["calibrate hdrq-w8a8-night"].reached() == ""
     monkeypatch.setattr(Partial, "save", stopped)
     assert run_command.main([str(file)]) == 130
     assert "hdrq-w8a8-night (2 of 3 blocks)" in seen[-1]
@@ -410,11 +418,12 @@ def test_the_blocks_of_a_calibration_that_runs_are_shown(
     assert "it is missing; 2 of 3 blocks are done" in capsys.readouterr().out
 
 
-def test_a_terminal_shows_the_table_and_its_end() -> None:
+def test_a_terminal_shows_the_table_and_its_end(ran: Path) -> None:
     console = Console(file=io.StringIO(), width=80, force_terminal=True)
-    with StageTable(["merge a", "merge b"], {"merge b"}, console) as shown:
-        shown.begun("merge b")
-        shown.ended(1, 1, "merge b")
+    stages = {stage.key: stage for stage in stages_of(load(ran))}
+    with StageTable(stages, {"calibrate rtn-w8a8-day"}, console) as shown:
+        shown.begun("calibrate rtn-w8a8-day")
+        shown.ended(1, 1, "calibrate rtn-w8a8-day")
     assert "2/2" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
