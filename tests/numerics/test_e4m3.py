@@ -65,6 +65,9 @@ def test_spacing_is_the_distance_of_neighbours() -> None:
     np.testing.assert_array_equal(unit_of(torch.from_numpy(inside)).numpy(), np.diff(GRID))
 
 
+@pytest.mark.skipif(
+    tuple(map(int, onnx.__version__.split(".")[:2])) < (1, 19), reason="onnx knows no E4M3 of NumPy"
+)
 @pytest.mark.parametrize("axis", [None, 0])
 def test_codes_are_those_of_the_onnx_reference(axis: int | None) -> None:
     rng = np.random.default_rng(0)
