@@ -33,6 +33,10 @@ th,td{{white-space:normal}}h2{{break-after:avoid}}svg,table,figure{{break-inside
 """
 
 
+# Doubts about measurements that are shown unfolded.
+_SHOWN_MARKS = 2
+
+
 @dataclass(frozen=True)
 class Details:
     """What a page shows of an engine beside its result.
@@ -201,11 +205,7 @@ def page(
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="verdict">{html.escape(verdict(rows))}</p>',
         f"<p>{html.escape(note)}</p>" if note else "",
-        *(
-            f"<p class=mark>{html.escape(name)}: {html.escape(mark)}</p>"
-            for name, result in rows
-            for mark in result.marks
-        ),
+        *_doubts(rows),
         *_pictures(rows, details),
         *_compared(rows),
         *_confusion(rows, details),
@@ -216,6 +216,20 @@ def page(
         *_environment(rows[0][1]),
     ]
     return document(title, body, command, _STYLE)
+
+
+def _doubts(rows: Rows) -> Iterator[str]:
+    """What makes measurements doubtful; folded where it would push the page's beginning away."""
+    marks = [html.escape(f"{name}: {mark}") for name, result in rows for mark in result.marks]
+    if len(marks) <= _SHOWN_MARKS:
+        yield from (f"<p class=mark>{mark}</p>" for mark in marks)
+        return
+    doubtful = sum(bool(result.marks) for _, result in rows)
+    listed = "".join(f"<li>{mark}</li>" for mark in marks)
+    yield (
+        f"<details class=mark><summary>{doubtful} of {len(rows)} measurements are doubtful, such "
+        f"as {marks[0]}</summary><ul>{listed}</ul></details>"
+    )
 
 
 def _pictures(rows: Rows, details: Mapping[str, Details]) -> Iterator[str]:
@@ -303,7 +317,15 @@ def _accuracies(rows: Rows) -> Iterator[str]:
         if r.accuracy
     ]  # fmt: skip
     yield dots(marks, domains, "accuracy, %")
-    yield table_of(*accuracy_table(rows))
+    yield table_of(*_filled(*accuracy_table(rows)))
+
+
+def _filled(
+    header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """A table without the columns that hold nothing."""
+    kept = [i for i in range(len(header)) if any(row[i] != "-" for row in rows)]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def _percent(share: float | None) -> float | None:

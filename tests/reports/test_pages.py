@@ -126,6 +126,22 @@ def test_the_page_opens_with_the_verdict_and_pictures_and_is_one_file() -> None:
     assert "<script" not in text and "prefers-color-scheme:dark" in text
 
 
+def test_many_doubts_are_folded_and_empty_columns_left_out() -> None:
+    def marked(count: int) -> str:
+        some = [
+            (name, r.model_copy(update={"marks": ["noisy <neighbour>"] if i < count else []}))
+            for i, (name, r) in enumerate(rows())
+        ]
+        return page("a title", some)
+
+    name = rows()[0][0]
+    shown = f"{name}: noisy &lt;neighbour&gt;"
+    assert f"<p class=mark>{shown}</p>" in marked(2) and "<details class=mark>" not in marked(2)
+    assert f"<summary>3 of 10 measurements are doubtful, such as {shown}</summary>" in marked(3)
+    assert marked(3).count("noisy &lt;neighbour&gt;</li>") == 3
+    assert "<th>pixels</th>" not in marked(0) and "<th>value</th>" in marked(0)
+
+
 def test_the_verdict_is_of_the_best_quantized_merge() -> None:
     table = rows()
     means = {n: r.accuracy.harmonic_mean for n, r in table if r.accuracy and r.wbits}
