@@ -409,21 +409,23 @@ def engines(record: Mapping[str, Any]) -> str:
 
 
 def _kernels(found: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """The kinds of kernels that take most of the time, side by side."""
+    """The kinds of kernels that take most of the time, side by side, and where two graphs part."""
     if len(found) < 2:
         return []
-    kinds = list(dict.fromkeys(kind for kernels in found.values() for kind in kernels))
-    most = [kind for kind in kinds if max(k.get(kind, 0) for k in found.values()) >= 0.5]
+    (own, mine), (other, theirs) = found.items()
+    kinds = list(dict.fromkeys([*mine, *theirs]))
+    total = sum(theirs.values())
+    most = [k for k in kinds if max(mine.get(k, 0), theirs.get(k, 0)) >= 0.01 * total]
+    rows = [
+        [name, *(f"{kernels.get(k, 0):.1f}" for k in most), f"{sum(kernels.values()):.1f}"]
+        for name, kernels in found.items()
+    ]
+    more = [*(mine.get(k, 0) - theirs.get(k, 0) for k in most), sum(mine.values()) - total]
+    rows.append([f"{own} less {other}", *(f"{ms:+.1f}" for ms in more)])
     return [
         "Kernels of ONNX Runtime, ms at 1 thread and batch 16:",
         "",
-        table(
-            ["engine", *most],
-            [
-                [name, *(f"{kernels[kind]:.1f}" if kind in kernels else "-" for kind in most)]
-                for name, kernels in found.items()
-            ],
-        ),
+        table(["engine", *most, "all"], rows),
         "",
     ]
 
