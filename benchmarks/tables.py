@@ -513,8 +513,7 @@ def peers(record: Mapping[str, Any]) -> str:
             "The integer Clip that keeps codes as they were calibrated comes on top; without it "
             "(codes to 255) the numbers are others than the bundle's. Sums of more than two terms "
             "stay real, for their partial sums have no scale (StreetNet), and so do concatenated "
-            "outputs of linear layers (SegFormer). On OpenVINO a Round of its own in front of "
-            "residual sums keeps the codes (ResNet-50 and StreetNet beside NNCF).",
+            "outputs of linear layers (SegFormer).",
             "",
             *parts,
         ]
