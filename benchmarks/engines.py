@@ -150,9 +150,13 @@ def peers(folder: Path, plain: Path, x: Array) -> dict[str, Path]:
     return result
 
 
-def session(path: Path, threads: int, dump: Path | None = None) -> onnxruntime.InferenceSession:
-    """ONNX Runtime with its defaults."""
+def session(
+    path: Path, threads: int, dump: Path | None = None, profile: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """ONNX Runtime with its defaults; ``dump`` gets its graph, ``profile`` begins its profile."""
     options = onnxruntime.SessionOptions()
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     if dump:

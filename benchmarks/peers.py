@@ -61,7 +61,6 @@ TRANSFORMERS = ("timm:vit", "transformers:")
 THREADS, BATCHES = (1, 2), (1, 16)
 # Rounds, and calls of one contender in a round, by batch.
 ROUNDS, CALLS = {1: 9, 16: 5}, {1: 5, 16: 1}
-PEERS = {"ours ort": "quantize_static best", "ours openvino": "NNCF best"}
 _SIDE = 1024
 
 
@@ -125,7 +124,7 @@ def contenders(model: str, folder: Path) -> tuple[list[Contender], dict[str, Any
         Contender("FP32 ort", partial(in_onnx_runtime, graph)),
         Contender("FP32 openvino", partial(in_openvino, openvino.Core().read_model(str(graph)))),
     ]
-    facts: dict[str, Any] = {"executed": {}, "failed": {}, "kernels": {}}
+    facts: dict[str, Any] = {"executed": {}, "failed": {}}
     ours = {
         "ours ort": ("ort", GraphOptions()),
         "ours ort, codes to 255": ("ort", GraphOptions(exact=False)),
@@ -160,15 +159,9 @@ def contenders(model: str, folder: Path) -> tuple[list[Contender], dict[str, Any
 
 def kernels(graphs: Mapping[str, Path], x: Array, folder: Path) -> dict[str, dict[str, float]]:
     """Milliseconds of a call by kind of kernel, one thread, for each graph; largest first."""
-    sessions = {}
-    for name, path in graphs.items():
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = 1, 3
-        options.enable_profiling = True
-        options.profile_file_prefix = str(folder / "profile")
-        sessions[name] = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+    sessions = {
+        name: engines.session(path, 1, profile=folder / "profile") for name, path in graphs.items()
+    }
     for _ in range(2 * ROUNDS[len(x)]):
         for session in sessions.values():
             session.run(None, {session.get_inputs()[0].name: x})

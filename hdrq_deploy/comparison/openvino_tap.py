@@ -113,11 +113,12 @@ class OpenVinoTap:
     def _by_kind(self, sites: Sequence[str]) -> list[list[str]]:
         """The sites by the operator in front of their quantizers."""
         producers = {out: node.op_type for node in self._model.graph.node for out in node.output}
-        quantizers = (n for n in self._model.graph.node if n.op_type == "QuantizeLinear")
         kinds: dict[str, list[str]] = {}
-        for scale, value in {n.input[1]: n.input[0] for n in reversed(list(quantizers))}.items():
-            if scale in sites:
-                kinds.setdefault(producers.get(value, ""), []).insert(0, scale)
+        left = set(sites)
+        for node in self._model.graph.node:
+            if node.op_type == "QuantizeLinear" and node.input[1] in left:
+                left.remove(node.input[1])
+                kinds.setdefault(producers.get(node.input[0], ""), []).append(node.input[1])
         return list(kinds.values())
 
     def _ends(self, tap: GraphTap) -> list[str]:

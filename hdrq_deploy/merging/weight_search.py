@@ -296,12 +296,14 @@ class _Sampler:
     def _floats_of(self, point: Point) -> dict[str, Array]:
         """Everything but the weights, which would not fit into memory for all points."""
         if point not in self._floats:
-            floats = self._merger.floats(point)
             if self._renewed:
                 tensors = with_new_moments(
                     self._merger.parents[0], self._merger.tensors(point), self._renewed
                 )
-                floats = {name: tensors[name] for name in floats}
+                codes = set(self._merger.code_names)
+                floats = {name: value for name, value in tensors.items() if name not in codes}
+            else:
+                floats = self._merger.floats(point)
             self._floats[point] = floats
         return self._floats[point]
 
