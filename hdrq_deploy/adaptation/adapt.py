@@ -28,7 +28,7 @@ from ..calibration.loading import (
 from ..calibration_data.readers import ImageSet, Wanted, read
 from ..errors import DataError, ModelError, SpecError
 from ..formats.atomic_files import check_output, remove_file, write_bytes
-from ..formats.file_kinds import ADAPTED, ADAPTING
+from ..formats.file_kinds import ADAPTED, ADAPTING, partial_of
 from ..numerics.spec import check_seed
 from ..typing import Progress
 from .options import AdaptationOptions
@@ -79,7 +79,7 @@ def adapt(
     if target.suffix != ".safetensors":
         raise SpecError(f"found output {output}; needed a .safetensors file")
     inputs = [weights, None if isinstance(data, ImageSet) else data]
-    partial = target.with_name(target.name + ".partial")
+    partial = partial_of(target)
     check_output(target, ADAPTED, inputs)
     check_output(partial, ADAPTING, inputs)
     check_seed(seed)

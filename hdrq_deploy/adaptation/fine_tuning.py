@@ -27,7 +27,7 @@ from ..calibration_data.readers import ImageSet, Wanted, read
 from ..calibration_data.readers.street_scenes import IGNORE, find_scenes, is_scenes
 from ..errors import DataError, ModelError, SpecError
 from ..formats.atomic_files import check_output, remove_file, write_bytes
-from ..formats.file_kinds import ADAPTING, TRAINED
+from ..formats.file_kinds import ADAPTING, TRAINED, partial_of
 from ..numerics.spec import check_seed
 from ..typing import Progress
 from .options import FineTuningOptions
@@ -144,7 +144,7 @@ def fine_tune(
     target = Path(output).absolute()
     if target.suffix != ".safetensors":
         raise SpecError(f"found output {output}; needed a .safetensors file")
-    partial = target.with_name(target.name + ".partial")
+    partial = partial_of(target)
     check_output(target, TRAINED, [weights, imagenet, data])
     check_output(partial, ADAPTING, [weights, imagenet, data])
     check_seed(seed)

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from ..calibration_data.readers import ImageSet, Wanted, joined, read
 from ..errors import DataError
 from ..formats.atomic_files import Kind, check_output
-from ..formats.file_kinds import BUNDLE, PARTIAL
+from ..formats.file_kinds import BUNDLE, PARTIAL, partial_of
 from .capture import run_model
 from .devices import torch_device
 from .loading import is_lazy, load_model, load_state, put_state
 from .request import CalibrationRequest, Source
-from .resume import partial_of
 
 __all__ = ["CalibrationInputs", "load", "own_wanted"]
 

@@ -25,10 +25,10 @@ from ..formats.atomic_files import (
     sha256_bytes,
     write_bytes,
 )
-from ..formats.file_kinds import PARTIAL
+from ..formats.file_kinds import PARTIAL, partial_of
 from ..formats.staleness import CALIBRATION, code_of, first_change
 
-__all__ = ["FinishedBlock", "Partial", "partial_of"]
+__all__ = ["FinishedBlock", "Partial"]
 
 _RUN = PARTIAL.marker
 
@@ -39,11 +39,6 @@ class FinishedBlock:
 
     tensors: dict[str, Tensor]
     record: dict[str, Any]
-
-
-def partial_of(output: Path) -> Path:
-    """The folder of the finished blocks of a bundle that is not written yet."""
-    return output.with_name(f"{output.name}.partial")
 
 
 class Partial:

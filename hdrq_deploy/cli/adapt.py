@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from .start import importing, run
 
@@ -11,7 +12,7 @@ with importing("hdrq adapt"):
     from ..adaptation.options import AdaptationOptions
     from ..errors import ModelError
     from ..formats.atomic_files import check_output, check_scratch
-    from ..formats.file_kinds import ADAPTED, ADAPTING
+    from ..formats.file_kinds import ADAPTED, ADAPTING, partial_of
     from .common import image_flags, parser, progress_bar, seed_number, wanted_of
 
 __all__ = ["arguments", "main"]
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _adapt(args: argparse.Namespace) -> int:
     inputs = [args.weights, args.data]
     check_output(args.output, ADAPTED, inputs)
-    check_output(f"{args.output}.partial", ADAPTING, inputs)
+    check_output(partial_of(Path(args.output)), ADAPTING, inputs)
     check_scratch()
     try:
         with importing("hdrq adapt"):

@@ -38,7 +38,7 @@ with importing("hdrq-calibrate"):
         check_scratch,
         make_directory,
     )
-    from ..formats.file_kinds import BUNDLE, CELL_INPUTS, PARTIAL
+    from ..formats.file_kinds import BUNDLE, CELL_INPUTS, PARTIAL, partial_of
     from ..jobs.job import Job, run_jobs
     from ..jobs.pool import open_pool
     from ..numerics.spec import GRIDS
@@ -391,12 +391,12 @@ def _check_outputs(args: argparse.Namespace) -> None:
     inputs = [*args.data, *(args.weights or []), args.base, args.recipe]
     if len(args.domain) == 1 or args.together:
         check_output(args.output, BUNDLE, inputs)
-        check_output(f"{Path(args.output)}.partial", PARTIAL, inputs)
+        check_output(partial_of(Path(args.output)), PARTIAL, inputs)
         return
     outputs: list[tuple[str, Kind]] = []
     for domain in args.domain:
         name = f"{domain}.hdrq"
-        outputs += [(name, BUNDLE), (f"{name}.partial", PARTIAL)]
+        outputs += [(name, BUNDLE), (partial_of(Path(name)).name, PARTIAL)]
         outputs.append((inputs_of(Path(name)).name, CELL_INPUTS))
     check_container(args.output, outputs, inputs)
 

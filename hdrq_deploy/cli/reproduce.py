@@ -50,6 +50,7 @@ with importing("hdrq reproduce"):
         REPRODUCE_JSON,
         REPRODUCE_TABLE,
         TUNING_JSON,
+        partial_of,
     )
     from ..jobs.job import run_jobs
     from ..jobs.pool import open_pool
@@ -280,7 +281,7 @@ def _check_outputs(args: argparse.Namespace, grid: Grid, prepared: Preparation |
     ]
     for cell in [] if args.table else grid.cells():
         bundle = bundle_path(Path(), cell)
-        outputs += [(bundle, BUNDLE), (bundle.with_name(f"{bundle.name}.partial"), PARTIAL)]
+        outputs += [(bundle, BUNDLE), (partial_of(bundle), PARTIAL)]
         outputs += [(inputs_of(bundle), CELL_INPUTS), (row_path(Path(), cell), CELL_ROW)]
     if args.draw:
         names = [picture_name(d, n) for d in grid.domains for n in range(SCENES)]

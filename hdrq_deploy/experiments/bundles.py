@@ -19,7 +19,7 @@ from ..calibration_data.readers import ImageSet
 from ..errors import HdrqError, SpecError
 from ..formats.atomic_files import remove_file, remove_folder, write_bytes
 from ..formats.bundle import Bundle
-from ..formats.file_kinds import CELL_INPUTS, PARTIAL
+from ..formats.file_kinds import CELL_INPUTS, PARTIAL, partial_of
 from ..formats.staleness import (
     CALIBRATION,
     change_since,
@@ -120,7 +120,7 @@ def is_valid(path: Path) -> bool:
 def forget(output: Path) -> None:
     """Let the bundle at ``output`` be made from its first block on."""
     remove_file(inputs_of(output), CELL_INPUTS)
-    remove_folder(output.with_name(f"{output.name}.partial"), PARTIAL)
+    remove_folder(partial_of(output), PARTIAL)
 
 
 def is_merged(path: Path, parents: Sequence[Bundle]) -> bool:

@@ -20,7 +20,7 @@ from ..calibration_data import pacs as pacs_images
 from ..calibration_data.readers import Wanted
 from ..errors import DataError, ModelError, SpecError
 from ..formats.atomic_files import Kind, make_directory, new_directory, write_record
-from ..formats.file_kinds import ADAPTED, ADAPTING, CELL_INPUTS, SPLITS, TRAINED
+from ..formats.file_kinds import ADAPTED, ADAPTING, CELL_INPUTS, SPLITS, TRAINED, partial_of
 from ..formats.staleness import change_since, plain, stamp, versions_of
 from ..typing import Progress, no_progress
 from .bundles import inputs_of, record_ingredients
@@ -202,7 +202,7 @@ class Preparation:
         """Place in the folder of a run, and kind, of all that is made."""
         places: list[tuple[Path, Kind]] = [(self.splits, SPLITS)]
         for trained in self.checkpoints:
-            partial = trained.file.with_name(f"{trained.file.name}.partial")
+            partial = partial_of(trained.file)
             places += [(trained.file, trained.kind), (partial, ADAPTING)]
             places += [(inputs_of(trained.file), CELL_INPUTS)]
         return [(str(path.relative_to(out)), kind) for path, kind in places]

@@ -59,6 +59,7 @@ __all__ = [
     "TUNING_JSON",
     "VERIFY_JSON",
     "generator",
+    "partial_of",
     "sealed",
 ]
 
@@ -97,6 +98,8 @@ EMITTED = {
     target: FolderKind(f"hdrq-emit-{target}", "hdrq-emit.json")
     for target in ("triton", "deepstream", "ros2")
 }
+
+
 # Blocks are written one by one; a killed process leaves a temporary file beside them.
 PARTIAL = FolderKind(
     "hdrq-partial",
@@ -246,3 +249,8 @@ TIMING_CACHE = FileKind("timing cache of TensorRT", _is_timing_cache)
 RUNTIME_CACHE = FileKind(
     "runtime cache of TensorRT-RTX", lambda path: _head(path).startswith(RUNTIME_CACHE_MARK)
 )
+
+
+def partial_of(output: Path) -> Path:
+    """Where the finished part of an output lies that is not written yet."""
+    return output.with_name(f"{output.name}.partial")

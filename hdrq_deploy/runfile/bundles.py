@@ -16,7 +16,7 @@ from ..experiments.bundles import bundle_change, inputs_of, is_merged, make_bund
 from ..experiments.cells import write_merge
 from ..formats.atomic_files import Kind, read_json
 from ..formats.bundle import Bundle
-from ..formats.file_kinds import ADAPTED, ADAPTING, BUNDLE, CELL_INPUTS, PARTIAL
+from ..formats.file_kinds import ADAPTED, ADAPTING, BUNDLE, CELL_INPUTS, PARTIAL, partial_of
 from ..formats.staleness import code_of, plain, stamp, versions_of
 from ..merging import Merger, choose_weights
 from ..merging.ways import way_of
@@ -89,8 +89,7 @@ class AdaptStage(RecordedStage):
 
     def outputs(self) -> list[tuple[Path, Kind]]:
         """See :meth:`Stage.outputs`."""
-        partial = self.output.with_name(f"{self.output.name}.partial")
-        return [*self.recorded(ADAPTED), (partial, ADAPTING)]
+        return [*self.recorded(ADAPTED), (partial_of(self.output), ADAPTING)]
 
 
 @dataclass(frozen=True)
@@ -122,10 +121,11 @@ class CalibrateStage(Stage):
 
     def reached(self) -> str:
         """See :meth:`Stage.reached`."""
-        record: Any = read_json(self._partial / PARTIAL.marker)
+        partial = partial_of(self.output)
+        record: Any = read_json(partial / PARTIAL.marker)
         if not isinstance(record, dict) or not isinstance(record.get("blocks"), int):
             return ""
-        done = len(list(self._partial.glob("block-*.safetensors")))
+        done = len(list(partial.glob("block-*.safetensors")))
         return f"{done} of {record['blocks']} blocks"
 
     def outputs(self) -> list[tuple[Path, Kind]]:
@@ -133,12 +133,8 @@ class CalibrateStage(Stage):
         return [
             (self.output, BUNDLE),
             (inputs_of(self.output), CELL_INPUTS),
-            (self._partial, PARTIAL),
+            (partial_of(self.output), PARTIAL),
         ]
-
-    @property
-    def _partial(self) -> Path:
-        return self.output.with_name(f"{self.output.name}.partial")
 
 
 @dataclass(frozen=True)
