@@ -24,10 +24,10 @@ from ..formats.staleness import (
     CALIBRATION,
     change_since,
     code_of,
-    contents_of,
     plain,
     stamp,
     versions_of,
+    with_contents,
 )
 
 __all__ = [
@@ -103,7 +103,7 @@ def recorded_change(
 
 def record_ingredients(output: Path, ingredients: Mapping[str, Any]) -> None:
     """Write beside a bundle what it was made from."""
-    record = {"kind": CELL_INPUTS.kind, **ingredients, "contents": contents_of(ingredients)}
+    record = {"kind": CELL_INPUTS.kind, **with_contents(ingredients)}
     text = json.dumps(record, indent=1)
     write_bytes(inputs_of(output), f"{text}\n".encode(), CELL_INPUTS)
 

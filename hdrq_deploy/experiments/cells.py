@@ -18,7 +18,7 @@ from ..formats.atomic_files import scratch_folder, write_bytes
 from ..formats.bundle import Bundle
 from ..formats.engine_folder import read_manifest
 from ..formats.file_kinds import CELL_ROW
-from ..formats.staleness import code_of, first_change, stamp, versions_of
+from ..formats.staleness import code_of, fingerprint, first_change, stamp, versions_of
 from ..formats.temporary import temporary_folder
 from ..jobs.job import Job
 from ..merging import Merger, choose_weights, re_estimate
@@ -199,7 +199,7 @@ def _measure(
     tests = [domain for domain in task.domains if domain.name in domains]
     origin = {
         "bundle": bundle.manifest_sha256,
-        "tests": {d.name: [*(stamp(d.test) or ()), task.split, d.image_size] for d in tests},
+        "tests": {d.name: [fingerprint(d.test), task.split, d.image_size] for d in tests},
         "versions": versions_of("numpy", "onnx", "onnxruntime", "pillow"),
         "code": code_of("exporters", "runtime"),
     }

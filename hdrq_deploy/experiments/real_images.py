@@ -21,7 +21,7 @@ from ..calibration_data.readers import Wanted
 from ..errors import DataError, ModelError, SpecError
 from ..formats.atomic_files import Kind, make_directory, new_directory, write_record
 from ..formats.file_kinds import ADAPTED, ADAPTING, CELL_INPUTS, SPLITS, TRAINED, partial_of
-from ..formats.staleness import change_since, plain, stamp, versions_of
+from ..formats.staleness import change_since, plain, stamp, versions_of, with_contents
 from ..typing import Progress, no_progress
 from .bundles import inputs_of, record_ingredients
 from .tasks import Domain, Task, checkpoint_of, iterations, learning_rates
@@ -240,7 +240,7 @@ class Preparation:
         make_directory(self.splits.parent)
         with new_directory(self.splits, SPLITS, sync=False) as new:
             self.write(self.data, new, self.domains)
-            write_record(new, SPLITS, record)
+            write_record(new, SPLITS, with_contents(record))
 
     def _train(self, trained: Trained, device: str, threads: int, progress: Progress) -> None:
         ingredients = {

@@ -23,7 +23,15 @@ from ..errors import SpecError
 from ..formats.atomic_files import make_directory, read_json, remove_folder, write_bytes
 from ..formats.bundle import Bundle
 from ..formats.file_kinds import BUNDLE, TRIAL, TUNING_JSON
-from ..formats.staleness import CALIBRATION, code_of, first_change, plain, stamp, versions_of
+from ..formats.staleness import (
+    CALIBRATION,
+    change_in,
+    code_of,
+    plain,
+    stamp,
+    versions_of,
+    with_contents,
+)
 from ..jobs.job import Job, Pool, run_jobs
 from ..typing import Progress
 from .bundles import forget, make_bundle
@@ -149,7 +157,7 @@ def try_rate(
     row = {
         "kind": TRIAL.kind,
         "trial": trial.name,
-        "origin": ingredients,
+        "origin": with_contents(ingredients),
         "rate": trial.rate,
         "images": images,
         **judge(bundles, experts, held),
@@ -199,7 +207,7 @@ def _calibrated(
         device=device,
         **SETTINGS[run.setting].codes,
     )
-    make_bundle(request, graphs, [*(stamp(domain.images) or ()), "without those held out"])
+    make_bundle(request, graphs, [stamp(domain.images), "without those held out"])
     return output
 
 
@@ -227,7 +235,7 @@ def _change(target: Path, ingredients: Mapping[str, Any]) -> str:
     row = read_json(target)
     if not isinstance(row, dict) or "origin" not in row:
         return "it was not tried yet"
-    return first_change(row["origin"], ingredients)
+    return change_in(row["origin"], ingredients)
 
 
 def _scores(task: Task, run: Run, out: Path) -> dict[int, dict[str, Any]]:

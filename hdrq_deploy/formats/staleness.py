@@ -25,13 +25,16 @@ from .atomic_files import read_json, sha256_file
 
 __all__ = [
     "CALIBRATION",
+    "change_in",
     "change_since",
     "code_of",
     "contents_of",
+    "fingerprint",
     "first_change",
     "plain",
     "stamp",
     "versions_of",
+    "with_contents",
 ]
 
 _PACKAGE = "hdrq_deploy"
@@ -101,11 +104,20 @@ def _shown(value: Any) -> str:
 
 def change_since(record: Path, now: Mapping[str, Any]) -> str:
     """The first difference between a record on disk and today's; "" for an artefact up to date."""
-    before = read_json(record)
+    return change_in(read_json(record), now)
+
+
+def change_in(before: Any, now: Mapping[str, Any]) -> str:
+    """The first difference between a record that was read and today's; "" where there is none.
+
+    Args:
+        before: What :func:`with_contents` gave, and perhaps the record's kind and files.
+        now: What it would be made from now.
+    """
     if not isinstance(before, dict):
         return "no record says what it was made from"
-    contents = before.pop("contents", None)
-    before = {k: v for k, v in before.items() if k not in {"kind", "files"}}
+    contents = before.get("contents")
+    before = {k: v for k, v in before.items() if k not in {"contents", "kind", "files"}}
     now = json.loads(json.dumps(now))
     if isinstance(contents, dict) and before != now:
         before = _with_equal_contents(before, now, contents)
@@ -124,6 +136,11 @@ def _with_equal_contents(before: Any, now: Any, contents: Mapping[str, Any]) -> 
         pairs = zip(before, now, strict=True)
         return [_with_equal_contents(old, new, contents) for old, new in pairs]
     return before
+
+
+def with_contents(ingredients: Mapping[str, Any]) -> dict[str, Any]:
+    """A record to keep: what something was made from, and hashes of the files among it."""
+    return {**ingredients, "contents": contents_of(ingredients)}
 
 
 def contents_of(ingredients: Any) -> dict[str, str]:
@@ -186,6 +203,15 @@ def stamp(path: str | Path | None) -> list[Any] | None:
     stats = [f.stat() for f in files if f.exists()]
     newest = max((s.st_mtime_ns for s in stats), default=0)
     return [str(path.absolute()), len(stats), sum(s.st_size for s in stats), newest]
+
+
+def fingerprint(path: str | Path | None) -> str | list[Any] | None:
+    """What tells a file or folder from others wherever it lies: a hash of names and contents.
+
+    Of what is larger than 4 GB, its :func:`stamp`.
+    """
+    found = stamp(path)
+    return found and (_contents(*found) or found)
 
 
 def versions_of(*packages: str) -> dict[str, str | None]:

@@ -364,6 +364,10 @@ def test_contents_decide_where_only_the_time_or_the_place_changed(tmp_path: Path
     # As many bytes, and others.
     (moved / "b.png").write_bytes(b"six")
     assert change_since(record, {**touched, "data": stamp(moved)}) == "the images changed"
+    assert staleness.fingerprint(moved) != staleness.fingerprint(folder)
+    (moved / "b.png").write_bytes(b"two")
+    assert staleness.fingerprint(moved) == staleness.fingerprint(folder)
+    assert staleness.fingerprint(tmp_path / "none") == stamp(tmp_path / "none")
     # A record without hashes: the stamp decides, as ever.
     record.write_text(json.dumps({"kind": "k", **now}))
     assert change_since(record, touched) == "the images changed"
