@@ -1,15 +1,14 @@
-"""How strong the distance to the source should be, and where first activation scales come from.
+"""What HDRQ's distance to the source and its noise do to single models and to their merges.
 
     python benchmarks/distance_ablation.py --out build/distance --results benchmarks/results
 
 Calibrates HDRQ on the three domains of the digits benchmark (ResNet-14, one scale per tensor) with
-distances of both forms and several weights, and QDrop with several learning rates, at W8A8, W4A4
-and W3A3; merges all pairs and the triple to nearest; and measures them on the calibration split, by
-which choices are made, and on the test split. A row of results is one method, its bits and its
-seed, and lies on disk: one that is there is not made again, so a stopped run goes on.
-
-Rates are scaled to the iterations (``scale_rates``). The second seed runs for the published
-distance, and for the best of each family by the first seed.
+distances of both forms and several weights, without noise and with uniform noise, and with the
+other rule for first activation scales; and QDrop beside it. All learn at the rates that
+``merge_statistics.py`` uses for these iterations. Pairs and the triple are merged to nearest, and
+by regression with compensated rounding, and measured on the test split and on the calibration
+split, by which choices are made. A row is one setting and one calibration seed, and lies on disk:
+one that is there is not made again, so a stopped run resumes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 from merge_quality import DOMAINS, GROUPS, MODEL, Judge, harmonic, split
+from merge_statistics import ITERS, RATES
 
 from hdrq_deploy import Bundle
 from hdrq_deploy.calibration.graph_cache import GraphCache
@@ -39,14 +39,10 @@ from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.merging import Merger
 from hdrq_deploy.runtime.bench.environment import environment
 
-COMMON: dict[str, Any] = {"iters": 150, "batch": 16, "scale_rates": True}
-PARTS = ("scales", "distances")
-SEEDS = (0, 1)
-BITS = ((8, 8), (4, 4), (3, 3))
-NORMS = (0.05, 0.0, 0.1, 0.01, 0.005)
-RELATIVES = (0.3, 1.0, 0.1)
-# The method's own rate is 1e-3.
-QDROP_RATES = (1e-3, 3e-4, 3e-3, 1e-4)
+BITS = ("w8a8", "w4a4", "w3a3")
+# The paper's weight of the distance, and others beside it.
+PUBLISHED, NORMS, RELATIVES = 0.05, (0.0, 0.005, 0.01, 0.1), (0.3, 1.0)
+WAYS = {"nearest": ("nearest", "mean"), "compensated": ("compensated", "regression")}
 # The graph is captured and written once.
 GRAPHS = GraphCache()
 
@@ -55,76 +51,71 @@ GRAPHS = GraphCache()
 class Setting:
     """One method with its options at some bits."""
 
-    family: str
-    value: float
-    wbits: int
-    abits: int
+    label: str
+    bits: str
     method: str = "hdrq"
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def label(self) -> str:
-        """Family and value."""
-        return f"{self.family}-{self.value:g}"
-
-    @property
     def name(self) -> str:
         """Its name with the bits."""
-        return f"{self.label}-w{self.wbits}a{self.abits}"
+        return f"{self.label}-{self.bits}"
+
+    @property
+    def learning(self) -> dict[str, Any]:
+        """All options that differ from the method's own."""
+        return {"iters": ITERS, "lr": RATES["digits"][self.method], **self.options}
 
 
-def scales() -> Iterator[Setting]:
-    """The published distance with either rule for first activation scales."""
-    for bits in (4, 3):
-        yield Setting("norm", 0.05, bits, bits, options={"distance": 0.05})
-        options = {"distance": 0.05, "act_init": "per-image-max"}
-        yield Setting("per-image-max", 0.05, bits, bits, options=options)
+def settings() -> Iterator[Setting]:
+    """All settings, the most telling first."""
+    for bits in reversed(BITS):
+        yield Setting(f"norm-{PUBLISHED:g}", bits, options={"distance": PUBLISHED})
+        yield Setting("norm-0", bits, options={"distance": 0.0})
+        yield Setting("qdrop", bits, "qdrop")
+    for bits in reversed(BITS[1:]):
+        for noise in ("off", "uniform"):
+            yield Setting(f"noise-{noise}", bits, options={"noise": noise})
+    for value in RELATIVES:
+        for bits in reversed(BITS):
+            options = {"distance": value, "distance_form": "relative"}
+            yield Setting(f"relative-{value:g}", bits, options=options)
+    for value in sorted(set(NORMS) - {0.0}, reverse=True):
+        for bits in reversed(BITS):
+            yield Setting(f"norm-{value:g}", bits, options={"distance": value})
+    for bits in reversed(BITS[1:]):
+        yield Setting("per-image-max", bits, options={"act_init": "per-image-max"})
 
 
-def distances() -> Iterator[Setting]:
-    """All distances, and QDrop; the most telling first."""
-    for i in range(max(len(NORMS), len(RELATIVES), len(QDROP_RATES))):
-        for wbits, abits in BITS:
-            for value in NORMS[i : i + 1]:
-                yield Setting("norm", value, wbits, abits, options={"distance": value})
-            for value in RELATIVES[i : i + 1]:
-                options = {"distance": value, "distance_form": "relative"}
-                yield Setting("relative", value, wbits, abits, options=options)
-            for rate in QDROP_RATES[i : i + 1]:
-                yield Setting("qdrop", rate, wbits, abits, "qdrop", {"lr": rate})
+def row_of(setting: Setting, seed: int, folder: Path) -> Path:
+    """The file of a finished row."""
+    return folder / f"{setting.name}-s{seed}.json"
 
 
-def kept(setting: Setting, seed: int, folder: Path) -> dict[str, Any] | None:
-    """The row of one setting and seed, where it was made."""
-    path = folder / f"{setting.name}-s{seed}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def measure(setting: Setting, seed: int, folder: Path) -> dict[str, Any]:
-    """The row of one setting and seed, made where it is missing."""
-    before = kept(setting, seed, folder)
-    if before:
-        return before
+def measure(setting: Setting, seed: int, folder: Path) -> None:
+    """Write the row of one setting and seed where it is missing."""
+    target = row_of(setting, seed, folder)
+    if target.exists():
+        return
     started = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
         bundles = {d: _calibrated(setting, seed, d, Path(scratch)) for d in DOMAINS}
         judge = Judge(bundles[DOMAINS[0]])
-        accuracies = {name: _accuracies(bundles, judge, name) for name in ("calibration", "test")}
+        measured = {name: _accuracies(bundles, judge, name) for name in ("calibration", "test")}
     row = {
-        "family": setting.family,
-        "value": setting.value,
-        "bits": f"w{setting.wbits}a{setting.abits}",
+        "setting": setting.label,
+        "bits": setting.bits,
         "seed": seed,
-        "options": {**COMMON, **setting.options},
+        "options": setting.learning,
         "cpu_seconds": round(time.process_time() - started),
-        **accuracies,
+        **measured,
     }
-    write_bytes(folder / f"{setting.name}-s{seed}.json", json.dumps(row).encode())
-    print(f"{setting.name} seed {seed}: {accuracies['test']}", flush=True)
-    return row
+    write_bytes(target, json.dumps(row).encode())
+    print(f"{setting.name} seed {seed}: {measured['test']}", flush=True)
 
 
 def _calibrated(setting: Setting, seed: int, domain: str, scratch: Path) -> Bundle:
+    wbits, abits = (int(part) for part in setting.bits[1:].split("a"))
     request = CalibrationRequest(
         MODEL,
         ImageSet(split(domain, "calibration")[0], None, None, None),
@@ -133,51 +124,27 @@ def _calibrated(setting: Setting, seed: int, domain: str, scratch: Path) -> Bund
         CHECKPOINTS / f"{domain}.safetensors",
         CHECKPOINTS / "fonts.safetensors",
         method=setting.method,
-        wbits=setting.wbits,
-        abits=setting.abits,
+        wbits=wbits,
+        abits=abits,
         seed=seed,
-        options=Options.of(setting.method, **{**COMMON, **setting.options}),
-        statistics="off",
+        options=Options.of(setting.method, **setting.learning),
     )
     return run_calibration(request, GRAPHS)
 
 
-def _accuracies(bundles: dict[str, Bundle], judge: Judge, name: str) -> dict[str, float]:
-    """Harmonic means in %: of the single models, of each merged group, and of the pairs."""
+def _accuracies(bundles: Mapping[str, Bundle], judge: Judge, name: str) -> dict[str, float]:
+    """Harmonic means in %: of the single models, and of merges, pairs as their mean, by way."""
     single = {d: judge(b.tensors(), (d,), name)[d] for d, b in bundles.items()}
     result = {"single": harmonic(single)}
-    for group in GROUPS:
-        merged = Merger([bundles[d] for d in group], "nearest").tensors(
-            [1 / len(group)] * len(group)
-        )
-        result["+".join(group)] = harmonic(judge(merged, group, name))
-    result["pairs"] = statistics.fmean(result["+".join(g)] for g in GROUPS if len(g) == 2)
-    result["triple"] = result.pop("+".join(DOMAINS))
+    for way, (rounding, method) in WAYS.items():
+        found = {}
+        for group in GROUPS:
+            merger = Merger([bundles[d] for d in group], rounding, method=method)
+            tensors = merger.tensors([1 / len(group)] * len(group))
+            found[group] = harmonic(judge(tensors, group, name))
+        result[f"{way} pairs"] = statistics.fmean(found[g] for g in GROUPS if len(g) == 2)
+        result[f"{way} triple"] = found[DOMAINS]
     return {key: round(100 * value, 2) for key, value in result.items()}
-
-
-def score(row: dict[str, Any]) -> float:
-    """What choices are made by: pairs and triple, merged, on the calibration split."""
-    return float(statistics.fmean(row["calibration"][key] for key in ("pairs", "triple")))
-
-
-def again(rows: dict[str, dict[str, Any]]) -> Iterator[Setting]:
-    """What the second seed runs for: what is published, and the best of each family.
-
-    A distance is chosen for all bits together, which is what a scale-free form is for; the rate of
-    QDrop for each.
-    """
-    settings = list(distances())
-    chosen = {"norm-0.05"}
-    for family in ("norm", "relative"):
-        labels = {s.label for s in settings if s.family == family}
-        chosen.add(
-            max(labels, key=lambda n: sum(score(rows[s.name]) for s in settings if s.label == n))
-        )
-    yield from (s for s in settings if s.label in chosen)
-    for bits in BITS:
-        own = [s for s in settings if s.family == "qdrop" and (s.wbits, s.abits) == bits]
-        yield max(own, key=lambda s: score(rows[s.name]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,30 +152,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/distance"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--collect", action="store_true", help="write the finished rows, no more")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    if not args.collect and "scales" in args.parts:
-        for setting in scales():
-            for seed in SEEDS:
-                measure(setting, seed, args.out)
-    if not args.collect and "distances" in args.parts:
-        rows = {setting.name: measure(setting, SEEDS[0], args.out) for setting in distances()}
-        for setting in again(rows):
-            measure(setting, SEEDS[1], args.out)
-
-    def found(settings: Iterator[Setting]) -> list[dict[str, Any]]:
-        every = [kept(setting, seed, args.out) for setting in settings for seed in SEEDS]
-        return [row for row in every if row]
-
+    grid = [(setting, seed) for seed in args.seeds for setting in settings()]
+    for setting, seed in () if args.collect else grid:
+        measure(setting, seed, args.out)
+    missing = [place for place in grid if not row_of(*place, args.out).exists()]
+    rows = [json.loads(row_of(*p, args.out).read_text()) for p in grid if p not in missing]
     record = {
-        "schema_version": 1,
+        "schema_version": 2,
         "environment": {**environment(), "torch": version("torch")},
-        "settings_in_grid": len(list(distances())),
-        "first_scales": found(scales()),
-        "distances": found(distances()),
+        "iterations_per_block": ITERS,
+        "missing": [f"{setting.name}-s{seed}" for setting, seed in missing],
+        "rows": rows,
     }
     args.results.mkdir(parents=True, exist_ok=True)
     write_bytes(args.results / "distance.json", (json.dumps(record, indent=1) + "\n").encode())

@@ -79,8 +79,8 @@ SETTINGS: dict[str, Setting] = {
         codes={"grid": "int8", "fold": "steps"},
         learning={},
         pairs=False,
-        pair_ways=("nearest", "regression", "auto"),
-        ways=("nearest", "regression", "auto"),
+        pair_ways=("nearest", "regression", "renewed", "renewed-w4", "renewed-w3", "auto"),
+        ways=("nearest", "regression", "renewed", "renewed-w4", "renewed-w3", "auto"),
         # Searched with benchmarks/distance_ablation.py, which scores on calibration images.
         distance={"distance_form": "relative", "distance": 0.3},
     ),

@@ -106,12 +106,11 @@ def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) 
     ]
     if missing:
         way = WAYS[merge.way]
-        chosen = way.chooses
-        renewed = _unlabelled(task, merge, parents[0], task.renew_images) if chosen else None
+        renewed = _unlabelled(task, merge, parents[0], task.renew_images) if way.renews else None
         mix, record = _mix(task, merge, parents, renewed)
         candidates = CANDIDATES if way.tosses else 1
         for draw in missing:
-            merger = Merger(parents, way.rounding, candidates, draw, way.method)
+            merger = Merger(parents, way.rounding, candidates, draw, way.method, wbits=way.wbits)
             write_merge(merger, targets[draw], mix, record, renewed, threads)
             record_ingredients(targets[draw], ingredients[draw])
     for draw in range(merge.draws):
@@ -123,11 +122,14 @@ def _merge_ingredients(
     task: Task, merge: Merge, parents: list[Bundle], draw: int
 ) -> dict[str, Any]:
     """All that a merged bundle depends on."""
-    images = {d.name: stamp(d.images) for d in task.domains if d.name in merge.members}
-    counts = {"mix_images": task.mix_images, "renew_images": task.renew_images}
+    way, images = WAYS[merge.way], {}
+    if way.renews:
+        read_from = {d.name: stamp(d.images) for d in task.domains if d.name in merge.members}
+        images = {"data": read_from, "renew_images": task.renew_images}
+        images |= {"mix_images": task.mix_images} if way.chooses else {}
     return {
         "parents": [parent.manifest_sha256 for parent in parents],
-        **({"data": images, **counts} if WAYS[merge.way].chooses else {}),
+        **images,
         "way": merge.way,
         "draw": draw,
         "candidates": CANDIDATES,

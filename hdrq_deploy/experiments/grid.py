@@ -206,7 +206,9 @@ class Grid:
         Float models of the paper's fold are averaged, where any setting merges these members.
         """
         if run.setting != "float":
-            return self._ways_in(run.setting, members)
+            is_wide = run.method != "float" and run.wbits == 8
+            every = self._ways_in(run.setting, members)
+            return [way for way in every if is_wide or WAYS[way].wbits is None]
         return ["nearest"] * any(self._ways_in(setting, members) for setting in self.settings)
 
     def _ways_in(self, setting: str, members: Sequence[str]) -> Sequence[str]:

@@ -18,14 +18,17 @@ class Way:
         summary: What it is, for help texts.
         method: Name of one of :data:`..merging.methods.METHODS`.
         rounding: Name of one of :data:`..merging.rounding.ROUNDINGS`.
-        chooses: Whether unlabelled images choose the merge weights and give BatchNorm and the
-            activation scales new values; else the merge weights are equal.
+        renews: Whether unlabelled images give BatchNorm and the activation scales new values.
+        chooses: Whether they choose the merge weights too; else the merge weights are equal.
+        wbits: Bits that the merge rounds 8-bit weights to; None for the parents' own.
     """
 
     summary: str
     method: str = "mean"
     rounding: str = "nearest"
+    renews: bool = False
     chooses: bool = False
+    wbits: int | None = None
 
     @property
     def needs_statistics(self) -> bool:
@@ -44,11 +47,27 @@ WAYS = {
     "advanced": Way("the mean, the best of 30 draws of the ties", rounding="advanced"),
     "compensated": Way("the mean, rounding compensated by statistics", rounding="compensated"),
     "regression": Way("regression, compensated rounding", "regression", "compensated"),
-    "auto": Way(
-        "as regression; unlabelled images choose the merge weights, and BatchNorm and the "
-        "activation scales are measured again",
+    "renewed": Way(
+        "as regression, with BatchNorm and activation scales measured again on unlabelled images",
         "regression",
         "compensated",
+        renews=True,
+    ),
+    **{
+        f"renewed-w{wbits}": Way(
+            f"as renewed, of parents with 8-bit weights, rounded to {wbits} bits by the merge",
+            "regression",
+            "compensated",
+            renews=True,
+            wbits=wbits,
+        )
+        for wbits in (4, 3)
+    },
+    "auto": Way(
+        "as renewed; the unlabelled images choose the merge weights, too",
+        "regression",
+        "compensated",
+        renews=True,
         chooses=True,
     ),
 }

@@ -125,7 +125,10 @@ class CalibrateStage(Stage):
         record: Any = read_json(partial / PARTIAL.marker)
         if not isinstance(record, dict) or not isinstance(record.get("blocks"), int):
             return ""
-        done = len(list(partial.glob("block-*.safetensors")))
+        try:
+            done = len(list(partial.glob("block-*.safetensors")))
+        except FileNotFoundError:  # the run that goes on beside us ended it
+            return ""
         return f"{done} of {record['blocks']} blocks"
 
     def outputs(self) -> list[tuple[Path, Kind]]:
