@@ -1083,14 +1083,13 @@ _RIVALS = {
 
 def _rivals_read(record: Mapping[str, Any]) -> str:
     """What the table says, and what it lacks."""
-    absent = len(record["missing"])
     return (
         "With the experts' float models and the images of all domains in one place, merging in "
         "float and quantizing towards the experts' outputs is the best of these ways at every "
-        "bit-width, on the mean of pairs and on the triple. Merging in float and quantizing "
-        "without their outputs is behind the merge of bundles. Second and third seeds were not "
-        "run, nor were regression with the experts' outputs and most of `qdrop`: "
-        f"{absent} of {absent + len(record['rows'])} rows are missing; the script resumes there."
+        "bit-width, on the mean of pairs and on the triple, whether the float merge is the mean or "
+        "a regression. Merging in float and quantizing without their outputs is behind the merge "
+        "of bundles; on the pairs at W3A3 regression with `qdrop` after it is level with it. "
+        + _not_run([name.removeprefix("digits-") for name in record["missing"]])
     )
 
 
