@@ -1153,121 +1153,162 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-_PACS_WAYS = {
+_PROTOCOL_WAYS = {
     "single": "a model per domain",
-    "single-renewed": "a model per domain, re-estimated",
-    "mean-folded": "mean of folded weights",
-    "mean-nearest": "mean, nearest",
-    "mean-advanced": "mean, advanced",
-    "regression-nearest": "regression",
-    "regression-compensated": "regression, compensated",
-    "mean-nearest-renewed": "mean, nearest, re-estimated",
-    "regression-nearest-renewed": "regression, re-estimated",
-    "regression-compensated-renewed": "**regression, compensated, re-estimated**",
-    "regression-compensated-w4-renewed": "regression, compensated to 4 bits, re-estimated",
-    "regression-compensated-w3-renewed": "regression, compensated to 3 bits, re-estimated",
-    "mean-nearest-auto-renewed": "mean, chosen weights, re-estimated",
-    "regression-nearest-auto-renewed": "regression, chosen weights, re-estimated",
-    "regression-compensated-auto-renewed": (
-        "**regression, compensated, chosen weights, re-estimated**"
-    ),
+    "folded": "mean of folded weights",
+    "nearest": "mean, nearest",
+    "regression": "regression, compensated",
+    "renewed": "regression, compensated, re-estimated",
+    "renewed-w4": "the same, 8 bits to 4",
+    "renewed-w3": "the same, 8 bits to 3",
+    "auto": "regression, compensated, re-estimated, chosen weights",
 }
 
 
-def _pacs_read(rows: Sequence[Mapping[str, Any]], tests: Mapping[str, int]) -> str:
-    """What the rows of PACS say: merges less the best float merge."""
-    found: dict[tuple[str, str, str], dict[int, list[float]]] = {}
-    for row in rows:
-        cell = found.setdefault((row["bits"], row["parents"], row["way"]), {})
-        cell.setdefault(len(row["members"]), []).append(row["harmonic_mean"])
+def _protocol_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of our setting in a ``results.json``, float models once and with all their merges.
 
-    def means(bits: str, parents: str, way: str) -> tuple[float, float] | None:
-        cell = found.get((bits, parents, way), {})
-        return (statistics.fmean(cell[2]), statistics.fmean(cell[3])) if {2, 3} <= {*cell} else None
+    A row has ``method``, ``bits``, ``way``, ``members`` and ``figure``: the summary of the harmonic
+    mean, as :func:`hdrq_deploy.experiments.table.rows` gives it.
+    """
+    found = []
+    for row in record["rows"]:
+        if row["setting"] not in {"float", "ours"}:
+            continue
+        way = "folded" if row["setting"] == "float" else row["way"]
+        keys = {name: row[name] for name in ("method", "bits", "members")}
+        keys["bits"] = "" if row["method"] == "float" else row["bits"]
+        found.append(
+            {
+                **keys,
+                "way": way,
+                "figure": row["merged"]["harmonic mean"],
+                "against": row["against"],
+            }
+        )
+        if way == "nearest":
+            single = {"figure": row["single"]["harmonic mean"], "against": []}
+            found.append({**keys, "way": "single", **single})
+    return found
 
-    best = means("", "float", "regression-nearest-renewed")
-    assert best is not None
-    ways = ["mean-nearest-renewed", "regression-compensated-renewed"]
-    ways += [f"regression-compensated-w{wbits}-renewed" for wbits in (4, 3)]
+
+def _protocol_means(
+    rows: Sequence[Mapping[str, Any]], method: str, bits: str, way: str
+) -> tuple[float, float] | None:
+    """The mean over pairs and the figure of all domains of one kind of rows; None without them."""
+    own = [r for r in rows if (r["method"], r["bits"], r["way"]) == (method, bits, way)]
+    pairs = [row["figure"]["mean"] for row in own if len(row["members"]) == 2]
+    rest = [row["figure"]["mean"] for row in own if len(row["members"]) > 2]
+    return (statistics.fmean(pairs), rest[0]) if pairs and rest else None
+
+
+def _with_interval(figure: Mapping[str, float]) -> str:
+    half = (figure["high"] - figure["low"]) / 2 if "low" in figure else None
+    return f"{figure['mean']:.1f}" + ("" if half is None else f" ± {half:.1f}")
+
+
+def _protocol_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Methods, bits and ways down, every pair, their mean, and all domains across."""
+    groups = sorted({tuple(row["members"]) for row in rows}, key=lambda g: (len(g), g))
+    order = list(_PROTOCOL_WAYS)
+    bits = sorted({row["bits"] for row in rows}, key=lambda b: (b != "", b))
+    lines = []
+    for width in bits:
+        for method in dict.fromkeys(row["method"] for row in rows if row["bits"] == width):
+            own = [r for r in rows if (r["method"], r["bits"]) == (method, width)]
+            for way in sorted({row["way"] for row in own}, key=order.index):
+                found = {tuple(r["members"]): r for r in own if r["way"] == way}
+                cells = []
+                for group in groups:
+                    cells.append(_with_interval(found[group]["figure"]) if group in found else "-")
+                both = _protocol_means(rows, method, width, way)
+                cells.insert(-1, f"{both[0]:.1f}" if both else "-")
+                label = _PROTOCOL_WAYS[way]
+                if method == "float":
+                    label = label.replace(", compensated", "").replace(", nearest", "")
+                lines.append([method, width.upper() or "FP32", label, *cells])
+    header = ["parents", "bits", "merge", *(", ".join(group) for group in groups)]
+    header.insert(-1, "mean of pairs")
+    return table(header, lines)
+
+
+def _protocol_read(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the rows say: merges less the best float merge, and methods beside each other."""
+    ways = [way for way in _PROTOCOL_WAYS if way != "single"]
+    merged = [m for way in ways if (m := _protocol_means(rows, "float", "", way))]
+    best = (max(m[0] for m in merged), max(m[1] for m in merged))
     told = []
     for bits in dict.fromkeys(row["bits"] for row in rows if row["bits"]):
-        for way in ways:
-            cells = {m: means(bits, m, way) for m in ("rtn", "qdrop", "hdrq")}
+        for way in ("renewed", "renewed-w4", "renewed-w3"):
+            cells = {m: _protocol_means(rows, m, bits, way) for m in ("rtn", "qdrop", "hdrq")}
             away = ", ".join(
                 f"`{m}` {cell[0] - best[0]:+.1f} and {cell[1] - best[1]:+.1f}"
                 for m, cell in cells.items()
                 if cell
             )
             if away:
-                name = _PACS_WAYS[way].strip("*")
-                told.append(f"{bits.upper()}, {name}: {away}")
-    # Of a proportion near the best merge's, over all test images.
-    share = best[1] / 100
-    error = 100 * (share * (1 - share) / sum(tests.values())) ** 0.5
+                to = way.removeprefix("renewed").replace("-w", " to W")
+                told.append(f"{bits.upper()}{to}: {away}")
+    beside = []
+    for row in rows:
+        if row["method"] == "hdrq" and row["way"] == "renewed" and len(row["members"]) > 2:
+            for other in row["against"]:
+                beside.append(
+                    f"{row['bits'].upper()}, less `{other['method']}`: {other['difference']:+.1f} "
+                    f"({other['low']:+.1f} to {other['high']:+.1f}, p {other['p']:.2g})"
+                )
     return (
-        f"The best merge of float models is regression with BatchNorm re-estimated, {best[0]:.1f} "
-        f"on the mean of pairs and {best[1]:.1f} on the triple. Less these, in points: "
-        f"{'; '.join(told)}. One calibration seed was run where no spread stands. The test images "
-        f"alone leave a standard error of {error:.1f} points on the triple, and rows less than "
-        f"{2 * 2**0.5 * error:.0f} apart are not told apart by it (as if each had a sample of its "
-        "own; all have the same images)."
+        f"The best merge of float models reaches {best[0]:.1f} on the mean of pairs and "
+        f"{best[1]:.1f} on all domains. Merges by regression with BatchNorm re-estimated less "
+        f"these, in points: {'; '.join(told)}. `hdrq` beside the other methods on all domains, "
+        "merged in this way, with the 95% interval of the difference on the same images: "
+        f"{'; '.join(beside)}."
+    )
+
+
+def _protocol_rates(record: Mapping[str, Any]) -> str:
+    """How learning rates were searched, from a ``tuning.json``."""
+    searches = []
+    for search in record["searches"]:
+        tried = ", ".join(f"{t['rate']:.3g} ({t['score']:.3f})" for t in search["tried"])
+        searches.append(f"`{search['method']}` {tried}, chosen {search['chosen']:.3g}")
+    protocol, bits = record["protocol"], record["searches"][0]["bits"].upper()
+    edges = [search["method"] for search in record["searches"] if search["is_at_edge"]]
+    return (
+        f"Learning rates were searched in the same way for every method (`--tune`): "
+        f"{protocol['rates_at_first']} rates, each {protocol['factor']:.2f} times the next, more "
+        f"of them while the best is the last one; at {bits}, by {protocol['criterion']} "
+        f"({protocol['held_out']}). Rates and nats: {'; '.join(searches)}."
+        + (f" At the end of its search: {', '.join(edges)}." if edges else "")
     )
 
 
 def pacs(record: Mapping[str, Any]) -> str:
     """The section on real images."""
-    rows = record["rows"]
-    groups = sorted({tuple(row["members"]) for row in rows}, key=lambda g: (len(g), g))
-    found: dict[tuple[str, str, str], dict[tuple[str, ...], list[float]]] = {}
-    for row in rows:
-        cell = found.setdefault((row["bits"], row["parents"], row["way"]), {})
-        cell.setdefault(tuple(row["members"]), []).append(row["harmonic_mean"])
-    ways = list(_PACS_WAYS)
-    lines = []
-    for (bits, parents, way), own in sorted(
-        found.items(), key=lambda item: (*item[0][:2], ways.index(item[0][2]))
-    ):
-        figures = [own.get(group, []) for group in groups]
-        pairs = [statistics.fmean(figure) for figure in figures[:-1] if figure]
-        cells = [_spread(figure) or "-" for figure in figures]
-        cells.insert(-1, f"{statistics.fmean(pairs):.1f}" if len(pairs) == len(groups) - 1 else "-")
-        lines.append([parents, bits.upper() or "float", _PACS_WAYS[way], *cells])
-    header = ["parents", "bits", "merge", *(", ".join(group) for group in groups)]
-    header.insert(-1, "mean of pairs")
-    chosen, edges = {}, []
-    for method in dict.fromkeys(row["method"] for row in record["scan"]):
-        own_rates = sorted(
-            (row for row in record["scan"] if row["method"] == method), key=lambda row: row["rate"]
-        )
-        tried = ", ".join(f"{row['rate']:g} ({row['nats']:.3f})" for row in own_rates)
-        chosen[method] = f"`{method}` {tried}"
-        best = min(own_rates, key=lambda row: row["nats"])
-        if best in (own_rates[0], own_rates[-1]):
-            edges.append(f"`{method}`")
-    tests = ", ".join(f"{n} of {name}" for name, n in record["test_images"].items())
+    rows, tuning = _protocol_rows(record), load("pacs_tuning")
+    assert tuning is not None
+    options = next(r["options"] for r in record["rows"] if "iters" in r["options"])
+    largest = max(record["rows"], key=lambda row: len(row["members"]))
+    tests = ", ".join(f"{count} of {name}" for name, count in largest["images"].items())
     return "\n".join(
         [
             "## Real images: PACS",
             "",
-            f"`benchmarks/real_images.py`: {record['network']}, trained on photos from ImageNet "
-            "weights and then on every domain with labels (`hdrq reproduce pacs`). Our setting: "
-            "one scale per channel with BatchNorm in it, a relative distance to the source for "
-            f"`hdrq`, {record['iterations_per_block']} iterations a block on "
-            f"{record['calibration_images']} images a domain; merges re-estimate BatchNorm on "
-            f"{record['renew_images']} unlabelled images a domain and choose weights on "
-            f"{record['mix_images']}. Harmonic means of top-1 accuracies in % on the test images "
-            f"({tests}), of ONNX Runtime engines. The images are not part of this project.",
+            "`hdrq reproduce pacs --tune`: EfficientNet-Lite0 cut after its 112-channel stage, "
+            "96x96, trained on photos from ImageNet weights and then on every domain with labels. "
+            "Our setting: one scale per channel with BatchNorm in it, a relative distance to the "
+            f"source for `hdrq`, {options['iters']} iterations a block on {options['images']} "
+            "images a domain; re-estimated merges see 64 unlabelled images a domain, and chosen "
+            "weights as many. Harmonic means of top-1 accuracies in % on the test images "
+            f"({tests}), of ONNX Runtime engines, with half of the 95% interval over test images, "
+            "rounding seeds and calibration seeds (of one calibration seed without the spread of "
+            "calibrations). The images are not part of this project.",
             "",
-            _pacs_read(rows, record["test_images"]),
+            _protocol_read(rows),
             "",
-            f"Rates tried, with nats away from the float model on calibration images of one "
-            f"domain at W4A4: {'; '.join(chosen.values())}. The lowest was taken, which "
-            "looks at no merge, and merges at the smaller rates were not measured"
-            + (f"; of {' and '.join(edges)} it is the last that was tried." if edges else "."),
+            _protocol_rates(tuning),
             "",
-            table(header, lines),
-            "",
-            _not_run(record["missing"]),
+            _protocol_table(rows),
         ]
     )
 
@@ -1416,9 +1457,10 @@ def weight_search(record: Mapping[str, Any]) -> str:
             f"and {record['images']} images a domain, beside the whole grid; medians over three "
             "orders of the images. PACS is an EfficientNet-Lite0 cut at 0.7 million weights, at "
             "96 x 96, on three domains of real images; digits are ResNet-14. Images run are "
-            "forward passes of one image by one mix. The last column is how far the choice "
-            "that differs most lies behind the grid's in the criterion. Two cores, shared with "
-            "other work: the CPU seconds are the steadier figure.",
+            "forward passes of one image by one mix; with new BatchNorm, the passes that measure "
+            "it are not among them. The last column is how far the choice that differs most lies "
+            "behind the grid's in the criterion. Two cores, shared with other work: the CPU "
+            "seconds are the steadier figure.",
             "",
             table(header, lines),
         ]
@@ -1430,30 +1472,35 @@ def headline() -> str:
     digits, photos = load("merge_statistics"), load("pacs")
     assert digits is not None and photos is not None
     drawn = [r for r in digits["rows"] if r["task"] == "digits" and r["fold"] == "weights"]
+    real = _protocol_rows(photos)
 
-    def mean(rows: Iterable[Mapping[str, Any]], parents: str, way: str, size: int) -> str:
-        values = []
-        for row in rows:
-            is_it = (row["parents"], row["way"], len(row["members"])) == (parents, way, size)
-            if is_it and row["bits"] in {"", "w4a8"}:
-                values += row.get("harmonic_means") or [row["harmonic_mean"]]
-        return f"{statistics.fmean(values):.1f}"
+    def on_digits(parents: str, way: str) -> str:
+        means = []
+        for size in (2, 3):
+            values = [
+                value
+                for row in drawn
+                if (row["parents"], row["way"], len(row["members"])) == (parents, way, size)
+                and row["bits"] in {"", "w4a8"}
+                for value in row["harmonic_means"]
+            ]
+            means.append(f"{statistics.fmean(values):.1f}")
+        return " / ".join(means)
 
-    def both(rows: Iterable[Mapping[str, Any]], parents: str, way: str) -> str:
-        return " / ".join(mean(rows, parents, way, size) for size in (2, 3))
+    def on_photos(parents: str, way: str) -> str:
+        both = _protocol_means(real, parents, "" if parents == "float" else "w4a8", way)
+        assert both is not None
+        return f"{both[0]:.1f} / {both[1]:.1f}"
 
     lines = []
     for parents in ("float", "rtn", "qdrop", "hdrq"):
         exact = parents == "float"
-        by_layers = "regression-nearest" if exact else "regression-compensated"
         lines.append(
             [
                 parents,
-                both(drawn, parents, "mean-folded" if exact else "mean-nearest"),
-                both(drawn, parents, by_layers),
-                both(photos["rows"], parents, "mean-nearest"),
-                both(photos["rows"], parents, by_layers),
-                both(photos["rows"], parents, f"{by_layers}-renewed"),
+                on_digits(parents, "mean-folded" if exact else "mean-nearest"),
+                on_digits(parents, "regression-nearest" if exact else "regression-compensated"),
+                *(on_photos(parents, way) for way in ("nearest", "regression", "renewed")),
             ]
         )
     return table(
@@ -1588,14 +1635,8 @@ def summary() -> str:
     """``docs/evidence/index.md``: five sentences, two plots, and what is on which page."""
     figures, photos = _headline_figures(), load("pacs")
     assert photos is not None
-    apart = {
-        size: statistics.fmean(
-            row["harmonic_mean"]
-            for row in photos["rows"]
-            if (row["parents"], row["way"], len(row["members"])) == ("float", "single", size)
-        )
-        for size in (2, 3)
-    }
+    apart = _protocol_means(_protocol_rows(photos), "float", "", "single")
+    assert apart is not None
     renewed = "PACS: regression, BatchNorm re-estimated"
     float_best, rtn_mean = figures["float", renewed], figures["rtn", "PACS: mean"]
     float_mean = figures["float", "PACS: mean"]
@@ -1613,10 +1654,10 @@ def summary() -> str:
         f"average {digits_mean[0]:.1f}% and {digits_mean[1]:.1f}%; at W4A4 the merge is behind "
         "the float average on all three domains, at W3A3 on pairs too.",
         "On PACS, with BatchNorm re-estimated on "
-        f"{photos['renew_images']} unlabelled images a domain, the best W4A8 merge of pairs is "
+        f"64 unlabelled images a domain, the best W4A8 merge of pairs is "
         f"{float_best[0] - best[0]:.1f} points behind the best merge of float models "
         f"({float_best[0]:.1f}%), and merging itself costs more than quantization does: separate "
-        f"float models reach {apart[2]:.1f}%.",
+        f"float models reach {apart[0]:.1f}%.",
         "We do not find that HDRQ's bundles merge better than others: on digits they are within a "
         "point of QDrop's once both learning rates were searched alike (three seeds), and on the "
         f"pairs of PACS (one seed) merges by regression with new BatchNorm moments reach "

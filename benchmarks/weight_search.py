@@ -1,13 +1,14 @@
 """How long a search of merge weights takes, beside the whole grid, and whether it chooses the same.
 
     python benchmarks/weight_search.py --out build/weight_search --results benchmarks/results \
-        [--pacs DIR --imagenet efficientnet-lite0.pth]
+        [--pacs PACS/ --imagenet efficientnet-lite0.pth]
 
 Three domains of digits (ResNet-14) by round to nearest at three schemes, BatchNorm in the scales,
-256 images a domain, every criterion. With ``--pacs`` also EfficientNet-Lite0, cut after its stage
-of 112 channels (0.70 million weights), at 96 x 96 on three domains of PACS: the ImageNet weights
-are trained on photos and then on each domain, for a minute or two each, on three images of
-four. Searches and grid run in turn in one process; CPU seconds are those of all its threads.
+256 images a domain, every criterion. With ``--pacs`` also the three domains of ``hdrq reproduce
+pacs`` (EfficientNet-Lite0 cut at 0.7 million weights, 96 x 96): its splits and checkpoints are
+made in ``OUT/pacs`` where they are missing. There the mean is searched with BatchNorm as merged,
+and the merge by regression with new moments for every mix. Searches and grid run in turn in one
+process; CPU seconds are those of all its threads.
 """
 
 from __future__ import annotations
@@ -27,16 +28,14 @@ from merge_quality import DOMAINS as DIGITS
 from merge_quality import Cell, Setting, calibrate_cell, split
 
 from hdrq_deploy.calibration import calibrate
-from hdrq_deploy.calibration_data.readers import ImageSet, Wanted, read
+from hdrq_deploy.calibration_data.readers import read
+from hdrq_deploy.experiments.real_images import Choice, prepare
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.merging import CRITERIA, Merger, choose_weights
 from hdrq_deploy.merging.weight_search import ChosenWeights
 from hdrq_deploy.runtime.bench.environment import Watch, environment
 
 SCHEMES = ((8, 8), (4, 8), (3, 3))
-SOURCE, PACS = "photo", ("art_painting", "cartoon", "sketch")
-SIDE, CLASSES = 96, 7
-TRAINED, EPOCHS, RATES = 900, (5, 4), (0.03, 0.02)
 IMAGES = 256
 
 Array = np.ndarray[Any, Any]
@@ -44,32 +43,13 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """Bundles to merge, and images of their domains."""
+    """Bundles to merge, images of their domains, and those for new moments of every mix."""
 
     name: str
     bundles: Sequence[Path]
     images: Mapping[str, Array]
     criteria: Sequence[str]
-
-
-def lite_cut() -> Any:
-    """EfficientNet-Lite0 up to 112 channels, and a linear layer."""
-    import timm
-    from torch import nn
-
-    whole = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    layers = {
-        "conv_stem": whole.conv_stem,
-        "bn1": whole.bn1,
-        "blocks": whole.blocks[:5],
-        "pool": nn.AdaptiveAvgPool2d(1),
-        "flatten": nn.Flatten(),
-        "fc": nn.Linear(112, CLASSES),
-    }
-    model = nn.Sequential()
-    for name, layer in layers.items():
-        model.add_module(name, layer)
-    return model
+    renewed: Mapping[str, Array] | None = None
 
 
 def digits(out: Path) -> Iterator[Case]:
@@ -85,82 +65,31 @@ def digits(out: Path) -> Iterator[Case]:
 
 def pacs(out: Path, data: Path, imagenet: Path) -> Iterator[Case]:
     """PACS at W4A8."""
-    inputs = {d: _trained_on(data / d) for d in (SOURCE, *PACS)}
-    if not (out / f"{PACS[-1]}.safetensors").exists():
-        train_all(out, inputs, imagenet)
-    searched = {d: inputs[d][0][IMAGES : 2 * IMAGES] for d in PACS}
-    paths = [out / f"{d}.hdrq" for d in PACS]
-    for domain, path in zip(PACS, paths, strict=True):
-        if not path.exists():
+    preparation = prepare("pacs", Choice(data.absolute(), out / "pacs", imagenet=imagenet))
+    preparation.make("cpu", 1)
+    task = preparation.task
+    images, paths = {}, []
+    for domain in task.domains:
+        images[domain.name] = read(domain.images, task.wanted, IMAGES).x
+        paths.append(out / f"{domain.name}.hdrq")
+        if not paths[-1].exists():
             calibrate(
-                "weight_search:lite_cut",
-                ImageSet(inputs[domain][0][:IMAGES], None, None, None),
-                domain,
-                path,
-                out / f"{domain}.safetensors",
-                out / f"{SOURCE}.safetensors",
+                task.model,
+                domain.images,
+                domain.name,
+                paths[-1],
+                domain.weights,
+                task.source,
                 method="rtn",
                 wbits=4,
                 abits=8,
                 fold="steps",
+                images=task.images,
+                wanted=task.wanted,
             )
-    yield Case("PACS W4A8", paths, searched, ["agreement"])
-
-
-def _trained_on(folder: Path) -> tuple[Array, Array]:
-    """Images and labels of a domain without every fourth file, in mixed order."""
-    found = read(folder, Wanted((SIDE, SIDE), (0.5,) * 3, (0.5,) * 3))
-    assert found.y is not None
-    rows = np.array([row for row in range(len(found.x)) if row % 4])
-    rows = np.random.default_rng(0).permutation(rows)[:TRAINED]
-    return found.x[rows], found.y[rows]
-
-
-def train_all(out: Path, inputs: Mapping[str, tuple[Array, Array]], imagenet: Path) -> None:
-    """Write a checkpoint of the source domain, and from it one of every other domain."""
-    import timm
-    import torch
-    from safetensors.torch import save_file
-
-    model = lite_cut()
-    names = list(timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict())
-    names = [name for name in names if not name.endswith("num_batches_tracked")]
-    stored = torch.load(imagenet, map_location="cpu", weights_only=True)
-    stored = [v for k, v in stored.items() if not k.endswith("num_batches_tracked")]
-    model.load_state_dict(dict(zip(names, stored, strict=True)), strict=False)
-    base = None
-    for domain, (x, y) in inputs.items():
-        if base is not None:
-            model.load_state_dict(base)
-        which = 0 if base is None else 1
-        train(model, torch.from_numpy(x), torch.from_numpy(y), EPOCHS[which], RATES[which])
-        state = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
-        base = base or state
-        save_file(state, out / f"{domain}.safetensors")
-        print("trained", domain, flush=True)
-
-
-def train(model: Any, x: Any, y: Any, epochs: int, rate: float) -> None:
-    """Nesterov's SGD on batches of 32, one cycle of rates, half of the batches mirrored."""
-    import torch
-
-    torch.manual_seed(0)
-    model.to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(
-        model.parameters(), rate, momentum=0.9, weight_decay=1e-4, nesterov=True
-    )
-    steps = epochs * (len(x) // 32)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.2)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(x))[: 32 * (len(x) // 32)].split(32):
-            batch = x[rows].contiguous(memory_format=torch.channels_last)
-            batch = batch.flip(3) if torch.rand(()) < 0.5 else batch
-            loss = torch.nn.functional.cross_entropy(model(batch), y[rows], label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    model.eval()
+    yield Case("PACS W4A8", paths, images, ["agreement"])
+    renewed = {name: x[: task.renew_images] for name, x in images.items()}
+    yield Case("PACS W4A8, regression, new BatchNorm", paths, images, ["agreement"], renewed)
 
 
 def timed(search: Callable[[], ChosenWeights]) -> tuple[ChosenWeights, dict[str, Any]]:
@@ -178,11 +107,14 @@ def timed(search: Callable[[], ChosenWeights]) -> tuple[ChosenWeights, dict[str,
 
 def compare(case: Case, seeds: int) -> Iterator[dict[str, Any]]:
     """The grid once for every criterion, and the search in ``seeds`` orders of the images."""
-    merger = Merger(case.bundles)
+    exact = case.renewed is None
+    merger = Merger(case.bundles, method="mean" if exact else "regression", keep=not exact)
     for criterion in case.criteria:
 
         def search(seed: int, whole: bool, criterion: str = criterion) -> ChosenWeights:
-            return choose_weights(merger, case.images, criterion, seed=seed, exhaustive=whole)
+            return choose_weights(
+                merger, case.images, criterion, seed=seed, exhaustive=whole, renewed=case.renewed
+            )
 
         found = [
             timed(lambda seed=seed, search=search: search(seed, False)) for seed in range(seeds)

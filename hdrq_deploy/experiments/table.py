@@ -26,12 +26,14 @@ class _Found:
     single: Sample | None
     sample: Sample | None
     tests: Any
+    images: dict[str, int]
 
 
 def rows(grid: Grid, out: Path) -> list[dict[str, Any]]:
     """A record for every setting, method, bit-width and way to merge that has figures.
 
-    Single is the harmonic mean of every domain's own bundle on its own domain. Means and standard
+    Single is the harmonic mean of every domain's own bundle on its own domain; ``images`` are the
+    test images of each domain. Means and standard
     deviations are over calibration seeds and, of merges, rounding seeds. Where all cells of a row
     keep their decisions, harmonic means have an interval (see :mod:`.intervals`), and ``against``
     compares the row with earlier methods of the same setting, bits and way. ``wins`` is true of the
@@ -59,6 +61,7 @@ def rows(grid: Grid, out: Path) -> list[dict[str, Any]]:
                 "bits": bits,
                 "members": members,
                 "way": way,
+                "images": found.images,
                 "single": _summary(found.singles, found.single, boot),
                 "merged": _summary(found.merged, found.sample, boot),
                 "options": _options(bundle_path(out, runs[0].single(members[0]))),
@@ -92,6 +95,7 @@ def _found(
         _sample(alone, boot),
         _sample(together, boot),
         first.get("tests"),
+        first["images"],
     )
 
 
