@@ -11,6 +11,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -1304,17 +1305,21 @@ def _protocol_read(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _protocol_rates(record: Mapping[str, Any]) -> str:
     """How learning rates were searched, from a ``tuning.json``."""
-    searches = []
+    searches, steps = [], list[float]()
     for search in record["searches"]:
         tried = ", ".join(f"{t['rate']:.3g} ({t['score']:.3f})" for t in search["tried"])
         searches.append(f"`{search['method']}` {tried}, chosen {search['chosen']:.3g}")
+        scores = [trial["score"] for trial in search["tried"]]
+        steps += [abs(a - b) for a, b in pairwise(scores)]
     protocol, bits = record["protocol"], record["searches"][0]["bits"].upper()
     edges = [search["method"] for search in record["searches"] if search["is_at_edge"]]
     return (
         f"Learning rates were searched in the same way for every method (`--tune`): "
         f"{protocol['rates_at_first']} rates, each {protocol['factor']:.2f} times the next, more "
         f"of them while the best is the last one; at {bits}, by {protocol['criterion']} "
-        f"({protocol['held_out']}). Rates and nats: {'; '.join(searches)}."
+        f"({protocol['held_out']}). Rates and nats: {'; '.join(searches)}. Neighbouring rates are "
+        f"{min(steps):.2f} to {max(steps):.2f} nats apart and do not rise and fall smoothly: a "
+        "trial is one merge of one calibration seed."
         + (f" At the end of its search: {', '.join(edges)}." if edges else "")
     )
 
