@@ -1329,6 +1329,7 @@ def pacs(record: Mapping[str, Any]) -> str:
     rows, tuning = _protocol_rows(record), load("pacs_tuning")
     assert tuning is not None
     options = next(r["options"] for r in record["rows"] if "iters" in r["options"])
+    (distance,) = {r["options"]["distance"] for r in record["rows"] if r["method"] == "hdrq"}
     largest = max(record["rows"], key=lambda row: len(row["members"]))
     tests = ", ".join(f"{count} of {name}" for name, count in largest["images"].items())
     return "\n".join(
@@ -1338,12 +1339,12 @@ def pacs(record: Mapping[str, Any]) -> str:
             "`hdrq reproduce pacs --tune`: EfficientNet-Lite0 cut after its 112-channel stage, "
             "96x96, trained on photos from ImageNet weights and then on every domain with labels. "
             "Our setting: one scale per channel with BatchNorm in it, a relative distance to the "
-            f"source for `hdrq`, {options['iters']} iterations a block on {options['images']} "
-            "images a domain; re-estimated merges see 64 unlabelled images a domain, and chosen "
-            "weights as many. Harmonic means of top-1 accuracies in % on the test images "
-            f"({tests}), of ONNX Runtime engines, with half of the 95% interval over test images, "
-            "rounding seeds and calibration seeds (of one calibration seed without the spread of "
-            "calibrations). The images are not part of this project.",
+            f"source for `hdrq` (λ = {distance:g}), {options['iters']} iterations a block on "
+            f"{options['images']} images a domain; re-estimated merges see 64 unlabelled images a "
+            "domain, and chosen weights as many. Harmonic means of top-1 accuracies in % on the "
+            f"test images ({tests}), of ONNX Runtime engines, with half of the 95% interval over "
+            "test images, rounding seeds and calibration seeds (of one calibration seed without the "
+            "spread of calibrations). The images are not part of this project.",
             "",
             _protocol_read(rows),
             "",

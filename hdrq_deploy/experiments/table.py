@@ -151,7 +151,16 @@ def _difference(gap: Difference) -> dict[str, Any]:
 def _options(path: Path) -> dict[str, Any]:
     """Options of a cell's calibration, from its own manifest."""
     options = Bundle.open(path).manifest.options
-    names = ("images", "iters", "batch", "lr", "scale_rates", "threads")
+    names = (
+        "images",
+        "iters",
+        "batch",
+        "lr",
+        "scale_rates",
+        "distance",
+        "distance_form",
+        "threads",
+    )
     return {key: options[key] for key in names if key in options}
 
 

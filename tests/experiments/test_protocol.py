@@ -140,6 +140,7 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     advanced, triple = records[9], records[14]
     assert advanced["members"] == ("night", "day")
     assert advanced["images"] == {"night": 48, "day": 48}
+    assert (triple["options"]["distance_form"], triple["options"]["distance"]) == ("norm", 0.05)
     # By hand: the mean over two calibration and two rounding seeds, in %.
     names = [f"paper-hdrq-w4a4-s{s}-night+day-advanced-r{r}" for s in (0, 1) for r in (0, 1)]
     found = [json.loads(row_path(tmp_path, name).read_text())["domains"] for name in names]
