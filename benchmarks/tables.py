@@ -1343,7 +1343,7 @@ def pacs(record: Mapping[str, Any]) -> str:
             f"{options['images']} images a domain; re-estimated merges see 64 unlabelled images a "
             "domain, and chosen weights as many. Harmonic means of top-1 accuracies in % on the "
             f"test images ({tests}), of ONNX Runtime engines, with half of the 95% interval over "
-            "test images, rounding seeds and calibration seeds (of one calibration seed without the "
+            "test images, rounding seeds and calibration seeds (of one seed without the "
             "spread of calibrations). The images are not part of this project.",
             "",
             _protocol_read(rows),
