@@ -161,7 +161,7 @@ def adapting(folder: Path, setting: Setting) -> dict[str, Any]:
     test = {d: split(d, "test") for d in DOMAINS}
 
     def accuracies(mix: Sequence[float]) -> dict[str, float]:
-        weights = merger.unrounded(mix, merger.floats(mix))
+        weights = merger.unrounded(mix)
         return {
             d: float((network(weights, x, d).argmax(1) == y).mean()) for d, (x, y) in test.items()
         }

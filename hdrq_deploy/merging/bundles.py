@@ -338,20 +338,40 @@ class Merger:
             per_channel = self.parents[0].manifest.scheme.per_channel
             layer = merging.rounded(name, merge_weights, means[scale], per_channel)
             values: dict[str, Array] = {name: layer.codes.codes, scale: layer.scale}
+            bias: Array | None
             bias, fallback, codes = layer.bias, layer.fallback, layer.codes
             weight = dequantize(layer.codes.codes, layer.scale, self.entries[name].axis)
         else:
             real = merging.real(name, merge_weights)
             weight = real.weight.astype(np.float32)
             values = {name: weight}
-            bias = None if real.bias is None else real.bias.astype(np.float32)
-            fallback, codes = real.fallback, None
+            bias, fallback, codes = real.bias, real.fallback, None
+        values |= self._bias(merging, name, bias)
+        return (
+            values | self._corrected(merging, name, weight, merge_weights, means),
+            fallback,
+            codes,
+        )
+
+    @staticmethod
+    def _bias(merging: LayerMerge, name: str, bias: Array | None) -> dict[str, Array]:
+        """The bias that was merged with a layer's weight, where the layer has one."""
         record = merging.record(name)
-        if bias is not None and record is not None and record.bias is not None:
-            values[record.bias] = bias
-        if corrected := merging.correction(name, weight, merge_weights):
-            values |= corrected.applied(merging.norms[name], means)
-        return values, fallback, codes
+        if bias is None or record is None or record.bias is None:
+            return {}
+        return {record.bias: bias.astype(np.float32)}
+
+    @staticmethod
+    def _corrected(
+        merging: LayerMerge,
+        name: str,
+        weight: Array,
+        merge_weights: Sequence[float],
+        means: Mapping[str, Array],
+    ) -> dict[str, Array]:
+        """Moments of the BatchNorm behind a layer, moved as its merged weight moves them."""
+        corrected = merging.correction(name, weight, merge_weights)
+        return corrected.applied(merging.norms[name], means) if corrected else {}
 
     def codes(
         self, name: str, merge_weights: Sequence[float], floats: Mapping[str, Array]
@@ -377,30 +397,39 @@ class Merger:
         return merged.codes, merged.record()
 
     def unrounded(
-        self, merge_weights: Sequence[float], floats: Mapping[str, Array]
+        self, merge_weights: Sequence[float], moments: Mapping[str, Array] | None = None
     ) -> dict[str, Array]:
-        """``floats``, and in place of codes the real weights (float32) that they stand for."""
-        manifest = self.parents[0].manifest
-        result = dict(floats)
-        biases: dict[str, Array] = {}
-        for name in self.code_names:
-            merged, bias = self._real(name, merge_weights)
-            biases |= bias
-            real: Array = merged.astype(np.float32)
-            if fold := manifest.folds.get(name):
-                gain = np.asarray(floats[fold.scale] / floats[fold.raw_scale])
-                real = real * along(gain, real.ndim, manifest.tensors[name].axis)
-            result[name] = real
-        return result | biases
+        """All tensors of a merge, in place of codes the real weights (float32) before rounding.
 
-    def _real(self, name: str, merge_weights: Sequence[float]) -> tuple[Array, dict[str, Array]]:
-        """The merged weight of a tensor of codes, and its bias where that is merged with it."""
+        Args:
+            merge_weights: One per parent, sum 1.
+            moments: Means and variances of BatchNorms in place of the merged ones, by tensor name;
+                where they are given, none is corrected from the parents' statistics.
+        """
+        merged, real = self._means(merge_weights), dict[str, Array]()
         if self._layers is None:
-            return self._merged(self._dequantized(name), merge_weights), {}
-        real, record = self._layers.real(name, merge_weights), self._layers.record(name)
-        if record is None or record.bias is None or real.bias is None:
-            return real.weight, {}
-        return real.weight, {record.bias: real.bias.astype(np.float32)}
+            for name in self.code_names:
+                real[name] = self._merged(self._dequantized(name), merge_weights)
+        else:
+            means = dict(merged)
+            for name in sorted({*self.code_names, *self._layers.weights}):
+                layer = self._layers.real(name, merge_weights)
+                place = real if name in self.code_names else merged
+                place[name] = layer.weight.astype(np.float32)
+                merged |= self._bias(self._layers, name, layer.bias)
+                if moments is None:
+                    merged |= self._corrected(
+                        self._layers, name, layer.weight, merge_weights, means
+                    )
+        merged = self._fitted(merged | dict(moments or {}))
+        manifest = self.parents[0].manifest
+        for name, weight in real.items():
+            weight = weight.astype(np.float32)
+            if fold := manifest.folds.get(name):
+                gain = np.asarray(merged[fold.scale] / merged[fold.raw_scale])
+                weight = weight * along(gain, weight.ndim, manifest.tensors[name].axis)
+            merged[name] = weight
+        return merged
 
     def manifest(
         self, merge_weights: Sequence[float], layers: Mapping[str, Any], options: Mapping[str, Any]

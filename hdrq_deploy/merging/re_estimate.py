@@ -33,7 +33,7 @@ from ..numerics.spec import QuantSpec
 from ..typing import Array
 from .merged_statistics import in_turn, merged_statistics
 
-__all__ = ["moved", "re_estimate", "with_new_moments"]
+__all__ = ["moved", "new_moments", "re_estimate"]
 
 # A channel with a smaller BatchNorm gain shows nothing of its own moments.
 _BLIND = 1e6 * SMALLEST_GAIN
@@ -106,23 +106,28 @@ def moved(
     return result | fitted(result, sites, shifts(manifest.tensors), manifest.folds)
 
 
-def with_new_moments(
+def new_moments(
     bundle: Bundle,
-    tensors: Mapping[str, Array],
+    unrounded: Mapping[str, Array],
     images: Mapping[str, npt.NDArray[np.float32]],
 ) -> dict[str, Array]:
-    """``tensors`` with the moments of the quantized network, at the scales that there are.
+    """Means and variances, by tensor name, of a network whose weights are not rounded to codes.
 
-    This is one pass where :func:`moved` takes four, and serves to compare merges with each other.
+    This is one pass at the activation scales that there are, where :func:`moved` takes four, and
+    serves to compare merges with each other. Moments of rounded weights would not fit weights that
+    are run unrounded, least of all between the parents, whose own weights are codes already.
+
+    Args:
+        bundle: Gives graph and entries.
+        unrounded: All tensors, real weights in place of codes; see :meth:`.Merger.unrounded`.
+        images: Inputs (N, C, H, W) of each domain; all of them make one batch.
 
     Raises:
         MergeError, DataError: See :func:`re_estimate`.
     """
-    x = _together(images)
-    moments = _moments(bundle, {**tensors, **_folded(bundle, tensors)}, x, quantized=True)
+    moments = _moments(bundle, unrounded, _together(images), quantized=True, rounded=False)
     _check_measured(bundle, moments)
-    result = {**tensors, **moments}
-    return result | _folded(bundle, result)
+    return moments
 
 
 def _together(images: Mapping[str, npt.NDArray[np.float32]]) -> Array:
@@ -149,12 +154,21 @@ def _folded(bundle: Bundle, tensors: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _moments(
-    bundle: Bundle, tensors: Mapping[str, Array], x: Array, quantized: bool = False
+    bundle: Bundle,
+    tensors: Mapping[str, Array],
+    x: Array,
+    quantized: bool = False,
+    rounded: bool = True,
 ) -> dict[str, Array]:
-    """New means and variances, by tensor name; of ``quantized`` activations, or of real ones."""
+    """New means and variances, by tensor name; of ``quantized`` activations, or of real ones.
+
+    Where weights are not ``rounded``, ``tensors`` holds real ones in place of codes.
+    """
     model = bundle.graph_ir()
     if not quantized:
         _drop_quantizers(model)
+    if not rounded:
+        tensors = {**tensors, **_put_weights(model, bundle, tensors)}
     probes = [*_probe_folds(model, bundle, tensors), *_probe_norms(model, tensors)]
     if not probes:
         return {}
@@ -169,6 +183,21 @@ def _moments(
         for name, new in ((probe.mean_name, real), (probe.variance_name, spread)):
             result[name] = np.where(seen, new, tensors[name]).astype(np.float32)
     return result
+
+
+def _put_weights(model: ir.Model, bundle: Bundle, weights: Mapping[str, Array]) -> dict[str, Array]:
+    """Put real weights in the place of codes and their dequantizers; returns codes to store."""
+    graph, codes = model.graph, {}
+    for name, entry in bundle.manifest.tensors.items():
+        if entry.role != "codes":
+            continue
+        (use,) = graph.initializers.pop(name).uses()
+        real = ir.Value(name=name, const_value=ir.tensor(weights[name], name=name))
+        use.node.outputs[0].replace_all_uses_with(real)
+        graph.remove(use.node, safe=True)
+        graph.initializers[name] = real
+        codes[name] = bundle.tensor(name)
+    return codes
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from ..formats.bundle import Bundle
 from ..numerics.spec import check_seed
 from ..typing import Array
 from .bundles import Merger
-from .re_estimate import with_new_moments
+from .re_estimate import new_moments
 from .unrounded_network import Network
 from .weight_race import Point, Race
 
@@ -269,13 +269,13 @@ class _Sampler:
         self._renewed = renewed
         self._network = Network(merger.parents[0])
         self._judges = _judges(merger, self._network, images, criterion) if criterion.judged else {}
-        self._floats: dict[Point, dict[str, Array]] = {}
+        self._moments: dict[Point, dict[str, Array]] = {}
         self._scored: dict[tuple[Point, str], _Scored] = {}
 
     def __call__(self, point: Point, count: int) -> list[Array]:
         new = {name: rows[self._done(point, name) : count] for name, rows in self._images.items()}
         if any(map(len, new.values())):
-            weights = self._merger.unrounded(point, self._floats_of(point))
+            weights = self._merger.unrounded(point, self._moments_of(point))
             for name, rows in new.items():
                 if len(rows):
                     self._add(point, name, _Prediction.of(self._network(weights, rows, name)))
@@ -293,19 +293,14 @@ class _Sampler:
         before = self._scored.get((point, name))
         self._scored[point, name] = more if before is None else before + more
 
-    def _floats_of(self, point: Point) -> dict[str, Array]:
-        """Everything but the weights, which would not fit into memory for all points."""
-        if point not in self._floats:
-            if self._renewed:
-                tensors = with_new_moments(
-                    self._merger.parents[0], self._merger.tensors(point), self._renewed
-                )
-                codes = set(self._merger.code_names)
-                floats = {name: value for name, value in tensors.items() if name not in codes}
-            else:
-                floats = self._merger.floats(point)
-            self._floats[point] = floats
-        return self._floats[point]
+    def _moments_of(self, point: Point) -> dict[str, Array] | None:
+        """New moments of the unrounded merge, which is what is run; None where none are wanted."""
+        if not self._renewed:
+            return None
+        if point not in self._moments:
+            weights = self._merger.unrounded(point, {})
+            self._moments[point] = new_moments(self._merger.parents[0], weights, self._renewed)
+        return self._moments[point]
 
 
 def _criterion_of(criterion: str | None, parents: Sequence[Bundle], images: Images) -> str:
@@ -331,7 +326,7 @@ def _judges(
     opinions: dict[str, list[_Prediction]] = {name: [] for name in images}
     for i, parent in enumerate(merger.parents):
         alone = [float(i == j) for j in range(len(merger.parents))]
-        weights = merger.unrounded(alone, merger.floats(alone))
+        weights = merger.unrounded(alone)
         for name, rows in images.items():
             if not criterion.own_judge or parent.domain == name:
                 opinions[name].append(_Prediction.of(network(weights, rows, name)))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hdrq_deploy import merge
 from hdrq_deploy.errors import HdrqError, MergeError
@@ -15,8 +16,8 @@ from hdrq_deploy.formats.bundle import WEIGHTS, Bundle
 from hdrq_deploy.formats.safetensors_layout import serialize
 from hdrq_deploy.graph import reference_session
 from hdrq_deploy.graph.model_files import serialized
-from hdrq_deploy.merging import re_estimate
-from hdrq_deploy.merging.re_estimate import with_new_moments
+from hdrq_deploy.merging import Merger, re_estimate
+from hdrq_deploy.merging.re_estimate import new_moments
 
 
 @pytest.mark.parametrize(("method", "options"), [("rtn", {"fold": "steps"}), ("float", {})])
@@ -93,11 +94,44 @@ def test_what_the_engine_computes_has_the_moments_that_batch_norm_gives(
         return float(max(worst))
 
     assert away(found, found.tensors()) < 0.01 < 0.5 < away(merged, merged.tensors())
-    # A search of merge weights measures them in one pass, at the scales that there are.
-    quick = with_new_moments(merged, merged.tensors(), {"all": inputs})
-    assert away(merged, quick) < 0.01
-    scales = [name for name in quick if name.endswith("act_scale")]
-    assert scales and all(np.array_equal(quick[n], merged.tensor(n)) for n in scales)
+
+
+def test_new_moments_are_those_of_weights_that_are_not_rounded(make: Any, inputs: Any) -> None:
+    """Against torch, up to the second convolution, with the mean of the parents' real weights."""
+    parents = [make(domain=d, method="rtn", wbits=2, fold="steps") for d in ("night", "day")]
+    merger, mix = Merger(parents), (0.5, 0.5)
+    floats = merger.unrounded(mix, {})
+    found = new_moments(parents[0], floats, {"all": inputs})
+    stem, conv1 = (parents[0].manifest.folds[f"{n}.weight_codes"] for n in ("stem", "conv1"))
+    limits = {a.scale: (a.lo, a.hi) for a in parents[0].manifest.activations}
+
+    def quantized(x: Any, scale: str) -> Any:
+        return torch.clamp(torch.round(x / float(floats[scale])), *limits[scale]) * float(
+            floats[scale]
+        )
+
+    def convolved(x: Any, weight: Any) -> Any:
+        return F.conv2d(x, torch.from_numpy(weight.astype(np.float32)), padding=1)
+
+    def variance(real: Any) -> Any:
+        """Of what the second convolution puts out; ``real`` gives a layer's weights."""
+        y = convolved(quantized(torch.from_numpy(inputs), "input.act_scale"), real("stem", stem))
+        gamma, beta = np.abs(floats[stem.gamma]), floats[stem.beta]
+        scale, shift = (torch.from_numpy(np.array(t)) for t in (gamma, beta))
+        y = F.relu(F.batch_norm(y, None, None, scale, shift, training=True, eps=stem.eps))
+        y = F.max_pool2d(quantized(y, "relu.act_scale"), 2)
+        return convolved(y, real("conv1", conv1)).numpy().var((0, 2, 3))
+
+    def dequantized(tensors: Any, layer: str, fold: Any) -> Any:
+        return tensors[f"{layer}.weight_codes"] * tensors[fold.raw_scale][:, None, None, None]
+
+    own = [parent.tensors() for parent in parents]
+    unrounded = variance(lambda *layer: np.mean([dequantized(t, *layer) for t in own], 0))
+    np.testing.assert_allclose(found[conv1.variance], unrounded, rtol=1e-3)
+    # Those of the rounded merge are others.
+    tensors = merger.tensors(mix)
+    rounded = variance(lambda *layer: dequantized(tensors, *layer))
+    assert np.abs(rounded / unrounded - 1).max() > 0.05
 
 
 def test_bundles_without_a_batch_norm_of_their_own_are_not_re_estimated(

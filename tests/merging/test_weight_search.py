@@ -24,13 +24,27 @@ def logits(bundle: Bundle, tensors: Any, x: Any) -> Any:
     return reference_session.unfused_session(graph, {WEIGHTS: weights}).run(None, {"input": x})[0]
 
 
-@pytest.mark.parametrize("criterion", ["entropy", "information", "agreement"])
+@pytest.mark.parametrize(
+    ("criterion", "parents", "method"),
+    [
+        ("entropy", {"fold": "steps", "wbits": 8}, "mean"),
+        ("information", {"fold": "steps", "wbits": 8}, "mean"),
+        ("agreement", {"fold": "steps", "wbits": 8}, "mean"),
+        ("agreement", {"fold": "steps", "wbits": 8, "statistics": "auto"}, "regression"),
+        ("agreement", {"method": "float", "statistics": "auto"}, "regression"),
+    ],
+)
 def test_the_chosen_weights_have_the_lowest_score_of_the_grid(
-    make: Any, inputs: Any, criterion: str, monkeypatch: pytest.MonkeyPatch
+    make: Any,
+    inputs: Any,
+    criterion: str,
+    parents: Any,
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    parents = [make(domain=d, fold="steps", wbits=8) for d in ("night", "day")]
+    parents = [make(domain=d, **parents) for d in ("night", "day")]
     images = {"night": inputs[:24], "day": inputs[24:]}
-    merger = Merger(parents)
+    merger = Merger(parents, method=method)
     found = choose_weights(merger, images, criterion, exhaustive=True)
     assert len(found.tried) == 21 and not found.left and found.runs == 21 * len(inputs)
     scores = {}
