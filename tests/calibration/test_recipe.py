@@ -73,7 +73,7 @@ def test_a_setting_stands_where_recipe_and_flags_say_nothing(work: Path, tmp_pat
     )  # fmt: skip
     assert published.rate_factor == 100
     ours = Recipe(settings="ours").options()
-    assert ours == Options.of("hdrq", distance_form="relative", distance=0.3)
+    assert ours == Options.of("hdrq", distance_form="relative", distance=0.1)
     assert Recipe(settings="ours", distance=0.1).options().distance == 0.1
     assert Recipe(settings="ours", method="qdrop").options() == Options.of("qdrop")
     assert Recipe(settings="paper", method="qdrop", keep_best=True).options().keep_best
