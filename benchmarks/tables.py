@@ -1247,8 +1247,7 @@ def _protocol_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Methods, bits and ways down, every pair, their mean, and all domains across."""
     groups = sorted({tuple(row["members"]) for row in rows}, key=lambda g: (len(g), g))
     order = list(_PROTOCOL_WAYS)
-    order_of_bits = ["", "w8a8", "w8a4", "w6a6", "w4a8", "w4a4", "w3a3"]
-    bits = sorted({row["bits"] for row in rows}, key=order_of_bits.index)
+    bits = sorted({row["bits"] for row in rows}, key=("", *_PROTOCOL_BITS).index)
     lines = []
     for width in bits:
         for method in dict.fromkeys(row["method"] for row in rows if row["bits"] == width):
@@ -1301,6 +1300,20 @@ def _protocol_read(rows: Sequence[Mapping[str, Any]]) -> str:
         "merged in this way, with the 95% interval of the difference on the same images: "
         f"{'; '.join(beside)}."
     )
+
+
+_PROTOCOL_BITS = ("w8a8", "w8a4", "w6a6", "w4a8", "w4a4", "w3a3")
+
+
+def _protocol_missing(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Bits, ways and seeds that were not run."""
+    there = {row["bits"] for row in rows}
+    missing = [bits.upper() for bits in _PROTOCOL_BITS if bits not in there]
+    if not any(row["way"] == "auto" for row in rows):
+        missing.append("merges at chosen weights")
+    seeds = max(row["figure"].get("calibrations", 1) for row in rows)
+    missing += [f"calibration seeds beyond {seeds}"] if seeds < 3 else []
+    return f"Not run yet: {', '.join(missing)}." if missing else "The whole grid was run."
 
 
 def _protocol_rates(record: Mapping[str, Any]) -> str:
@@ -1364,7 +1377,7 @@ def pacs(record: Mapping[str, Any]) -> str:
             "Our setting: one scale per channel with BatchNorm in it, a relative distance to the "
             f"source for `hdrq` (λ = {distance:g}), {options['iters']} iterations a block on "
             f"{options['images']} images a domain; re-estimated merges see 64 unlabelled images a "
-            "domain, and chosen weights as many. Harmonic means of top-1 accuracies in % on the "
+            "domain. Harmonic means of top-1 accuracies in % on the "
             f"test images ({tests}), of ONNX Runtime engines, with half of the 95% interval over "
             "test images, rounding seeds and calibration seeds (of one seed without the "
             "spread of calibrations). The images are not part of this project.",
@@ -1375,6 +1388,8 @@ def pacs(record: Mapping[str, Any]) -> str:
             *_protocol_distances(tuning),
             "",
             _protocol_table(rows),
+            "",
+            _protocol_missing(rows),
         ]
     )
 
