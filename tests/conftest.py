@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,19 @@ from safetensors.torch import save_file
 from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.formats.bundle import Bundle
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the order below decide; by default files with few tests come last, however slow."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with many slow tests first, so that workers end at about the same time."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
 
 TINY = '''
 import torch
