@@ -270,7 +270,7 @@ def test_merged_cells(
         written.append(target)
 
     monkeypatch.setattr(cells, "write_merge", write)
-    monkeypatch.setattr(cells, "Merger", lambda *_: None)
+    monkeypatch.setattr(cells, "Merger", lambda *_, **__: None)
     monkeypatch.setattr(cells, "_measure", lambda *_: None)
     monkeypatch.setattr(cells, "is_merged", lambda path, parents: True)
 
