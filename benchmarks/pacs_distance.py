@@ -27,7 +27,7 @@ from hdrq_deploy.experiments.tuning import Trial, trial_path, try_rate
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.runtime.bench.environment import environment
 
-# Form and weight of the distance; that of our setting first.
+# Form and weight of the distance; that of the run's own cells first.
 DISTANCES = (("relative", 0.3), ("relative", 0.1), ("norm", 0.05), ("relative", 0.03))
 
 

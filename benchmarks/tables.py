@@ -1211,18 +1211,17 @@ def _protocol_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     for row in record["rows"]:
         if row["setting"] != "ours":
             continue
-        way = row["way"]
         keys = {name: row[name] for name in ("method", "bits", "members")}
         keys["bits"] = "" if row["method"] == "float" else row["bits"]
         found.append(
             {
                 **keys,
-                "way": way,
+                "way": row["way"],
                 "figure": row["merged"]["harmonic mean"],
                 "against": row["against"],
             }
         )
-        if way == "nearest":
+        if row["way"] == "nearest":
             single = {"figure": row["single"]["harmonic mean"], "against": []}
             found.append({**keys, "way": "single", **single})
     return found
@@ -1746,7 +1745,7 @@ def summary() -> str:
         f"average {digits_mean[0]:.1f}% and {digits_mean[1]:.1f}%; at W4A4 the merge is behind "
         "the float average on all three domains, at W3A3 on pairs too.",
         "On PACS, with BatchNorm re-estimated on "
-        f"64 unlabelled images a domain, the best W4A8 merge of pairs is "
+        "64 unlabelled images a domain, the best W4A8 merge of pairs is "
         f"{float_best[0] - best[0]:.1f} points behind the best merge of float models "
         f"({float_best[0]:.1f}%), and merging itself costs more than quantization does: separate "
         f"float models reach {apart[0]:.1f}%.",

@@ -17,7 +17,6 @@ from ..formats.bench_result import harmonic_mean
 from ..formats.bundle import Bundle
 from ..formats.bundle_manifest import weight_name
 from ..merging import Merger
-from ..numerics import quantization
 from ..typing import Array, Progress
 from .landscape import Landscape, Scores, Weights, real_weights, top_eigenvalue, trace
 
@@ -296,26 +295,12 @@ class _Work:
 
 def _mixed(pair: Merger, mix: Sequence[float]) -> Weights:
     """Real weights of a merge before any code is rounded."""
-    floats = pair.floats(mix)
-    like = pair.parents[0]
-    result = {
-        name: torch.from_numpy(np.array(floats[name]))
-        for name in like.manifest.graph_tensors
-        if like.manifest.tensors[name].role in {"float", "bn_mean", "bn_var"}
+    like, tensors = pair.parents[0].manifest, pair.unrounded(mix)
+    return {
+        name: torch.from_numpy(np.array(tensors[name]))
+        for name in sorted(like.graph_tensors)
+        if like.tensors[name].role in {"float", "bn_mean", "bn_var", "codes"}
     }
-    for name in pair.code_names:
-        entry, fold = like.manifest.tensors[name], like.manifest.folds.get(name)
-        assert entry.scale is not None
-        raw = fold.raw_scale if fold else entry.scale
-        total: Array = np.zeros(entry.shape)
-        for parent, share in zip(pair.parents, mix, strict=True):
-            unit = quantization.along(parent.tensor(raw).astype(np.float64), total.ndim, entry.axis)
-            total = total + share * unit * parent.tensor(name)
-        if fold:
-            ratio = floats[fold.scale].astype(np.float64) / floats[fold.raw_scale]
-            total = total * quantization.along(ratio, total.ndim, entry.axis)
-        result[name] = torch.from_numpy(total.astype(np.float32))
-    return result
 
 
 def _plain(scores: Scores) -> dict[str, Any]:

@@ -50,6 +50,8 @@ class Setting:
         return {**self.codes, **self.options(method)}
 
 
+_EVERY_WAY = ("nearest", "regression", "renewed", "renewed-w4", "renewed-w3", "auto")
+
 SETTINGS: dict[str, Setting] = {
     "paper": Setting(
         "as published: one scale per tensor, BatchNorm folded into the weights, codes of "
@@ -79,8 +81,8 @@ SETTINGS: dict[str, Setting] = {
         codes={"grid": "int8", "fold": "steps"},
         learning={},
         pairs=False,
-        pair_ways=("nearest", "regression", "renewed", "renewed-w4", "renewed-w3", "auto"),
-        ways=("nearest", "regression", "renewed", "renewed-w4", "renewed-w3", "auto"),
+        pair_ways=_EVERY_WAY,
+        ways=_EVERY_WAY,
         # The best relative distance on calibration images of the digits and of PACS at W4A4
         # (benchmarks/distance_ablation.py, pacs_distance.py); 0.3 costs accuracy at 4 and 3 bits.
         distance={"distance_form": "relative", "distance": 0.1},

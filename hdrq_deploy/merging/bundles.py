@@ -409,7 +409,8 @@ class Merger:
         merged, real = self._means(merge_weights), dict[str, Array]()
         if self._layers is None:
             for name in self.code_names:
-                real[name] = self._merged(self._dequantized(name), merge_weights)
+                weight = self._merged(self._dequantized(name), merge_weights)
+                real[name] = weight.astype(np.float32)
         else:
             means = dict(merged)
             for name in sorted({*self.code_names, *self._layers.weights}):
@@ -421,15 +422,13 @@ class Merger:
                     merged |= self._corrected(
                         self._layers, name, layer.weight, merge_weights, means
                     )
-        merged = self._fitted(merged | dict(moments or {}))
+        merged = self._fitted({**merged, **(moments or {})})
         manifest = self.parents[0].manifest
-        for name, weight in real.items():
-            weight = weight.astype(np.float32)
-            if fold := manifest.folds.get(name):
-                gain = np.asarray(merged[fold.scale] / merged[fold.raw_scale])
-                weight = weight * along(gain, weight.ndim, manifest.tensors[name].axis)
-            merged[name] = weight
-        return merged
+        for name in real.keys() & manifest.folds.keys():
+            fold = manifest.folds[name]
+            gain = np.asarray(merged[fold.scale] / merged[fold.raw_scale])
+            real[name] = real[name] * along(gain, real[name].ndim, manifest.tensors[name].axis)
+        return merged | real
 
     def manifest(
         self, merge_weights: Sequence[float], layers: Mapping[str, Any], options: Mapping[str, Any]

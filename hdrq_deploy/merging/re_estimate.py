@@ -32,6 +32,7 @@ from ..numerics.quantization import search_scale
 from ..numerics.spec import QuantSpec
 from ..typing import Array
 from .merged_statistics import in_turn, merged_statistics
+from .unrounded_network import put_real
 
 __all__ = ["moved", "new_moments", "re_estimate"]
 
@@ -191,10 +192,8 @@ def _put_weights(model: ir.Model, bundle: Bundle, weights: Mapping[str, Array]) 
     for name, entry in bundle.manifest.tensors.items():
         if entry.role != "codes":
             continue
-        (use,) = graph.initializers.pop(name).uses()
         real = ir.Value(name=name, const_value=ir.tensor(weights[name], name=name))
-        use.node.outputs[0].replace_all_uses_with(real)
-        graph.remove(use.node, safe=True)
+        put_real(graph, real)
         graph.initializers[name] = real
         codes[name] = bundle.tensor(name)
     return codes

@@ -14,10 +14,20 @@ from ..graph.model_files import serialized
 from ..numerics.batches import in_batches
 from ..typing import Array
 
-__all__ = ["BATCH", "Network"]
+__all__ = ["BATCH", "Network", "put_real"]
 
 # Activations of so many images stay in the caches of a core.
 BATCH = 16
+
+
+def put_real(graph: ir.Graph, real: ir.Value) -> None:
+    """Let a graph read real weights in place of the codes of their name, and of their dequantizer.
+
+    Whether ``real`` is an input of the graph or an initializer is the caller's to say.
+    """
+    (use,) = graph.initializers.pop(str(real.name)).uses()
+    use.node.outputs[0].replace_all_uses_with(real)
+    graph.remove(use.node, safe=True)
 
 
 class Network:
@@ -34,15 +44,14 @@ class Network:
         for name, value in list(graph.initializers.items()):
             if name not in tensors:
                 continue
-            graph.initializers.pop(name)
             if tensors[name].role == "codes":
-                (use,) = value.uses()
                 shape = value.shape
                 real = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
-                use.node.outputs[0].replace_all_uses_with(real)
-                graph.remove(use.node, safe=True)
+                put_real(graph, real)
                 graph.inputs.append(real)
-            elif value.uses():
+                continue
+            graph.initializers.pop(name)
+            if value.uses():
                 value.const_value = None
                 graph.inputs.append(value)
         # Nothing reads the scales of the codes any more.

@@ -111,7 +111,7 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
 ) -> None:
     made = local(grid, tmp_path, expected)
     bundles = {name.split("/")[1] for name in made if ".hdrq/" in name}
-    # Float, folded: three, the pairs and all; BatchNorm apart: three, and all merged in four
+    # Float, of no setting: three, the pairs and all; of ours: three, and all merged in four
     # ways. Twice two seeds: three, and of each pair nearest and two draws, of all nearest; or of
     # all four ways.
     assert len(bundles) == 3 + 3 + 1 + 3 + 4 + 2 * (3 + 3 * 3 + 1) + 2 * (3 + 4)
