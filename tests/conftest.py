@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections import Counter
@@ -149,6 +150,18 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(target / f"{i}.png")
     yield folder
     sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Modules that a file of tests wrote end with it: another file may write one of that name."""
+    before = set(sys.modules)
+    yield
+    written = str(tmp_path_factory.getbasetemp())
+    for name in set(sys.modules) - before - {"tiny_models"}:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(written):
+            del sys.modules[name]
+    importlib.invalidate_caches()
 
 
 @pytest.fixture

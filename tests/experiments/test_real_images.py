@@ -54,7 +54,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(camvid, "SIZE", (48, 64))
     (tmp_path / "colour_models.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "colour_models", raising=False)
+    sys.modules.pop("colour_models", None)
     for name, factory, size in (("pacs", "colours", (16, 16)), ("camvid", "pixels", (48, 64))):
         protocol = PROTOCOLS[name]
         network = Network(
