@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from .start import importing, run
 
@@ -32,13 +33,12 @@ with importing("hdrq reproduce"):
         segmentation,
         write_made,
     )
-    from ..experiments.tuning import TUNING, chosen_rates, tune
+    from ..experiments.tuning import TUNING, chosen_rates, known_search, tune
     from ..formats.atomic_files import (
         Kind,
         check_container,
         check_scratch,
         make_directory,
-        read_json,
         write_bytes,
     )
     from ..formats.file_kinds import (
@@ -87,12 +87,20 @@ def arguments() -> argparse.ArgumentParser:
     where_flags(where)
     _network_flags(p.rarely_used("network and adaptation"))
     knobs = p.rarely_used("learning", "The protocols have defaults of their own.")
-    knobs.add_argument(
+    rates = knobs.add_mutually_exclusive_group()
+    rates.add_argument(
         "--tune",
         nargs="*",
         metavar="wXaY",
         help="search the learning rate of every method on calibration images first, at these bits "
         "(all of --bits), into OUT/tuning.json; other bits take the rate of the nearest",
+    )
+    rates.add_argument(
+        "--rates",
+        type=Path,
+        metavar="TUNING.json",
+        help="take the rates that --tune found in another run, instead of a search; the file is "
+        "copied to OUT/tuning.json",
     )
     knobs.add_argument("--iters", type=int, help="iterations a block")
     knobs.add_argument("--batch", type=int, help="images per iteration")
@@ -210,10 +218,15 @@ def _reproduce(args: argparse.Namespace) -> int:
         args.rounding_seeds,
         args.pairs,
     )
+    if known := _known_search(args, grid):
+        grid = replace(grid, rates=chosen_rates(known))
     _check_outputs(args, grid, prepared)
     check_scratch()
     for folder in (out, out / "cells", out / "rows"):
         make_directory(folder)
+    if known and args.rates:
+        text = json.dumps(known, indent=1) + "\n"
+        write_bytes(out / TUNING, text.encode(), TUNING_JSON)
     if args.made:
         with progress_lines("train") as report:
             write_made(args.protocol, out, report)
@@ -223,9 +236,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         if args.prepare:
             print(f"{out / 'checkpoints'}: the models; {out / 'data'}: their images, in splits")
             return 0
-    if args.table:
-        grid = replace(grid, rates=_known_rates(args, out))
-    else:
+    if not args.table:
         with (
             progress_lines(args.protocol) as report,
             open_pool(args.workers, threads, args.ray, out, args.gpus) as pool,
@@ -262,14 +273,11 @@ def _reproduce(args: argparse.Namespace) -> int:
     return 0
 
 
-def _known_rates(args: argparse.Namespace, out: Path) -> dict[str, float]:
-    """The rates of an earlier search; none where the table is not of tuned cells."""
-    if args.tune is None:
-        return {}
-    record = read_json(out / TUNING)
-    if not isinstance(record, dict):
-        raise HdrqError(f"{out / TUNING}: found no search; run the command without --table first")
-    return chosen_rates(record)
+def _known_search(args: argparse.Namespace, grid: Grid) -> dict[str, Any] | None:
+    """The search that was made and that cells take their rates from, if there is one."""
+    own: Path | None = args.out / TUNING if args.table and args.tune is not None else None
+    path = args.rates or own
+    return known_search(path, grid) if path else None
 
 
 def _check_outputs(args: argparse.Namespace, grid: Grid, prepared: Preparation | None) -> None:
@@ -277,7 +285,7 @@ def _check_outputs(args: argparse.Namespace, grid: Grid, prepared: Preparation |
     outputs: list[tuple[Path, Kind]] = [
         (Path("results.json"), REPRODUCE_JSON),
         (Path("table.md"), REPRODUCE_TABLE),
-        *([] if args.tune is None else [(Path(TUNING), TUNING_JSON)]),
+        *([(Path(TUNING), TUNING_JSON)] if args.rates or args.tune is not None else []),
     ]
     for cell in [] if args.table else grid.cells():
         bundle = bundle_path(Path(), cell)

@@ -34,11 +34,11 @@ def rows(grid: Grid, out: Path) -> list[dict[str, Any]]:
 
     Single is the harmonic mean of every domain's own bundle on its own domain; ``images`` are the
     test images of each domain (empty where cells of an earlier version do not say). Means and
-    standard deviations are over calibration seeds and, of merges, rounding seeds. Where all cells of a row
-    keep their decisions, harmonic means have an interval (see :mod:`.intervals`), and ``against``
-    compares the row with earlier methods of the same setting, bits and way. ``wins`` is true of the
-    one row of all quantized ones of the same bits and members that is better than every other one
-    outside its interval, if there is one.
+    standard deviations are over calibration seeds and, of merges, rounding seeds. Where all cells
+    of a row keep their decisions, harmonic means have an interval (see :mod:`.intervals`), and
+    ``against`` compares the row with earlier methods of the same setting, bits and way. ``wins`` is
+    true of the one row of all quantized ones of the same bits and members that is better than every
+    other one outside its interval, if there is one.
     """
     boot, result = Bootstrap(), []
     by_kind: dict[tuple[str, str, str], list[Run]] = {}

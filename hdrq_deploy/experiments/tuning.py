@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from .rate_search import RateSearch, hold_out, judge, protocol
 from .tasks import Domain, Task
 from .threads import calibration_threads
 
-__all__ = ["TUNING", "Trial", "chosen_rates", "trial_path", "try_rate", "tune"]
+__all__ = ["TUNING", "Trial", "chosen_rates", "known_search", "trial_path", "try_rate", "tune"]
 
 TUNING = "tuning.json"
 
@@ -116,6 +117,43 @@ def tune(
         "searches": [_record(grid.task, run, out) for run in runs],
     }
     write_bytes(out / TUNING, (json.dumps(record, indent=1) + "\n").encode(), TUNING_JSON)
+    return record
+
+
+def known_search(path: Path, grid: Grid) -> dict[str, Any]:
+    """The record of an earlier search, which a grid takes its rates from instead of searching.
+
+    Args:
+        path: A file that :func:`tune` wrote, of any run.
+        grid: Methods, settings and task that are to run.
+
+    Raises:
+        SpecError: No such record, one of another task or of other iterations, or one without a
+            method and setting of the grid: methods of a comparison are all searched or none is.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("kind") != TUNING_JSON.kind:
+        raise SpecError(f"{path}: found no search of rates; needed a {TUNING} of hdrq reproduce")
+    task = grid.task
+    if record["task"] != task.name:
+        raise SpecError(
+            f"{path}: found a search on {record['task']}; needed one on {task.name}; give another "
+            "file, or --tune"
+        )
+    searched = {(row["setting"], row["method"]): row["iterations"] for row in record["searches"]}
+    learning = [name for name in grid.methods if METHODS[name].options.iterates]
+    for setting, method in product(grid.settings, learning):
+        iters = searched.get((setting, method))
+        if iters is None:
+            raise SpecError(
+                f"{path}: found no search of {method} ({setting}); leave the method out, or search "
+                "all of them with --tune"
+            )
+        if iters != task.options(method, setting).iters:
+            raise SpecError(
+                f"{path}: found rates of {method} for {iters} iterations a block; needed "
+                f"{task.options(method, setting).iters}: give --iters {iters}, or --tune"
+            )
     return record
 
 

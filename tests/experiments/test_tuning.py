@@ -22,7 +22,15 @@ from hdrq_deploy.experiments.grid import Grid, Run, bundle_path
 from hdrq_deploy.experiments.rate_search import FACTOR, MOST, START, RateSearch, hold_out
 from hdrq_deploy.experiments.table import markdown, notes
 from hdrq_deploy.experiments.tasks import Domain, Task
-from hdrq_deploy.experiments.tuning import TUNING, Trial, chosen_rates, trial_path, try_rate, tune
+from hdrq_deploy.experiments.tuning import (
+    TUNING,
+    Trial,
+    chosen_rates,
+    known_search,
+    trial_path,
+    try_rate,
+    tune,
+)
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.jobs.job import Job
 from hdrq_deploy.jobs.pool import open_pool
@@ -173,6 +181,38 @@ def test_a_search_is_kept_resumes_and_gives_the_grid_its_rates(
     assert manifest.options["lr"] == rate == record["searches"][0]["chosen"]
     assert TUNING in notes(tuned)[0] and notes(tuned)[0] in markdown(tuned, [])
     assert notes(grid) == []
+
+
+def test_rates_of_another_run_fit_or_are_refused(task: Task, tmp_path: Path) -> None:
+    record = {
+        "kind": "hdrq-tuning",
+        "task": "tiny",
+        "searches": [
+            {"setting": "ours", "method": name, "bits": "w4a4", "iterations": 3, "chosen": rate}
+            for name, rate in (("hdrq", 0.1), ("qdrop", 0.2))
+        ],
+    }
+    file = tmp_path / "search.json"
+
+    def refused(record: object, grid: Grid) -> str:
+        file.write_text(json.dumps(record))
+        with pytest.raises(SpecError) as found:
+            known_search(file, grid)
+        return str(found.value)
+
+    grid = Grid(task, ("rtn", "qdrop", "hdrq"), settings=("ours",))
+    file.write_text(json.dumps(record))
+    assert known_search(file, grid) == record
+    paper = replace(grid, settings=("paper",))
+    assert "found no search of qdrop (paper)" in refused(record, paper)
+    one = {**record, "searches": record["searches"][:1]}
+    assert "found no search of qdrop (ours)" in refused(one, grid)
+    longer = replace(grid, task=task.calibrated_with(iters=7, batch=None))
+    assert "for 3 iterations a block; needed 7: give --iters 3" in refused(record, longer)
+    assert "found a search on pacs; needed one on tiny" in refused({**record, "task": "pacs"}, grid)
+    assert "found no search of rates" in refused({"kind": "hdrq-reproduce"}, grid)
+    with pytest.raises(SpecError, match="nowhere.json: found no search"):
+        known_search(tmp_path / "nowhere.json", grid)
 
 
 @pytest.fixture
