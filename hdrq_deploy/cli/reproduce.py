@@ -219,7 +219,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         args.pairs,
     )
     if known := _known_search(args, grid):
-        grid = replace(grid, rates=chosen_rates(known))
+        grid = replace(grid, rates=chosen_rates(known), searched_on=known["task"])
     _check_outputs(args, grid, prepared)
     check_scratch()
     for folder in (out, out / "cells", out / "rows"):
@@ -243,7 +243,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         ):
             if tuned:
                 record = tune(grid, tuned, out, args.device, threads, pool, report)
-                grid = replace(grid, rates=chosen_rates(record))
+                grid = replace(grid, rates=chosen_rates(record), searched_on=task.name)
             run_jobs(list(jobs(grid, out, args.device, threads)), pool, report)
     ran = {"threads": threads, "seconds_of_this_run": round(time.monotonic() - started)}
     records = rows(grid, out)
@@ -255,7 +255,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         "model": task.model,
         "form": task.form,
         **({} if args.table else ran),
-        **({"tuning": TUNING, "rates": grid.rates} if grid.rates else {}),
+        **_searched(grid),
         "environment": {**environment(), "torch": version("torch")},
         "rows": records,
     }
@@ -278,6 +278,13 @@ def _known_search(args: argparse.Namespace, grid: Grid) -> dict[str, Any] | None
     own: Path | None = args.out / TUNING if args.table and args.tune is not None else None
     path = args.rates or own
     return known_search(path, grid) if path else None
+
+
+def _searched(grid: Grid) -> dict[str, Any]:
+    """Where the learning rates come from, for the record."""
+    if not grid.rates:
+        return {}
+    return {"tuning": TUNING, "rates": grid.rates, "searched_on": grid.searched_on}
 
 
 def _check_outputs(args: argparse.Namespace, grid: Grid, prepared: Preparation | None) -> None:

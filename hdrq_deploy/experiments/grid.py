@@ -118,6 +118,7 @@ class Grid:
         rounding_seeds: Draws of every merge that draws.
         pairs: Whether all pairs of domains are merged in settings that do not say it themselves.
         rates: Searched learning rates, by ``SETTING-METHOD-BITS`` (:mod:`.tuning`).
+        searched_on: Name of the task on whose calibration images they were searched.
     """
 
     task: Task
@@ -128,6 +129,7 @@ class Grid:
     rounding_seeds: int = 4
     pairs: bool = False
     rates: Mapping[str, float] = field(default_factory=dict)
+    searched_on: str = ""
 
     def __post_init__(self) -> None:
         for setting in self.settings:

@@ -242,8 +242,10 @@ def notes(grid: Grid, records: Sequence[dict[str, Any]] = ()) -> list[str]:
             "over two calibration seeds or more."
         )
     if grid.rates:
+        other = grid.searched_on not in ("", grid.task.name)
+        of = f" of {grid.searched_on}" if other else ""
         lines.append(
-            "Learning rates: one search for all methods on calibration images, in tuning.json."
+            f"Learning rates: one search for all methods on calibration images{of}, in tuning.json."
         )
     return lines
 

@@ -123,23 +123,19 @@ def tune(
 def known_search(path: Path, grid: Grid) -> dict[str, Any]:
     """The record of an earlier search, which a grid takes its rates from instead of searching.
 
+    The search may have been made on another task; the record names it.
+
     Args:
         path: A file that :func:`tune` wrote, of any run.
         grid: Methods, settings and task that are to run.
 
     Raises:
-        SpecError: No such record, one of another task or of other iterations, or one without a
-            method and setting of the grid: methods of a comparison are all searched or none is.
+        SpecError: No such record, one of other iterations, or one without a method and setting of
+            the grid: methods of a comparison are all searched or none is.
     """
     record = read_json(path)
     if not isinstance(record, dict) or record.get("kind") != TUNING_JSON.kind:
         raise SpecError(f"{path}: found no search of rates; needed a {TUNING} of hdrq reproduce")
-    task = grid.task
-    if record["task"] != task.name:
-        raise SpecError(
-            f"{path}: found a search on {record['task']}; needed one on {task.name}; give another "
-            "file, or --tune"
-        )
     searched = {(row["setting"], row["method"]): row["iterations"] for row in record["searches"]}
     learning = [name for name in grid.methods if METHODS[name].options.iterates]
     for setting, method in product(grid.settings, learning):
@@ -149,10 +145,10 @@ def known_search(path: Path, grid: Grid) -> dict[str, Any]:
                 f"{path}: found no search of {method} ({setting}); leave the method out, or search "
                 "all of them with --tune"
             )
-        if iters != task.options(method, setting).iters:
+        if iters != grid.task.options(method, setting).iters:
             raise SpecError(
                 f"{path}: found rates of {method} for {iters} iterations a block; needed "
-                f"{task.options(method, setting).iters}: give --iters {iters}, or --tune"
+                f"{grid.task.options(method, setting).iters}: give --iters {iters}, or --tune"
             )
     return record
 

@@ -209,7 +209,11 @@ def test_rates_of_another_run_fit_or_are_refused(task: Task, tmp_path: Path) -> 
     assert "found no search of qdrop (ours)" in refused(one, grid)
     longer = replace(grid, task=task.calibrated_with(iters=7, batch=None))
     assert "for 3 iterations a block; needed 7: give --iters 3" in refused(record, longer)
-    assert "found a search on pacs; needed one on tiny" in refused({**record, "task": "pacs"}, grid)
+    file.write_text(json.dumps({**record, "task": "pacs"}))
+    of_other = replace(
+        grid, rates=chosen_rates(record), searched_on=known_search(file, grid)["task"]
+    )
+    assert "calibration images of pacs, in tuning.json" in notes(of_other)[0]
     assert "found no search of rates" in refused({"kind": "hdrq-reproduce"}, grid)
     with pytest.raises(SpecError, match="nowhere.json: found no search"):
         known_search(tmp_path / "nowhere.json", grid)
