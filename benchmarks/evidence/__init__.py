@@ -1,0 +1,1 @@
+"""Sections of the pages in docs/evidence/, each from one record of benchmarks/results/."""

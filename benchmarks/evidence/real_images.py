@@ -1,0 +1,343 @@
+"""Photographs, drawings and street scenes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from evidence.records import load, table
+
+_PROTOCOL_WAYS = {
+    "single": "a model per domain",
+    "nearest": "mean, nearest",
+    "regression": "regression, compensated",
+    "renewed": "regression, compensated, re-estimated",
+    "renewed-w4": "the same, 8 bits to 4",
+    "renewed-w3": "the same, 8 bits to 3",
+    "auto": "regression, compensated, re-estimated, chosen weights",
+}
+
+
+def protocol_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of our setting in a ``results.json``, float models among them.
+
+    A row has ``method``, ``bits``, ``way``, ``members`` and ``figure``: the summary of the harmonic
+    mean, as :func:`hdrq_deploy.experiments.table.rows` gives it.
+    """
+    found = []
+    for row in record["rows"]:
+        if row["setting"] != "ours":
+            continue
+        keys = {name: row[name] for name in ("method", "bits", "members")}
+        keys["bits"] = "" if row["method"] == "float" else row["bits"]
+        found.append(
+            {
+                **keys,
+                "way": row["way"],
+                "figure": row["merged"]["harmonic mean"],
+                "against": row["against"],
+            }
+        )
+        if row["way"] == "nearest":
+            single = {"figure": row["single"]["harmonic mean"], "against": []}
+            found.append({**keys, "way": "single", **single})
+    return found
+
+
+def protocol_means(
+    rows: Sequence[Mapping[str, Any]], method: str, bits: str, way: str
+) -> tuple[float, float] | None:
+    """The mean over pairs and the figure of all domains of one kind of rows; None without them."""
+    own = [r for r in rows if (r["method"], r["bits"], r["way"]) == (method, bits, way)]
+    pairs = [row["figure"]["mean"] for row in own if len(row["members"]) == 2]
+    rest = [row["figure"]["mean"] for row in own if len(row["members"]) > 2]
+    return (statistics.fmean(pairs), rest[0]) if pairs and rest else None
+
+
+def _with_interval(figure: Mapping[str, float]) -> str:
+    half = (figure["high"] - figure["low"]) / 2 if "low" in figure else None
+    return f"{figure['mean']:.1f}" + ("" if half is None else f" ± {half:.1f}")
+
+
+def _protocol_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Methods, bits and ways down, every pair, their mean, and all domains across."""
+    groups = sorted({tuple(row["members"]) for row in rows}, key=lambda g: (len(g), g))
+    order = list(_PROTOCOL_WAYS)
+    bits = sorted({row["bits"] for row in rows}, key=("", *_PROTOCOL_BITS).index)
+    lines = []
+    for width in bits:
+        for method in dict.fromkeys(row["method"] for row in rows if row["bits"] == width):
+            own = [r for r in rows if (r["method"], r["bits"]) == (method, width)]
+            for way in sorted({row["way"] for row in own}, key=order.index):
+                found = {tuple(r["members"]): r for r in own if r["way"] == way}
+                cells = []
+                for group in groups:
+                    cells.append(_with_interval(found[group]["figure"]) if group in found else "-")
+                both = protocol_means(rows, method, width, way)
+                cells.insert(-1, f"{both[0]:.1f}" if both else "-")
+                label = _PROTOCOL_WAYS[way]
+                if method == "float":
+                    label = label.replace(", compensated", "").replace(", nearest", "")
+                lines.append([method, width.upper() or "FP32", label, *cells])
+    header = ["parents", "bits", "merge", *(", ".join(group) for group in groups)]
+    header.insert(-1, "mean of pairs")
+    return table(header, lines)
+
+
+def _protocol_read(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the rows say: merges less the best float merge, and methods beside each other."""
+    ways = [way for way in _PROTOCOL_WAYS if way != "single"]
+    merged = [m for way in ways if (m := protocol_means(rows, "float", "", way))]
+    best = (max(m[0] for m in merged), max(m[1] for m in merged))
+    told = []
+    for bits in dict.fromkeys(row["bits"] for row in rows if row["bits"]):
+        for way in ("renewed", "renewed-w4", "renewed-w3"):
+            cells = {m: protocol_means(rows, m, bits, way) for m in ("rtn", "qdrop", "hdrq")}
+            away = ", ".join(
+                f"`{m}` {cell[0] - best[0]:+.1f} and {cell[1] - best[1]:+.1f}"
+                for m, cell in cells.items()
+                if cell
+            )
+            if away:
+                to = way.removeprefix("renewed").replace("-w", " to W")
+                told.append(f"{bits.upper()}{to}: {away}")
+    beside = []
+    for row in rows:
+        if row["method"] == "hdrq" and row["way"] == "renewed" and len(row["members"]) > 2:
+            for other in row["against"]:
+                beside.append(
+                    f"{row['bits'].upper()}, less `{other['method']}`: {other['difference']:+.1f} "
+                    f"({other['low']:+.1f} to {other['high']:+.1f}, p {other['p']:.2g})"
+                )
+    return (
+        f"The best merge of float models reaches {best[0]:.1f} on the mean of pairs and "
+        f"{best[1]:.1f} on all domains. Merges by regression with BatchNorm re-estimated less "
+        f"these, in points: {'; '.join(told)}. `hdrq` beside the other methods on all domains, "
+        "merged in this way, with the 95% interval of the difference on the same images: "
+        f"{'; '.join(beside)}."
+    )
+
+
+_PROTOCOL_BITS = ("w8a8", "w8a4", "w6a6", "w4a8", "w4a4", "w3a3")
+
+
+def _protocol_missing(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Bits, ways and seeds that were not run."""
+    there = {row["bits"] for row in rows}
+    missing = [bits.upper() for bits in _PROTOCOL_BITS if bits not in there]
+    if not any(row["way"] == "auto" for row in rows):
+        missing.append("merges at chosen weights")
+    seeds = max(row["figure"].get("calibrations", 1) for row in rows)
+    missing += [f"calibration seeds beyond {seeds}"] if seeds < 3 else []
+    return f"Not run yet: {', '.join(missing)}." if missing else "The whole grid was run."
+
+
+def _protocol_rates(record: Mapping[str, Any]) -> str:
+    """How learning rates were searched, from a ``tuning.json``."""
+    searches, steps = [], list[float]()
+    for search in record["searches"]:
+        tried = ", ".join(f"{t['rate']:.3g} ({t['score']:.3f})" for t in search["tried"])
+        searches.append(f"`{search['method']}` {tried}, chosen {search['chosen']:.3g}")
+        scores = [trial["score"] for trial in search["tried"]]
+        steps += [abs(a - b) for a, b in pairwise(scores)]
+    protocol, bits = record["protocol"], record["searches"][0]["bits"].upper()
+    edges = [search["method"] for search in record["searches"] if search["is_at_edge"]]
+    return (
+        f"Learning rates were searched in the same way for every method (`--tune`): "
+        f"{protocol['rates_at_first']} rates, each {protocol['factor']:.2f} times the next, more "
+        f"of them while the best is the last one; at {bits}, by {protocol['criterion']} "
+        f"({protocol['held_out']}). Rates and nats: {'; '.join(searches)}. Neighbouring rates are "
+        f"{min(steps):.2f} to {max(steps):.2f} nats apart and do not rise and fall smoothly: a "
+        "trial is one merge of one calibration seed."
+        + (f" At the end of its search: {', '.join(edges)}." if edges else "")
+    )
+
+
+def _protocol_distances(tuning: Mapping[str, Any]) -> list[str]:
+    """What other distances score at the rate that the search chose for ``hdrq``."""
+    record = load("pacs_distance")
+    if record is None:
+        return []
+    rest = [search for search in tuning["searches"] if search["method"] != "hdrq"]
+    beside = ", ".join(
+        f"`{s['method']}` at its best {min(t['score'] for t in s['tried']):.3f}" for s in rest
+    )
+    names = {"relative": "relative", "norm": "as published"}
+    tried = ", ".join(
+        f"{names[row['distance_form']]}, λ = {row['distance']:g}: {row['score']:.3f}"
+        for row in record["rows"]
+    )
+    return [
+        "",
+        "The distance of these rows was chosen on digits, at rates that were not searched. On the "
+        f"same held-out images and at its chosen rate `hdrq` scores {tried} ({beside}; "
+        "`benchmarks/pacs_distance.py`). So the rows of `hdrq` below carry a distance that is too "
+        "strong; our setting has λ = 0.1 since, and they are to be measured again with it.",
+    ]
+
+
+def pacs(record: Mapping[str, Any]) -> str:
+    """The section on real images."""
+    rows, tuning = protocol_rows(record), load("pacs_tuning")
+    assert tuning is not None
+    options = next(r["options"] for r in record["rows"] if r["method"] == "hdrq")
+    (distance,) = {r["options"]["distance"] for r in record["rows"] if r["method"] == "hdrq"}
+    largest = max(record["rows"], key=lambda row: len(row["members"]))
+    tests = ", ".join(f"{count} of {name}" for name, count in largest["images"].items())
+    return "\n".join(
+        [
+            "## Real images: PACS",
+            "",
+            "`hdrq reproduce pacs --tune`: EfficientNet-Lite0 cut after its 112-channel stage, "
+            "96x96, trained on photos from ImageNet weights and then on every domain with labels. "
+            "Our setting: one scale per channel with BatchNorm in it, a relative distance to the "
+            f"source for `hdrq` (λ = {distance:g}), {options['iters']} iterations a block on "
+            f"{options['images']} images a domain; re-estimated merges see 64 unlabelled images a "
+            "domain. Harmonic means of top-1 accuracies in % on the "
+            f"test images ({tests}), of ONNX Runtime engines, with half of the 95% interval over "
+            "test images, rounding seeds and calibration seeds (of one seed without the "
+            "spread of calibrations). The images are not part of this project.",
+            "",
+            _protocol_read(rows),
+            "",
+            _protocol_rates(tuning),
+            *_protocol_distances(tuning),
+            "",
+            _protocol_table(rows),
+            "",
+            _protocol_missing(rows),
+        ]
+    )
+
+
+def camvid(record: Mapping[str, Any]) -> str:
+    """The section on street scenes by day and at dusk: one pair of domains, each by itself."""
+    own = [row for row in record["rows"] if row["setting"] == "ours"]
+    names = own[0]["members"]
+    order = list(_PROTOCOL_WAYS)
+    lines = []
+    for row in sorted(own, key=lambda r: ("", *_PROTOCOL_BITS).index(r["bits"])):
+        kinds = {"single": row["single"]} if row["way"] == "nearest" else {}
+        for way, figures in {**kinds, row["way"]: row["merged"]}.items():
+            label = _PROTOCOL_WAYS[way]
+            if row["method"] == "float":
+                label = label.replace(", compensated", "").replace(", nearest", "")
+            cells = [f"{figures[name]['mean']:.1f}" for name in names]
+            cells.append(_with_interval(figures["harmonic mean"]))
+            place = (row["bits"], row["method"], order.index(way))
+            lines.append((place, [row["method"], row["bits"].upper() or "FP32", label, *cells]))
+    places = list(dict.fromkeys(place[:2] for place, _ in lines))
+    lines.sort(key=lambda line: (places.index(line[0][:2]), line[0][2]))
+    tests = ", ".join(f"{count} of {name}" for name, count in own[0]["images"].items())
+    learned = next((r["options"] for r in own if r["method"] in ("hdrq", "qdrop")), None)
+    how = (
+        f"learned by {learned['iters']} iterations of {learned['batch']} images a block"
+        if learned
+        else "rounded to nearest; methods that learn were not run"
+    )
+    missing = [bits.upper() for bits in _PROTOCOL_BITS if bits not in {r["bits"] for r in own}]
+    return "\n".join(
+        [
+            "## Real images: CamVid",
+            "",
+            f"`hdrq reproduce camvid --targets {' '.join(names)}`: {record['form']}, trained by "
+            f"day from ImageNet weights and then at dusk with labels; {how}. Mean "
+            "intersection over union in % on contiguous stretches of the drives that no training "
+            f"saw ({tests}), of ONNX Runtime engines; harmonic means with half of the 95% interval "
+            "as above. Neighbouring frames are alike, so that the interval is narrower than that "
+            "of other drives. The images are not part of this project.",
+            "",
+            *_camvid_read(own, names),
+            table(
+                ["parents", "bits", "merge", *names, "harmonic mean"], [line for _, line in lines]
+            ),
+            "",
+            f"Not run: fog and snow, {', '.join(missing)}, calibration seeds beyond 1.",
+        ]
+    )
+
+
+def _camvid_read(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """Merges less the best float merge, and single models less their float models, by domain."""
+    floats = [row for row in rows if row["method"] == "float"]
+    best = max(floats, key=lambda row: row["merged"]["harmonic mean"]["mean"])
+    told = []
+    for row in rows:
+        if row["method"] == "float" or row["way"] not in ("nearest", "renewed"):
+            continue
+        kind, beside = ("single", best) if row["way"] == "nearest" else ("merged", best)
+        away = " and ".join(
+            f"{row[kind][name]['mean'] - beside[kind][name]['mean']:+.1f}" for name in names
+        )
+        of = "single models less float ones" if kind == "single" else "merges less the best float"
+        told.append((of, f"`{row['method']}` {row['bits'].upper()} {away}"))
+    lines = []
+    for of in dict.fromkeys(of for of, _ in told):
+        lines.append(f"{of.capitalize()}: {', '.join(text for o, text in told if o == of)}.")
+    head = (
+        f"The best merge of float models reaches "
+        f"{' and '.join(format(best['merged'][n]['mean'], '.1f') for n in names)} "
+        f"({' and '.join(names)}). In points:"
+    )
+    return [" ".join([head, *lines]), ""] if lines else []
+
+
+def real_weights(record: Mapping[str, Any]) -> str:
+    """EfficientNet-Lite0 with its ImageNet weights."""
+    images, learned = record["images"], record["methods"].get("hdrq", {})
+    order = [*dict.fromkeys(row["scheme"] for row in record["rows"])]
+    methods = ["float", "rtn", "hdrq", "quantize_static defaults", "quantize_static best"]
+    lines = []
+    for row in sorted(
+        record["rows"],
+        key=lambda row: (
+            order.index(row["scheme"]),
+            methods.index(row["method"]) if row["method"] in methods else len(methods),
+        ),
+    ):
+        clean = row["domains"]["clean"]
+        low, high = clean["interval"]
+        lines.append(
+            [
+                row["method"],
+                row["scheme"],
+                row["engine"],
+                f"{clean['top1']:.1f} ({low:.1f} to {high:.1f})",
+                *(f"{row['domains'][name]['top1']:.1f}" for name in ("fog", "snow")),
+                *(f"{row['domains'][name]['changed']:.1f}" for name in ("clean", "fog", "snow")),
+            ]
+        )
+    return "\n".join(
+        [
+            "## Real weights: EfficientNet-Lite0 on ImageNet",
+            "",
+            f"`benchmarks/real_weights.py`: calibrated on {images['calibration']} images, tested "
+            f"on {images['test']} others, as they are and in fog and snow of ImageNet-C (severity "
+            "3). The weights were trained on all of them, so that top-1 is higher than on new "
+            "images; what counts is the difference to FP32. Changed decisions are those that the "
+            "float model does not make, in %. Intervals are of the test images (95%, Wilson); "
+            f"`hdrq` learns {learned.get('iters', 0)} iterations of {learned.get('batch', 0)} "
+            "images a block, with the published distance, at the rate that the search on PACS "
+            "chose; nothing was tuned here. With one scale per tensor at W8A8, round to nearest is "
+            "saved by BatchNorm in the scales or by learning. 4-bit weights beside real "
+            "activations have no row: engines take them for linear layers only, and this network "
+            "has one.",
+            "",
+            table(
+                [
+                    "method",
+                    "scheme",
+                    "engine",
+                    "top-1",
+                    "fog",
+                    "snow",
+                    "changed",
+                    "in fog",
+                    "in snow",
+                ],
+                lines,
+            ),
+        ]
+    )

@@ -1,0 +1,52 @@
+"""What every section of the evidence needs: records, tables and figures as text."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+GROUPS = (
+    ("handwriting", "photo"),
+    ("handwriting", "night"),
+    ("photo", "night"),
+    ("handwriting", "photo", "night"),
+)
+NAMES = {"handwriting": "hw", "photo": "photo", "night": "night"}
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """A result, where it is there."""
+    path = RESULTS / f"{name}.json"
+    found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return found
+
+
+def not_run(missing: Sequence[str]) -> str:
+    """A sentence on the settings of a grid that are missing; names end with their seed."""
+    if not missing:
+        return "The whole grid was run."
+    seeds: dict[str, list[str]] = {}
+    for name in missing:
+        start, _, seed = name.rpartition("-s")
+        seeds.setdefault(start, []).append(seed)
+    settings = ", ".join(f"`{start}` (seed {' '.join(own)})" for start, own in seeds.items())
+    return f"Not run yet: {settings}."
+
+
+def with_spread(values: Sequence[float]) -> str:
+    """The mean and, of several values, the standard deviation, one digit."""
+    if len(values) < 2:
+        return "".join(f"{value:.1f}" for value in values)
+    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
