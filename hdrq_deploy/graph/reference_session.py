@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,12 +18,14 @@ from ..errors import EngineError
 
 __all__ = [
     "compare",
+    "float_session",
     "holds_wrapping_weights",
     "open_session",
     "products_wrap",
     "saturates",
     "session_options",
     "session_threads",
+    "threads_of_sessions",
     "unfused_session",
     "with_data_inside",
 ]
@@ -53,14 +56,44 @@ def unfused_session(
             not on the disk.
         threads: Threads inside an operator; 0, one per core; by default :func:`session_threads`.
     """
+    options = _float_options(_threads.get() if threads is None else threads)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return open_session(path, options, outside)
+
+
+def float_session(
+    path: Path | bytes, outside: Mapping[str, bytes] | None = None, threads: int | None = None
+) -> onnxruntime.InferenceSession:
+    """A session that computes every Q and DQ as written and fuses the rest, in float.
+
+    About twice as fast as :func:`unfused_session`. Sums are taken in another order, so that a value
+    at the border of two codes may get the other one: right for scores that are compared with each
+    other, not for a reference.
+
+    Args:
+        path: As of :func:`unfused_session`, and so the others.
+        outside: Contents of external data.
+        threads: Threads inside an operator.
+    """
+    return open_session(
+        path, _float_options(_threads.get() if threads is None else threads), outside
+    )
+
+
+def threads_of_sessions() -> int:
+    """Threads that :func:`session_threads` gives to sessions; those of all cores by default."""
+    return _threads.get() or os.cpu_count() or 1
+
+
+def _float_options(threads: int) -> onnxruntime.SessionOptions:
+    """Options of a session in which no kernel computes with codes."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = _threads.get() if threads is None else threads
+    options.intra_op_num_threads = threads
     # Idle threads of a reference must not disturb whatever else runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.log_severity_level = 4  # an exception says it too
-    return open_session(path, options, outside)
+    return options
 
 
 def open_session(

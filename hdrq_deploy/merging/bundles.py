@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ from .requantize import graph_with, requantized, requantized_entries
 from .rounding import ROUNDINGS, MergedCodes, merge_codes, round_target
 from .ways import check_grid, check_way, way_of
 
-__all__ = ["Merger", "golden_inputs", "in_parallel", "merge"]
+__all__ = ["MergedLayers", "Merger", "golden_inputs", "in_parallel", "merge"]
 
 Progress = Callable[[int, int], None]
 
@@ -130,6 +131,24 @@ def in_parallel(
         list(pool.map(work, items))
 
 
+@dataclass(frozen=True)
+class MergedLayers:
+    """A merge before rounding, BatchNorm not applied to its weights.
+
+    Attributes:
+        weights: Real weights (float32) by the names of their codes.
+        others: All other tensors but those that follow from BatchNorm.
+    """
+
+    weights: Mapping[str, Array]
+    others: Mapping[str, Array]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for tensors in (self.weights, self.others) for t in tensors.values())
+
+
 class Merger:
     """Parents that fit each other, and their merge at any merge weights.
 
@@ -196,6 +215,8 @@ class Merger:
         """The same merger, which reads every tensor of its parents once; for many merges."""
         merger = copy(self)
         merger.parents = [parent.in_memory() for parent in self.parents]
+        if self._layers is not None:
+            merger._layers = self._layers.of(merger.parents)
         return merger
 
     def check_weights(self, weights: Sequence[float] | None) -> list[float]:
@@ -406,24 +427,36 @@ class Merger:
             moments: Means and variances of BatchNorms in place of the merged ones, by tensor name;
                 where they are given, none is corrected from the parents' statistics.
         """
+        layers = self.merged_layers(merge_weights, corrected=moments is None)
+        return self.folded(layers, moments or {})
+
+    def merged_layers(self, merge_weights: Sequence[float], corrected: bool = True) -> MergedLayers:
+        """The layers of a merge before rounding, which :meth:`folded` makes a network of.
+
+        Args:
+            merge_weights: One per parent, sum 1.
+            corrected: Correct the moments of BatchNorm from the parents' statistics.
+        """
         merged, real = self._means(merge_weights), dict[str, Array]()
         if self._layers is None:
             for name in self.code_names:
                 weight = self._merged(self._dequantized(name), merge_weights)
                 real[name] = weight.astype(np.float32)
-        else:
-            means = dict(merged)
-            for name in sorted({*self.code_names, *self._layers.weights}):
-                layer = self._layers.real(name, merge_weights)
-                place = real if name in self.code_names else merged
-                place[name] = layer.weight.astype(np.float32)
-                merged |= self._bias(self._layers, name, layer.bias)
-                if moments is None:
-                    merged |= self._corrected(
-                        self._layers, name, layer.weight, merge_weights, means
-                    )
-        merged = self._fitted({**merged, **(moments or {})})
-        manifest = self.parents[0].manifest
+            return MergedLayers(real, merged)
+        means = dict(merged)
+        for name in sorted({*self.code_names, *self._layers.weights}):
+            layer = self._layers.real(name, merge_weights)
+            place = real if name in self.code_names else merged
+            place[name] = layer.weight.astype(np.float32)
+            merged |= self._bias(self._layers, name, layer.bias)
+            if corrected:
+                merged |= self._corrected(self._layers, name, layer.weight, merge_weights, means)
+        return MergedLayers(real, merged)
+
+    def folded(self, layers: MergedLayers, moments: Mapping[str, Array]) -> dict[str, Array]:
+        """All tensors of merged layers at these BatchNorm moments; see :meth:`unrounded`."""
+        merged = self._fitted({**layers.others, **moments})
+        manifest, real = self.parents[0].manifest, dict(layers.weights)
         for name in real.keys() & manifest.folds.keys():
             fold = manifest.folds[name]
             gain = np.asarray(merged[fold.scale] / merged[fold.raw_scale])

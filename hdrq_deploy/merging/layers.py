@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,6 +99,12 @@ class LayerMerge:
         self._bias_counts = Counter(r.bias for r in self._records.values())
         self._kept: dict[str, LayerAtMix] | None = {} if keep else None
         self.norms = norms_of(parents[0]) if self._files else {}
+
+    def of(self, parents: Sequence[Bundle]) -> LayerMerge:
+        """The same, reading its parents' tensors through other objects of the same bundles."""
+        merging = copy(self)
+        merging.parents = parents
+        return merging
 
     def record(self, name: str) -> LayerRecord | None:
         """The layer of a weight that all parents saw; its bias is the layer's own alone."""

@@ -32,7 +32,7 @@ from ..numerics.quantization import search_scale
 from ..numerics.spec import QuantSpec
 from ..typing import Array
 from .merged_statistics import in_turn, merged_statistics
-from .unrounded_network import put_real
+from .unrounded_network import put_weights
 
 __all__ = ["moved", "new_moments", "re_estimate"]
 
@@ -169,12 +169,12 @@ def _moments(
     if not quantized:
         _drop_quantizers(model)
     if not rounded:
-        tensors = {**tensors, **_put_weights(model, bundle, tensors)}
+        tensors = {**tensors, **put_weights(model, bundle, tensors)}
     probes = [*_probe_folds(model, bundle, tensors), *_probe_norms(model, tensors)]
     if not probes:
         return {}
     model.graph.outputs.extend(value for probe in probes for value in (probe.mean, probe.variance))
-    _, *measured = _runner(model, bundle, tensors)(x)
+    _, *measured = _runner(model, bundle, tensors, exact=rounded)(x)
     result = {}
     for probe, mean, variance in zip(probes, measured[::2], measured[1::2], strict=True):
         seen = probe.factor > _BLIND
@@ -184,19 +184,6 @@ def _moments(
         for name, new in ((probe.mean_name, real), (probe.variance_name, spread)):
             result[name] = np.where(seen, new, tensors[name]).astype(np.float32)
     return result
-
-
-def _put_weights(model: ir.Model, bundle: Bundle, weights: Mapping[str, Array]) -> dict[str, Array]:
-    """Put real weights in the place of codes and their dequantizers; returns codes to store."""
-    graph, codes = model.graph, {}
-    for name, entry in bundle.manifest.tensors.items():
-        if entry.role != "codes":
-            continue
-        real = ir.Value(name=name, const_value=ir.tensor(weights[name], name=name))
-        put_real(graph, real)
-        graph.initializers[name] = real
-        codes[name] = bundle.tensor(name)
-    return codes
 
 
 @dataclass(frozen=True)
@@ -328,11 +315,12 @@ def _drop_quantizers(model: ir.Model) -> dict[str, ir.Value]:
 
 
 def _runner(
-    model: ir.Model, bundle: Bundle, tensors: Mapping[str, Array]
+    model: ir.Model, bundle: Bundle, tensors: Mapping[str, Array], exact: bool = True
 ) -> Callable[[Array], list[Array]]:
-    """One session of an edited graph."""
+    """One session of an edited graph; one that is not ``exact`` is fast."""
     weights = serialize(tensors, bundle.manifest.tensors)
-    session = reference_session.unfused_session(serialized(model), {WEIGHTS: weights})
+    how = reference_session.unfused_session if exact else reference_session.float_session
+    session = how(serialized(model), {WEIGHTS: weights})
     port = session.get_inputs()[0].name
 
     def run(x: Array) -> list[Array]:

@@ -31,9 +31,9 @@ from ..errors import DataError
 from ..formats.bundle import Bundle
 from ..numerics.spec import check_seed
 from ..typing import Array
-from .bundles import Merger
+from .bundles import MergedLayers, Merger
 from .re_estimate import new_moments
-from .unrounded_network import Network
+from .unrounded_network import unrounded_network
 from .weight_race import Point, Race
 
 __all__ = ["CRITERIA", "ChosenWeights", "Criterion", "choose_weights", "score", "simplex"]
@@ -41,7 +41,9 @@ __all__ = ["CRITERIA", "ChosenWeights", "Criterion", "choose_weights", "score", 
 _MOST_POINTS = 100
 # Images of each domain that give a point of the grid its new moments. All points take the same
 # ones, so that what these few get wrong is common to them.
-_RENEWED = 16
+_RENEWED = 8
+# Bytes of merged layers that are kept for the next round; further ones are merged again.
+_KEPT = 1 << 29
 
 Images = Mapping[str, npt.NDArray[np.float32]]
 
@@ -142,12 +144,13 @@ class _Scored:
             return _Scored(scores, None)
         return _Scored(scores, np.concatenate([self.shares, more.shares]))
 
-    def parts(self) -> Array:
-        """Each image's part of the score, (N,); their mean is the score."""
+    def parts(self, count: int) -> Array:
+        """What each of the first ``count`` images adds; their mean is the score of these."""
+        scores = self.scores[:count]
         if self.shares is None:
-            return self.scores
-        log_mean = np.log(np.maximum(self.shares.mean(0), 1e-30))
-        result: Array = self.scores + self.shares @ log_mean
+            return scores
+        shares = self.shares[:count]
+        result: Array = scores + shares @ np.log(np.maximum(shares.mean(0), 1e-30))
         return result
 
 
@@ -203,9 +206,9 @@ def choose_weights(
 ) -> ChosenWeights:
     """The merge weights of the lowest score.
 
-    Every second point of the grid is run on a few images first, then the neighbours of those
-    that are not clearly worse, on more and more images. The weights that are chosen were run on
-    all images, and so were their neighbours on the grid.
+    Every second point of the grid is run on more and more images first, then the neighbours of
+    those that are not clearly worse. The weights that are chosen were run on all images, and so
+    were their neighbours on the grid, but those that were clearly worse.
 
     Args:
         merger: The merger whose parents are merged at the points of the grid.
@@ -213,7 +216,7 @@ def choose_weights(
             every domain counts the same.
         criterion: Name of one of ``CRITERIA``; by default agreement where every name in
             ``images`` is a domain of one parent, else information.
-        renewed: Images for :func:`re_estimate`; every point is then scored with new moments, of 16
+        renewed: Images for :func:`re_estimate`; every point is then scored with new moments, of 8
             images a domain at most.
         progress: Called with (images run, images in all as far as is known), over all points.
         also: Further points, beside the grid's; they are run on all images.
@@ -267,19 +270,19 @@ class _Sampler:
     ) -> None:
         self._merger, self._images, self._criterion = merger, images, criterion
         self._renewed = renewed
-        self._network = Network(merger.parents[0])
-        self._judges = _judges(merger, self._network, images, criterion) if criterion.judged else {}
+        self._judges = _judges(merger, images, criterion) if criterion.judged else {}
+        self._merged: dict[Point, MergedLayers] = {}
         self._moments: dict[Point, dict[str, Array]] = {}
         self._scored: dict[tuple[Point, str], _Scored] = {}
 
     def __call__(self, point: Point, count: int) -> list[Array]:
         new = {name: rows[self._done(point, name) : count] for name, rows in self._images.items()}
         if any(map(len, new.values())):
-            weights = self._merger.unrounded(point, self._moments_of(point))
+            run = unrounded_network(self._merger.parents[0], self._weights_of(point))
             for name, rows in new.items():
                 if len(rows):
-                    self._add(point, name, _Prediction.of(self._network(weights, rows, name)))
-        return [self._scored[point, name].parts() for name in self._images]
+                    self._add(point, name, _Prediction.of(run(rows, name)))
+        return [self._scored[point, name].parts(count) for name in self._images]
 
     def _done(self, point: Point, name: str) -> int:
         found = self._scored.get((point, name))
@@ -293,14 +296,17 @@ class _Sampler:
         before = self._scored.get((point, name))
         self._scored[point, name] = more if before is None else before + more
 
-    def _moments_of(self, point: Point) -> dict[str, Array] | None:
-        """New moments of the unrounded merge, which is what is run; None where none are wanted."""
-        if not self._renewed:
-            return None
-        if point not in self._moments:
-            weights = self._merger.unrounded(point, {})
+    def _weights_of(self, point: Point) -> dict[str, Array]:
+        """What is run at a point, with moments that were measured behind it where images are."""
+        layers = self._merged.get(point)
+        if layers is None:
+            layers = self._merger.merged_layers(point, corrected=not self._renewed)
+            if layers.nbytes + sum(kept.nbytes for kept in self._merged.values()) <= _KEPT:
+                self._merged[point] = layers
+        if self._renewed and point not in self._moments:
+            weights = self._merger.folded(layers, {})
             self._moments[point] = new_moments(self._merger.parents[0], weights, self._renewed)
-        return self._moments[point]
+        return self._merger.folded(layers, self._moments.get(point, {}))
 
 
 def _criterion_of(criterion: str | None, parents: Sequence[Bundle], images: Images) -> str:
@@ -319,17 +325,15 @@ def _criterion_of(criterion: str | None, parents: Sequence[Bundle], images: Imag
     return name
 
 
-def _judges(
-    merger: Merger, network: Network, images: Images, criterion: Criterion
-) -> dict[str, _Prediction]:
+def _judges(merger: Merger, images: Images, criterion: Criterion) -> dict[str, _Prediction]:
     """For every domain the predictions that those of a merge are compared with."""
     opinions: dict[str, list[_Prediction]] = {name: [] for name in images}
     for i, parent in enumerate(merger.parents):
         alone = [float(i == j) for j in range(len(merger.parents))]
-        weights = merger.unrounded(alone)
+        run = unrounded_network(merger.parents[0], merger.unrounded(alone))
         for name, rows in images.items():
             if not criterion.own_judge or parent.domain == name:
-                opinions[name].append(_Prediction.of(network(weights, rows, name)))
+                opinions[name].append(_Prediction.of(run(rows, name)))
     return {name: _surest(predictions) for name, predictions in opinions.items()}
 
 
@@ -396,7 +400,7 @@ def score(criterion: str, logits: Array, judge: Array | None = None) -> float:
     """
     judgement = None if judge is None else _Prediction.of(judge)
     scored = _Scored.of(CRITERIA[criterion], _Prediction.of(logits), judgement)
-    return float(scored.parts().mean())
+    return float(scored.parts(len(logits)).mean())
 
 
 def _surest(opinions: Sequence[_Prediction]) -> _Prediction:
