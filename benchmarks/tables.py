@@ -26,7 +26,7 @@ from evidence.merging import distance, landscape, merge_statistics
 from evidence.mixing import adaptation, mixing
 from evidence.real_images import camvid, pacs, protocol_means, protocol_rows, real_weights
 from evidence.records import ROOT, load, table
-from evidence.rivals import merge_rivals
+from evidence.rivals import merge_rivals, pacs_rivals
 
 
 def headline() -> str:
@@ -137,7 +137,7 @@ PAGES: dict[str, tuple[str, str, dict[str, Callable[[dict[str, Any]], str]]]] = 
     "rivals": (
         "Rivals",
         "The other order: merging float models first, and quantizing the merge.",
-        {"merge_rivals": merge_rivals},
+        {"merge_rivals": merge_rivals, "pacs_rivals": pacs_rivals},
     ),
     "engines": (
         "Engines",
@@ -268,7 +268,11 @@ def summary() -> str:
 
 
 # Further records that a section reads.
-_BESIDE = {"pacs": ("pacs_tuning", "pacs_distance"), "merge_rivals": ("merge_statistics",)}
+_BESIDE = {
+    "pacs": ("pacs_tuning", "pacs_distance"),
+    "merge_rivals": ("merge_statistics",),
+    "pacs_rivals": ("pacs",),
+}
 _SOFTWARE = ("hdrq-deploy", "torch", "onnxruntime", "openvino")
 
 

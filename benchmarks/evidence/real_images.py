@@ -145,7 +145,8 @@ def _protocol_rates(record: Mapping[str, Any]) -> str:
     protocol, bits = record["protocol"], record["searches"][0]["bits"].upper()
     edges = [search["method"] for search in record["searches"] if search["is_at_edge"]]
     return (
-        f"Learning rates were searched in the same way for every method (`--tune`): "
+        "Learning rates were searched in the same way for every method (`--tune w4a4`, on "
+        "checkpoints that the same command had trained before on another machine): "
         f"{protocol['rates_at_first']} rates, each {protocol['factor']:.2f} times the next, more "
         f"of them while the best is the last one; at {bits}, by {protocol['criterion']} "
         f"({protocol['held_out']}). Rates and nats: {'; '.join(searches)}. Neighbouring rates are "
@@ -171,10 +172,9 @@ def _protocol_distances(tuning: Mapping[str, Any]) -> list[str]:
     )
     return [
         "",
-        "The distance of these rows was chosen on digits, at rates that were not searched. On the "
-        f"same held-out images and at its chosen rate `hdrq` scores {tried} ({beside}; "
-        "`benchmarks/pacs_distance.py`). So the rows of `hdrq` below carry a distance that is too "
-        "strong; our setting has λ = 0.1 since, and they are to be measured again with it.",
+        "That search ran with the distance that was our setting's then (relative, λ = 0.3). At the "
+        f"rate that it chose, `hdrq` scores on the same held-out images {tried} ({beside}; "
+        "`benchmarks/pacs_distance.py`); the rows below have the best of these.",
     ]
 
 
@@ -190,8 +190,9 @@ def pacs(record: Mapping[str, Any]) -> str:
         [
             "## Real images: PACS",
             "",
-            "`hdrq reproduce pacs --tune`: EfficientNet-Lite0 cut after its 112-channel stage, "
-            "96x96, trained on photos from ImageNet weights and then on every domain with labels. "
+            "`hdrq reproduce pacs --pairs --rates pacs_tuning.json`: EfficientNet-Lite0 cut after "
+            "its 112-channel stage, 96x96, trained on photos from ImageNet weights and then on "
+            "every domain with labels. "
             "Our setting: one scale per channel with BatchNorm in it, a relative distance to the "
             f"source for `hdrq` (λ = {distance:g}), {options['iters']} iterations a block on "
             f"{options['images']} images a domain; re-estimated merges see 64 unlabelled images a "
@@ -254,7 +255,8 @@ def camvid(record: Mapping[str, Any]) -> str:
                 ["parents", "bits", "merge", *names, "harmonic mean"], [line for _, line in lines]
             ),
             "",
-            f"Not run: fog and snow, {', '.join(missing)}, calibration seeds beyond 1.",
+            f"Not run: fog and snow, {', '.join(missing)}, merges at chosen weights, calibration "
+            "seeds beyond 1.",
         ]
     )
 
@@ -263,25 +265,27 @@ def _camvid_read(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
     """Merges less the best float merge, and single models less their float models, by domain."""
     floats = [row for row in rows if row["method"] == "float"]
     best = max(floats, key=lambda row: row["merged"]["harmonic mean"]["mean"])
-    told = []
-    for row in rows:
-        if row["method"] == "float" or row["way"] not in ("nearest", "renewed"):
-            continue
-        kind, beside = ("single", best) if row["way"] == "nearest" else ("merged", best)
-        away = " and ".join(
-            f"{row[kind][name]['mean'] - beside[kind][name]['mean']:+.1f}" for name in names
-        )
-        of = "single models less float ones" if kind == "single" else "merges less the best float"
-        told.append((of, f"`{row['method']}` {row['bits'].upper()} {away}"))
-    lines = []
-    for of in dict.fromkeys(of for of, _ in told):
-        lines.append(f"{of.capitalize()}: {', '.join(text for o, text in told if o == of)}.")
-    head = (
-        f"The best merge of float models reaches "
-        f"{' and '.join(format(best['merged'][n]['mean'], '.1f') for n in names)} "
-        f"({' and '.join(names)}). In points:"
-    )
-    return [" ".join([head, *lines]), ""] if lines else []
+    kinds = {
+        "nearest": ("single", "Single models less float ones"),
+        "regression": ("merged", "Merges by regression less the best float merge"),
+        "renewed": ("merged", "The same with BatchNorm re-estimated on 16 images a domain"),
+    }
+    told = [
+        "The best merge of float models reaches "
+        f"{' and '.join(format(best['merged'][name]['mean'], '.1f') for name in names)} "
+        f"({' and '.join(names)})."
+    ]
+    for way, (kind, what) in kinds.items():
+        away = [
+            f"`{row['method']}` {row['bits'].upper()} "
+            + " and ".join(
+                f"{row[kind][name]['mean'] - best[kind][name]['mean']:+.1f}" for name in names
+            )
+            for row in rows
+            if row["method"] != "float" and row["way"] == way
+        ]
+        told.append(f"{what}, in points: {', '.join(away)}.")
+    return [" ".join(told), ""]
 
 
 def real_weights(record: Mapping[str, Any]) -> str:

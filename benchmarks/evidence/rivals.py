@@ -61,6 +61,65 @@ def merge_rivals(record: Mapping[str, Any]) -> str:
     )
 
 
+def pacs_rivals(record: Mapping[str, Any]) -> str:
+    """The same on photographs and drawings, beside merges of bundles of one calibration seed."""
+    groups = sorted({tuple(row["members"]) for row in record["rows"]}, key=lambda g: (len(g), g))
+    lines = []
+    for merge, method in dict.fromkeys((r["merge"], r["method"]) for r in record["rows"]):
+        own = [r for r in record["rows"] if (r["merge"], r["method"]) == (merge, method)]
+        found = {tuple(row["members"]): (row["harmonic_mean"], row) for row in own}
+        seconds = statistics.fmean(row["cpu_seconds"] for row in own)
+        label = f"{merge} in float, then {_RIVALS[method]}"
+        lines.append([label, *_by_members(found, groups), f"{seconds:.0f}"])
+    for row in (load("pacs") or {"rows": []})["rows"]:
+        if row["setting"] == "ours" and row["way"] == "renewed" and row["bits"] in ("", "w4a8"):
+            label = f"**{row['method']} bundles**" if row["bits"] else "float, not quantized"
+            label += ", regression, compensated, re-estimated" if row["bits"] else ""
+            place = next((line for line in lines if line[0] == label), None)
+            if place is None:
+                place = [label, *["-"] * (len(groups) + 1), ""]
+                lines.append(place)
+            figure, group = row["merged"]["harmonic mean"], tuple(row["members"])
+            if group in groups:
+                index = groups.index(group) + 1 + (group == groups[-1])
+                place[index] = f"{figure['mean']:.1f} ± {(figure['high'] - figure['low']) / 2:.1f}"
+    for line in lines:
+        pairs = [float(cell.split()[0]) for cell in line[1 : len(groups)] if cell != "-"]
+        line[len(groups)] = f"{statistics.fmean(pairs):.1f}" if pairs else "-"
+    heads = [", ".join(group) for group in groups]
+    heads.insert(-1, "mean of pairs")
+    return "\n".join(
+        [
+            "## The same on photographs and drawings",
+            "",
+            "`benchmarks/pacs_rivals.py`: the merges of float models of `hdrq reproduce pacs` are "
+            "quantized at W4A8, one scale per channel, with 256 images of every domain "
+            f"({record['iterations_per_block']} iterations a block of `qdrop`, at the rate that "
+            "its bundles have; targets and anchor of the experts are those that were best on the "
+            "digits). Merges of bundles see 64 images a domain and no float model. Harmonic means "
+            "of top-1 accuracies in % on the test images, with half of the 95% interval over them "
+            "(and over calibration seeds, where there are several).",
+            "",
+            table(["way", *heads, "CPU seconds a merge"], lines),
+        ]
+    )
+
+
+def _by_members(
+    found: Mapping[tuple[str, ...], tuple[float, Mapping[str, float]]],
+    groups: Sequence[tuple[str, ...]],
+) -> list[str]:
+    """A cell for every group, and an empty one before the last for the mean of pairs."""
+    cells = []
+    for group in groups:
+        value, row = found.get(group, (None, {}))
+        cells.append(
+            "-" if value is None else f"{value:.1f} ± {(row['high'] - row['low']) / 2:.1f}"
+        )
+    cells.insert(-1, "-")
+    return cells
+
+
 _RIVALS = {
     "gptq": "`gptq`",
     "qdrop": "`qdrop`",
