@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.capture import single_output
+from ..calibration.devices import keep_freed_memory
 from ..errors import ModelError, SpecError
 from ..formats.atomic_files import replaced
 from ..formats.file_kinds import ADAPTING
@@ -66,6 +67,7 @@ class Training(ABC, Generic[Chosen]):
             SpecError: ``partial`` holds another run.
             ModelError: ``partial`` cannot be read, or a weight became NaN.
         """
+        keep_freed_memory()
         options, model = self.options, self.model
         optimizer = torch.optim.SGD(
             self._groups(),

@@ -11,7 +11,7 @@ from ..calibration_data.readers import Wanted
 from ..formats.bundle import Bundle
 from ..typing import Progress
 from .activation_cache import Caches
-from .devices import torch_threads
+from .devices import keep_freed_memory, torch_threads
 from .graph_cache import GraphCache
 from .inputs import CalibrationInputs, load
 from .learning import RunRecord, learn
@@ -135,6 +135,7 @@ def run_calibration(
     Raises:
         HdrqError, CheckFailed: As :func:`calibrate`.
     """
+    keep_freed_memory()
     graphs = graphs or GraphCache()
     with current_folder_importable():
         inputs = load(request)
