@@ -136,7 +136,18 @@ def known_search(path: Path, grid: Grid) -> dict[str, Any]:
     record = read_json(path)
     if not isinstance(record, dict) or record.get("kind") != TUNING_JSON.kind:
         raise SpecError(f"{path}: found no search of rates; needed a {TUNING} of hdrq reproduce")
-    searched = {(row["setting"], row["method"]): row["iterations"] for row in record["searches"]}
+    try:
+        searched = {(r["setting"], r["method"]): r["iterations"] for r in record["searches"]}
+        fits = isinstance(record["task"], str) and all(
+            0 < float(rate) < math.inf for rate in chosen_rates(record).values()
+        )
+    except (KeyError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise SpecError(
+            f"{path}: found a search without task, setting, method, bits, iterations or a chosen "
+            "rate above 0; needed the file as hdrq reproduce wrote it"
+        )
     learning = [name for name in grid.methods if METHODS[name].options.iterates]
     for setting, method in product(grid.settings, learning):
         iters = searched.get((setting, method))

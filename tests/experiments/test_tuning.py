@@ -215,6 +215,10 @@ def test_rates_of_another_run_fit_or_are_refused(task: Task, tmp_path: Path) -> 
     )
     assert "calibration images of pacs, in tuning.json" in notes(of_other)[0]
     assert "found no search of rates" in refused({"kind": "hdrq-reproduce"}, grid)
+    for broken in ({"chosen": 0.0}, {"chosen": "fast"}, {"bits": None, "chosen": None}):
+        rows = [{**record["searches"][0], **broken}]
+        assert "needed the file as" in refused({**record, "searches": rows}, grid)
+    assert "needed the file as" in refused({"kind": "hdrq-tuning", "task": "tiny"}, grid)
     with pytest.raises(SpecError, match="nowhere.json: found no search"):
         known_search(tmp_path / "nowhere.json", grid)
 
