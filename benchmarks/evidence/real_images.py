@@ -193,6 +193,32 @@ def _protocol_distances(tuning: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _trainings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How far float models of another training by the same command are from these."""
+    record = load("pacs_earlier")
+    if record is None:
+        return []
+    here, there = (
+        {
+            (tuple(row["members"]), row["way"]): row["figure"]["mean"]
+            for row in some
+            if row["method"] == "float"
+        }
+        for some in (rows, protocol_rows(record))
+    )
+    apart = {key: abs(here[key] - there[key]) for key in here.keys() & there.keys()}
+    single = max(value for (_, way), value in apart.items() if way == "single")
+    merged = max(value for (_, way), value in apart.items() if way != "single")
+    return [
+        "",
+        "The checkpoints are one training of each domain. Another training by the same command on "
+        "another machine ([earlier figures](earlier-figures.md)) has single float models within "
+        f"{single:.1f} points of these, and merges of float models up to {merged:.1f} points "
+        "away: more than lies between the methods. No interval below has this spread in it; what "
+        "counts are differences on the same checkpoints.",
+    ]
+
+
 def pacs(record: Mapping[str, Any]) -> str:
     """The section on real images."""
     rows, tuning = protocol_rows(record), load("pacs_tuning")
@@ -217,6 +243,7 @@ def pacs(record: Mapping[str, Any]) -> str:
             "spread of calibrations). The images are not part of this project.",
             "",
             _protocol_read(rows),
+            *_trainings(rows),
             "",
             _protocol_rates(tuning),
             *_protocol_distances(tuning),

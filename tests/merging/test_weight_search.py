@@ -10,11 +10,12 @@ import pytest
 
 from hdrq_deploy import Bundle
 from hdrq_deploy.cli import merge as merge_command
-from hdrq_deploy.errors import HdrqError
+from hdrq_deploy.errors import DataError, HdrqError
 from hdrq_deploy.formats.bundle import WEIGHTS
 from hdrq_deploy.formats.safetensors_layout import serialize
 from hdrq_deploy.graph import reference_session
 from hdrq_deploy.merging import Merger, choose_weights, weight_race
+from hdrq_deploy.merging.unrounded_network import unrounded_network
 from hdrq_deploy.merging.weight_search import score
 
 
@@ -76,6 +77,23 @@ def test_the_chosen_weights_have_the_lowest_score_of_the_grid(
     assert searched.weights == found.weights and searched.runs < found.runs
     for mix, value in searched.tried:
         assert tried[mix] == pytest.approx(value, rel=1e-12)
+
+
+def test_a_network_with_real_weights_is_that_of_its_codes_whatever_the_threads(
+    make: Any, inputs: Any
+) -> None:
+    bundle = make(fold="steps", wbits=8)
+    merger = Merger([bundle, make(domain="day", fold="steps", wbits=8)])
+    alone = merger.unrounded([1.0, 0.0])  # the codes themselves
+    answers = []
+    for threads in (1, 3):
+        with reference_session.session_threads(threads):
+            answers.append(unrounded_network(bundle, alone)(inputs[:11], "night"))
+    assert (answers[0] == answers[1]).all() and answers[0].shape == (11, 4)
+    exact = logits(bundle, bundle.tensors(), inputs[:11])
+    assert np.abs(answers[0] - exact).max() < 0.02 * np.abs(exact).max()
+    with pytest.raises(DataError, match="the images of night do not fit the model"):
+        unrounded_network(bundle, alone)(inputs[:2, :1], "night")
 
 
 def test_without_the_bundles_own_domains_information_decides(make: Any, inputs: Any) -> None:
