@@ -70,10 +70,10 @@ class Rival:
 
 
 def rivals(domains: Sequence[str]) -> Iterator[Rival]:
-    """All domains first, then pairs."""
-    for members in (tuple(domains), *combinations(domains, 2)):
-        for merge in FLOAT_MERGES:
-            for method in METHODS:
+    """Methods that learn nothing first, and of each the merge of all domains."""
+    for method in METHODS:
+        for members in (tuple(domains), *combinations(domains, 2)):
+            for merge in FLOAT_MERGES:
                 yield Rival(members, merge, method)
 
 

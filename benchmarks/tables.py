@@ -233,7 +233,8 @@ def summary() -> str:
         "point of QDrop's once both learning rates were searched alike (three seeds), and on the "
         f"pairs of PACS ({seeds_told(photos, 'w4a8')}) merges by regression with new BatchNorm "
         f"moments reach {ours[0]:.1f}% with HDRQ's bundles, {qdrop[0]:.1f}% with QDrop's and "
-        f"{rtn[0]:.1f}% with bundles that were rounded to nearest.",
+        f"{rtn[0]:.1f}% with bundles that were rounded to nearest, on all three domains "
+        f"{ours[1]:.1f}%, {qdrop[1]:.1f}% and {rtn[1]:.1f}%.",
         "All layers of the measured networks that were asked for INT8 run in INT8 on ONNX Runtime "
         "and TensorRT-RTX as the engines report it, and speed was measured on CPUs only: no "
         "TensorRT engine has run on a GPU yet, and the paper's own data sets have not been run.",

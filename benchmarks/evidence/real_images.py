@@ -144,7 +144,9 @@ def _protocol_missing(rows: Sequence[Mapping[str, Any]]) -> str:
         own = [row for row in rows if row["bits"] == bits]
         learned = [row for row in own if row["method"] in ("qdrop", "hdrq")]
         seeds = min((row["figure"].get("calibrations", 1) for row in learned), default=0)
-        if seeds < 3:
+        if not learned:
+            missing.append(f"{bits.upper()} by methods that learn")
+        elif seeds < 3:
             missing.append(f"calibration seeds beyond {seeds} of {bits.upper()}")
     return f"Not run yet: {', '.join(missing)}." if missing else "The whole grid was run."
 
