@@ -61,7 +61,7 @@ def seeds_told(record: Mapping[str, Any], bits: str) -> str:
     found = {
         row["merged"]["harmonic mean"].get("calibrations", 1)
         for row in record["rows"]
-        if row["bits"] == bits and row["method"] in ("qdrop", "hdrq")
+        if row["bits"] == bits and row["method"] in ("qdrop", "hdrq") and row["way"] == "renewed"
     }
     names = ("no seed", "one seed", "two seeds", "three seeds")
     return names[min(found, default=0)]
@@ -138,11 +138,15 @@ def _protocol_missing(rows: Sequence[Mapping[str, Any]]) -> str:
     """Bits, ways and seeds that were not run."""
     there = {row["bits"] for row in rows}
     missing = [bits.upper() for bits in _PROTOCOL_BITS if bits not in there]
-    if not any(row["way"] == "auto" for row in rows):
-        missing.append("merges at chosen weights")
+    chosen = [row for row in rows if row["way"] == "auto"]
+    pairs = any(len(row["members"]) == 2 for row in chosen)
+    if not pairs:
+        missing.append(
+            "merges of pairs at chosen weights" if chosen else "merges at chosen weights"
+        )
     for bits in (bits for bits in _PROTOCOL_BITS if bits in there):
         own = [row for row in rows if row["bits"] == bits]
-        learned = [row for row in own if row["method"] in ("qdrop", "hdrq")]
+        learned = [r for r in own if r["method"] in ("qdrop", "hdrq") and r["way"] != "auto"]
         seeds = min((row["figure"].get("calibrations", 1) for row in learned), default=0)
         if not learned:
             missing.append(f"{bits.upper()} by methods that learn")
