@@ -154,12 +154,12 @@ def known_search(path: Path, grid: Grid) -> dict[str, Any]:
         if iters is None:
             raise SpecError(
                 f"{path}: found no search of {method} ({setting}); leave the method out, or search "
-                "all of them with --tune"
+                "the rates of all anew"
             )
         if iters != grid.task.options(method, setting).iters:
             raise SpecError(
                 f"{path}: found rates of {method} for {iters} iterations a block; needed "
-                f"{grid.task.options(method, setting).iters}: give --iters {iters}, or --tune"
+                f"{grid.task.options(method, setting).iters}: take {iters} `iters`, or search anew"
             )
     return record
 

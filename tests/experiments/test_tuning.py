@@ -208,7 +208,7 @@ def test_rates_of_another_run_fit_or_are_refused(task: Task, tmp_path: Path) -> 
     one = {**record, "searches": record["searches"][:1]}
     assert "found no search of qdrop (ours)" in refused(one, grid)
     longer = replace(grid, task=task.calibrated_with(iters=7, batch=None))
-    assert "for 3 iterations a block; needed 7: give --iters 3" in refused(record, longer)
+    assert "for 3 iterations a block; needed 7: take 3 `iters`" in refused(record, longer)
     file.write_text(json.dumps({**record, "task": "pacs"}))
     of_other = replace(
         grid, rates=chosen_rates(record), searched_on=known_search(file, grid)["task"]
