@@ -33,7 +33,7 @@ with importing("hdrq reproduce"):
         segmentation,
         write_made,
     )
-    from ..experiments.tuning import TUNING, chosen_rates, known_search, tune
+    from ..experiments.tuning import TUNING, chosen_rates, keep_search, known_search, tune
     from ..formats.atomic_files import (
         Kind,
         check_container,
@@ -225,8 +225,7 @@ def _reproduce(args: argparse.Namespace) -> int:
     for folder in (out, out / "cells", out / "rows"):
         make_directory(folder)
     if known and args.rates:
-        text = json.dumps(known, indent=1) + "\n"
-        write_bytes(out / TUNING, text.encode(), TUNING_JSON)
+        keep_search(known, out)
     if args.made:
         with progress_lines("train") as report:
             write_made(args.protocol, out, report)
@@ -275,8 +274,9 @@ def _reproduce(args: argparse.Namespace) -> int:
 
 def _known_search(args: argparse.Namespace, grid: Grid) -> dict[str, Any] | None:
     """The search that was made and that cells take their rates from, if there is one."""
-    own: Path | None = args.out / TUNING if args.table and args.tune is not None else None
-    path = args.rates or own
+    path = args.rates
+    if args.table and args.tune is not None:
+        path = args.out / TUNING
     return known_search(path, grid) if path else None
 
 

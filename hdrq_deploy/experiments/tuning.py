@@ -42,7 +42,16 @@ from .rate_search import RateSearch, hold_out, judge, protocol
 from .tasks import Domain, Task
 from .threads import calibration_threads
 
-__all__ = ["TUNING", "Trial", "chosen_rates", "known_search", "trial_path", "try_rate", "tune"]
+__all__ = [
+    "TUNING",
+    "Trial",
+    "chosen_rates",
+    "keep_search",
+    "known_search",
+    "trial_path",
+    "try_rate",
+    "tune",
+]
 
 TUNING = "tuning.json"
 
@@ -116,8 +125,13 @@ def tune(
         "versions": versions_of("torch", "onnx", "onnxruntime", "numpy"),
         "searches": [_record(grid.task, run, out) for run in runs],
     }
-    write_bytes(out / TUNING, (json.dumps(record, indent=1) + "\n").encode(), TUNING_JSON)
+    keep_search(record, out)
     return record
+
+
+def keep_search(record: Mapping[str, Any], out: Path) -> None:
+    """Write the record of a search into the folder of a run."""
+    write_bytes(out / TUNING, (json.dumps(record, indent=1) + "\n").encode(), TUNING_JSON)
 
 
 def known_search(path: Path, grid: Grid) -> dict[str, Any]:

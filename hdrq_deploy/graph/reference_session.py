@@ -56,7 +56,7 @@ def unfused_session(
             not on the disk.
         threads: Threads inside an operator; 0, one per core; by default :func:`session_threads`.
     """
-    options = _float_options(_threads.get() if threads is None else threads)
+    options = _float_options(threads)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return open_session(path, options, outside)
 
@@ -75,9 +75,7 @@ def float_session(
         outside: Contents of external data.
         threads: Threads inside an operator.
     """
-    return open_session(
-        path, _float_options(_threads.get() if threads is None else threads), outside
-    )
+    return open_session(path, _float_options(threads), outside)
 
 
 def threads_of_sessions() -> int:
@@ -85,10 +83,10 @@ def threads_of_sessions() -> int:
     return _threads.get() or os.cpu_count() or 1
 
 
-def _float_options(threads: int) -> onnxruntime.SessionOptions:
+def _float_options(threads: int | None) -> onnxruntime.SessionOptions:
     """Options of a session in which no kernel computes with codes."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = _threads.get() if threads is None else threads
     # Idle threads of a reference must not disturb whatever else runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.disable_quant_qdq", "1")
