@@ -11,21 +11,16 @@ on them. No test image is read. Trials that are there are not made again.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
+from pacs_run import arguments, task_of, write
 
 from hdrq_deploy.calibration.settings import SETTINGS
 from hdrq_deploy.experiments.grid import Run, bundle_path
-from hdrq_deploy.experiments.real_images import Choice, prepare
 from hdrq_deploy.experiments.tuning import Trial, trial_path, try_rate
-from hdrq_deploy.formats.atomic_files import write_bytes
-from hdrq_deploy.runtime.bench.environment import environment
 
 # Form and weight of the distance; that of the run's own cells first.
 DISTANCES = (("relative", 0.3), ("relative", 0.1), ("norm", 0.05), ("relative", 0.03))
@@ -33,19 +28,13 @@ DISTANCES = (("relative", 0.3), ("relative", 0.1), ("norm", 0.05), ("relative", 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Try every distance, and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--run", type=Path, required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--rate", type=float, required=True, help="that the search chose")
     parser.add_argument("--iters", type=int, default=200)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--collect", action="store_true", help="write the finished rows, no more")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     run = args.run.absolute()
-    choice = Choice(args.data.absolute(), run, imagenet=args.weights)
-    task = prepare("pacs", choice).task.calibrated_with(iters=args.iters, batch=None)
+    task = task_of(args).calibrated_with(iters=args.iters, batch=None)
     trial = Trial(Run("ours", "hdrq", 4, 4, 0), args.rate)
     ours, rows = SETTINGS["ours"], []
     for form, weight in DISTANCES:
@@ -65,15 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             kept = ("rate", "score", "merged", "single", "decisions", "images")
             rows.append({**options, **{key: found[key] for key in kept}})
             print(form, weight, found["score"], flush=True)
-    record = {
-        "schema_version": 1,
+    about = {
         "iterations_per_block": args.iters,
         "bits": "w4a4",
-        "environment": {**environment(), "torch": version("torch")},
-        "rows": rows,
     }
-    text = json.dumps(record, indent=1) + "\n"
-    write_bytes(args.results / "pacs_distance.json", text.encode())
+    write(args.results / "pacs_distance.json", rows, about)
     return 0
 
 

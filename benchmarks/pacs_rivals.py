@@ -14,18 +14,17 @@ not made again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
+from pacs_run import arguments, task_of, write
 from safetensors.numpy import save_file
 
 from hdrq_deploy import Bundle
@@ -36,14 +35,12 @@ from hdrq_deploy.calibration.pipeline import run_calibration
 from hdrq_deploy.calibration.request import CalibrationRequest
 from hdrq_deploy.experiments.cells import engine_of, labelled_set
 from hdrq_deploy.experiments.decisions import Decisions
-from hdrq_deploy.experiments.grid import bundle_path
-from hdrq_deploy.experiments.real_images import Choice, prepare
+from hdrq_deploy.experiments.grid import Merge, Run, bundle_path
 from hdrq_deploy.experiments.tasks import Task
 from hdrq_deploy.experiments.tuning import TUNING, chosen_rates
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.numerics.intervals import Bootstrap
 from hdrq_deploy.runtime.bench.accuracy import accuracy
-from hdrq_deploy.runtime.bench.environment import environment
 
 # Ways in which hdrq reproduce merges float models.
 FLOAT_MERGES = {"nearest": "mean", "renewed": "regression, BatchNorm re-estimated"}
@@ -66,7 +63,7 @@ class Rival:
     @property
     def float_cell(self) -> str:
         """The cell of the run that holds the float merge."""
-        return f"ours-float-{'+'.join(self.members)}-{self.merge}-r0"
+        return Merge(Run("ours", "float", 8, 8, 0), self.members, self.merge, 1).cell(0)
 
 
 def rivals(domains: Sequence[str]) -> Iterator[Rival]:
@@ -149,18 +146,12 @@ def evaluated(rival: Rival, task: Task, run: Path, rate: float) -> dict[str, Any
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Quantize every merge, measure it, and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--collect", action="store_true", help="write the finished rows, no more")
+    parser = arguments(__doc__)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     run = args.run.absolute()
     (run / "rivals").mkdir(exist_ok=True)
-    choice = Choice(args.data.absolute(), run, imagenet=args.weights)
-    task = prepare("pacs", choice).task
+    task = task_of(args)
     rate = chosen_rates(json.loads((run / TUNING).read_text()))["ours-qdrop-w4a4"]
     rows = []
     for rival in rivals([domain.name for domain in task.domains]):
@@ -168,17 +159,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         rows.append(evaluated(rival, task, run, rate))
         print(rival.name, round(rows[-1]["harmonic_mean"], 1), flush=True)
-    record = {
-        "schema_version": 1,
+    about = {
         "bits": "w4a8",
         "iterations_per_block": task.learning["qdrop"]["iters"],
         "rates": {"qdrop": rate},
         "experts": {"targets": ExpertTargets({}).targets, "anchor": ExpertTargets({}).anchor},
-        "environment": {**environment(), "torch": version("torch")},
-        "rows": rows,
     }
-    text = json.dumps(record, indent=1) + "\n"
-    write_bytes(args.results / "pacs_rivals.json", text.encode())
+    write(args.results / "pacs_rivals.json", rows, about)
     return 0
 
 

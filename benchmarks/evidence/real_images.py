@@ -56,18 +56,32 @@ def protocol_means(
     return (statistics.fmean(pairs), rest[0]) if pairs and rest else None
 
 
-def seeds_told(record: Mapping[str, Any], bits: str) -> str:
-    """How many calibration seeds the methods that learn have at some bits, in words."""
-    found = {
-        row["merged"]["harmonic mean"].get("calibrations", 1)
-        for row in record["rows"]
-        if row["bits"] == bits and row["method"] in ("qdrop", "hdrq") and row["way"] == "renewed"
-    }
-    names = ("no seed", "one seed", "two seeds", "three seeds")
-    return names[min(found, default=0)]
+def learned_seeds(rows: Sequence[Mapping[str, Any]], bits: str) -> int:
+    """Calibration seeds of the methods that learn at some bits; merges at chosen weights have one.
+
+    0 where none of them was run.
+    """
+    return min(
+        (
+            row["figure"].get("calibrations", 1)
+            for row in rows
+            if (row["bits"], row["method"]) in {(bits, "qdrop"), (bits, "hdrq")}
+            and row["way"] != "auto"
+        ),
+        default=0,
+    )
 
 
-def _with_interval(figure: Mapping[str, float]) -> str:
+def way_label(method: str, way: str) -> str:
+    """A way to merge in the words of the tables; float models are not rounded."""
+    label = _PROTOCOL_WAYS[way]
+    return (
+        label.replace(", compensated", "").replace(", nearest", "") if method == "float" else label
+    )
+
+
+def with_interval(figure: Mapping[str, float]) -> str:
+    """A mean and half of its interval, where it has one."""
     half = (figure["high"] - figure["low"]) / 2 if "low" in figure else None
     return f"{figure['mean']:.1f}" + ("" if half is None else f" ± {half:.1f}")
 
@@ -85,13 +99,10 @@ def _protocol_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 found = {tuple(r["members"]): r for r in own if r["way"] == way}
                 cells = []
                 for group in groups:
-                    cells.append(_with_interval(found[group]["figure"]) if group in found else "-")
+                    cells.append(with_interval(found[group]["figure"]) if group in found else "-")
                 both = protocol_means(rows, method, width, way)
                 cells.insert(-1, f"{both[0]:.1f}" if both else "-")
-                label = _PROTOCOL_WAYS[way]
-                if method == "float":
-                    label = label.replace(", compensated", "").replace(", nearest", "")
-                lines.append([method, width.upper() or "FP32", label, *cells])
+                lines.append([method, width.upper() or "FP32", way_label(method, way), *cells])
     header = ["parents", "bits", "merge", *(", ".join(group) for group in groups)]
     header.insert(-1, "mean of pairs")
     return table(header, lines)
@@ -145,10 +156,8 @@ def _protocol_missing(rows: Sequence[Mapping[str, Any]]) -> str:
             "merges of pairs at chosen weights" if chosen else "merges at chosen weights"
         )
     for bits in (bits for bits in _PROTOCOL_BITS if bits in there):
-        own = [row for row in rows if row["bits"] == bits]
-        learned = [r for r in own if r["method"] in ("qdrop", "hdrq") and r["way"] != "auto"]
-        seeds = min((row["figure"].get("calibrations", 1) for row in learned), default=0)
-        if not learned:
+        seeds = learned_seeds(rows, bits)
+        if not seeds:
             missing.append(f"{bits.upper()} by methods that learn")
         elif seeds < 3:
             missing.append(f"calibration seeds beyond {seeds} of {bits.upper()}")
@@ -281,20 +290,14 @@ def camvid(record: Mapping[str, Any]) -> str:
     """The section on street scenes by day and at dusk: one pair of domains, each by itself."""
     own = [row for row in record["rows"] if row["setting"] == "ours"]
     names = own[0]["members"]
-    order = list(_PROTOCOL_WAYS)
     lines = []
     for row in sorted(own, key=lambda r: ("", *_PROTOCOL_BITS).index(r["bits"])):
         kinds = {"single": row["single"]} if row["way"] == "nearest" else {}
         for way, figures in {**kinds, row["way"]: row["merged"]}.items():
-            label = _PROTOCOL_WAYS[way]
-            if row["method"] == "float":
-                label = label.replace(", compensated", "").replace(", nearest", "")
             cells = [f"{figures[name]['mean']:.1f}" for name in names]
-            cells.append(_with_interval(figures["harmonic mean"]))
-            place = (row["bits"], row["method"], order.index(way))
-            lines.append((place, [row["method"], row["bits"].upper() or "FP32", label, *cells]))
-    places = list(dict.fromkeys(place[:2] for place, _ in lines))
-    lines.sort(key=lambda line: (places.index(line[0][:2]), line[0][2]))
+            cells.append(with_interval(figures["harmonic mean"]))
+            head = [row["method"], row["bits"].upper() or "FP32", way_label(row["method"], way)]
+            lines.append([*head, *cells])
     tests = ", ".join(f"{count} of {name}" for name, count in own[0]["images"].items())
     learned = next((r["options"] for r in own if r["method"] in ("hdrq", "qdrop")), None)
     how = (
@@ -315,9 +318,7 @@ def camvid(record: Mapping[str, Any]) -> str:
             "of other drives. The images are not part of this project.",
             "",
             *_camvid_read(own, names),
-            table(
-                ["parents", "bits", "merge", *names, "harmonic mean"], [line for _, line in lines]
-            ),
+            table(["parents", "bits", "merge", *names, "harmonic mean"], lines),
             "",
             f"Not run: fog and snow, {', '.join(missing)}, merges at chosen weights, calibration "
             "seeds beyond 1.",

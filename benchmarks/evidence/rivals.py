@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evidence.real_images import protocol_rows, with_interval
 from evidence.records import GROUPS, NAMES, load, not_run, table, with_spread
 
 
@@ -62,31 +63,28 @@ def merge_rivals(record: Mapping[str, Any]) -> str:
 
 
 def pacs_rivals(record: Mapping[str, Any]) -> str:
-    """The same on photographs and drawings, beside merges of bundles of one calibration seed."""
+    """The same on photographs and drawings, beside merges of bundles."""
     groups = sorted({tuple(row["members"]) for row in record["rows"]}, key=lambda g: (len(g), g))
+    found: dict[str, dict[tuple[str, ...], Mapping[str, float]]] = {}
+    seconds: dict[str, list[float]] = {}
+    for row in record["rows"]:
+        way = f"{row['merge']} in float, then {_RIVALS[row['method']]}"
+        figure = {"mean": row["harmonic_mean"], "low": row["low"], "high": row["high"]}
+        found.setdefault(way, {})[tuple(row["members"])] = figure
+        seconds.setdefault(way, []).append(row["cpu_seconds"])
+    for row in protocol_rows(load("pacs") or {"rows": []}):
+        if row["way"] == "renewed" and row["bits"] in ("", "w4a8"):
+            way = f"**{row['method']} bundles**, regression, compensated, re-estimated"
+            way = way if row["bits"] else "float, not quantized"
+            found.setdefault(way, {})[tuple(row["members"])] = row["figure"]
     lines = []
-    for merge, method in dict.fromkeys((r["merge"], r["method"]) for r in record["rows"]):
-        own = [r for r in record["rows"] if (r["merge"], r["method"]) == (merge, method)]
-        found = {tuple(row["members"]): (row["harmonic_mean"], row) for row in own}
-        seconds = statistics.fmean(row["cpu_seconds"] for row in own)
-        label = f"{merge} in float, then {_RIVALS[method]}"
-        lines.append([label, *_by_members(found, groups), f"{seconds:.0f}"])
-    for row in (load("pacs") or {"rows": []})["rows"]:
-        if row["setting"] == "ours" and row["way"] == "renewed" and row["bits"] in ("", "w4a8"):
-            label = f"**{row['method']} bundles**" if row["bits"] else "float, not quantized"
-            label += ", regression, compensated, re-estimated" if row["bits"] else ""
-            place = next((line for line in lines if line[0] == label), None)
-            if place is None:
-                place = [label, *["-"] * (len(groups) + 1), ""]
-                lines.append(place)
-            figure, group = row["merged"]["harmonic mean"], tuple(row["members"])
-            if group in groups:
-                index = groups.index(group) + 1 + (group == groups[-1])
-                place[index] = f"{figure['mean']:.1f} ± {(figure['high'] - figure['low']) / 2:.1f}"
-    for line in lines:
-        pairs = [float(cell.split()[0]) for cell in line[1 : len(groups)] if cell != "-"]
+    for way, figures in found.items():
+        cells = [with_interval(figures[group]) if group in figures else "-" for group in groups]
+        pairs = [figures[group]["mean"] for group in groups[:-1] if group in figures]
         whole = len(pairs) == len(groups) - 1
-        line[len(groups)] = f"{statistics.fmean(pairs):.1f}" if whole else "-"
+        cells.insert(-1, f"{statistics.fmean(pairs):.1f}" if whole else "-")
+        spent = f"{statistics.fmean(seconds[way]):.0f}" if way in seconds else ""
+        lines.append([way, *cells, spent])
     heads = [", ".join(group) for group in groups]
     heads.insert(-1, "mean of pairs")
     return "\n".join(
@@ -109,21 +107,6 @@ def pacs_rivals(record: Mapping[str, Any]) -> str:
             else "A dash was not run.",
         ]
     )
-
-
-def _by_members(
-    found: Mapping[tuple[str, ...], tuple[float, Mapping[str, float]]],
-    groups: Sequence[tuple[str, ...]],
-) -> list[str]:
-    """A cell for every group, and an empty one before the last for the mean of pairs."""
-    cells = []
-    for group in groups:
-        value, row = found.get(group, (None, {}))
-        cells.append(
-            "-" if value is None else f"{value:.1f} ± {(row['high'] - row['low']) / 2:.1f}"
-        )
-    cells.insert(-1, "-")
-    return cells
 
 
 _RIVALS = {

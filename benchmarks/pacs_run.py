@@ -1,0 +1,41 @@
+"""What benchmarks on the folder of a run of ``hdrq reproduce pacs`` have in common."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from hdrq_deploy.experiments.real_images import Choice, prepare
+from hdrq_deploy.experiments.tasks import Task
+from hdrq_deploy.formats.atomic_files import write_bytes
+from hdrq_deploy.runtime.bench.environment import environment
+
+__all__ = ["arguments", "task_of", "write"]
+
+
+def arguments(about: str | None) -> argparse.ArgumentParser:
+    """The flags of such a benchmark."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--collect", action="store_true", help="write the finished rows, no more")
+    return parser
+
+
+def task_of(args: argparse.Namespace) -> Task:
+    """The task of the run."""
+    choice = Choice(args.data.absolute(), args.run.absolute(), imagenet=args.weights)
+    return prepare("pacs", choice).task
+
+
+def write(target: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
+    """Write the rows, what they were measured with, and what else is known ``about`` them."""
+    measured = {"environment": {**environment(), "torch": version("torch")}, "rows": rows}
+    record = {"schema_version": 1, **about, **measured}
+    write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
