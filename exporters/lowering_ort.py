@@ -13,8 +13,8 @@ ReLU behind a linear layer whose    Max, and Add becomes Sub: ONNX Runtime would
 output stays real                   with the layer and compute both in float
 scale with which a bias would       a larger one (bundles of earlier versions)
 leave int32
-weights of -128, on an ARM          uint8 with zero point 128, which another kernel takes
-processor without dot product
+weights whose products this         uint8 with zero point 128, which another kernel takes; those
+processor adds wrongly              of 4 bits are widened less instead (``graph/products.py``)
 ==================================  ======================================================
 """
 
@@ -30,6 +30,7 @@ from ..errors import ExportError
 from ..graph.biases import LARGEST
 from ..graph.edits import constant, drop_unused, insert
 from ..graph.operators import CLAMPS, LINEAR, QUANTIZABLE
+from ..graph.products import largest_weight, reach, weight_behind
 from ..graph.qdq import (
     array,
     in_blocks,
@@ -46,7 +47,9 @@ __all__ = ["lower_ort"]
 _WRAPS, _MIDDLE = -128, 128
 
 
-def lower_ort(model: ir.Model, exact: bool = True, wraps: bool = False) -> ir.Model:
+def lower_ort(
+    model: ir.Model, exact: bool = True, wraps: bool = False, saturates: bool = False
+) -> ir.Model:
     """Edit a graph in place to what ONNX Runtime's CPU kernels run in INT8; return it.
 
     Signed codes c become c + 128 with zero point 128; codes of tensors that are never
@@ -58,21 +61,32 @@ def lower_ort(model: ir.Model, exact: bool = True, wraps: bool = False) -> ir.Mo
         exact: Keep that Clip where 8-bit codes of a tensor that is never negative end at
             127. Otherwise they extend to 255 at the same scale: less saturates.
         wraps: Products of -128 and -128 wrap on this processor
-            (:func:`~hdrq_deploy.graph.reference_session.products_wrap`).
+            (:func:`~hdrq_deploy.graph.products.products_wrap`).
+        saturates: Sums of two products of uint8 and int8 saturate on it
+            (:func:`~hdrq_deploy.graph.products.saturates`).
 
     Raises:
         ExportError: A bias is not finite, or does not fit int32.
     """
-    weights = _weights(model)
-    shift = {str(codes.name): _spare_bits(array(codes).astype(np.int64)) for codes in weights}
-    fit_biases(model, shift)
     for q in list(quantizers(model)):
         if not q.unsigned:
             to_unsigned(model, q, exact)
+    weights = _weights(model)
+    limits = _limits(model) if saturates else {}
+    shift, raised = {}, set()
+    for codes in weights:
+        name, values = str(codes.name), array(codes).astype(np.int64)
+        limit = limits.get(codes, 128)
+        if np.abs(values).max(initial=0) > limit:
+            raised.add(name)
+            limit = 128
+        shift[name] = _spare_bits(values, limit)
+        if wraps and int(values.min(initial=0)) << shift[name] == _WRAPS:
+            raised.add(name)
+    fit_biases(model, shift)
     for codes, dequantizers in weights.items():
-        least = int(array(codes).astype(np.int64).min(initial=0)) << shift[str(codes.name)]
-        unsigned = wraps and least == _WRAPS
-        _widen_weight(model, codes, dequantizers, shift[str(codes.name)], unsigned)
+        name = str(codes.name)
+        _widen_weight(model, codes, dequantizers, shift[name], name in raised)
         for dequantize in dequantizers:
             _zero_point(model, dequantize)
     for node in list(model.graph):
@@ -141,12 +155,25 @@ def _widen_weight(
         dequantize.replace_input_with(0, parts[-1].outputs[0])
 
 
-def _spare_bits(codes: npt.NDArray[np.int64]) -> int:
-    """How far all codes can be shifted left within int8; 0 where all of them are 0."""
+def _limits(model: ir.Model) -> dict[ir.Value, int]:
+    """The largest magnitude that weights may have where two products must stay in int16."""
+    limits: dict[ir.Value, int] = {}
+    for node in model.graph:
+        dequantize = weight_behind(node)
+        codes = dequantize.inputs[0] if dequantize is not None else None
+        if codes is not None:
+            limit = largest_weight(reach(node.inputs[0]))
+            limits[codes] = min(limit, limits.get(codes, limit))
+    return limits
+
+
+def _spare_bits(codes: npt.NDArray[np.int64], limit: int = 128) -> int:
+    """How far all codes can be shifted left within int8 and a limit; 0 where all are 0."""
     if not codes.any():
         return 0
+    least, most = -limit, min(limit, 127)
     shift = 0
-    while shift < 7 and codes.min() << shift + 1 >= -128 and codes.max() << shift + 1 <= 127:
+    while shift < 7 and codes.min() << shift + 1 >= least and codes.max() << shift + 1 <= most:
         shift += 1
     return shift
 

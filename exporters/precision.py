@@ -20,6 +20,7 @@ from ..formats.engine_folder import LayerPrecision, PrecisionReport
 from ..graph.openvino_session import Executed
 from ..graph.operators import LAYERS
 from ..graph.patterns import named
+from ..graph.qdq import weight_name
 
 __all__ = ["check", "from_openvino", "from_ort", "from_trt_log", "requested_only"]
 
@@ -111,24 +112,38 @@ def from_openvino(
     places = {node.name: node for node in model.graph}
     rows = []
     for layer in layers:
-        names = _openvino_names(places.get(layer.node), layer.node)
-        mine = [n for n in kernels if names & set(n.origins) or layer.weight in n.constants]
-        if not mine:
+        # A layer may be the sum of two, whose products stay in int16.
+        parts = [n for n in (layer.node, f"{layer.node}/rest") if n == layer.node or n in places]
+        found = [_openvino_kernel(kernels, places.get(name), name, layer) for name in parts]
+        mine = [kernel for kernel in found if kernel is not None]
+        if len(mine) != len(parts):
             rows.append(_row(layer, "unknown", "not found in the compiled program"))
             continue
-        node = mine[0]
+        node = next((kernel for kernel in mine if _of_openvino(kernel) != "int8"), mine[0])
         types = " x ".join(_operands(node))
         rows.append(_row(layer, _of_openvino(node), f"{node.kind} {node.precision}: {types}"))
     return _report("openvino", f"compiled program, openvino {version}", rows)
 
 
+def _openvino_kernel(
+    kernels: Sequence[Executed], node: ir.Node | None, name: str, layer: Layer
+) -> Executed | None:
+    """The kernel of a node of the lowered graph."""
+    names = _openvino_names(node, name)
+    weight = weight_name(node) or layer.weight
+    mine = [n for n in kernels if names & set(n.origins) or weight in n.constants]
+    return mine[0] if mine else None
+
+
 def _openvino_names(node: ir.Node | None, name: str) -> set[str]:
     """Names by which OpenVINO may call a layer: its own, or that of what is computed with it.
 
-    The bias of a layer is taken off it, and the rest has another name; a factor behind it is
-    multiplied into it, and the product has none of the graph.
+    The bias of a layer is taken off it, and the rest has another name; so has the factor that
+    makes its sums real where no codes follow; a factor behind it is multiplied into it, and the
+    product has none of the graph.
     """
     names = {name, f"{name}/WithoutBiases"}
+    names |= {f"{each}/DequantizationMultiply" for each in names}
     while node is not None:
         names.add(str(node.outputs[0].name))
         readers = [use.node for use in node.outputs[0].uses()]

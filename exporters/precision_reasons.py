@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from ..formats.engine_folder import PrecisionReport
 from ..graph.operators import MOVES_VALUES
-from ..graph.qdq import producer
+from ..graph.qdq import producer, weight_name
 
 __all__ = ["explain"]
 
@@ -23,7 +23,7 @@ def explain(report: PrecisionReport, model: ir.Model) -> PrecisionReport:
         for name, value in model.graph.initializers.items()
         if value.const_value is not None
     }
-    weights = {layer.node: _weight(nodes.get(layer.node)) for layer in report.layers}
+    weights = {layer.node: weight_name(nodes.get(layer.node)) for layer in report.layers}
     lost = {layer.node for layer in report.lost}
     rows = []
     for layer in report.layers:
@@ -33,17 +33,6 @@ def explain(report: PrecisionReport, model: ir.Model) -> PrecisionReport:
             update["reason"] = _reason(report.engine, node, layer.requested, layer.evidence)
         rows.append(layer.model_copy(update=update))
     return report.model_copy(update={"layers": tuple(rows)})
-
-
-def _weight(node: ir.Node | None) -> str | None:
-    """The initializer behind a layer's second operand."""
-    value = node.inputs[1] if node is not None and len(node.inputs) > 1 else None
-    while value is not None and value.const_value is None:
-        source = producer(value)
-        if source is None or not source.inputs:
-            return None
-        value = source.inputs[0]
-    return value.name if value is not None else None
 
 
 def _reason(engine: str, node: ir.Node | None, requested: str, evidence: str) -> str:

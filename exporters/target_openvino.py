@@ -14,6 +14,7 @@ from ..errors import EngineError, ExportError
 from ..formats.bundle_manifest import Layer
 from ..formats.engine_folder import GRAPH, PrecisionReport
 from ..graph.openvino_session import OpenVinoSession, library_version
+from ..graph.products import saturates
 from ..typing import Array, Progress
 from . import precision
 from .io_signature import port_of
@@ -43,7 +44,7 @@ class OpenVinoTarget(Target):
                 "or export with `engine` trt"
             )
         refuse_e4m3(model, "OpenVINO")
-        return lower_openvino(model)
+        return lower_openvino(model, saturates())
 
     def ingredients(self, build: BuildOptions, only_graph: bool) -> dict[str, Any]:
         """See :meth:`Target.ingredients`."""
@@ -55,10 +56,11 @@ class OpenVinoTarget(Target):
                 f"found `{other[0]}`; it is for TensorRT's builder, and OpenVINO has none: leave "
                 "it out"
             )
+        parts = {"products": "saturate"} if saturates() else {}
         if only_graph:
-            return {}
+            return parts
         try:
-            return {"openvino": library_version()}
+            return {"openvino": library_version(), **parts}
         except EngineError as error:
             raise ExportError(str(error)) from error
 

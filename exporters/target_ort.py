@@ -13,7 +13,7 @@ from ..comparison import golden
 from ..comparison.taps import Shows
 from ..formats.bundle_manifest import Layer
 from ..formats.engine_folder import GRAPH, PrecisionReport
-from ..graph.reference_session import products_wrap
+from ..graph.products import products_wrap, saturates
 from ..typing import Array, Progress
 from . import precision
 from .lowering_ort import lower_ort
@@ -32,12 +32,16 @@ class OrtTarget(Target):
     def lower(self, model: ir.Model, options: GraphOptions) -> ir.Model:
         """See :meth:`Target.lower`."""
         refuse_e4m3(model, "ONNX Runtime")
-        return lower_ort(model, options.exact, products_wrap())
+        return lower_ort(model, options.exact, products_wrap(), saturates())
 
     def ingredients(self, build: BuildOptions, only_graph: bool) -> dict[str, Any]:
         """See :meth:`Target.ingredients`."""
         parts = {"onnxruntime": version("onnxruntime")}
-        return {**parts, "weights": "uint8 for those of -128"} if products_wrap() else parts
+        if products_wrap():
+            parts["weights"] = "uint8 for those of -128"
+        if saturates():
+            parts["weights"] = "uint8 where products of int8 saturate"
+        return parts
 
     def realize(
         self,

@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import EngineError
 from ..formats.engine_folder import GRAPH, EngineManifest
 from ..graph.openvino_session import OpenVinoSession
+from ..graph.products import holds_saturating_products, saturates
 from ..typing import Array
 from .engine import Engine, Feeds, Pending, StillRunning
 
@@ -51,7 +52,8 @@ class OpenVinoEngine(Engine):
         cache: Folder for compiled graphs.
 
     Raises:
-        EngineError: OpenVINO is not installed, or cannot load the graph.
+        EngineError: OpenVINO is not installed, cannot load the graph, or would compute wrong sums
+            on this processor.
     """
 
     def __init__(
@@ -63,6 +65,12 @@ class OpenVinoEngine(Engine):
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__(path, manifest, threads, "cpu")
+        if saturates() and holds_saturating_products(path / GRAPH):
+            raise EngineError(
+                f"{path}: found products of 8-bit codes that OpenVINO adds wrongly on this x86 "
+                "processor without VNNI; export the bundle again on this machine, which adds such "
+                "layers in two halves"
+            )
         self._session: OpenVinoSession | None = OpenVinoSession(
             path / GRAPH, path, threads, throughput, cache
         )

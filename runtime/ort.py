@@ -10,12 +10,8 @@ import onnxruntime
 
 from ..errors import EngineError
 from ..formats.engine_folder import GRAPH, EngineManifest
-from ..graph.reference_session import (
-    holds_wrapping_weights,
-    products_wrap,
-    saturates,
-    session_options,
-)
+from ..graph.products import holds_wrapping_weights, products_wrap, saturates
+from ..graph.reference_session import session_options
 from ..typing import Array
 from .engine import Engine, Feeds
 
@@ -72,9 +68,10 @@ class OrtEngine(Engine):
                 f"{path}: found FP8 codes (grid e4m3); ONNX Runtime has no kernel on a CPU that "
                 "multiplies FP8: load an engine of trt-rtx or trt, or take device tensorrt"
             )
-        if on_cpu and manifest.engine == "ort":
+        kernels = on_cpu and manifest.engine == "ort"
+        if kernels:
             _check_products(path)
-        options = session_options(threads)
+        options = session_options(threads, graph=path / GRAPH if kernels else None)
         if manifest.engine == "onnx" and on_cpu:
             # The portable graph keeps int8 activations, which x86 fuses into slow kernels.
             options.add_session_config_entry("session.disable_quant_qdq", "1")

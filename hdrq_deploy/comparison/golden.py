@@ -121,14 +121,15 @@ def bundle_tap(
 def file_tap(path: Path, name: str, nodes: Sequence[str], fused: bool = False) -> GraphTap:
     """A lowered graph on the disk, as written or, ``fused``, as an engine runs it."""
     model = onnx.load(str(path), load_external_data=False)
+
+    def with_kernels(text: bytes, data: Mapping[str, bytes]) -> Runs:
+        options = session_options(0, spin=False, graph=path)
+        session: Runs = reference_session.open_session(text, options, data)
+        return session
+
     return GraphTap(
-        model, outside(model, path.parent), name, nodes, _with_kernels if fused else None
+        model, outside(model, path.parent), name, nodes, with_kernels if fused else None
     )
-
-
-def _with_kernels(text: bytes, data: Mapping[str, bytes]) -> Runs:
-    session: Runs = reference_session.open_session(text, session_options(0, spin=False), data)
-    return session
 
 
 def lowered_fidelity(tap: GraphTap, exact: bool) -> Fidelity:
@@ -312,7 +313,7 @@ class Comparison:
 
 def ort_engine(path: Path) -> EngineTap:
     """A lowered graph as an engine on ONNX Runtime's CPU runs it."""
-    session = open_session(path, session_options(0, spin=False))
+    session = open_session(path, session_options(0, spin=False, graph=path))
     port = session.get_inputs()[0].name
 
     def call(x: Array) -> Array:

@@ -26,6 +26,7 @@ __all__ = [
     "transposes_weight",
     "weight_dequantizer",
     "weight_dequantizers",
+    "weight_name",
 ]
 
 
@@ -165,6 +166,17 @@ def weight_dequantizers(model: ir.Model) -> list[ir.Node]:
         and node.inputs[0] is not None
         and node.inputs[0].const_value is not None
     ]
+
+
+def weight_name(node: ir.Node | None) -> str | None:
+    """Name of the initializer behind a layer's second operand; None where it is computed."""
+    value = node.inputs[1] if node is not None and len(node.inputs) > 1 else None
+    while value is not None and value.const_value is None:
+        source = producer(value)
+        if source is None or not source.inputs:
+            return None
+        value = source.inputs[0]
+    return value.name if value is not None else None
 
 
 def transposes_weight(node: ir.Node) -> bool:

@@ -15,14 +15,12 @@ import onnx
 import onnxruntime
 
 from ..errors import EngineError
+from .products import holds_saturating_products, saturates
 
 __all__ = [
     "compare",
     "float_session",
-    "holds_wrapping_weights",
     "open_session",
-    "products_wrap",
-    "saturates",
     "session_options",
     "session_threads",
     "threads_of_sessions",
@@ -161,13 +159,17 @@ def _one_line(path: Path | bytes, what: str) -> Iterator[None]:
         raise EngineError(f"{where}: ONNX Runtime cannot {what} it ({text})") from error
 
 
-def session_options(threads: int, spin: bool = True) -> onnxruntime.SessionOptions:
+def session_options(
+    threads: int, spin: bool = True, graph: Path | None = None
+) -> onnxruntime.SessionOptions:
     """ONNX Runtime's options for an engine on the CPU.
 
     Args:
         threads: Threads inside an operator; 0, one per core.
         spin: Idle threads spin for a while, which is faster where the engine has its cores to
             itself; a session that is only checked leaves them to others.
+        graph: The engine's graph. Where it was made on another processor, and its products
+            would saturate on this one, the session holds its weights as uint8.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -175,50 +177,9 @@ def session_options(threads: int, spin: bool = True) -> onnxruntime.SessionOptio
     options.log_severity_level = 4  # an exception says it too, in one line
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if saturates(Path("/proc/cpuinfo")):
+    if graph is not None and saturates() and holds_saturating_products(graph):
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
-
-
-def saturates(cpuinfo: Path) -> bool:
-    """Whether a product of u8 and s8 can saturate: x86 with AVX2 but without VNNI.
-
-    ONNX Runtime's remedy takes twice the time, so it is not for CPUs that need none.
-    """
-    try:
-        text = cpuinfo.read_text()
-    except OSError:
-        return False
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    return " avx2" in flags and "vnni" not in flags
-
-
-def products_wrap(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether two products of -128 and -128 can wrap: 64-bit ARM without dot product.
-
-    ONNX Runtime's kernel for int8 weights adds two products in 16 bits there
-    (github.com/microsoft/onnxruntime/issues/31573, mended after 1.32). Zeros behind a ReLU are
-    -128 to it, so that weights of -128 give wrong sums. Another kernel takes uint8 weights.
-    """
-    try:
-        text = cpuinfo.read_text()
-    except OSError:
-        return False
-    features = [line.split() for line in text.splitlines() if line.startswith("Features")]
-    return any("asimd" in line and "asimddp" not in line for line in features)
-
-
-def holds_wrapping_weights(path: Path) -> bool:
-    """Whether a lowered graph has weights that :func:`products_wrap` is about."""
-    graph = onnx.load(str(path)).graph
-    computed = {name for node in graph.node for name in node.output}
-    for tensor in graph.initializer:
-        widened = tensor.data_type == onnx.TensorProto.INT4 and f"{tensor.name}_int8" in computed
-        if widened or tensor.data_type == onnx.TensorProto.INT8:
-            codes = onnx.numpy_helper.to_array(tensor).astype(np.int8)
-            if (codes == (-8 if widened else -128)).any():
-                return True
-    return False
 
 
 def compare(

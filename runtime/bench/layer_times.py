@@ -115,7 +115,7 @@ def _known_prefix(name: str, known: Mapping[str, str]) -> str:
 
 def _on_ort(path: Path, x: Array, threads: int, calls: int) -> list[Kernels]:
     with scratch_folder() as scratch:
-        options = session_options(threads)
+        options = session_options(threads, graph=path / GRAPH)
         options.enable_profiling = True
         options.profile_file_prefix = str(scratch / "profile")
         session = open_session(path / GRAPH, options)

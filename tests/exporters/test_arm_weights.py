@@ -6,7 +6,6 @@ against the graph that it replaces, on whatever processor the tests run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +18,10 @@ from hdrq_deploy.exporters import export, precision
 from hdrq_deploy.exporters.lowering_ort import lower_ort
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.graph import model_files
-from hdrq_deploy.graph.reference_session import (
-    holds_wrapping_weights,
-    open_session,
-    products_wrap,
-    session_options,
-)
+from hdrq_deploy.graph.products import holds_wrapping_weights
+from hdrq_deploy.graph.reference_session import open_session, session_options
 from hdrq_deploy.runtime import load_engine
 from hdrq_deploy.runtime import ort as runtime_ort
-
-ARM = "processor\t: 0\nFeatures\t: fp asimd evtstrm aes crc32 cpuid"
-CPUS = {
-    "a72": (ARM, True),
-    "a76": (f"{ARM} atomics asimdrdm asimddp", False),
-    "big-little": (f"{ARM} asimddp\n\n{ARM}", True),
-    "x86": ("processor\t: 0\nflags\t\t: fpu avx2 avx512_vnni", False),
-    "empty": ("", False),
-}
-
-
-@pytest.mark.parametrize("cpu", CPUS)
-def test_processors_whose_products_wrap(
-    tree: Callable[..., Path], tmp_path: Path, cpu: str
-) -> None:
-    text, wraps = CPUS[cpu]
-    assert products_wrap(tree(tmp_path, {"cpuinfo": text}) / "cpuinfo") is wraps
-    assert not products_wrap(tmp_path / "none")
 
 
 def with_the_lowest_code(bundle: Bundle) -> dict[str, Any]:
@@ -72,7 +49,7 @@ def test_weights_held_as_uint8_give_the_same_numbers(
         model_files.save(lower_ort(model_files.load(bundle, tensors), wraps=wraps), path)
         onnx.checker.check_model(str(path), full_check=True)
         assert holds_wrapping_weights(path) is not wraps
-        session = open_session(path, session_options(1))
+        session = open_session(path, session_options(1, graph=path))
         outputs.append(session.run(None, {"input": inputs[:4]})[0])
         report = precision.from_ort(path, bundle.manifest.layers)
         kernels.append([(row.node, row.executed, row.evidence.split()[0]) for row in report.layers])

@@ -25,7 +25,6 @@ from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.formats.preprocessing import feed
 from hdrq_deploy.graph import model_files, reference_session
 from hdrq_deploy.runtime import benchmark, load_engine
-from hdrq_deploy.runtime.ort import saturates
 
 
 def run(path: Path, x: Any, fused: bool = False) -> Any:
@@ -214,22 +213,3 @@ def test_a_fixed_batch_and_a_free_size(make: Any, inputs: Any, tmp_path: Path) -
         assert engine(np.zeros((2, 3, 24, 40), np.float32)).shape == (2, 4)
     with pytest.raises(ExportError, match="the graph fixes a size .*Reshape"):
         export(make("Attention"), tmp_path / "a", options=GraphOptions(dynamic_size=True))
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ("flags\t: fpu avx2 avx512f", True),
-        ("flags\t: fpu avx2 avx512f avx512_vnni", False),
-        ("flags\t: fpu avx2 avx_vnni", False),
-        ("Features\t: fp asimd", False),
-        (None, False),
-    ],
-)
-def test_only_cpus_without_vnni_need_wider_products(
-    tmp_path: Path, flags: str | None, expected: bool
-) -> None:
-    file = tmp_path / "cpuinfo"
-    if flags is not None:
-        file.write_text(f"processor\t: 0\n{flags}\n")
-    assert saturates(file) == expected
