@@ -193,6 +193,17 @@ class EngineManifest(Frozen):
     versions: dict[str, str] = Field(default_factory=dict)
     files: Files = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _check(self) -> EngineManifest:
+        for name in ("graph", "build"):
+            if not isinstance(self.options.get(name, {}), dict):
+                raise ValueError(f"found options {name} that are no object")
+        batches = self.options.get("build", {}).get("batches")
+        whole = isinstance(batches, list | tuple) and all(type(each) is int for each in batches)
+        if batches is not None and not (whole and len(batches) == 3):
+            raise ValueError("found batches that are not three whole numbers")
+        return self
+
     @property
     def runs(self) -> str | None:
         """The file that is run; None for a kind of engine that this version does not know."""

@@ -17,6 +17,7 @@ __all__ = [
     "QDQ",
     "QUANTIZABLE",
     "REQUANTIZED",
+    "WITHIN_RANGE",
 ]
 
 # Matrix products. MatMul may multiply two activations; Gemm has a weight.
@@ -37,10 +38,7 @@ REQUANTIZED = frozenset({"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueez
 MOVES_VALUES = REQUANTIZED | {"Split", "Slice", "Gather", "Identity"}
 # Operators that average.
 POOLS = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean"})
+# Operators whose output lies between the least and the largest value of their inputs, or 0.
+WITHIN_RANGE = MOVES_VALUES | CLAMPS | POOLS | {"Concat", "Pad", "Resize"}
 # Operators whose output moves by no more than the sum of what their inputs move by.
-NEVER_AMPLIFIES = (
-    MOVES_VALUES
-    | CLAMPS
-    | POOLS
-    | {"Add", "Sub", "Max", "Concat", "Pad", "Resize", "Sigmoid", "Tanh", "Softmax"}
-)
+NEVER_AMPLIFIES = WITHIN_RANGE | {"Add", "Sub", "Max", "Sigmoid", "Tanh", "Softmax"}

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from .operators import MOVES_VALUES, POOLS, QDQ, QUANTIZABLE, REQUANTIZED
+from .operators import QDQ, QUANTIZABLE, REQUANTIZED, WITHIN_RANGE
 from .qdq import array, in_blocks, producer, weight_dequantizer
 
 __all__ = [
@@ -39,7 +39,7 @@ __all__ = [
 
 _CPUINFO = Path("/proc/cpuinfo")
 # Between its quantizer and a layer, codes may go through these.
-_PASSED = MOVES_VALUES | POOLS | QDQ | {"Clip", "Relu", "Concat", "Pad", "Resize"}
+_PASSED = QDQ | WITHIN_RANGE
 Codes = npt.NDArray[np.int64]
 
 
@@ -121,7 +121,8 @@ def _written(quantize: ir.Node) -> Reach | None:
     dequantizes = node is not None and node.op_type == "DequantizeLinear"
     if node is not None and dequantizes and node.inputs[1:] == quantize.inputs[1:]:
         return reach(node.outputs[0])  # a second quantizer with the scale of the first
-    zero = array(quantize.inputs[2])
+    point = quantize.inputs[2] if len(quantize.inputs) > 2 else None
+    zero = np.uint8(0) if point is None else array(point)
     if zero.dtype.kind not in "iu":
         return None
     kind = np.iinfo(zero.dtype)

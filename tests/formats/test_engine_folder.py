@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,26 @@ def test_an_engine_is_told_from_a_bundle(engine: Path, tmp_path: Path) -> None:
     (engine / MANIFEST).write_text("{")
     assert is_engine(engine)
     with pytest.raises(EngineError, match="not the manifest of an engine"):
+        read_manifest(engine)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"graph": []},
+        {"graph": None},
+        {"build": "x"},
+        {"build": {"batches": [1, 8]}},
+        {"build": {"batches": 8}},
+        {"build": {"batches": [1, 1, True]}},
+    ],
+)
+def test_options_of_another_form_are_refused(engine: Path, options: dict[str, Any]) -> None:
+    record = json.loads((engine / MANIFEST).read_text())
+    (engine / MANIFEST).write_text(json.dumps({**record, "options": options}))
+    with pytest.raises(
+        EngineError, match="not the manifest of an engine .*found (options|batches)"
+    ):
         read_manifest(engine)
 
 
