@@ -159,10 +159,11 @@ def weight_behind(node: ir.Node) -> ir.Node | None:
     dequantize, _ = weight_dequantizer(node.inputs[1])
     if dequantize is None or in_blocks(dequantize):
         return None
-    codes, group = codes_of(dequantize.inputs[0]), node.attributes.get("group")
+    codes = codes_of(dequantize.inputs[0])
     if codes is None or codes.min(initial=0) < -128 or codes.max(initial=0) > 127:
         return None
-    depthwise = group is not None and codes.shape[:2] == (group.as_int(), 1)
+    groups = node.attributes["group"].as_int() if "group" in node.attributes else 1
+    depthwise = groups > 1 and codes.shape[:2] == (groups, 1)
     return None if depthwise else dequantize
 
 

@@ -131,6 +131,52 @@ def test_a_saturating_processor_gets_the_sums_right(make: Any, engine: str) -> N
     assert wrong[False] > 0 and wrong[True] == 0
 
 
+@pytest.mark.parametrize(
+    ("shape", "groups", "pairs"),
+    [
+        ((8, 8, 3, 3), 1, True),
+        ((8, 2, 3, 3), 4, True),
+        ((8, 1, 3, 3), 8, False),
+        ((16, 1, 3, 3), 8, True),  # two outputs a channel: another kernel
+        ((8, 1, 3, 3), 1, True),
+    ],
+)
+def test_a_depthwise_convolution_is_exact_and_others_are_not(
+    tmp_path: Path, shape: tuple[int, ...], groups: int, pairs: bool
+) -> None:
+    """As the kernels of this processor compute it, where it saturates."""
+    rng = np.random.default_rng(0)
+    weight = rng.integers(90, 128, shape).astype(np.int8)
+    channels = shape[1] * groups
+    constants = {"s": np.float32(1), "z": np.uint8(0), "o": np.float32(1 << 14), "wz": np.int8(0)}
+    q = [("QuantizeLinear", ["x", "s", "z"], "q"), ("DequantizeLinear", ["q", "s", "z"], "d")]
+    q += [("DequantizeLinear", ["w", "s", "wz"], "v")]
+    nodes = [onnx.helper.make_node(op, ins, [out]) for op, ins, out in q]
+    nodes.append(onnx.helper.make_node("Conv", ["d", "v"], ["c"], group=groups))
+    nodes.append(onnx.helper.make_node("QuantizeLinear", ["c", "o", "z"], ["r"]))
+    nodes.append(onnx.helper.make_node("DequantizeLinear", ["r", "o", "z"], ["y"]))
+    ports = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", c, 9, 9])
+        for name, c in (("x", channels), ("y", shape[0]))
+    ]
+    ports[1].type.tensor_type.shape.ClearField("dim")
+    tensors = [onnx.numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()]
+    tensors.append(onnx.numpy_helper.from_array(weight, "w"))
+    graph = onnx.helper.make_graph(nodes, "g", ports[:1], ports[1:], tensors)
+    path = tmp_path / "model.onnx"
+    opset = [onnx.helper.make_opsetid("", 21)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), str(path))
+    (layer,) = (node for node in ir.load(path).graph if node.op_type == "Conv")
+    assert may_saturate(layer) is pairs
+    x = rng.integers(200, 256, (1, channels, 9, 9)).astype(np.float32)
+    engine = reference_session.open_session(path, session_options(1))
+    off = np.abs(engine.run(None, {"x": x})[0] - unfused_session(path).run(None, {"x": x})[0])
+    if saturates():
+        assert (off.max() > 1 << 14) == pairs
+    else:
+        assert off.max() <= 1 << 14  # a tie
+
+
 def test_a_depthwise_convolution_adds_no_pairs(make: Any) -> None:
     model = lower_ort(model_files.load(make("Tiny", wbits=8)))
     layers = {n.name: weight_behind(n) for n in model.graph if n.op_type in QUANTIZABLE}
