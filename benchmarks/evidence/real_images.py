@@ -125,21 +125,29 @@ def _protocol_read(rows: Sequence[Mapping[str, Any]]) -> str:
             if away:
                 to = way.removeprefix("renewed").replace("-w", " to W")
                 told.append(f"{bits.upper()}{to}: {away}")
-    beside = []
-    for row in rows:
-        if row["method"] == "hdrq" and row["way"] == "renewed" and len(row["members"]) > 2:
-            for other in row["against"]:
-                beside.append(
-                    f"{row['bits'].upper()}, less `{other['method']}`: {other['difference']:+.1f} "
-                    f"({other['low']:+.1f} to {other['high']:+.1f}, p {other['p']:.2g})"
-                )
     return (
         f"The best merge of float models reaches {best[0]:.1f} on the mean of pairs and "
         f"{best[1]:.1f} on all domains. Merges by regression with BatchNorm re-estimated less "
         f"these, in points: {'; '.join(told)}. `hdrq` beside the other methods on all domains, "
         "merged in this way, with the 95% interval of the difference on the same images: "
-        f"{'; '.join(beside)}."
+        f"{_beside(rows, 'renewed')}. The same, averaged and rounded to nearest: "
+        f"{_beside(rows, 'nearest')}."
     )
+
+
+def _beside(rows: Sequence[Mapping[str, Any]], way: str) -> str:
+    """Merges of all domains from bundles of ``hdrq``, less those of the other methods."""
+    told = []
+    for row in rows:
+        if row["method"] != "hdrq" or row["way"] != way or len(row["members"]) < 3:
+            continue
+        for other in row["against"]:
+            of = ", of one calibration each" if other["of_one_run_each"] else ""
+            told.append(
+                f"{row['bits'].upper()}, less `{other['method']}`: {other['difference']:+.1f} "
+                f"({other['low']:+.1f} to {other['high']:+.1f}, p {other['p']:.2g}{of})"
+            )
+    return "; ".join(told)
 
 
 _PROTOCOL_BITS = ("w8a8", "w8a4", "w6a6", "w4a8", "w4a4", "w3a3")
