@@ -56,7 +56,7 @@ def lower_openvino(model: ir.Model, saturates: bool = False) -> ir.Model:
     Args:
         model: The graph as :func:`~hdrq_deploy.graph.model_files.load` gives it.
         saturates: Sums of two products of uint8 and int8 saturate on this processor
-            (:func:`~hdrq_deploy.graph.products.saturates`).
+            (:func:`~hdrq_deploy.graph.processors.saturates`).
 
     Raises:
         ExportError: A bias is not finite.
@@ -127,18 +127,23 @@ def _cut(model: ir.Model, node: ir.Node) -> list[ir.Value]:
 
     def coded(name: str, value: ir.Value) -> ir.Value:
         for op, others in (("Clip", bounds), ("QuantizeLinear", parameters)):
-            value = _step(model, node, f"{name}/{op}", op, [value, *others], operand.shape)
+            value = _step(
+                model, node, f"{node.name}/{name}/{op}", op, [value, *others], operand.shape
+            )
         value.dtype = ir.DataType.INT8
         inputs = [value, *parameters]
-        return _step(model, node, f"{name}/real", "DequantizeLinear", inputs, operand.shape)
+        return _step(
+            model, node, f"{node.name}/{name}/real", "DequantizeLinear", inputs, operand.shape
+        )
 
     half = coded("half", operand)
-    return [half, coded("rest", _step(model, node, "left", "Sub", [operand, half], operand.shape))]
+    left = _step(model, node, f"{node.name}/left", "Sub", [operand, half], operand.shape)
+    return [half, coded("rest", left)]
 
 
 def _step(
     model: ir.Model,
-    node: ir.Node,
+    before: ir.Node,
     name: str,
     op: str,
     inputs: Sequence[ir.Value | None],
@@ -146,9 +151,8 @@ def _step(
     attributes: Mapping[str, ir.Attr] | None = None,
 ) -> ir.Value:
     """A node in front of another, and what it computes."""
-    step = ir.node(op, inputs, attributes, name=f"{node.name}/{name}")
-    value = insert(model, node, step)
-    value.name, value.dtype, value.shape = f"{step.name}/out", ir.DataType.FLOAT, shape
+    value = insert(model, before, ir.node(op, inputs, attributes, name=name))
+    value.name, value.dtype, value.shape = f"{name}/out", ir.DataType.FLOAT, shape
     return value
 
 
@@ -162,9 +166,8 @@ def _with_codes(
     for step in path:
         inputs = [value, *step.inputs[1:]]
         shape, attributes = step.outputs[0].shape, dict(step.attributes)
-        value = _step(
-            model, node, f"{name}/{step.op_type}", step.op_type, inputs, shape, attributes
-        )
+        label = f"{node.name}/{name}/{step.op_type}"
+        value = _step(model, node, label, step.op_type, inputs, shape, attributes)
     return value
 
 
@@ -192,8 +195,7 @@ def _round_apart(model: ir.Model, q: Quantizer) -> None:
     scale = constant(model, f"{name}/unit", array(q.quantize.inputs[1]).astype(np.float32))
     value = source
     for op, operands in (("Div", [scale]), ("Round", []), ("Mul", [scale])):
-        node = ir.node(op, [value, *operands], name=f"{name}/{op.lower()}")
-        value = insert(model, q.quantize, node)
-        value.name, value.dtype = f"{node.name}/out", ir.DataType.FLOAT
-        value.shape = source.shape if source is not None else None
+        inputs = [value, *operands]
+        shape = source.shape if source is not None else None
+        value = _step(model, q.quantize, f"{name}/{op.lower()}", op, inputs, shape)
     q.quantize.replace_input_with(0, value)

@@ -61,9 +61,9 @@ def lower_ort(
         exact: Keep that Clip where 8-bit codes of a tensor that is never negative end at
             127. Otherwise they extend to 255 at the same scale: less saturates.
         wraps: Products of -128 and -128 wrap on this processor
-            (:func:`~hdrq_deploy.graph.products.products_wrap`).
+            (:func:`~hdrq_deploy.graph.processors.products_wrap`).
         saturates: Sums of two products of uint8 and int8 saturate on it
-            (:func:`~hdrq_deploy.graph.products.saturates`).
+            (:func:`~hdrq_deploy.graph.processors.saturates`).
 
     Raises:
         ExportError: A bias is not finite, or does not fit int32.

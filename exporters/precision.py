@@ -113,7 +113,8 @@ def from_openvino(
     rows = []
     for layer in layers:
         # A layer may be the sum of two, whose products stay in int16.
-        parts = [n for n in (layer.node, f"{layer.node}/rest") if n == layer.node or n in places]
+        rest = f"{layer.node}/rest"
+        parts = [layer.node, rest] if rest in places else [layer.node]
         found = [_openvino_kernel(kernels, places.get(name), name, layer) for name in parts]
         mine = [kernel for kernel in found if kernel is not None]
         if len(mine) != len(parts):

@@ -14,7 +14,7 @@ from ..errors import EngineError, ExportError
 from ..formats.bundle_manifest import Layer
 from ..formats.engine_folder import GRAPH, PrecisionReport
 from ..graph.openvino_session import OpenVinoSession, library_version
-from ..graph.products import saturates
+from ..graph.processors import saturates
 from ..typing import Array, Progress
 from . import precision
 from .io_signature import port_of

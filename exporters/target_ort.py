@@ -13,7 +13,7 @@ from ..comparison import golden
 from ..comparison.taps import Shows
 from ..formats.bundle_manifest import Layer
 from ..formats.engine_folder import GRAPH, PrecisionReport
-from ..graph.products import products_wrap, saturates
+from ..graph.processors import products_wrap, saturates
 from ..typing import Array, Progress
 from . import precision
 from .lowering_ort import lower_ort

@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import EngineError
 from ..formats.engine_folder import GRAPH, EngineManifest
 from ..graph.openvino_session import OpenVinoSession
-from ..graph.products import holds_saturating_products, saturates
+from ..graph.processors import saturates
 from ..typing import Array
 from .engine import Engine, Feeds, Pending, StillRunning
 
@@ -65,12 +65,7 @@ class OpenVinoEngine(Engine):
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__(path, manifest, threads, "cpu")
-        if saturates() and holds_saturating_products(path / GRAPH):
-            raise EngineError(
-                f"{path}: found products of 8-bit codes that OpenVINO adds wrongly on this x86 "
-                "processor without VNNI; export the bundle again on this machine, which adds such "
-                "layers in two halves"
-            )
+        _check_products(path)
         self._session: OpenVinoSession | None = OpenVinoSession(
             path / GRAPH, path, threads, throughput, cache
         )
@@ -117,3 +112,17 @@ class OpenVinoEngine(Engine):
 
     def _release(self) -> None:
         self._session = None
+
+
+def _check_products(path: Path) -> None:
+    """Refuse an engine that was made on another processor and computes wrong sums on this one."""
+    if not saturates():
+        return
+    from ..graph.products import holds_saturating_products  # half a second, where it is needed
+
+    if holds_saturating_products(path / GRAPH):
+        raise EngineError(
+            f"{path}: found products of 8-bit codes that OpenVINO adds wrongly on this x86 "
+            "processor without VNNI; export the bundle again on this machine, which adds such "
+            "layers in two halves"
+        )

@@ -10,7 +10,7 @@ import onnxruntime
 
 from ..errors import EngineError
 from ..formats.engine_folder import GRAPH, EngineManifest
-from ..graph.products import holds_wrapping_weights, products_wrap, saturates
+from ..graph.processors import products_wrap, saturates
 from ..graph.reference_session import session_options
 from ..typing import Array
 from .engine import Engine, Feeds
@@ -114,7 +114,11 @@ class OrtEngine(Engine):
 
 def _check_products(path: Path) -> None:
     """Refuse an engine that was made on another processor and computes wrong sums on this one."""
-    if products_wrap() and holds_wrapping_weights(path / GRAPH):
+    if not products_wrap():
+        return
+    from ..graph.products import holds_wrapping_weights  # half a second, where it is needed
+
+    if holds_wrapping_weights(path / GRAPH):
         raise EngineError(
             f"{path}: found weights of -128, whose products ONNX Runtime adds wrongly on this ARM "
             "processor without dot product; export the bundle again on this machine, which holds "

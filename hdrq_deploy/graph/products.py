@@ -1,15 +1,4 @@
-"""Processors whose integer kernels add products wrongly, and the graphs that this is about.
-
-==============================  =============================================================
-processor                       what its kernels do
-==============================  =============================================================
-x86 without VNNI                add two products of a uint8 and an int8 code in int16, which
-                                saturates. ONNX Runtime and OpenVINO (oneDNN) do it alike
-64-bit ARM without dot product  add two products of int8 codes in int16, which wraps where all
-                                four are -128. Only ONNX Runtime up to 1.32 does
-                                (github.com/microsoft/onnxruntime/issues/31573)
-==============================  =============================================================
-"""
+"""Which layers of a graph have products whose sums leave 16 bits; see :mod:`.processors`."""
 
 from __future__ import annotations
 
@@ -31,41 +20,13 @@ __all__ = [
     "holds_wrapping_weights",
     "largest_weight",
     "may_saturate",
-    "products_wrap",
     "reach",
-    "saturates",
     "weight_behind",
 ]
 
-_CPUINFO = Path("/proc/cpuinfo")
 # Between its quantizer and a layer, codes may go through these.
 _PASSED = QDQ | WITHIN_RANGE
 Codes = npt.NDArray[np.int64]
-
-
-def saturates(cpuinfo: Path = _CPUINFO) -> bool:
-    """Whether the sum of two products of u8 and s8 can saturate: x86 without VNNI."""
-    flags = _flags(cpuinfo, "flags")
-    return bool(flags) and not any("vnni" in flag for flag in flags[0])
-
-
-def products_wrap(cpuinfo: Path = _CPUINFO) -> bool:
-    """Whether two products of -128 and -128 can wrap: 64-bit ARM without dot product.
-
-    Zeros behind a ReLU are -128 to ONNX Runtime's kernel for int8 weights, so that weights of -128
-    give wrong sums. Another kernel takes uint8 weights.
-    """
-    return any("asimd" in f and "asimddp" not in f for f in _flags(cpuinfo, "Features"))
-
-
-def _flags(cpuinfo: Path, key: str) -> list[list[str]]:
-    """What each core tells of itself in such lines."""
-    try:
-        text = cpuinfo.read_text()
-    except OSError:
-        return []
-    lines = [line.partition(":") for line in text.splitlines()]
-    return [value.split() for name, _, value in lines if name.strip() == key]
 
 
 @dataclass(frozen=True)
@@ -189,6 +150,8 @@ def codes_of(value: ir.Value | None) -> Codes | None:
 def may_saturate(node: ir.Node) -> bool:
     """Whether the sum of two products of a layer can leave int16, where its kernel adds in that."""
     limit = largest_weight(reach(node.inputs[0]))
+    if limit == 128:  # as behind most ReLUs; no weight need be read
+        return False
     dequantize, other = weight_behind(node), reach(node.inputs[1])
     codes = codes_of(dequantize.inputs[0]) if dequantize is not None else None
     if codes is not None:
@@ -197,12 +160,12 @@ def may_saturate(node: ir.Node) -> bool:
 
 
 def holds_saturating_products(path: Path) -> bool:
-    """Whether a lowered graph has layers that :func:`saturates` is about."""
+    """Whether a lowered graph has layers that :func:`~.processors.saturates` is about."""
     return any(may_saturate(node) for node in ir.load(path).graph if node.op_type in QUANTIZABLE)
 
 
 def holds_wrapping_weights(path: Path) -> bool:
-    """Whether a lowered graph has weights that :func:`products_wrap` is about."""
+    """Whether a lowered graph has weights that :func:`~.processors.products_wrap` is about."""
     for node in ir.load(path).graph:
         codes = codes_of(node.inputs[0]) if node.op_type == "DequantizeLinear" else None
         if codes is not None and codes.max(initial=0) <= 127 and (codes == -128).any():

@@ -15,7 +15,7 @@ import onnx
 import onnxruntime
 
 from ..errors import EngineError
-from .products import holds_saturating_products, saturates
+from .processors import saturates
 
 __all__ = [
     "compare",
@@ -177,8 +177,11 @@ def session_options(
     options.log_severity_level = 4  # an exception says it too, in one line
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if graph is not None and saturates() and holds_saturating_products(graph):
-        options.add_session_config_entry("session.x64quantprecision", "1")
+    if graph is not None and saturates():
+        from .products import holds_saturating_products  # half a second, where it is needed
+
+        if holds_saturating_products(graph):
+            options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 

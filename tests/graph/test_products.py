@@ -6,6 +6,8 @@ engines run on it, too.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,16 @@ from hdrq_deploy.errors import EngineError
 from hdrq_deploy.exporters import export
 from hdrq_deploy.exporters.lowering_openvino import lower_openvino
 from hdrq_deploy.exporters.lowering_ort import lower_ort
-from hdrq_deploy.graph import model_files, reference_session
+from hdrq_deploy.graph import model_files, products, reference_session
 from hdrq_deploy.graph.operators import QUANTIZABLE
+from hdrq_deploy.graph.processors import products_wrap, saturates
 from hdrq_deploy.graph.products import (
     Reach,
     codes_of,
     holds_saturating_products,
     largest_weight,
     may_saturate,
-    products_wrap,
     reach,
-    saturates,
     weight_behind,
 )
 from hdrq_deploy.graph.reference_session import session_options, unfused_session
@@ -58,6 +59,13 @@ def test_processors(tree: Callable[..., Path], tmp_path: Path, cpu: str) -> None
     file = tree(tmp_path, {"cpuinfo": text}) / "cpuinfo"
     assert (products_wrap(file), saturates(file)) == (wraps, narrow)
     assert not products_wrap(tmp_path / "none") and not saturates(tmp_path / "none")
+
+
+@pytest.mark.parametrize("runtime", ["ort", "openvino"])
+def test_where_no_product_is_wrong_an_engine_loads_without_onnx_ir(runtime: str) -> None:
+    """That takes half a second, as long as all else that a runtime imports."""
+    code = f"import hdrq_deploy.runtime.{runtime}, sys; sys.exit('onnx_ir' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def saturated(operand: Any, weight: Any) -> Any:
@@ -189,9 +197,9 @@ def test_codes_end_where_a_clamp_ends_them(make: Any) -> None:
     assert found["stem/Conv"] == Reach(0, 255, signed=False)  # c + 128 of a signed input
     assert found["conv1/Conv"] == Reach(0, 127, signed=False)  # behind ReLU and pooling
     signed = lower_openvino(model_files.load(make("Attention", wbits=8, abits=4)))
-    products = [n for n in signed.graph if n.name == "matmul_default/MatMul"]
-    assert reach(products[0].inputs[1]) == Reach(-8, 7, signed=True)
-    assert not may_saturate(products[0])
+    (product,) = (n for n in signed.graph if n.name == "matmul_default/MatMul")
+    assert reach(product.inputs[1]) == Reach(-8, 7, signed=True)
+    assert not may_saturate(product)
 
 
 def test_an_engine_of_another_processor_on_onnx_runtime(
@@ -222,6 +230,6 @@ def test_an_engine_of_another_processor_on_openvino_is_refused(
     engine = export(make("Tiny", wbits=8), tmp_path / "engine", "openvino")
     load_engine(engine).close()
     monkeypatch.setattr(runtime_openvino, "saturates", lambda: True)
-    monkeypatch.setattr(runtime_openvino, "holds_saturating_products", lambda path: True)
+    monkeypatch.setattr(products, "holds_saturating_products", lambda path: True)
     with pytest.raises(EngineError, match="adds wrongly on this x86 .*export the bundle again"):
         load_engine(engine)
