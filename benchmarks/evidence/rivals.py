@@ -79,10 +79,7 @@ def pacs_rivals(record: Mapping[str, Any]) -> str:
             found.setdefault(way, {})[tuple(row["members"])] = row["figure"]
     lines = []
     for way, figures in found.items():
-        cells = [with_interval(figures[group]) if group in figures else "-" for group in groups]
-        pairs = [figures[group]["mean"] for group in groups[:-1] if group in figures]
-        whole = len(pairs) == len(groups) - 1
-        cells.insert(-1, f"{statistics.fmean(pairs):.1f}" if whole else "-")
+        cells = _cells(figures, groups)
         spent = f"{statistics.fmean(seconds[way]):.0f}" if way in seconds else ""
         lines.append([way, *cells, spent])
     heads = [", ".join(group) for group in groups]
@@ -107,6 +104,74 @@ def pacs_rivals(record: Mapping[str, Any]) -> str:
             else "A dash was not run.",
         ]
     )
+
+
+def pacs_fitted(record: Mapping[str, Any]) -> str:
+    """Merges of bundles fitted to their parents' outputs, beside those that are not."""
+    groups = sorted({tuple(row["members"]) for row in record["rows"]}, key=lambda g: (len(g), g))
+    photos = protocol_rows(load("pacs") or {"rows": []})
+    best = {
+        tuple(row["members"]): row["figure"]
+        for row in photos
+        if row["way"] == "renewed" and not row["bits"]
+    }
+    lines = [["float, the best merge", *_cells(best, groups), ""]]
+    for bits in dict.fromkeys(row["bits"] for row in record["rows"]):
+        for method in dict.fromkeys(row["method"] for row in record["rows"]):
+            own = [r for r in record["rows"] if (r["bits"], r["method"]) == (bits, method)]
+            figures = {
+                tuple(r["members"]): {
+                    "mean": r["harmonic_mean"],
+                    "low": r["low"],
+                    "high": r["high"],
+                }
+                for r in own
+            }
+            before = {
+                tuple(row["members"]): row["figure"]
+                for row in photos
+                if (row["way"], row["bits"], row["method"]) == ("renewed", bits, method)
+            }
+            name = f"`{method}` {bits.upper()}"
+            lines.append([f"{name}, re-estimated", *_cells(before, groups), ""])
+            if own:
+                spent = statistics.fmean(row["cpu_seconds"] for row in own)
+                cells = _cells(figures, groups)
+                lines.append([f"**{name}, re-estimated and fitted**", *cells, f"{spent:.0f}"])
+    heads = [", ".join(group) for group in groups]
+    heads.insert(-1, "mean of pairs")
+    missing = ", ".join(record["missing"])
+    return "\n".join(
+        [
+            "## Fitted to the bundles' outputs",
+            "",
+            "`benchmarks/pacs_fitted.py`: merges by regression with BatchNorm re-estimated, as "
+            "above, whose layers are then fitted to what each domain's own bundle puts out on "
+            f"{record['images']} unlabelled calibration images of its domain (`hdrq-merge --fit`). "
+            f"The anchor, {record['anchor']:g}, is the one that was best on the calibration images "
+            "of the digits. Harmonic means of top-1 accuracies in % on the test images, with half "
+            "of the 95% interval; fitted merges are of one calibration each, those beside them of "
+            "as many as above.",
+            "",
+            table(["way", *heads, "CPU seconds of the fit"], lines),
+            "",
+            "The float merge saw 64 images a domain and was not fitted. "
+            "[Float models that are merged and quantized towards their own outputs]"
+            "(rivals.md#the-same-on-photographs-and-drawings) are the rival that sees as much. "
+            + (f"Not run: {missing}." if missing else "The whole grid was run, of one seed."),
+        ]
+    )
+
+
+def _cells(
+    figures: Mapping[tuple[str, ...], Mapping[str, float]], groups: Sequence[tuple[str, ...]]
+) -> list[str]:
+    """Figures of every group, the mean of pairs before the last; a dash where one was not run."""
+    cells = [with_interval(figures[group]) if group in figures else "-" for group in groups]
+    pairs = [figures[group]["mean"] for group in groups[:-1] if group in figures]
+    whole = len(pairs) == len(groups) - 1
+    cells.insert(-1, f"{statistics.fmean(pairs):.1f}" if whole else "-")
+    return cells
 
 
 _RIVALS = {

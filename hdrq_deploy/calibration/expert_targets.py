@@ -32,6 +32,7 @@ from torch import Tensor, fx
 
 from ..errors import ModelError, SpecError
 from ..formats.bundle import Bundle
+from ..numerics.guided_layer import GuidedLayer
 from ..numerics.layer_matrix import rows_of, weight_of
 from ..numerics.quantization import along
 from ..typing import Progress
@@ -58,8 +59,6 @@ __all__ = ["TARGETS", "ExpertTargets", "calibrate_with_experts"]
 TARGETS = ("network", "layer")
 # Rows of a layer and a domain at most, and rows of one product.
 _ROWS, _AT_ONCE = 1 << 16, 1 << 12
-# Share of the mean variance that keeps a system without an anchor solvable, and the least of it.
-_RIDGE, _FLOOR = 1e-6, 1e-12
 Floats = npt.NDArray[np.float64]
 
 
@@ -279,7 +278,7 @@ class _Guided:
         parts = [
             self._seen(module, expert, node, shape, domain) for domain, expert in enumerate(experts)
         ]
-        seen = _Seen(*(np.mean(values, 0) for values in zip(*parts, strict=True)))
+        seen = GuidedLayer(*(np.mean(values, 0) for values in zip(*parts, strict=True)))
         merged = weight.original.double().cpu().numpy()
         rows = seen.solved(rows_of(merged, shape), self._guide.anchor, bias is not None)
         real = torch.from_numpy(weight_of(rows, shape, merged.shape)).to(weight.original)
@@ -303,7 +302,7 @@ class _Guided:
         shape: LayerShape,
         domain: int,
     ) -> tuple[Floats, ...]:
-        """Moments of a layer's inputs and targets on one domain's images, as :class:`_Seen`."""
+        """A layer's moments on one domain's images, as :class:`GuidedLayer` has them."""
         twin = _heavy(expert)[_heavy(module).index(node)]
         weight, bias = (_constant(expert, twin, place) for place in (1, 2))
         assert weight is not None
@@ -389,51 +388,3 @@ class _Sums:
     def means(self, count: int) -> tuple[Floats, ...]:
         """The sums divided by ``count``."""
         return tuple((total / count).numpy() for total in self._sums)
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """Moments of a layer's inputs x and targets y.
-
-    Attributes:
-        inputs: E[x x^T], (groups, features, features).
-        products: E[x y^T], (groups, features, outputs).
-        mean: E[x], (groups, features).
-        target: E[y], (groups, outputs).
-    """
-
-    inputs: Floats
-    products: Floats
-    mean: Floats
-    target: Floats
-
-    @property
-    def covariance(self) -> Floats:
-        """Covariance of the inputs."""
-        result: Floats = self.inputs - self.mean[:, :, None] * self.mean[:, None, :]
-        return result
-
-    def solved(self, merged: Floats, anchor: float, centred: bool) -> Floats:
-        """The rows of least squares, held near ``merged`` (groups, features, outputs).
-
-        Args:
-            merged: The merged weights.
-            anchor: As :class:`ExpertTargets` says.
-            centred: A bias takes care of the means.
-        """
-        matrix, products = self.inputs, self.products
-        if centred:
-            matrix = self.covariance
-            products = products - self.mean[:, :, None] * self.target[:, None, :]
-        size = np.diagonal(matrix, axis1=1, axis2=2).mean(1)
-        # Inputs that never vary leave the weights where they are.
-        held = np.maximum(anchor * size, _RIDGE * size + _FLOOR)[:, None, None]
-        eye = np.eye(matrix.shape[1])
-        change = np.linalg.solve(matrix + held * eye, products - matrix @ merged)
-        result: Floats = merged + change
-        return result
-
-    def bias(self, rows: Floats) -> Floats:
-        """The bias (groups, outputs) that gives ``rows`` the mean of the targets."""
-        result: Floats = self.target - np.einsum("gf,gfo->go", self.mean, rows)
-        return result

@@ -26,7 +26,9 @@ with importing("hdrq-merge"):
         ROUNDINGS,
         Merger,
         check_different,
+        check_domains,
         choose_weights,
+        fit,
         merge,
         merge_checkpoints,
         re_estimate,
@@ -42,7 +44,8 @@ __all__ = ["arguments", "main"]
 
 _TEXT = """\
 Merge calibrated bundles, or float checkpoints. A merge needs neither torch nor data; images without
-labels can choose the merge weights (--data) and new statistics (--re-estimate).
+labels can choose the merge weights (--data), give new statistics (--re-estimate), and fit every
+layer of the merge to what the bundles put out (--fit).
 
 Two or more checkpoints instead of bundles (.safetensors; .pt where torch is installed) are merged
 in float, and written in the dtype that they have (in float32 where they differ)."""
@@ -55,6 +58,7 @@ hdrq-merge night.safetensors day.safetensors --method regression \\
 _OF_BUNDLES = (
     "data",
     "re_estimate",
+    "fit",
     "criterion",
     "rounding",
     "candidates",
@@ -133,6 +137,15 @@ def _image_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--re-estimate-images", type=int, default=64, help="images per domain for --re-estimate"
     )
+    group.add_argument(
+        "--fit",
+        nargs="+",
+        default=[],
+        metavar="NAME=PATH",
+        help="images of every bundle's domain; each layer of the merge is fitted to what that "
+        "domain's bundle puts out on them",
+    )
+    group.add_argument("--fit-images", type=int, default=256, help="images per domain for --fit")
 
 
 def _bundle_flags(group: argparse._ArgumentGroup) -> None:
@@ -174,7 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _merge(args: argparse.Namespace) -> int:
     floats = _are_checkpoints(args.bundles)
-    others = [*paths_of(args.data), *paths_of(args.re_estimate), args.base, *args.statistics]
+    data = [*paths_of(args.data), *paths_of(args.re_estimate), *paths_of(args.fit)]
+    others = [*data, args.base, *args.statistics]
     check_output(args.output, MERGED if floats else BUNDLE, [*args.bundles, *others])
     check_scratch()
     if floats:
@@ -187,7 +201,10 @@ def _merge(args: argparse.Namespace) -> int:
     merger = _merger(args)
     check_different([Path(path) for path in args.bundles])
     merge_weights = merger.check_weights(weights)
+    if args.fit:
+        check_domains(merger.parents, merge_weights, named(args.fit))
     renewed = _images(args.re_estimate, merger.parents[0], args.re_estimate_images, args.seed)
+    guiding = _images(args.fit, merger.parents[0], args.fit_images, args.seed)
     options: dict[str, Any] = {}
     if auto:
         chosen = _chosen_weights(args, merger, renewed)
@@ -197,7 +214,7 @@ def _merge(args: argparse.Namespace) -> int:
     target = Path(args.output).absolute()
     check_parent(target)
     with temporary_folder(target) as scratch:
-        merged = scratch / "merged.hdrq" if renewed else target
+        merged = scratch / "merged.hdrq" if renewed or guiding else target
         with progress_bar("merge") as progress:
             bundle = merger.write(
                 merged,
@@ -206,7 +223,18 @@ def _merge(args: argparse.Namespace) -> int:
                 options=options,
             )
         if renewed:
-            bundle = re_estimate(bundle, renewed, target, args.seed)
+            new = scratch / "renewed.hdrq" if guiding else target
+            bundle = re_estimate(bundle, renewed, new, args.seed)
+        if guiding:
+            with progress_bar("fit") as progress:
+                bundle = fit(
+                    bundle,
+                    merger.parents,
+                    guiding,
+                    target,
+                    seed=args.seed,
+                    progress=lambda done, total: progress(done, total, ""),
+                )
     print(bundle.path)
     return 0
 

@@ -35,6 +35,7 @@ from .qdq import quantizer_behind, quantizer_of, transposes_weight, weight_dequa
 __all__ = [
     "LARGEST",
     "BiasSite",
+    "added_bias",
     "bias_sites",
     "channel_axis",
     "fitted",
@@ -291,7 +292,7 @@ def _unit(operand: Array, scale: Array, shift: int) -> Floats:
 def _site(model: ir.Model, node: ir.Node) -> BiasSite | None:
     operand = quantizer_of(node.inputs[0])
     weight, transposed = weight_dequantizer(node.inputs[1])
-    bias, last = _bias(model, node)
+    bias, last = added_bias(model, node)
     if operand is None or weight is None or bias is None:
         return None
     codes, scale = weight.inputs[:2]
@@ -324,8 +325,8 @@ def _site(model: ir.Model, node: ir.Node) -> BiasSite | None:
     )
 
 
-def _bias(model: ir.Model, node: ir.Node) -> tuple[ir.Value | None, ir.Node]:
-    """The constant that a layer adds, and the node that adds it."""
+def added_bias(model: ir.Model, node: ir.Node) -> tuple[ir.Value | None, ir.Node]:
+    """The constant that a layer adds, None where it adds none, and the node that adds it."""
     if node.op_type != "MatMul":
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         return (bias if _is_initializer(model, bias) else None), node

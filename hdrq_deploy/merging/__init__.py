@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .activation_scales import ACTIVATION_SCALES
 from .bundles import Merger, merge
+from .fitting import check_domains, fit
 from .float_checkpoints import CHECKPOINT_METHODS, merge_checkpoints
 from .merge_weights import check_different
 from .methods import METHODS
@@ -19,7 +20,9 @@ __all__ = [
     "ROUNDINGS",
     "Merger",
     "check_different",
+    "check_domains",
     "choose_weights",
+    "fit",
     "merge",
     "merge_checkpoints",
     "re_estimate",

@@ -1,0 +1,574 @@
+"""A merge fitted, layer after layer, to what its parents put out on images without labels.
+
+Averaging weights is a guess at a network that does what every parent does on its own domain. With
+some images of each domain at hand it need not stay one. From the first layer to the last, a layer's
+inputs are computed by the merged network as far as it is fitted, quantizers and rounded weights
+included, and its targets by each domain's own parent. The layer gets the weights and the bias of
+least squares, held near the merged ones (:mod:`..numerics.guided_layer`), and is rounded with
+compensated errors on these inputs. Scales of activations are searched on the way. Nothing is
+trained, and no label, float model or torch is needed.
+
+BatchNorm that a bundle keeps apart is part of the layer before it: targets are taken behind it, and
+its moments become those of the new weights, so that a later merge averages what it should.
+
+Source:
+    After E-PMQ (arXiv 2605.16882: experts' outputs as targets, anchored to the merged weights; of
+    which the abstract alone was at hand), with quantized parents in the place of float experts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from threadpoolctl import threadpool_limits
+
+from ..comparison.golden import check_merge
+from ..errors import DataError, EngineError, MergeError
+from ..formats.bundle import GRAPH, Bundle
+from ..graph.biases import added_bias, bias_sites, fitted, folded_tensors, shifts
+from ..graph.operators import LAYERS
+from ..graph.qdq import producer, quantizer_of, transposes_weight
+from ..graph.stepwise import Steps, Walk
+from ..numerics.batches import in_batches
+from ..numerics.error_compensation import compensated, with_damping
+from ..numerics.guided_layer import GuidedLayer, RowSums, convolution_rows, some_rows
+from ..numerics.layer_matrix import rows_of, weight_of
+from ..numerics.quantization import along, dequantize, rounded, search_scale
+from ..numerics.spec import QuantSpec, check_seed
+from ..typing import Array
+from .merged_statistics import in_turn, merged_statistics
+from .scales import searched_scale
+from .unrounded_network import put_weights
+
+__all__ = ["ANCHOR", "check_domains", "fit"]
+
+ANCHOR = 0.01
+# Images that go through a layer at a time, rows of a layer and a domain at most, and values that a
+# scale is searched on.
+_BATCH, _ROWS, _SAMPLES = 8, 1 << 16, 1 << 14
+# A channel whose BatchNorm multiplies by less shows nothing of its raw weight: it gets a gain of 1.
+_BLIND = 1e-6
+Floats = npt.NDArray[np.float64]
+Progress = Callable[[int, int], None]
+
+
+def fit(
+    bundle: Bundle,
+    parents: Sequence[Bundle],
+    images: Mapping[str, npt.NDArray[np.float32]],
+    output: str | os.PathLike[str],
+    anchor: float = ANCHOR,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Write a merge again, its layers fitted to what its parents put out.
+
+    Domains count as their parents do in the merge. A layer whose weight or bias others share, and
+    a transposed convolution, stay as they are; the manifest names them.
+
+    Args:
+        bundle: The merge.
+        parents: The bundles that it was merged from.
+        images: Inputs (N, C, H, W) by domain, of every parent that counts.
+        output: Folder of the new bundle.
+        anchor: Strength of the hold near the merged weights, >= 0, relative to the mean variance
+            of a layer's inputs.
+        seed: Seed of the samples that scales and layers are fitted on.
+        progress: Called with (layers done, layers in all).
+
+    Raises:
+        MergeError: Other parents than the merge's, images of a domain that none of them has, a
+            parent without images, or an anchor < 0.
+        SpecError: A seed that NumPy does not take.
+        DataError: Fewer than two images, or images that the graph does not take.
+        CheckFailed: The new graph gives no finite output for a golden input.
+    """
+    if not 0 <= anchor < float("inf"):
+        raise MergeError(f"found anchor {anchor}; needed a number >= 0")
+    check_seed(seed)
+    guides = _guides(bundle, parents, images)
+    work = _Fit(bundle, guides, anchor, seed)
+    try:
+        with threadpool_limits(1, user_api="blas"):
+            work.run(progress or (lambda done, total: None))
+    except EngineError as error:
+        raise DataError(f"the images do not fit {bundle.path}: {error}") from error
+    manifest = bundle.manifest
+    tensors = work.tensors
+    for fold in manifest.folds.values():
+        tensors[fold.scale], tensors[fold.bias] = folded_tensors(tensors, fold)
+    sites = bias_sites(bundle.graph_ir())
+    tensors |= fitted(tensors, sites, shifts(manifest.tensors), manifest.folds)
+    record: dict[str, Any] = {
+        "images": {name: len(rows) for name, rows in images.items()},
+        "anchor": anchor,
+        "seed": seed,
+        **({"left": work.left} if work.left else {}),
+    }
+    updated = manifest.model_copy(
+        update={"options": {**manifest.options, "fit": record}, "statistics": None}
+    )
+    golden = {name: value for name, value in bundle.golden().items() if name == "input"}
+    # Inputs of layers are about what they were; a later merge is better off with these.
+    statistics = merged_statistics([bundle], [1.0], in_turn)
+    graph = (bundle.path / GRAPH).read_bytes()
+    return Bundle.write(output, updated, tensors, graph, golden, check_merge, statistics)
+
+
+@dataclass(frozen=True)
+class _Guide:
+    """A domain's images, the parent that they are guided by, and how much it counts."""
+
+    name: str
+    parent: Bundle
+    images: Array
+    share: float
+
+
+def check_domains(
+    parents: Sequence[Bundle], merge_weights: Sequence[float], names: Collection[str]
+) -> None:
+    """Refuse images of other domains than the parents', before any work.
+
+    Args:
+        parents: The bundles of a merge.
+        merge_weights: One per parent; a parent of weight 0 needs no images.
+        names: Domains that there are images of.
+
+    Raises:
+        MergeError: Says which domain lacks images or a parent.
+    """
+    known = [name for parent in parents for name in parent.manifest.domains]
+    if unknown := [name for name in names if name not in known]:
+        raise MergeError(
+            f"found images of {unknown[0]}, which no bundle is of; name the images by the bundles' "
+            f"domains: {', '.join(known)}"
+        )
+    for parent, weight in zip(parents, merge_weights, strict=True):
+        if weight > 0 and not any(name in names for name in parent.manifest.domains):
+            raise MergeError(
+                f"{parent.path}: found no images of {' or '.join(parent.manifest.domains)}; a fit "
+                "needs some of every bundle's domain"
+            )
+    if twice := [name for name in names if known.count(name) > 1]:
+        raise MergeError(
+            f"found two bundles of {twice[0]}; a fit needs to know which of them its images are of"
+        )
+
+
+def _guides(bundle: Bundle, parents: Sequence[Bundle], images: Mapping[str, Array]) -> list[_Guide]:
+    """The guides of a fit, their shares of sum 1."""
+    recorded = {record.manifest_sha256: record.weight for record in bundle.manifest.parents}
+    for parent in parents:
+        if parent.manifest_sha256 not in recorded:
+            raise MergeError(f"{parent.path}: found a bundle that {bundle.path} is not merged from")
+    weights = [recorded[parent.manifest_sha256] for parent in parents]
+    check_domains(parents, weights, images)
+    guides = []
+    for parent, weight in zip(parents, weights, strict=True):
+        shares = {n: share for n, share in parent.manifest.domains.items() if n in images}
+        for name, share in shares.items() if weight > 0 else ():
+            if len(images[name]) < 2:
+                raise DataError(f"found {len(images[name])} image of {name}; needed 2 or more")
+            guides.append(_Guide(name, parent, images[name], weight * share / sum(shares.values())))
+    if abs(sum(guide.share for guide in guides) - 1) > 1e-6:
+        raise MergeError(
+            f"found {len(parents)} of the bundles that {bundle.path} is merged from; needed all of "
+            "its parents"
+        )
+    return guides
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """Tensors of the BatchNorm behind a layer, as a fold names them."""
+
+    gamma: str
+    beta: str
+    mean: str
+    variance: str
+    eps: float
+    raw_bias: str | None
+
+    def gain(self, tensors: Mapping[str, Array]) -> Floats:
+        """What it multiplies each channel by; a node's gamma may be negative, a fold's is not."""
+        spread = np.sqrt(tensors[self.variance].astype(np.float64) + self.eps)
+        return np.asarray(tensors[self.gamma] / spread)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer that can be fitted.
+
+    Attributes:
+        node: Its node.
+        output: What its targets are: behind its bias, and behind a BatchNorm that is a node.
+        weight: Its weight's tensor.
+        bias: Its bias; None where it has none, or BatchNorm stands for it.
+        norm: BatchNorm behind it.
+        layout, groups, features: As :class:`..formats.statistics.LayerRecord`.
+        axis: Axis of the outputs in its weight.
+    """
+
+    node: ir.Node
+    output: ir.Value
+    weight: str
+    bias: str | None
+    norm: _Norm | None
+    layout: str
+    groups: int
+    features: int
+    axis: int
+
+    def rows(self, x: Array, weight: Array, most: int, draws: np.random.Generator) -> Array:
+        """Rows of an input, (groups, rows, features)."""
+        if self.layout != "conv":
+            return some_rows(x, x.ndim - 1, 1, most, draws)
+        kernel = weight.shape[2:]
+        view = convolution_rows(x, kernel, *_geometry(self.node, x.shape[2:], kernel))
+        return some_rows(view, 1 + len(kernel), self.groups, most, draws)
+
+    def targets(self, y: Array, most: int, draws: np.random.Generator) -> Array:
+        """The same rows of an output, (groups, rows, outputs of a group)."""
+        view = np.moveaxis(y, 1, -1) if self.layout == "conv" else y
+        return some_rows(view, view.ndim - 1, self.groups, most, draws)
+
+
+def _geometry(
+    node: ir.Node, sizes: Sequence[int], kernel: Sequence[int]
+) -> tuple[list[int], list[int], list[int]]:
+    """Strides, dilations and pads of a convolution."""
+    rank = len(kernel)
+    strides = _numbers(node, "strides", [1] * rank)
+    dilations = _numbers(node, "dilations", [1] * rank)
+    auto = node.attributes.get("auto_pad")
+    way = "NOTSET" if auto is None else auto.as_string()
+    if way == "NOTSET":
+        return strides, dilations, _numbers(node, "pads", [0] * 2 * rank)
+    if way == "VALID":
+        return strides, dilations, [0] * 2 * rank
+    whole = [
+        max(0, (-(-size // s) - 1) * s + d * (k - 1) + 1 - size)
+        for size, k, s, d in zip(sizes, kernel, strides, dilations, strict=True)
+    ]
+    less = [total // 2 for total in whole]
+    more = [total - part for total, part in zip(whole, less, strict=True)]
+    return strides, dilations, less + more if way == "SAME_UPPER" else more + less
+
+
+def _numbers(node: ir.Node, name: str, default: list[int]) -> list[int]:
+    given = node.attributes.get(name)
+    return default if given is None else [int(value) for value in given.as_ints()]
+
+
+class _Fit:
+    """The tensors of a merge, fitted layer by layer."""
+
+    def __init__(self, bundle: Bundle, guides: Sequence[_Guide], anchor: float, seed: int) -> None:
+        self._bundle, self._guides, self._anchor, self._seed = bundle, guides, anchor, seed
+        self._entries, self._folds = bundle.manifest.tensors, bundle.manifest.folds
+        self.tensors = bundle.tensors()
+        self._real = _real_weights(bundle, self.tensors)
+        self._model, self._steps = _steps_of(bundle, self._real)
+        self._layers, self.left = _layers_of(self._model, bundle)
+        self._quantizers = _own_quantizers(self._model, bundle)
+        self._walk = Walk(self._steps, self._real, _batches([g.images for g in guides]))
+        self._targets = [_Targets(guide, [n.node.name for n in self._layers]) for guide in guides]
+
+    def run(self, progress: Progress) -> None:
+        """Fit all layers, in the order of the graph."""
+        layers = {layer.node: layer for layer in self._layers}
+        done = 0
+        for node in list(self._steps.nodes):
+            if node in self._quantizers:
+                self._walk.to(self._steps.before(node))
+                self._scale(node, self._quantizers[node])
+            elif node in layers:
+                self._walk.to(self._steps.before(node))
+                self._settle(layers[node])
+                done += 1
+                progress(done, len(layers))
+
+    def _scale(self, node: ir.Node, spec: QuantSpec) -> None:
+        """Search an activation's scale on what its quantizer reads."""
+        source, scale = node.inputs[:2]
+        assert source is not None and scale is not None
+        draws = np.random.default_rng((self._seed, self._steps.before(node)))
+        parts = self._walk.values(str(source.name))
+        share = max(_SAMPLES // len(parts), 256)
+        some = []
+        for part in parts:
+            flat = part.ravel()
+            some += [flat[draws.integers(len(flat), size=min(share, len(flat)))]]
+            some += [np.array([flat.min(), flat.max()], flat.dtype)]
+        found = search_scale(np.concatenate(some), spec)
+        self.tensors[str(scale.name)] = self._real[str(scale.name)] = found
+
+    def _settle(self, layer: _Layer) -> None:
+        """New weights, codes, scale and bias of one layer."""
+        seen = self._seen(layer)
+        entry, shape = self._entries[layer.weight], self._entries[layer.weight].shape
+        centred = layer.bias is not None or layer.norm is not None
+        factor = layer.norm.gain(self.tensors) if layer.norm else np.ones(shape[layer.axis])
+        factor = np.where(np.abs(factor) > _BLIND, factor, 1.0)
+        wide = along(factor, len(shape), layer.axis)
+        start = rows_of(self._behind_norm(layer), layer)
+        rows = seen.solved(start, self._anchor, centred)
+        if entry.role == "codes":
+            raw = weight_of(rows, layer, shape) / wide
+            fold = self._folds.get(layer.weight)
+            name = str(entry.scale) if fold is None else fold.raw_scale
+            scale = searched_scale(
+                raw, entry.spec, self.tensors[name], self._bundle.manifest.scheme.per_channel
+            )
+            step = along(scale.astype(np.float64), len(shape), entry.spec.axis) * wide
+            steps = rows_of(np.broadcast_to(step, shape), layer)
+            codes: Array
+            if entry.spec.floating:
+                codes = rounded(rows / steps, entry.spec)
+            else:
+                matrix = seen.covariance if centred else seen.inputs
+                codes = compensated(rows, with_damping(matrix), steps, entry.spec)
+            self.tensors[name] = scale
+            kept = weight_of(codes, layer, shape).astype(self.tensors[layer.weight].dtype)
+            self.tensors[layer.weight] = kept
+            rows = rows_of(kept.astype(np.float64) * step, layer)
+        else:
+            self.tensors[layer.weight] = (weight_of(rows, layer, shape) / wide).astype(np.float32)
+        if layer.norm is not None:
+            raw_rows = rows / rows_of(np.broadcast_to(wide, shape), layer)
+            self._put_norm(layer.norm, seen, factor, raw_rows, seen.bias(rows).reshape(-1))
+        elif layer.bias is not None:
+            bias = seen.bias(rows).reshape(-1).astype(np.float32)
+            self.tensors[layer.bias] = bias
+        self._refresh(layer)
+
+    def _put_norm(
+        self, norm: _Norm, seen: GuidedLayer, factor: Floats, rows: Floats, bias: Floats
+    ) -> None:
+        """BatchNorm with the moments of the raw weight's outputs, and the gain that it had."""
+        mean, variance = seen.output_moments(rows)
+        if norm.raw_bias is not None:
+            mean = mean + self.tensors[norm.raw_bias]
+        own = {
+            norm.mean: mean,
+            norm.variance: variance,
+            norm.gamma: factor * np.sqrt(variance + norm.eps),
+        }
+        self.tensors |= {name: value.astype(np.float32) for name, value in own.items()}
+        # As a reader computes it from what single precision holds.
+        shift = self.tensors[norm.mean].astype(np.float64)
+        if norm.raw_bias is not None:
+            shift = shift - self.tensors[norm.raw_bias]
+        self.tensors[norm.beta] = (bias + shift * norm.gain(self.tensors)).astype(np.float32)
+
+    def _refresh(self, layer: _Layer) -> None:
+        """What the walk reads of a layer, from its tensors."""
+        fold = self._folds.get(layer.weight)
+        changed = [layer.weight, layer.bias]
+        if fold is not None:
+            scale, bias = folded_tensors(self.tensors, fold)
+            self.tensors[fold.scale], self.tensors[fold.bias] = scale, bias
+            changed.append(fold.bias)
+        elif layer.norm is not None:
+            norm = layer.norm
+            changed += [norm.gamma, norm.beta, norm.mean, norm.variance]
+        for name in changed:
+            if name is not None:
+                self._real[name] = _real_weight(name, self._bundle, self.tensors)
+
+    def _behind_norm(self, layer: _Layer) -> Floats:
+        """The layer's merged real weight, BatchNorm applied."""
+        weight = _real_weight(layer.weight, self._bundle, self.tensors).astype(np.float64)
+        if layer.norm is None or layer.weight in self._folds:
+            return weight
+        factor = layer.norm.gain(self.tensors)
+        return np.asarray(weight * along(factor, weight.ndim, layer.axis))
+
+    def _seen(self, layer: _Layer) -> GuidedLayer:
+        """Moments of a layer's inputs and targets, every domain's with its share."""
+        weight, source = self._real[layer.weight], layer.node.inputs[0]
+        assert source is not None
+        inputs = iter(self._walk.values(str(source.name)))
+        outputs = (
+            weight.shape[layer.axis] // layer.groups
+            if layer.layout == "conv"
+            else (weight.shape[layer.axis])
+        )
+        parts = []
+        for domain, (guide, targets) in enumerate(zip(self._guides, self._targets, strict=True)):
+            sums = RowSums(layer.groups, layer.features, outputs)
+            place = self._steps.before(layer.node)
+            for batch, y in enumerate(targets.of(str(layer.node.name))):
+                x = next(inputs)
+                most = max(1, _ROWS * len(x) // len(guide.images))
+                # The same rows of both.
+                draws = [
+                    np.random.default_rng((self._seed, place, domain, batch)) for _ in range(2)
+                ]
+                sums.add(layer.rows(x, weight, most, draws[0]), layer.targets(y, most, draws[1]))
+            parts.append([guide.share * value for value in sums.means()])
+        return GuidedLayer(*(np.sum(values, 0) for values in zip(*parts, strict=True)))
+
+
+class _Targets:
+    """A parent's outputs of the layers to be fitted, on its own domain's images."""
+
+    def __init__(self, guide: _Guide, nodes: Sequence[str | None]) -> None:
+        real = _real_weights(guide.parent, guide.parent.tensors())
+        model, self._steps = _steps_of(guide.parent, real)
+        layers, _ = _layers_of(model, guide.parent)
+        self._layers = {str(layer.node.name): layer for layer in layers}
+        wanted = {str(self._layers[str(name)].output.name) for name in nodes}
+        self._walk = Walk(self._steps, real, _batches([guide.images]), wanted)
+
+    def of(self, node: str) -> list[Array]:
+        """Outputs of a layer, batch by batch."""
+        output = self._layers[node].output
+        self._walk.to(self._steps.behind(output))
+        return self._walk.take(str(output.name))
+
+
+def _batches(images: Sequence[Array]) -> list[Array]:
+    return [rows for part in images for rows in in_batches(part, _BATCH)]
+
+
+def _real_weight(name: str, bundle: Bundle, tensors: Mapping[str, Array]) -> Array:
+    """A tensor as the graph computes with it: codes times their scale."""
+    entry = bundle.manifest.tensors[name]
+    if entry.role != "codes":
+        return tensors[name]
+    return dequantize(tensors[name], tensors[str(entry.scale)], entry.axis)
+
+
+def _real_weights(bundle: Bundle, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: _real_weight(name, bundle, tensors) for name in bundle.manifest.tensors}
+
+
+def _steps_of(bundle: Bundle, real: Mapping[str, Array]) -> tuple[ir.Model, Steps]:
+    """A bundle's graph that reads real weights."""
+    model = bundle.graph_ir()
+    put_weights(model, bundle, real)
+    return model, Steps(model, bundle.manifest.tensors)
+
+
+def _own_quantizers(model: ir.Model, bundle: Bundle) -> dict[ir.Node, QuantSpec]:
+    """Quantizers whose scale can be searched: no other tensor is rounded with it."""
+    groups: dict[str, list[ir.Node]] = {}
+    for node in model.graph:
+        if node.op_type == "QuantizeLinear":
+            groups.setdefault(str(node.inputs[1].name), []).append(node)  # type: ignore[union-attr]
+    specs = {a.scale: QuantSpec(a.bits, a.lo, a.hi) for a in bundle.manifest.activations}
+    found = {}
+    for scale, (first, *others) in groups.items():
+        again = all(_repeats(node, scale) for node in others)
+        if again and scale in specs:
+            found[first] = specs[scale]
+    return found
+
+
+def _repeats(node: ir.Node, scale: str) -> bool:
+    """Whether a quantizer reads values that were rounded with its scale already."""
+    before = quantizer_of(node.inputs[0])
+    return before is not None and str(before[1].inputs[1].name) == scale  # type: ignore[union-attr]
+
+
+def _layers_of(model: ir.Model, bundle: Bundle) -> tuple[list[_Layer], dict[str, str]]:
+    """Layers that can be fitted, in graph order; and why others are not, by weight."""
+    layers: list[_Layer] = []
+    left: dict[str, str] = {}
+    for node in model.graph:
+        if node.op_type not in LAYERS:
+            continue
+        name, transposed = _weight_of(node)
+        entry = bundle.manifest.tensors.get(name)
+        if entry is None or entry.role not in {"codes", "float"}:
+            continue
+        found = _layer_of(model, bundle, node, name, transposed)
+        if isinstance(found, str):
+            left[name] = found
+        else:
+            layers.append(found)
+    return layers, left
+
+
+def _weight_of(node: ir.Node) -> tuple[str, bool]:
+    """The tensor of a layer's second operand, "" where it is computed; is it transposed?"""
+    value = node.inputs[1]
+    source = producer(value)
+    transposed = source is not None and source.op_type == "Transpose"
+    if source is not None and transposed:
+        value = source.inputs[0]
+    return (str(value.name) if value is not None and value.const_value else "", transposed)
+
+
+def _layer_of(
+    model: ir.Model, bundle: Bundle, node: ir.Node, name: str, transposed: bool
+) -> _Layer | str:
+    """The layer, or why it cannot be fitted."""
+    shape = bundle.manifest.tensors[name].shape
+    if node.op_type == "ConvTranspose":
+        return "a transposed convolution"
+    if len(list(model.graph.initializers[name].uses())) > 1:
+        return "its weight is shared"
+    if node.op_type != "Conv" and len(shape) != 2:
+        return "its weight is no matrix"
+    if any(node.attributes[n].as_float() != 1.0 for n in ("alpha", "beta") if n in node.attributes):
+        return "its product is scaled"
+    value, last = added_bias(model, node)
+    fold = bundle.manifest.folds.get(name)
+    norm: _Norm | None = None
+    bias = None if value is None else str(value.name)
+    if fold is not None:
+        parts = (fold.gamma, fold.beta, fold.mean, fold.variance)
+        norm, bias = _Norm(*parts, fold.eps, fold.raw_bias), None
+    elif bias is not None and not _is_own(model, bundle, bias):
+        return "its bias is shared"
+    output = last.outputs[0]
+    if fold is None and (after := _norm_behind(last, bundle)) is not None:
+        norm, bias, output = _norm_of(after, bias), None, after.outputs[0]
+    turned = transposed != transposes_weight(node)
+    groups = node.attributes.get("group")
+    layout = "conv" if node.op_type == "Conv" else "linear" if turned else "matmul"
+    return _Layer(
+        node=node,
+        output=output,
+        weight=name,
+        bias=bias,
+        norm=norm,
+        layout=layout,
+        groups=1 if groups is None else groups.as_int(),
+        features=shape[0] if layout == "matmul" else int(np.prod(shape[1:])),
+        axis=1 if layout == "matmul" else 0,
+    )
+
+
+def _is_own(model: ir.Model, bundle: Bundle, bias: str) -> bool:
+    entry = bundle.manifest.tensors.get(bias)
+    single = len(list(model.graph.initializers[bias].uses())) == 1
+    return single and entry is not None and entry.role == "float"
+
+
+def _norm_behind(layer: ir.Node, bundle: Bundle) -> ir.Node | None:
+    """The BatchNormalization that alone reads a layer's output."""
+    uses = list(layer.outputs[0].uses())
+    after = uses[0].node if len(uses) == 1 else None
+    if after is None or after.op_type != "BatchNormalization":
+        return None
+    names = {str(value.name) for value in after.inputs[1:5] if value is not None}
+    return after if names <= set(bundle.manifest.tensors) else None
+
+
+def _norm_of(node: ir.Node, raw_bias: str | None) -> _Norm:
+    gamma, beta, mean, variance = (
+        str(value.name) for value in node.inputs[1:5] if value is not None
+    )
+    epsilon = node.attributes.get("epsilon")
+    eps = epsilon.as_float() if epsilon is not None else 1e-5
+    return _Norm(gamma, beta, mean, variance, eps, raw_bias)

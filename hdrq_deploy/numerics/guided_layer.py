@@ -1,0 +1,165 @@
+"""A layer solved for given outputs: least squares on its inputs, held near weights that it has.
+
+    minimise  E ||y - W x - b||^2  +  anchor m ||W - W_0||^2
+
+x are the layer's inputs, y the outputs that it is to give, m is the mean variance of x, so that
+``anchor`` has no unit, and b is free. Inputs that hardly vary leave the weights where they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..typing import Array
+
+__all__ = ["GuidedLayer", "RowSums", "convolution_rows", "some_rows"]
+
+# Share of the mean variance that keeps a system without an anchor solvable, and the least of it.
+_RIDGE, _FLOOR = 1e-6, 1e-12
+# Rows of one product: sums of so many are exact enough in single precision.
+_AT_ONCE = 1 << 12
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class GuidedLayer:
+    """Moments of a layer's inputs x and of the outputs y that it is to give.
+
+    Attributes:
+        inputs: E[x x^T], (groups, features, features).
+        products: E[x y^T], (groups, features, outputs of a group).
+        mean: E[x], (groups, features).
+        target: E[y], (groups, outputs of a group).
+    """
+
+    inputs: Floats
+    products: Floats
+    mean: Floats
+    target: Floats
+
+    @property
+    def covariance(self) -> Floats:
+        """Covariance of the inputs."""
+        result: Floats = self.inputs - self.mean[:, :, None] * self.mean[:, None, :]
+        return result
+
+    def solved(self, start: Floats, anchor: float, centred: bool) -> Floats:
+        """The rows of least squares, (groups, features, outputs of a group).
+
+        Args:
+            start: Rows that they are held near, of the same shape.
+            anchor: Strength of the hold, >= 0.
+            centred: A bias takes care of the means.
+        """
+        matrix, products = self.inputs, self.products
+        if centred:
+            matrix = self.covariance
+            products = products - self.mean[:, :, None] * self.target[:, None, :]
+        size = np.diagonal(matrix, axis1=1, axis2=2).mean(1)
+        held = np.maximum(anchor * size, _RIDGE * size + _FLOOR)[:, None, None]
+        eye = np.eye(matrix.shape[1])
+        change = np.linalg.solve(matrix + held * eye, products - matrix @ start)
+        result: Floats = start + change
+        return result
+
+    def bias(self, rows: Floats) -> Floats:
+        """The bias (groups, outputs of a group) that gives ``rows`` the mean of the targets."""
+        result: Floats = self.target - np.einsum("gf,gfo->go", self.mean, rows)
+        return result
+
+    def output_moments(self, rows: Floats) -> tuple[Floats, Floats]:
+        """Mean and variance of what ``rows`` make of the inputs, without a bias, (outputs,)."""
+        mean = np.einsum("gf,gfo->go", self.mean, rows)
+        variance = np.einsum("gfo,gfo->go", self.covariance @ rows, rows)
+        return mean.reshape(-1), np.maximum(variance, 0.0).reshape(-1)
+
+
+class RowSums:
+    """Sums over rows x and targets y, batch by batch.
+
+    Args:
+        groups: Groups of a convolution, else 1.
+        features: Length of the rows that one group multiplies.
+        outputs: Outputs of one group.
+    """
+
+    def __init__(self, groups: int, features: int, outputs: int) -> None:
+        sizes = ((features, features), (features, outputs), (features,), (outputs,))
+        self._sums = [np.zeros((groups, *size)) for size in sizes]
+        self._count = 0
+
+    def add(self, x: Array, y: Array) -> None:
+        """Take rows (groups, n, features) and targets (groups, n, outputs) in, float32."""
+        self._count += x.shape[1]
+        for first in range(0, x.shape[1], _AT_ONCE):
+            a, b = (part[:, first : first + _AT_ONCE] for part in (x, y))
+            turned = a.swapaxes(1, 2)
+            found = (turned @ a, turned @ b, a.sum(1), b.sum(1))
+            for total, part in zip(self._sums, found, strict=True):
+                total += part
+
+    def means(self) -> tuple[Floats, ...]:
+        """The sums divided by the number of rows, in the order of :class:`GuidedLayer`."""
+        return tuple(total / self._count for total in self._sums)
+
+
+def convolution_rows(
+    x: Array,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    pads: Sequence[int],
+) -> Array:
+    """A view of a convolution's input, (N, output sizes..., C, kernel...); padding is zeros.
+
+    Args:
+        x: (N, C, sizes...).
+        kernel, strides, dilations: One number for every size.
+        pads: Zeros before every size, then behind every size, as ONNX orders them.
+
+    >>> rows = convolution_rows(np.arange(4.0).reshape(1, 1, 4), [3], [1], [1], [1, 1])
+    >>> rows[0, :, 0]
+    array([[0., 0., 1.],
+           [0., 1., 2.],
+           [1., 2., 3.],
+           [2., 3., 0.]])
+    """
+    rank = len(kernel)
+    sides = [(0, 0), (0, 0), *zip(pads[:rank], pads[rank:], strict=True)]
+    x = np.ascontiguousarray(np.pad(x, sides))
+    spans = [d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True)]
+    places = tuple(range(2, 2 + rank))
+    windows = np.lib.stride_tricks.sliding_window_view(x, spans, places)
+    steps = [slice(None, None, s) for s in strides]
+    apart = [slice(None, None, d) for d in dilations]
+    chosen = windows[(slice(None), slice(None), *steps, *apart)]
+    return np.moveaxis(chosen, 1, 1 + rank)
+
+
+def some_rows(
+    view: Array, leading: int, groups: int, most: int, draws: np.random.Generator
+) -> Array:
+    """About ``most`` rows of a view at most, (groups, rows, features of a group), float32.
+
+    One row comes of every stretch of equal length, so that they are even over images and over
+    positions.
+
+    Args:
+        view: Its first axes count rows; the others make the features of all groups.
+        leading: The number of axes that count rows.
+        groups: What the features are divided into.
+        most: Rows wanted.
+        draws: Where in its stretch a row lies.
+    """
+    sizes = view.shape[:leading]
+    count = math.prod(sizes)
+    if count > most:
+        index = ((np.arange(most) + draws.random(most)) * (count / most)).astype(np.int64)
+        view, count = view[np.unravel_index(index, sizes)], most
+    rows = view.reshape(count, groups, -1).swapaxes(0, 1)
+    return np.ascontiguousarray(rows, np.float32)

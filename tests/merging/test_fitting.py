@@ -1,0 +1,233 @@
+"""A merge fitted to what its parents put out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hdrq_deploy import merge
+from hdrq_deploy.cli import merge as merge_command
+from hdrq_deploy.errors import DataError, HdrqError, MergeError
+from hdrq_deploy.formats.bundle import GRAPH, Bundle
+from hdrq_deploy.graph.reference_session import session_threads, unfused_session
+from hdrq_deploy.graph.stepwise import Steps, Walk
+from hdrq_deploy.merging import fit
+from hdrq_deploy.numerics.guided_layer import GuidedLayer, RowSums, convolution_rows, some_rows
+
+DOMAINS = ("night", "day")
+KINDS = [
+    ("Tiny", "rtn", {"fold": "steps", "wbits": 8}),
+    ("Tiny", "rtn", {"fold": "steps", "wbits": 4, "abits": 4, "per_channel": True}),
+    ("Tiny", "rtn", {"fold": "weights", "wbits": 4}),
+    ("Tiny", "float", {}),
+    ("Wide", "rtn", {"fold": "steps", "wbits": 4}),
+    ("Net", "rtn", {"fold": "weights", "wbits": 8, "per_channel": True}),
+    ("Attention", "rtn", {"wbits": 8}),
+    ("Tiny", "rtn", {"fold": "weights", "wbits": 8, "grid": "e4m3"}),
+]
+
+
+def ids(kind: Any) -> str:
+    name, method, options = kind
+    return "-".join([name, method, *map(str, options.values())])
+
+
+def images_of(inputs: Any) -> dict[str, Any]:
+    """Two domains that look different."""
+    rng = np.random.default_rng(1)
+    night = (inputs**3).astype(np.float32)
+    return {"night": night, "day": 1 - rng.permutation(night)}
+
+
+def outputs(bundle: Bundle, x: Any) -> Any:
+    session = unfused_session(bundle.path / GRAPH)
+    return session.run(None, {session.get_inputs()[0].name: x})[0]
+
+
+def away(bundle: Bundle, parents: Any, images: Any) -> float:
+    """Mean square distance of a merge's outputs from each domain's own parent's."""
+    pairs = zip(parents, images.values(), strict=True)
+    return float(np.mean([((outputs(bundle, x) - outputs(p, x)) ** 2).mean() for p, x in pairs]))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=ids)
+def test_a_fitted_merge_is_nearer_to_its_parents(
+    make: Any, inputs: Any, tmp_path: Path, kind: Any
+) -> None:
+    """On images that it was not fitted on, as ONNX Runtime computes the bundle's own graph."""
+    name, method, options = kind
+    parents = [make(name, d, method, **options) for d in DOMAINS]
+    merged = merge(parents, tmp_path / "m.hdrq", rounding="nearest", method="mean")
+    images = images_of(inputs)
+    found = fit(merged, parents, {n: x[:40] for n, x in images.items()}, tmp_path / "f.hdrq", 0.01)
+    found.validate()
+    held = {n: x[40:] for n, x in images.items()}
+    assert away(found, parents, held) < 0.9 * away(merged, parents, held)
+    assert found.manifest.options["fit"]["images"] == {"night": 40, "day": 40}
+
+
+def test_a_merge_of_what_differs_in_one_domain_only_stays_with_it(
+    make: Any, inputs: Any, tmp_path: Path
+) -> None:
+    """A parent of weight 0 needs no images, and the other one alone gives the targets."""
+    parents = [make("Tiny", d, "float") for d in DOMAINS]
+    merged = merge(parents, tmp_path / "m.hdrq", [1.0, 0.0], method="mean")
+    x = images_of(inputs)["night"]
+    found = fit(merged, parents, {"night": x}, tmp_path / "f.hdrq")
+    np.testing.assert_allclose(outputs(found, x), outputs(parents[0], x), atol=2e-3)
+
+
+def test_the_first_layer_is_that_of_least_squares(make: Any, inputs: Any, tmp_path: Path) -> None:
+    """Against torch: unfolded images, BatchNorm of each parent, and one augmented system."""
+    import tiny_models
+
+    anchor, images = 0.1, images_of(inputs)
+    parents = [make("Tiny", d, "float") for d in DOMAINS]
+    merged = merge(parents, tmp_path / "m.hdrq", method="mean")
+    found = fit(merged, parents, images, tmp_path / "f.hdrq", anchor)
+
+    def model_of(bundle: Bundle) -> Any:
+        model = tiny_models.Tiny()
+        tensors = {n: torch.from_numpy(np.array(t)) for n, t in bundle.tensors().items()}
+        model.load_state_dict(tensors, strict=False)
+        return model.eval().double()
+
+    def behind_norm(model: Any) -> Any:
+        factor = model.bn.weight / torch.sqrt(model.bn.running_var + model.bn.eps)
+        return (model.stem.weight * factor[:, None, None, None]).flatten(1).detach().numpy()
+
+    stem = model_of(merged).stem
+    rows, targets = [], []
+    for parent, x in zip(parents, images.values(), strict=True):
+        x = torch.from_numpy(x).double()
+        seen = F.unfold(x, stem.kernel_size, stem.dilation, stem.padding, stem.stride)
+        rows.append(seen.movedim(1, 2).flatten(0, 1).numpy())
+        model = model_of(parent)
+        with torch.no_grad():
+            targets.append(model.bn(model.stem(x)).movedim(1, 3).flatten(0, 2).numpy())
+    x, y = np.concatenate(rows), np.concatenate(targets)
+    x, y = x - x.mean(0), y - y.mean(0)
+    start = behind_norm(model_of(merged))
+    held = np.sqrt(anchor * x.var(0).mean() * len(x)) * np.eye(x.shape[1])
+    system, wanted = np.concatenate([x, held]), np.concatenate([y, held @ start.T])
+    solution = np.linalg.lstsq(system, wanted, rcond=None)[0].T
+    assert np.abs(solution - start).max() > 0.01
+    np.testing.assert_allclose(behind_norm(model_of(found)), solution, rtol=1e-3, atol=1e-4)
+
+
+def test_batch_norm_has_the_moments_of_the_new_weights(
+    make: Any, inputs: Any, tmp_path: Path
+) -> None:
+    images = images_of(inputs)
+    parents = [make("Tiny", d, "float") for d in DOMAINS]
+    merged = merge(parents, tmp_path / "m.hdrq", method="mean")
+    found = fit(merged, parents, images, tmp_path / "f.hdrq")
+    import tiny_models
+
+    model = tiny_models.Tiny()
+    tensors = {n: torch.from_numpy(np.array(t)) for n, t in found.tensors().items()}
+    model.load_state_dict(tensors, strict=False)
+    with torch.no_grad():
+        raw = model.stem(torch.from_numpy(np.concatenate(list(images.values())))).numpy()
+    np.testing.assert_allclose(raw.mean((0, 2, 3)), model.bn.running_mean, atol=1e-3)
+    np.testing.assert_allclose(raw.var((0, 2, 3)), model.bn.running_var, rtol=5e-3)
+
+
+def test_the_bytes_do_not_depend_on_threads(make: Any, inputs: Any, tmp_path: Path) -> None:
+    parents = [make("Tiny", d, fold="steps") for d in DOMAINS]
+    merged = merge(parents, tmp_path / "m.hdrq", method="mean")
+    found = []
+    for threads in (1, 3):
+        with session_threads(threads):
+            found.append(fit(merged, parents, images_of(inputs), tmp_path / f"{threads}.hdrq"))
+    assert found[0].manifest_sha256 == found[1].manifest_sha256
+
+
+@pytest.mark.parametrize("name", ["Tiny", "Net", "Attention"])
+def test_a_walk_in_steps_gives_what_the_graph_gives(make: Any, inputs: Any, name: str) -> None:
+    bundle = make(name, "night", wbits=8)
+    model = bundle.graph_ir()
+    tensors = {n: t for n, t in bundle.tensors().items() if n in model.graph.initializers}
+    steps = Steps(model, tensors)
+    walk = Walk(steps, tensors, [inputs[:5], inputs[5:9]])
+    for place in range(1, len(steps.nodes) + 1):
+        walk.to(place)
+    found = np.concatenate(walk.values(str(model.graph.outputs[0].name)))
+    np.testing.assert_array_equal(found, outputs(bundle, inputs[:9]))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "pads"),
+    [
+        ((3, 3), (1, 1), (1, 1), (1, 1)),
+        ((3, 2), (2, 1), (1, 2), (0, 1)),
+        ((1, 1), (2, 2), (1, 1), (0, 0)),
+    ],
+)
+def test_rows_of_a_convolution_are_torchs(
+    kernel: Any, stride: Any, dilation: Any, pads: Any
+) -> None:
+    x = np.random.default_rng(0).random((2, 4, 9, 8), dtype=np.float32)
+    seen = F.unfold(torch.from_numpy(x), kernel, dilation, pads, stride)
+    wanted = seen.movedim(1, 2).flatten(0, 1).numpy()
+    view = convolution_rows(x, kernel, stride, dilation, [*pads, *pads])
+    rows = some_rows(view, 3, 2, 1 << 20, np.random.default_rng(0))
+    assert rows.shape == (2, len(wanted), wanted.shape[1] // 2)
+    np.testing.assert_array_equal(np.concatenate(list(rows), 1), wanted)
+
+
+def test_a_layer_that_can_give_its_targets_gives_them() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.random((1, 500, 6), dtype=np.float32)
+    real, bias = rng.random((1, 6, 3)), rng.random(3)
+    sums = RowSums(1, 6, 3)
+    sums.add(x, (x @ real + bias).astype(np.float32))
+    seen = GuidedLayer(*sums.means())
+    rows = seen.solved(np.zeros((1, 6, 3)), 0.0, centred=True)
+    np.testing.assert_allclose(rows, real, atol=1e-3)
+    np.testing.assert_allclose(seen.bias(rows)[0], bias, atol=1e-3)
+    np.testing.assert_allclose(seen.output_moments(rows)[1], (x @ rows)[0].var(0), rtol=1e-3)
+    np.testing.assert_array_equal(seen.solved(real, 1e9, True).round(6), real.round(6))
+
+
+def test_images_that_do_not_belong_to_the_merge_are_refused(
+    make: Any, inputs: Any, tmp_path: Path
+) -> None:
+    parents = [make("Tiny", d, fold="steps") for d in DOMAINS]
+    merged = merge(parents, tmp_path / "m.hdrq", method="mean")
+    images = images_of(inputs)
+    cases: list[tuple[Any, Any, float, type[HdrqError], str]] = [
+        (parents, {"night": inputs}, 0.01, MergeError, "found no images of day"),
+        (parents, {**images, "fog": inputs}, 0.01, MergeError, "found images of fog"),
+        (parents, images, -1.0, MergeError, "found anchor -1.0"),
+        (parents[:1], {"night": inputs}, 0.01, MergeError, "needed all of its parents"),
+        ([parents[0], make("Tiny", "snow", fold="steps")], images, 0.01, MergeError, "not merged"),
+        (parents, {**images, "day": inputs[:1]}, 0.01, DataError, "found 1 image of day"),
+        (parents, {**images, "day": inputs[:, :1]}, 0.01, DataError, "do not fit"),
+    ]
+    for given, shown, anchor, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            fit(merged, given, shown, tmp_path / "f.hdrq", anchor)
+    assert not (tmp_path / "f.hdrq").exists()
+
+
+def test_the_merge_command_fits(
+    make: Any, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundles = [str(make("Tiny", d, fold="steps").path) for d in DOMAINS]
+    data = [f"night={work}/data.npz", f"day={work}/data.npz"]
+    out = tmp_path / "m.hdrq"
+    argv = [*bundles, "-o", str(out), "--re-estimate", *data, "--fit"]
+    assert merge_command.main([*argv, *data, "--fit-images", "12"]) == 0
+    options = Bundle.open(out).manifest.options
+    assert options["fit"]["images"] == {"night": 12, "day": 12}
+    assert options["re_estimate"]["images"] == {"night": 48, "day": 48}
+    assert [p.name for p in tmp_path.iterdir()] == ["m.hdrq"]
+    capsys.readouterr()
+    assert merge_command.main([*argv, data[0]]) == 2
+    assert "found no images of day" in capsys.readouterr().err
