@@ -140,7 +140,7 @@ def pacs_fitted(record: Mapping[str, Any]) -> str:
                 lines.append([f"**{name}, re-estimated and fitted**", *cells, f"{spent:.0f}"])
     heads = [", ".join(group) for group in groups]
     heads.insert(-1, "mean of pairs")
-    missing = ", ".join(record["missing"])
+    missing = ", ".join(f"`{name}`" for name in record["missing"])
     return "\n".join(
         [
             "## Fitted to the bundles' outputs",
