@@ -8,7 +8,7 @@ Reads ``benchmarks/results/*.json`` only; a test checks that the pages are their
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,12 @@ def _headline_figures() -> dict[tuple[str, str], tuple[float, float]]:
     return found
 
 
+def _best_triple(record: Mapping[str, Any], key: str, value: str) -> float:
+    """The highest harmonic mean over all three domains, of rows that say so of ``key``."""
+    rows = [row for row in record["rows"] if row[key] == value and len(row["members"]) == 3]
+    return max(row["harmonic_mean"] for row in rows)
+
+
 def summary() -> str:
     """``docs/evidence/index.md``: five sentences, two plots, and what is on which page."""
     figures, photos = _headline_figures(), load("pacs")
@@ -218,18 +224,10 @@ def summary() -> str:
     best = max(ours, qdrop, rtn)
     rivals = load("pacs_rivals")
     assert rivals is not None
-    experts = max(
-        row["harmonic_mean"]
-        for row in rivals["rows"]
-        if row["method"] == "experts" and len(row["members"]) == 3
-    )
+    experts = _best_triple(rivals, "method", "experts")
     fits = load("pacs_fitted")
     assert fits is not None
-    fitted = max(
-        row["harmonic_mean"]
-        for row in fits["rows"]
-        if row["bits"] == "w4a8" and len(row["members"]) == 3
-    )
+    fitted = _best_triple(fits, "bits", "w4a8")
     digits_mean = figures["float", "digits: mean"]
     digits_best = figures["hdrq", "digits: regression"]
     sentences = [

@@ -17,6 +17,7 @@ from .operators import CLAMPS, MOVES_VALUES
 __all__ = [
     "Quantizer",
     "array",
+    "batch_norm_epsilon",
     "chain",
     "in_blocks",
     "producer",
@@ -65,6 +66,12 @@ def array(value: ir.Value | None) -> npt.NDArray[Any]:
             "points must be constants: make the bundle again"
         )
     return value.const_value.numpy()
+
+
+def batch_norm_epsilon(node: ir.Node) -> float:
+    """What a BatchNormalization adds to the variance."""
+    epsilon = node.attributes.get("epsilon")
+    return epsilon.as_float() if epsilon is not None else 1e-5
 
 
 def quantizers(model: ir.Model) -> Iterator[Quantizer]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 import onnx.helper
@@ -21,9 +22,6 @@ from .qdq import chain, producer
 from .reference_session import threads_of_sessions, unfused_session
 
 __all__ = ["Steps", "Walk"]
-
-# Sessions of a stretch of nodes that are kept: several walks come by one after the other.
-_KEPT = 2
 
 
 class Steps:
@@ -54,7 +52,8 @@ class Steps:
                     self._last_use[str(value.name)] = place
         for value in model.graph.outputs:
             self._last_use[str(value.name)] = len(self.nodes)
-        self._sessions: dict[tuple[object, ...], _Stretch] = {}
+        # Several walks come by a stretch one after the other, and then none again.
+        self._last: tuple[tuple[object, ...], _Stretch] | None = None
 
     @property
     def input(self) -> str:
@@ -85,23 +84,18 @@ class Steps:
             like: Arrays of the values and the changing tensors that the nodes read.
         """
         nodes = self.nodes[start:stop]
-        made = {str(v.name) for node in nodes for v in node.outputs}
-        read = {str(v.name): v for node in nodes for v in node.inputs if v is not None}
+        made, read = {str(v.name) for node in nodes for v in node.outputs}, _read(nodes)
         inputs = sorted(name for name in read.keys() - made if name in like)
         outputs = sorted(n for n in made if n in wanted or self.is_read_from(n, stop))
         key = (start, stop, *outputs, *((name, like[name].dtype.str) for name in inputs))
-        if key not in self._sessions:
-            while len(self._sessions) >= _KEPT:
-                self._sessions.pop(next(iter(self._sessions)))
+        if self._last is None or self._last[0] != key:
             own = [v for name, v in read.items() if name not in {*made, *inputs}]
-            self._sessions[key] = _stretch(nodes, inputs, outputs, own, like, self._opsets)
-        return self._sessions[key]
+            self._last = key, _stretch(nodes, inputs, outputs, own, like, self._opsets)
+        return self._last[1]
 
     def needed(self, start: int, stop: int) -> set[str]:
         """Changing tensors that nodes from ``start`` up to ``stop`` read."""
-        nodes = self.nodes[start:stop]
-        read = {str(v.name) for node in nodes for v in node.inputs if v is not None}
-        return read & self._changing
+        return _read(self.nodes[start:stop]).keys() & self._changing
 
     def _order(self) -> None:
         waiting: set[ir.Node] = set()
@@ -131,11 +125,16 @@ class Steps:
                 self._emit(follower, waiting)
 
 
+def _read(nodes: Sequence[ir.Node]) -> dict[str, ir.Value]:
+    """Values that nodes read, by name."""
+    return {str(v.name): v for node in nodes for v in node.inputs if v is not None}
+
+
 @dataclass(frozen=True)
 class _Stretch:
     """Some nodes in a session; ``session`` is None where nobody reads what they give."""
 
-    session: object | None
+    session: Any
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
@@ -144,7 +143,7 @@ class _Stretch:
         if self.session is None:
             return {}
         feeds = {name: values[name] for name in self.inputs}
-        found = self.session.run(list(self.outputs), feeds)  # type: ignore[attr-defined]
+        found = self.session.run(list(self.outputs), feeds)
         return dict(zip(self.outputs, found, strict=True))
 
 
@@ -160,9 +159,11 @@ def _stretch(
         return _Stretch(None, (), ())
     helper = onnx.helper
     kinds = {name: helper.np_dtype_to_tensor_dtype(like[name].dtype) for name in inputs}
-    constants = [ir.serde.serialize_tensor(v.const_value) for v in own if v.const_value is not None]
-    for tensor, value in zip(constants, (v for v in own if v.const_value is not None), strict=True):
-        tensor.name = str(value.name)
+    constants = []
+    for value in own:
+        if value.const_value is not None:
+            constants.append(ir.serde.serialize_tensor(value.const_value))
+            constants[-1].name = str(value.name)
     graph = helper.make_graph(
         [ir.serde.serialize_node(node) for node in nodes],
         "stretch",

@@ -28,21 +28,20 @@ import numpy.typing as npt
 import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
-from ..comparison.golden import check_merge
 from ..errors import DataError, EngineError, MergeError
-from ..formats.bundle import GRAPH, Bundle
-from ..graph.biases import added_bias, bias_sites, fitted, folded_tensors, shifts
+from ..formats.bundle import Bundle
+from ..graph.biases import added_bias, folded_tensors
 from ..graph.operators import LAYERS
-from ..graph.qdq import producer, quantizer_of, transposes_weight
+from ..graph.qdq import batch_norm_epsilon, producer, quantizer_of, transposes_weight
 from ..graph.stepwise import Steps, Walk
 from ..numerics.batches import in_batches
 from ..numerics.error_compensation import compensated, with_damping
 from ..numerics.guided_layer import GuidedLayer, RowSums, convolution_rows, some_rows
 from ..numerics.layer_matrix import rows_of, weight_of
-from ..numerics.quantization import along, dequantize, rounded, search_scale
+from ..numerics.quantization import along, dequantize, rounded, search_scale, some_values
 from ..numerics.spec import QuantSpec, check_seed
 from ..typing import Array
-from .merged_statistics import in_turn, merged_statistics
+from .rewriting import settled, write_again
 from .scales import searched_scale
 from .unrounded_network import put_weights
 
@@ -99,26 +98,13 @@ def fit(
             work.run(progress or (lambda done, total: None))
     except EngineError as error:
         raise DataError(f"the images do not fit {bundle.path}: {error}") from error
-    manifest = bundle.manifest
-    tensors = work.tensors
-    for fold in manifest.folds.values():
-        tensors[fold.scale], tensors[fold.bias] = folded_tensors(tensors, fold)
-    sites = bias_sites(bundle.graph_ir())
-    tensors |= fitted(tensors, sites, shifts(manifest.tensors), manifest.folds)
     record: dict[str, Any] = {
         "images": {name: len(rows) for name, rows in images.items()},
         "anchor": anchor,
         "seed": seed,
         **({"left": work.left} if work.left else {}),
     }
-    updated = manifest.model_copy(
-        update={"options": {**manifest.options, "fit": record}, "statistics": None}
-    )
-    golden = {name: value for name, value in bundle.golden().items() if name == "input"}
-    # Inputs of layers are about what they were; a later merge is better off with these.
-    statistics = merged_statistics([bundle], [1.0], in_turn)
-    graph = (bundle.path / GRAPH).read_bytes()
-    return Bundle.write(output, updated, tensors, graph, golden, check_merge, statistics)
+    return write_again(bundle, settled(bundle, work.tensors), {"fit": record}, output)
 
 
 @dataclass(frozen=True)
@@ -275,11 +261,18 @@ class _Fit:
         self._entries, self._folds = bundle.manifest.tensors, bundle.manifest.folds
         self.tensors = bundle.tensors()
         self._real = _real_weights(bundle, self.tensors)
-        self._model, self._steps = _steps_of(bundle, self._real)
-        self._layers, self.left = _layers_of(self._model, bundle)
-        self._quantizers = _own_quantizers(self._model, bundle)
+        model, self._steps = _steps_of(bundle, self._real)
+        self._layers, self.left = _layers_of(model, bundle)
+        self._quantizers = _own_quantizers(model, bundle)
         self._walk = Walk(self._steps, self._real, _batches([g.images for g in guides]))
-        self._targets = [_Targets(guide, [n.node.name for n in self._layers]) for guide in guides]
+        # A merge's parents have one graph; with other bits it is not that of the merge.
+        like = guides[0].parent
+        parents_model, parents_steps = _steps_of(like, _real_weights(like, like.tensors()))
+        outputs = {
+            str(layer.node.name): layer.output for layer in _layers_of(parents_model, like)[0]
+        }
+        wanted = {str(layer.node.name): outputs[str(layer.node.name)] for layer in self._layers}
+        self._targets = [_Targets(guide, parents_steps, wanted) for guide in guides]
 
     def run(self, progress: Progress) -> None:
         """Fit all layers, in the order of the graph."""
@@ -302,12 +295,8 @@ class _Fit:
         draws = np.random.default_rng((self._seed, self._steps.before(node)))
         parts = self._walk.values(str(source.name))
         share = max(_SAMPLES // len(parts), 256)
-        some = []
-        for part in parts:
-            flat = part.ravel()
-            some += [flat[draws.integers(len(flat), size=min(share, len(flat)))]]
-            some += [np.array([flat.min(), flat.max()], flat.dtype)]
-        found = search_scale(np.concatenate(some), spec)
+        some = np.concatenate([some_values(part, share, draws) for part in parts])
+        found = search_scale(some, spec)
         self.tensors[str(scale.name)] = self._real[str(scale.name)] = found
 
     def _settle(self, layer: _Layer) -> None:
@@ -321,33 +310,41 @@ class _Fit:
         start = rows_of(self._behind_norm(layer), layer)
         rows = seen.solved(start, self._anchor, centred)
         if entry.role == "codes":
-            raw = weight_of(rows, layer, shape) / wide
-            fold = self._folds.get(layer.weight)
-            name = str(entry.scale) if fold is None else fold.raw_scale
-            scale = searched_scale(
-                raw, entry.spec, self.tensors[name], self._bundle.manifest.scheme.per_channel
-            )
-            step = along(scale.astype(np.float64), len(shape), entry.spec.axis) * wide
-            steps = rows_of(np.broadcast_to(step, shape), layer)
-            codes: Array
-            if entry.spec.floating:
-                codes = rounded(rows / steps, entry.spec)
-            else:
-                matrix = seen.covariance if centred else seen.inputs
-                codes = compensated(rows, with_damping(matrix), steps, entry.spec)
-            self.tensors[name] = scale
-            kept = weight_of(codes, layer, shape).astype(self.tensors[layer.weight].dtype)
-            self.tensors[layer.weight] = kept
-            rows = rows_of(kept.astype(np.float64) * step, layer)
+            rows = self._rounded(layer, rows, wide, seen.covariance if centred else seen.inputs)
         else:
             self.tensors[layer.weight] = (weight_of(rows, layer, shape) / wide).astype(np.float32)
         if layer.norm is not None:
             raw_rows = rows / rows_of(np.broadcast_to(wide, shape), layer)
             self._put_norm(layer.norm, seen, factor, raw_rows, seen.bias(rows).reshape(-1))
         elif layer.bias is not None:
-            bias = seen.bias(rows).reshape(-1).astype(np.float32)
-            self.tensors[layer.bias] = bias
+            self.tensors[layer.bias] = seen.bias(rows).reshape(-1).astype(np.float32)
         self._refresh(layer)
+
+    def _rounded(self, layer: _Layer, rows: Floats, wide: Array, matrix: Floats) -> Floats:
+        """Put a layer's codes and their scale, and return the rows that they stand for.
+
+        Args:
+            layer: The layer.
+            rows: Its real rows, BatchNorm applied.
+            wide: What BatchNorm multiplies by, as it broadcasts to the weight.
+            matrix: What errors are measured by.
+        """
+        entry, fold = self._entries[layer.weight], self._folds.get(layer.weight)
+        shape, spec = entry.shape, entry.spec
+        name = str(entry.scale) if fold is None else fold.raw_scale
+        raw = weight_of(rows, layer, shape) / wide
+        per_channel = self._bundle.manifest.scheme.per_channel
+        scale = searched_scale(raw, spec, self.tensors[name], per_channel)
+        step = along(scale.astype(np.float64), len(shape), spec.axis) * wide
+        steps = rows_of(np.broadcast_to(step, shape), layer)
+        codes: Array
+        if spec.floating:
+            codes = rounded(rows / steps, spec)
+        else:
+            codes = compensated(rows, with_damping(matrix), steps, spec)
+        kept = weight_of(codes, layer, shape).astype(self.tensors[layer.weight].dtype)
+        self.tensors[name], self.tensors[layer.weight] = scale, kept
+        return rows_of(kept.astype(np.float64) * step, layer)
 
     def _put_norm(
         self, norm: _Norm, seen: GuidedLayer, factor: Floats, rows: Floats, bias: Floats
@@ -396,15 +393,10 @@ class _Fit:
         weight, source = self._real[layer.weight], layer.node.inputs[0]
         assert source is not None
         inputs = iter(self._walk.values(str(source.name)))
-        outputs = (
-            weight.shape[layer.axis] // layer.groups
-            if layer.layout == "conv"
-            else (weight.shape[layer.axis])
-        )
-        parts = []
+        outputs = weight.shape[layer.axis] // layer.groups
+        place, parts = self._steps.before(layer.node), []
         for domain, (guide, targets) in enumerate(zip(self._guides, self._targets, strict=True)):
             sums = RowSums(layer.groups, layer.features, outputs)
-            place = self._steps.before(layer.node)
             for batch, y in enumerate(targets.of(str(layer.node.name))):
                 x = next(inputs)
                 most = max(1, _ROWS * len(x) // len(guide.images))
@@ -420,17 +412,15 @@ class _Fit:
 class _Targets:
     """A parent's outputs of the layers to be fitted, on its own domain's images."""
 
-    def __init__(self, guide: _Guide, nodes: Sequence[str | None]) -> None:
+    def __init__(self, guide: _Guide, steps: Steps, outputs: Mapping[str, ir.Value]) -> None:
+        self._steps, self._outputs = steps, outputs
         real = _real_weights(guide.parent, guide.parent.tensors())
-        model, self._steps = _steps_of(guide.parent, real)
-        layers, _ = _layers_of(model, guide.parent)
-        self._layers = {str(layer.node.name): layer for layer in layers}
-        wanted = {str(self._layers[str(name)].output.name) for name in nodes}
-        self._walk = Walk(self._steps, real, _batches([guide.images]), wanted)
+        wanted = {str(value.name) for value in outputs.values()}
+        self._walk = Walk(steps, real, _batches([guide.images]), wanted)
 
     def of(self, node: str) -> list[Array]:
         """Outputs of a layer, batch by batch."""
-        output = self._layers[node].output
+        output = self._outputs[node]
         self._walk.to(self._steps.behind(output))
         return self._walk.take(str(output.name))
 
@@ -569,6 +559,4 @@ def _norm_of(node: ir.Node, raw_bias: str | None) -> _Norm:
     gamma, beta, mean, variance = (
         str(value.name) for value in node.inputs[1:5] if value is not None
     )
-    epsilon = node.attributes.get("epsilon")
-    eps = epsilon.as_float() if epsilon is not None else 1e-5
-    return _Norm(gamma, beta, mean, variance, eps, raw_bias)
+    return _Norm(gamma, beta, mean, variance, batch_norm_epsilon(node), raw_bias)

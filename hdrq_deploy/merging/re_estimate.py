@@ -18,20 +18,18 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ..comparison.golden import check_merge
 from ..errors import DataError, MergeError
-from ..formats.bundle import GRAPH, WEIGHTS, Bundle
+from ..formats.bundle import WEIGHTS, Bundle
 from ..formats.safetensors_layout import serialize
 from ..graph import reference_session
-from ..graph.biases import bias_sites, fitted, folded_tensors, shifts
 from ..graph.model_files import serialized
-from ..graph.qdq import chain
+from ..graph.qdq import batch_norm_epsilon, chain
 from ..numerics.batches import in_batches
 from ..numerics.batchnorm_fold import SMALLEST_GAIN, gain
-from ..numerics.quantization import search_scale
+from ..numerics.quantization import search_scale, some_values
 from ..numerics.spec import QuantSpec
 from ..typing import Array
-from .merged_statistics import in_turn, merged_statistics
+from .rewriting import folded, settled, write_again
 from .unrounded_network import put_weights
 
 __all__ = ["moved", "new_moments", "re_estimate"]
@@ -60,18 +58,9 @@ def re_estimate(
         DataError: Fewer than two images, or images that the graph does not take.
         CheckFailed: The new graph gives no finite output for a golden input.
     """
-    manifest = bundle.manifest
     tensors = moved(bundle, bundle.tensors(), images, seed)
-    options = {
-        **manifest.options,
-        "re_estimate": {"images": {n: len(rows) for n, rows in images.items()}, "seed": seed},
-    }
-    updated = manifest.model_copy(update={"options": options, "statistics": None})
-    graph = (bundle.path / GRAPH).read_bytes()
-    golden = {name: value for name, value in bundle.golden().items() if name == "input"}
-    # Inputs of layers are about what they were; a later merge is better off with these.
-    statistics = merged_statistics([bundle], [1.0], in_turn)
-    return Bundle.write(output, updated, tensors, graph, golden, check_merge, statistics)
+    record = {"images": {n: len(rows) for n, rows in images.items()}, "seed": seed}
+    return write_again(bundle, tensors, {"re_estimate": record}, output)
 
 
 def moved(
@@ -91,20 +80,17 @@ def moved(
     """
     x = _together(images)
     # What integer kernels need of scales and biases would bend the moments.
-    moments = _moments(bundle, {**tensors, **_folded(bundle, tensors)}, x)
+    moments = _moments(bundle, {**tensors, **folded(bundle, tensors)}, x)
     _check_measured(bundle, moments)
     result = {**tensors, **moments}
-    result |= _folded(bundle, result)
+    result |= folded(bundle, result)
     before = _activation_scales(bundle, tensors, x, seed)
     for name, scale in _activation_scales(bundle, result, x, seed).items():
         result[name] = (tensors[name] * (scale / before[name])).astype(np.float32)
     if before:
         # What the quantizers clip and round moves the moments again, at few bits by a lot.
         result |= _moments(bundle, result, x, quantized=True)
-        result |= _folded(bundle, result)
-    sites = bias_sites(bundle.graph_ir())
-    manifest = bundle.manifest
-    return result | fitted(result, sites, shifts(manifest.tensors), manifest.folds)
+    return settled(bundle, result)
 
 
 def new_moments(
@@ -144,14 +130,6 @@ def _check_measured(bundle: Bundle, moments: Mapping[str, Array]) -> None:
             f"{bundle.path}: found no BatchNorm kept apart; re-estimation needs bundles that were "
             "calibrated with BatchNorm folded into the scales (`fold` steps), or `method` float"
         )
-
-
-def _folded(bundle: Bundle, tensors: Mapping[str, Array]) -> dict[str, Array]:
-    """Scales and biases as their BatchNorms give them."""
-    folded: dict[str, Array] = {}
-    for fold in bundle.manifest.folds.values():
-        folded[fold.scale], folded[fold.bias] = folded_tensors(tensors, fold)
-    return folded
 
 
 def _moments(
@@ -228,8 +206,7 @@ def _probe_norms(model: ir.Model, tensors: Mapping[str, Array]) -> list[_Probe]:
         if x is None or not set(names) <= set(tensors):
             continue
         gamma, beta, mean, _ = (tensors[name] for name in names)
-        epsilon = node.attributes.get("epsilon")
-        eps = epsilon.as_float() if epsilon is not None else 1e-5
+        eps = batch_norm_epsilon(node)
         norm = _normalise(x, gamma, beta, np.full(gamma.shape, eps))
         model.graph.insert_before(node, norm.nodes)
         ir.convenience.replace_all_uses_with(
@@ -296,9 +273,7 @@ def _activation_scales(
     for rows in parts:
         _, *values = run(rows)
         for name, value in zip(sources, values, strict=True):
-            flat = value.ravel()
-            some = rng.integers(len(flat), size=min(share, len(flat)))
-            seen[name].append(np.concatenate([flat[some], [flat.min(), flat.max()]]))
+            seen[name].append(some_values(value, share, rng))
     specs = {a.scale: QuantSpec(a.bits, a.lo, a.hi) for a in bundle.manifest.activations}
     return {name: search_scale(np.concatenate(parts), specs[name]) for name, parts in seen.items()}
 

@@ -11,7 +11,7 @@ from ..errors import SpecError
 from . import e4m3
 from .spec import QuantSpec
 
-__all__ = ["along", "dequantize", "quantize", "rounded", "search_scale"]
+__all__ = ["along", "dequantize", "quantize", "rounded", "search_scale", "some_values"]
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -94,3 +94,16 @@ def search_scale(
     best = float(scales[int(np.argmin(errors))])
     # A tensor of zeros has no range; any normal scale represents it.
     return np.array(best if best > 1e-20 else 1e-6, np.float32)
+
+
+def some_values(x: Floats, count: int, draws: np.random.Generator) -> Floats:
+    """About ``count`` values of ``x`` to search a scale on, the least and the largest among them.
+
+    Args:
+        x: Real values, any shape.
+        count: Values that are drawn, if there are so many.
+        draws: Which ones.
+    """
+    flat = x.ravel()
+    some = draws.integers(len(flat), size=min(count, len(flat)))
+    return np.concatenate([flat[some], [flat.min(), flat.max()]])
