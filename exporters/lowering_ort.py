@@ -14,7 +14,7 @@ output stays real                   with the layer and compute both in float
 scale with which a bias would       a larger one (bundles of earlier versions)
 leave int32
 weights whose products this         uint8 with zero point 128, which another kernel takes; those
-processor adds wrongly              of 4 bits are widened less instead (``graph/products.py``)
+processor adds wrongly              adds in 32 bits (``graph/products.py``)
 ==================================  ======================================================
 """
 
@@ -77,10 +77,10 @@ def lower_ort(
     for codes in weights:
         name, values = str(codes.name), array(codes).astype(np.int64)
         limit = limits.get(codes, 128)
-        if np.abs(values).max(initial=0) > limit:
+        # No bit less on such a processor: biases of a bundle are whole at this spacing.
+        shift[name] = _spare_bits(values)
+        if np.abs(values).max(initial=0) << shift[name] > limit:
             raised.add(name)
-            limit = 128
-        shift[name] = _spare_bits(values, limit)
         if wraps and int(values.min(initial=0)) << shift[name] == _WRAPS:
             raised.add(name)
     fit_biases(model, shift)
@@ -167,13 +167,12 @@ def _limits(model: ir.Model) -> dict[ir.Value, int]:
     return limits
 
 
-def _spare_bits(codes: npt.NDArray[np.int64], limit: int = 128) -> int:
-    """How far all codes can be shifted left within int8 and a limit; 0 where all are 0."""
+def _spare_bits(codes: npt.NDArray[np.int64]) -> int:
+    """How far all codes can be shifted left within int8; 0 where all are 0."""
     if not codes.any():
         return 0
-    least, most = -limit, min(limit, 127)
     shift = 0
-    while shift < 7 and codes.min() << shift + 1 >= least and codes.max() << shift + 1 <= most:
+    while shift < 7 and codes.min() << shift + 1 >= -128 and codes.max() << shift + 1 <= 127:
         shift += 1
     return shift
 

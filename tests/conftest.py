@@ -86,6 +86,21 @@ class Net(nn.Module):
         return self.out(torch.cat([x, y], 1))
 
 
+class Bottleneck(Tiny):
+    """Signed codes between layers: a block whose sum has no ReLU behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.expand = nn.Conv2d(8, 16, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.pool(torch.relu(self.bn(self.stem(x))))
+        y = x + self.conv2(self.act(self.bn1(self.conv1(x))))
+        return self.fc(torch.relu(self.bn2(self.expand(y))).mean((2, 3)))
+
+
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
@@ -124,7 +139,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     sys.path.insert(0, str(folder))
     import tiny_models
 
-    for name in ("Tiny", "Wide", "Net", "Attention"):
+    for name in ("Tiny", "Wide", "Net", "Bottleneck", "Attention"):
         torch.manual_seed(0)
         source = getattr(tiny_models, name)()
         for module in source.modules():

@@ -33,6 +33,7 @@ from hdrq_deploy.graph.products import (
     reach,
     weight_behind,
 )
+from hdrq_deploy.graph.qdq import array, producer, quantizer_behind, weight_dequantizer
 from hdrq_deploy.graph.reference_session import session_options, unfused_session
 from hdrq_deploy.runtime import load_engine
 from hdrq_deploy.runtime import openvino as runtime_openvino
@@ -98,7 +99,15 @@ LOWERED: dict[str, Callable[..., ir.Model]] = {
 @pytest.mark.parametrize("engine", LOWERED)
 @pytest.mark.parametrize(
     ("name", "wbits", "abits"),
-    [("Tiny", 8, 8), ("Tiny", 4, 8), ("Tiny", 3, 3), ("Net", 8, 8), ("Attention", 8, 8)],
+    [
+        ("Tiny", 8, 8),
+        ("Tiny", 4, 8),
+        ("Tiny", 3, 3),
+        ("Net", 8, 8),
+        ("Bottleneck", 4, 8),
+        ("Bottleneck", 4, 4),
+        ("Attention", 8, 8),
+    ],
 )
 def test_no_two_products_leave_int16_and_the_numbers_stay(
     make: Any, inputs: Any, tmp_path: Path, engine: str, name: str, wbits: int, abits: int
@@ -114,6 +123,27 @@ def test_no_two_products_leave_int16_and_the_numbers_stay(
         assert holds_saturating_products(path) is not narrow
         outputs.append(unfused_session(path, threads=1).run(None, {"input": inputs[:8]})[0])
     np.testing.assert_allclose(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize(("wbits", "abits"), [(8, 8), (4, 8), (4, 4), (3, 3)])
+def test_the_bias_of_a_convolution_is_whole(
+    make: Any, wbits: int, abits: int, narrow: bool
+) -> None:
+    """Otherwise a kernel rounds it, and sums that were kept away from borders meet them."""
+    bundle = make("Bottleneck", wbits=wbits, abits=abits, per_channel=True)
+    lowered = lower_ort(model_files.load(bundle), saturates=narrow)
+    seen = 0
+    for node in lowered.graph:
+        if node.op_type != "Conv" or quantizer_behind(node) is None:
+            continue
+        operand, (weight, _) = producer(node.inputs[0]), weight_dequantizer(node.inputs[1])
+        assert operand is not None and weight is not None
+        unit = array(operand.inputs[1]).astype(np.float64) * array(weight.inputs[1])
+        multiples = array(node.inputs[2]) / unit
+        np.testing.assert_allclose(multiples, np.rint(multiples), rtol=1e-6, atol=1e-3)
+        seen += 1
+    assert seen == 4
 
 
 @pytest.mark.parametrize("engine", LOWERED)
