@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ with importing("hdrq-merge"):
     from ..formats.bundle import Bundle
     from ..formats.checkpoints import is_checkpoint
     from ..formats.file_kinds import BUNDLE, MERGED
-    from ..formats.temporary import temporary_folder
     from ..merging import (
         ACTIVATION_SCALES,
         CRITERIA,
@@ -28,15 +28,14 @@ with importing("hdrq-merge"):
         check_different,
         check_domains,
         choose_weights,
-        fit,
         merge,
         merge_checkpoints,
-        re_estimate,
     )
     from ..merging.merge_weights import check_merge_weights
     from ..merging.methods import MethodOptions
     from ..merging.ways import way_of
     from ..merging.weight_search import ChosenWeights
+    from ..merging.written import write_merge
     from .common import named, parser, paths_of, progress_bar, seed_number
     from .help_format import shown
 
@@ -213,30 +212,15 @@ def _merge(args: argparse.Namespace) -> int:
         print(f"chosen from {chosen.summary}")
     target = Path(args.output).absolute()
     check_parent(target)
-    with temporary_folder(target) as scratch:
-        merged = scratch / "merged.hdrq" if renewed or guiding else target
-        with progress_bar("merge") as progress:
-            bundle = merger.write(
-                merged,
-                merge_weights,
-                lambda done, total: progress(done, total, ""),
-                options=options,
-            )
-        if renewed:
-            new = scratch / "renewed.hdrq" if guiding else target
-            bundle = re_estimate(bundle, renewed, new, args.seed)
-        if guiding:
-            with progress_bar("fit") as progress:
-                bundle = fit(
-                    bundle,
-                    merger.parents,
-                    guiding,
-                    target,
-                    seed=args.seed,
-                    progress=lambda done, total: progress(done, total, ""),
-                )
+    bundle = write_merge(merger, target, merge_weights, options, renewed, guiding, watch=_progress)
     print(bundle.path)
     return 0
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    with progress_bar(title) as progress:
+        yield lambda done, total: progress(done, total, "")
 
 
 def _merger(args: argparse.Namespace) -> Merger:

@@ -19,9 +19,9 @@ from ..formats.bundle import Bundle
 from ..formats.engine_folder import read_manifest
 from ..formats.file_kinds import CELL_ROW
 from ..formats.staleness import code_of, fingerprint, first_change, stamp, versions_of
-from ..formats.temporary import temporary_folder
 from ..jobs.job import Job
-from ..merging import Merger, choose_weights, re_estimate
+from ..merging import Merger, choose_weights
+from ..merging.written import write_merge
 from ..runtime.bench.accuracy import Labelled, accuracy, classes_of
 from ..runtime.bench.measurement import labelled
 from ..runtime.engine import Engine
@@ -33,7 +33,7 @@ from .tasks import Domain, Task
 from .threads import calibration_threads
 from .ways import WAYS
 
-__all__ = ["calibrate_cell", "engine_of", "jobs", "labelled_set", "write_merge"]
+__all__ = ["calibrate_cell", "engine_of", "jobs", "labelled_set"]
 
 _log = logging.getLogger("hdrq_deploy")
 CANDIDATES = 30  # as in the paper
@@ -107,11 +107,12 @@ def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) 
     if missing:
         way = WAYS[merge.way]
         renewed = _unlabelled(task, merge, parents[0], task.renew_images) if way.renews else None
+        guiding = _unlabelled(task, merge, parents[0], task.fit_images) if way.fits else None
         mix, record = _mix(task, merge, parents, renewed)
         candidates = CANDIDATES if way.tosses else 1
         for draw in missing:
             merger = Merger(parents, way.rounding, candidates, draw, way.method, wbits=way.wbits)
-            write_merge(merger, targets[draw], mix, record, renewed, threads)
+            write_merge(merger, targets[draw], mix, record, renewed, guiding, threads)
             record_ingredients(targets[draw], ingredients[draw])
     for draw in range(merge.draws):
         extra = {"setting": merge.run.setting, "way": merge.way, "draw": draw}
@@ -123,9 +124,10 @@ def _merge_ingredients(
 ) -> dict[str, Any]:
     """All that a merged bundle depends on."""
     way, images = WAYS[merge.way], {}
-    if way.renews:
+    if way.renews or way.fits:
         read_from = {d.name: stamp(d.images) for d in task.domains if d.name in merge.members}
         images = {"data": read_from, "renew_images": task.renew_images}
+        images |= {"fit_images": task.fit_images} if way.fits else {}
         images |= {"mix_images": task.mix_images} if way.chooses else {}
     return {
         "parents": [parent.manifest_sha256 for parent in parents],
@@ -148,35 +150,6 @@ def _mix(
     images = _unlabelled(task, merge, parents[0], task.mix_images)
     mix = choose_weights(Merger(parents, method=way.method, keep=True), images, renewed=renewed)
     return list(mix.weights), {"auto": mix.record()}
-
-
-def write_merge(
-    merger: Merger,
-    target: Path,
-    mix: list[float],
-    record: dict[str, Any],
-    renewed: dict[str, Any] | None,
-    threads: int,
-) -> None:
-    """Write a merge, its BatchNorm and activation scales measured again where images are given.
-
-    Args:
-        merger: The parents, and how they are merged.
-        target: Folder of the merged bundle.
-        mix: Merge weights.
-        record: Further entries of the manifest's record of this merge.
-        renewed: Inputs (N, C, H, W) of each domain for new statistics, or None.
-        threads: Tensors merged at a time.
-
-    Raises:
-        HdrqError: As :meth:`..merging.Merger.write` and :func:`..merging.re_estimate`.
-    """
-    if renewed is None:
-        merger.write(target, mix, None, threads)
-        return
-    with temporary_folder(target) as scratch:
-        bundle = merger.write(scratch / "merged.hdrq", mix, None, threads, record)
-        re_estimate(bundle, renewed, target, merger.seed)
 
 
 def _unlabelled(task: Task, merge: Merge, like: Bundle, limit: int) -> dict[str, Any]:

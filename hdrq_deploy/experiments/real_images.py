@@ -126,6 +126,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
             images=64,
             mix_images=16,
             renew_images=16,
+            fit_images=32,
             learning=iterations(200, batch=8),
             rates=learning_rates(rounding=1e-2, latent=1e-3),
         ),

@@ -85,6 +85,7 @@ class Task:
         images: Calibration images of each domain.
         mix_images: Images of each domain that choose a mix, of our own setting.
         renew_images: Images of each domain for new BatchNorm moments.
+        fit_images: Images of each domain that a merge is fitted on.
         learning: Options of ``calibrate`` by method, beside the method's own.
         rates: Learning rates by method, in settings that do not scale the published ones.
         published: Figures of the paper in %, by method and bits, single and merged.
@@ -99,6 +100,7 @@ class Task:
     images: int = 1024
     mix_images: int = 256
     renew_images: int = 64
+    fit_images: int = 256
     learning: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -202,6 +204,7 @@ def segmentation(
         images=32,  # ten crops of each: 20 GB of activations on the disk
         mix_images=8,
         renew_images=8,
+        fit_images=8,
         learning={name: {"batch": 1} for name in _learners()},
         published=figures if known else {},
         form=HRDA[model],
@@ -332,6 +335,7 @@ def _streets(data: Path) -> Task:
         tuple(_made_domain(data, checkpoints, name) for name in streets.TARGETS),
         mix_images=8,
         renew_images=16,
+        fit_images=32,
         # Two hundred iterations want rates above the methods' own. No record of how these were
         # found was kept; ``hdrq reproduce --tune`` searches them.
         learning=iterations(200, batch=4),

@@ -20,6 +20,7 @@ class Way:
         rounding: Name of one of :data:`..merging.rounding.ROUNDINGS`.
         renews: Whether unlabelled images give BatchNorm and the activation scales new values.
         chooses: Whether they choose the merge weights too; else the merge weights are equal.
+        fits: Whether every layer is fitted on them to what the parents put out.
         wbits: Bits that the merge rounds 8-bit weights to; None for the parents' own.
     """
 
@@ -29,6 +30,7 @@ class Way:
     renews: bool = False
     chooses: bool = False
     wbits: int | None = None
+    fits: bool = False
 
     @property
     def needs_statistics(self) -> bool:
@@ -63,6 +65,13 @@ WAYS = {
         )
         for wbits in (4, 3)
     },
+    "fitted": Way(
+        "as renewed, and every layer fitted to what the parents put out on unlabelled images",
+        "regression",
+        "compensated",
+        renews=True,
+        fits=True,
+    ),
     "auto": Way(
         "as renewed; the unlabelled images choose the merge weights, too",
         "regression",

@@ -13,13 +13,13 @@ from ..calibration.request import CalibrationRequest
 from ..calibration_data.readers import Wanted, read
 from ..errors import SpecError
 from ..experiments.bundles import bundle_change, inputs_of, is_merged, make_bundle
-from ..experiments.cells import write_merge
 from ..formats.atomic_files import Kind, read_json
 from ..formats.bundle import Bundle
 from ..formats.file_kinds import ADAPTED, ADAPTING, BUNDLE, CELL_INPUTS, PARTIAL, partial_of
 from ..formats.staleness import code_of, plain, stamp, versions_of
 from ..merging import Merger, choose_weights
 from ..merging.ways import way_of
+from ..merging.written import write_merge
 from ..typing import Array
 from .schema import Merge
 from .stage import RecordedStage, Stage
@@ -161,7 +161,7 @@ class MergeStage(RecordedStage):
         """See :meth:`RecordedStage.ingredients`."""
         parents = [Bundle.open(path) for path in self.parents.values()]
         seen = [plain(parent.manifest.model_dump(mode="json")["statistics"]) for parent in parents]
-        looks = self.merge.weights == "auto" or self.merge.re_estimate
+        looks = self.merge.weights == "auto" or self.merge.re_estimate or self.merge.fit
         images = {name: stamp(path) for name, path in self.images.items()}
         return {
             "parents": [parent.manifest_sha256 for parent in parents],
@@ -192,6 +192,7 @@ class MergeStage(RecordedStage):
             activation_scales=wanted.activation_scales,
         )
         renewed = self._read(parents[0], wanted.re_estimate_images) if wanted.re_estimate else None
+        guiding = self._read(parents[0], wanted.fit_images) if wanted.fit else None
         record: dict[str, Any] = {}
         if wanted.weights == "auto":
             search = Merger(parents, method=method, keep=True)
@@ -200,7 +201,7 @@ class MergeStage(RecordedStage):
             weights, record = list(chosen.weights), {"auto": chosen.record()}
         else:
             weights = merger.check_weights(wanted.weights)
-        write_merge(merger, self.output, weights, record, renewed, self.threads)
+        write_merge(merger, self.output, weights, record, renewed, guiding, self.threads)
 
     def _read(self, like: Bundle, limit: int) -> dict[str, Array]:
         wanted = Wanted.like(like.manifest.preprocessing)

@@ -296,6 +296,13 @@ class Merge(_Section):
     re_estimate_images: Annotated[int, Field(ge=2)] = Field(
         default=64, description="images a domain for re_estimate"
     )
+    fit: bool = Field(
+        default=False,
+        description="fit every layer to what the parents put out on unlabelled images",
+    )
+    fit_images: Annotated[int, Field(ge=2)] = Field(
+        default=256, description="images a domain for fit"
+    )
     candidates: Count | None = Field(default=None, description="draws of advanced rounding (100)")
     wbits: Annotated[int, Field(ge=2, le=8)] | None = Field(
         default=None, description="weight bits of the merge, from parents of more"

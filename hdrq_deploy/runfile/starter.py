@@ -183,6 +183,7 @@ def text(source: str, domains: Sequence[Given], seen: Seen, wanted: Wanted, fold
             "    # weights: auto       # chosen on unlabelled images; or a number per domain:",
             f"    # weights: {{{_plain(first)}: 0.6, ...}}",
             "    # re_estimate: true   # measure BatchNorm again on unlabelled images",
+            "    # fit: true           # fit every layer to the parents on unlabelled images",
             "",
         ]
     lines += [

@@ -56,10 +56,15 @@ def task(work: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
         tuple(domains),
         mix_images=16,
         renew_images=16,
+        fit_images=32,
         learning={"hdrq": LEARNING, "qdrop": LEARNING},
         rates={"hdrq": RATES, "qdrop": RATES},
         published={"hdrq-w4a4": {"merged": 63.0}},
     )
+
+
+# Of two widths of weights that a merge leaves as they are.
+EVERY_WAY = ("nearest", "regression", "renewed", "fitted", "auto")
 
 
 @pytest.fixture(autouse=True)
@@ -111,10 +116,10 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
 ) -> None:
     made = local(grid, tmp_path, expected)
     bundles = {name.split("/")[1] for name in made if ".hdrq/" in name}
-    # Float, of no setting: three, the pairs and all; of ours: three, and all merged in four
+    # Float, of no setting: three, the pairs and all; of ours: three, and all merged in five
     # ways. Twice two seeds: three, and of each pair nearest and two draws, of all nearest; or of
-    # all four ways.
-    assert len(bundles) == 3 + 3 + 1 + 3 + 4 + 2 * (3 + 3 * 3 + 1) + 2 * (3 + 4)
+    # all five ways.
+    assert len(bundles) == 3 + 3 + 1 + 3 + 5 + 2 * (3 + 3 * 3 + 1) + 2 * (3 + 5)
     merged = Bundle.open(bundle_path(tmp_path, "ours-hdrq-w4a4-s1-night+day+snow-auto-r0"))
     made_by = merged.manifest.options["merge"]
     assert made_by["auto"]["criterion"] == "agreement"
@@ -131,13 +136,16 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     assert [(r["setting"], r["method"], len(r["members"]), r["way"]) for r in records] == [
         *[("float", "float", 2, "nearest") for _ in range(3)],
         ("float", "float", 3, "nearest"),
-        *[("ours", "float", 3, way) for way in ("nearest", "regression", "renewed", "auto")],
+        *[("ours", "float", 3, way) for way in EVERY_WAY],
         *[("paper", "hdrq", 2, way) for _ in range(3) for way in ("nearest", "advanced")],
         ("paper", "hdrq", 3, "nearest"),
-        *[("ours", "hdrq", 3, way) for way in ("nearest", "regression", "renewed", "auto")],
+        *[("ours", "hdrq", 3, way) for way in EVERY_WAY],
     ]
+    fitted = Bundle.open(bundle_path(tmp_path, "ours-hdrq-w4a4-s1-night+day+snow-fitted-r0"))
+    assert fitted.manifest.options["fit"]["images"] == dict.fromkeys(("night", "day", "snow"), 32)
+    assert fitted.manifest.options["re_estimate"] == renewed.manifest.options["re_estimate"]
     check_settings(tmp_path)
-    advanced, triple = records[9], records[14]
+    advanced, triple = records[10], records[15]
     assert advanced["members"] == ("night", "day")
     assert advanced["images"] == {"night": 48, "day": 48}
     assert (triple["options"]["distance_form"], triple["options"]["distance"]) == ("norm", 0.05)
@@ -155,7 +163,7 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     assert [cells(grid, r)[-1] for r in records].count("63.00") == 1
     text = markdown(grid, records)
     assert f" |\n\n{grid.task.model}\n±: half of the 95% interval" in text
-    assert text.count("\n") == 5 + 19
+    assert text.count("\n") == 5 + 21
     # What a cell decided of every image is in its row.
     row = json.loads(row_path(tmp_path, names[0]).read_text())
     kept = unpacked(row["decisions"])
