@@ -45,9 +45,11 @@ from .rewriting import settled, write_again
 from .scales import searched_scale
 from .unrounded_network import put_weights
 
-__all__ = ["ANCHOR", "check_domains", "fit"]
+__all__ = ["ANCHOR", "ANCHORS", "Seen", "check_domains", "fit"]
 
-ANCHOR = 0.01
+# The hold near the merged weights where there are too few images to choose it by; and what is tried
+# on every layer, on one batch in four that it is not solved on.
+ANCHOR, ANCHORS, _HELD_OUT = 0.01, (1e-3, 1e-2, 1e-1, 1.0), 4
 # Images that go through a layer at a time, rows of a layer and a domain at most, and values that a
 # scale is searched on.
 _BATCH, _ROWS, _SAMPLES = 8, 1 << 16, 1 << 14
@@ -62,7 +64,7 @@ def fit(
     parents: Sequence[Bundle],
     images: Mapping[str, npt.NDArray[np.float32]],
     output: str | os.PathLike[str],
-    anchor: float = ANCHOR,
+    anchor: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -77,7 +79,9 @@ def fit(
         images: Inputs (N, C, H, W) by domain, of every parent that counts.
         output: Folder of the new bundle.
         anchor: Strength of the hold near the merged weights, >= 0, relative to the mean variance
-            of a layer's inputs.
+            of a layer's inputs. By default every layer gets the one of :data:`ANCHORS` that is
+            best on a quarter of the images, solved on the others, or stays where none helps;
+            with fewer than four images of a domain :data:`ANCHOR`.
         seed: Seed of the samples that scales and layers are fitted on.
         progress: Called with (layers done, layers in all).
 
@@ -88,7 +92,7 @@ def fit(
         DataError: Fewer than two images, or images that the graph does not take.
         CheckFailed: The new graph gives no finite output for a golden input.
     """
-    if not 0 <= anchor < float("inf"):
+    if anchor is not None and not 0 <= anchor < float("inf"):
         raise MergeError(f"found anchor {anchor}; needed a number >= 0")
     check_seed(seed)
     guides = _guides(bundle, parents, images)
@@ -100,7 +104,8 @@ def fit(
         raise DataError(f"the images do not fit {bundle.path}: {error}") from error
     record: dict[str, Any] = {
         "images": {name: len(rows) for name, rows in images.items()},
-        "anchor": anchor,
+        "anchor": work.anchor,
+        **({} if work.anchor is not None else {"anchors": work.anchors}),
         "seed": seed,
         **({"left": work.left} if work.left else {}),
     }
@@ -256,8 +261,14 @@ def _numbers(node: ir.Node, name: str, default: list[int]) -> list[int]:
 class _Fit:
     """The tensors of a merge, fitted layer by layer."""
 
-    def __init__(self, bundle: Bundle, guides: Sequence[_Guide], anchor: float, seed: int) -> None:
-        self._bundle, self._guides, self._anchor, self._seed = bundle, guides, anchor, seed
+    def __init__(
+        self, bundle: Bundle, guides: Sequence[_Guide], anchor: float | None, seed: int
+    ) -> None:
+        self._bundle, self._guides, self._seed = bundle, guides, seed
+        few = min(len(guide.images) for guide in guides) < _HELD_OUT
+        self.anchor = ANCHOR if anchor is None and few else anchor
+        # What was chosen, by weight; None where no hold was best and the weight stayed.
+        self.anchors: dict[str, float | None] = {}
         self._entries, self._folds = bundle.manifest.tensors, bundle.manifest.folds
         self.tensors = bundle.tensors()
         self._real = _real_weights(bundle, self.tensors)
@@ -301,14 +312,19 @@ class _Fit:
 
     def _settle(self, layer: _Layer) -> None:
         """New weights, codes, scale and bias of one layer."""
-        seen = self._seen(layer)
+        parts = self._seen(layer)
+        seen = parts.all
         entry, shape = self._entries[layer.weight], self._entries[layer.weight].shape
         centred = layer.bias is not None or layer.norm is not None
         factor = layer.norm.gain(self.tensors) if layer.norm else np.ones(shape[layer.axis])
         factor = np.where(np.abs(factor) > _BLIND, factor, 1.0)
         wide = along(factor, len(shape), layer.axis)
         start = rows_of(self._behind_norm(layer), layer)
-        rows = seen.solved(start, self._anchor, centred)
+        anchor = self.anchor
+        if anchor is None:
+            anchor = parts.best_anchor(start, centred)
+            self.anchors[layer.weight] = anchor if np.isfinite(anchor) else None
+        rows = seen.solved(start, anchor, centred)
         if entry.role == "codes":
             rows = self._rounded(layer, rows, wide, seen.covariance if centred else seen.inputs)
         else:
@@ -388,15 +404,15 @@ class _Fit:
         factor = layer.norm.gain(self.tensors)
         return np.asarray(weight * along(factor, weight.ndim, layer.axis))
 
-    def _seen(self, layer: _Layer) -> GuidedLayer:
+    def _seen(self, layer: _Layer) -> Seen:
         """Moments of a layer's inputs and targets, every domain's with its share."""
         weight, source = self._real[layer.weight], layer.node.inputs[0]
         assert source is not None
         inputs = iter(self._walk.values(str(source.name)))
         outputs = weight.shape[layer.axis] // layer.groups
-        place, parts = self._steps.before(layer.node), []
+        place, sets = self._steps.before(layer.node), []
         for domain, (guide, targets) in enumerate(zip(self._guides, self._targets, strict=True)):
-            sums = RowSums(layer.groups, layer.features, outputs)
+            sums = [RowSums(layer.groups, layer.features, outputs) for _ in range(2)]
             for batch, y in enumerate(targets.of(str(layer.node.name))):
                 x = next(inputs)
                 most = max(1, _ROWS * len(x) // len(guide.images))
@@ -404,9 +420,35 @@ class _Fit:
                 draws = [
                     np.random.default_rng((self._seed, place, domain, batch)) for _ in range(2)
                 ]
-                sums.add(layer.rows(x, weight, most, draws[0]), layer.targets(y, most, draws[1]))
-            parts.append([guide.share * value for value in sums.means()])
-        return GuidedLayer(*(np.sum(values, 0) for values in zip(*parts, strict=True)))
+                part = sums[batch % _HELD_OUT == _HELD_OUT - 1]
+                part.add(layer.rows(x, weight, most, draws[0]), layer.targets(y, most, draws[1]))
+            whole = sums[0].with_rows_of(sums[1])
+            used = [whole] if self.anchor is not None else [whole, *sums]
+            sets.append([[guide.share * value for value in part.means()] for part in used])
+        return Seen(
+            *(
+                GuidedLayer(*(np.sum(values, 0) for values in zip(*domains, strict=True)))
+                for domains in zip(*sets, strict=True)
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Moments of a layer on all images; and on those of a trial, and those held out of it."""
+
+    all: GuidedLayer
+    learned: GuidedLayer | None = None
+    held: GuidedLayer | None = None
+
+    def best_anchor(self, start: Floats, centred: bool) -> float:
+        """The anchor that is best on the images held out; infinite where none helps."""
+        assert self.learned is not None and self.held is not None
+        errors = {float("inf"): self.held.error(start, centred)}
+        for anchor in ANCHORS:
+            rows = self.learned.solved(start, anchor, centred)
+            errors[anchor] = self.held.error(rows, centred)
+        return min(errors, key=lambda anchor: errors[anchor])
 
 
 class _Targets:
@@ -426,7 +468,10 @@ class _Targets:
 
 
 def _batches(images: Sequence[Array]) -> list[Array]:
-    return [rows for part in images for rows in in_batches(part, _BATCH)]
+    """Images in batches, every domain's in as many as are held out and not."""
+    sizes = [max(1, min(_BATCH, len(part) // _HELD_OUT)) for part in images]
+    pairs = zip(images, sizes, strict=True)
+    return [rows for part, size in pairs for rows in in_batches(part, size)]
 
 
 def _real_weight(name: str, bundle: Bundle, tensors: Mapping[str, Array]) -> Array:

@@ -8,6 +8,7 @@ x are the layer's inputs, y the outputs that it is to give, m is the mean varian
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,16 +57,31 @@ class GuidedLayer:
             anchor: Strength of the hold, >= 0.
             centred: A bias takes care of the means.
         """
-        matrix, products = self.inputs, self.products
-        if centred:
-            matrix = self.covariance
-            products = products - self.mean[:, :, None] * self.target[:, None, :]
+        matrix, products = self._system(centred)
+        if math.isinf(anchor):
+            return start
         size = np.diagonal(matrix, axis1=1, axis2=2).mean(1)
         held = np.maximum(anchor * size, _RIDGE * size + _FLOOR)[:, None, None]
         eye = np.eye(matrix.shape[1])
         change = np.linalg.solve(matrix + held * eye, products - matrix @ start)
         result: Floats = start + change
         return result
+
+    def error(self, rows: Floats, centred: bool) -> float:
+        """E ||y - W x - b||^2 but for what no rows change, the bias the best of these moments.
+
+        Args:
+            rows: (groups, features, outputs of a group).
+            centred: There is a bias.
+        """
+        matrix, products = self._system(centred)
+        return float(np.sum(rows * (matrix @ rows - 2 * products)))
+
+    def _system(self, centred: bool) -> tuple[Floats, Floats]:
+        """The matrix and the right side of least squares without an anchor."""
+        if not centred:
+            return self.inputs, self.products
+        return self.covariance, self.products - self.mean[:, :, None] * self.target[:, None, :]
 
     def bias(self, rows: Floats) -> Floats:
         """The bias (groups, outputs of a group) that gives ``rows`` the mean of the targets."""
@@ -102,6 +118,13 @@ class RowSums:
             found = (turned @ a, turned @ b, a.sum(1), b.sum(1))
             for total, part in zip(self._sums, found, strict=True):
                 total += part
+
+    def with_rows_of(self, other: RowSums) -> RowSums:
+        """The sums over the rows of both."""
+        both = copy.copy(self)
+        both._sums = [a + b for a, b in zip(self._sums, other._sums, strict=True)]
+        both._count = self._count + other._count
+        return both
 
     def means(self) -> tuple[Floats, ...]:
         """The sums divided by the number of rows, in the order of :class:`GuidedLayer`."""

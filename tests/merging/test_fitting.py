@@ -17,6 +17,7 @@ from hdrq_deploy.formats.bundle import GRAPH, Bundle
 from hdrq_deploy.graph.reference_session import session_threads, unfused_session
 from hdrq_deploy.graph.stepwise import Steps, Walk
 from hdrq_deploy.merging import fit
+from hdrq_deploy.merging.fitting import ANCHOR, ANCHORS, Seen
 from hdrq_deploy.numerics.guided_layer import GuidedLayer, RowSums, convolution_rows, some_rows
 
 DOMAINS = ("night", "day")
@@ -64,11 +65,15 @@ def test_a_fitted_merge_is_nearer_to_its_parents(
     parents = [make(name, d, method, **options) for d in DOMAINS]
     merged = merge(parents, tmp_path / "m.hdrq", rounding="nearest", method="mean")
     images = images_of(inputs)
-    found = fit(merged, parents, {n: x[:40] for n, x in images.items()}, tmp_path / "f.hdrq", 0.01)
+    found = fit(merged, parents, {n: x[:40] for n, x in images.items()}, tmp_path / "f.hdrq")
     found.validate()
     held = {n: x[40:] for n, x in images.items()}
     assert away(found, parents, held) < 0.9 * away(merged, parents, held)
-    assert found.manifest.options["fit"]["images"] == {"night": 40, "day": 40}
+    said = found.manifest.options["fit"]
+    assert said["images"] == {"night": 40, "day": 40} and said["anchor"] is None
+    weights = {n for n, entry in found.manifest.tensors.items() if len(entry.shape) > 1}
+    assert set(said["anchors"]) | set(said.get("left", {})) == weights
+    assert set(said["anchors"].values()) <= {*ANCHORS, None}
 
 
 def test_a_merge_of_what_differs_in_one_domain_only_stays_with_it(
@@ -193,6 +198,85 @@ def test_a_layer_that_can_give_its_targets_gives_them() -> None:
     np.testing.assert_allclose(seen.bias(rows)[0], bias, atol=1e-3)
     np.testing.assert_allclose(seen.output_moments(rows)[1], (x @ rows)[0].var(0), rtol=1e-3)
     np.testing.assert_array_equal(seen.solved(real, 1e9, True).round(6), real.round(6))
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_the_error_on_images_held_out_is_that_of_every_row(centred: bool) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.random((2, 300, 5), dtype=np.float32), rng.random((2, 300, 3), dtype=np.float32)
+    sums = [RowSums(2, 5, 3) for _ in range(2)]
+    sums[0].add(x[:, :100], y[:, :100])
+    sums[1].add(x[:, 100:], y[:, 100:])
+    seen = GuidedLayer(*sums[0].with_rows_of(sums[1]).means())
+
+    def by_hand(rows: Any) -> float:
+        off = y - x @ rows
+        return float(((off - off.mean(1, keepdims=True) * centred) ** 2).mean(1).sum())
+
+    first, second = rng.random((2, 2, 5, 3))
+    found = seen.error(first, centred) - seen.error(second, centred)
+    assert found == pytest.approx(by_hand(first) - by_hand(second), rel=1e-4)
+
+
+def test_the_anchor_of_a_layer_is_the_best_on_images_held_out(
+    make: Any, inputs: Any, tmp_path: Path
+) -> None:
+    """By hand for the first layer, from the rows of every fourth batch and of the others."""
+    images = images_of(inputs)
+    parents = [make("Net", d, "float") for d in DOMAINS]
+    merged = merge(parents, tmp_path / "m.hdrq", method="mean")
+    chosen = fit(merged, parents, images, tmp_path / "f.hdrq").manifest.options["fit"]["anchors"]
+
+    def weights(bundle: Bundle) -> tuple[Any, Any]:
+        tensors = bundle.tensors()
+        return tensors["down.weight"].reshape(8, -1).T.astype(np.float64), tensors["down.bias"]
+
+    learned, held = [], []
+    for parent, x in zip(parents, images.values(), strict=True):
+        rows = F.unfold(torch.from_numpy(x), 3, 1, 1, 2).movedim(1, 2).double().numpy()
+        weight, bias = weights(parent)
+        for batch in range(0, len(x), 8):
+            part = rows[batch : batch + 8].reshape(-1, rows.shape[2])
+            (held if batch // 8 % 4 == 3 else learned).append((part, part @ weight + bias))
+
+    def centred(parts: Any) -> Any:
+        return [np.concatenate(p) - np.concatenate(p).mean(0) for p in zip(*parts, strict=True)]
+
+    (x, y), (x_held, y_held) = centred(learned), centred(held)
+    start = weights(merged)[0]
+    errors: dict[float | None, float] = {None: float(((y_held - x_held @ start) ** 2).sum())}
+    for anchor in ANCHORS:
+        hold = anchor * x.var(0).mean() * len(x) * np.eye(x.shape[1])
+        solved = np.linalg.solve(x.T @ x + hold, x.T @ y + hold @ start)
+        errors[anchor] = float(((y_held - x_held @ solved) ** 2).sum())
+    assert chosen["down.weight"] == min(errors, key=lambda anchor: errors[anchor])
+    assert len(set(chosen.values())) > 1
+
+
+def test_too_few_images_to_hold_some_out_leave_the_anchor_as_it_is(
+    make: Any, inputs: Any, tmp_path: Path
+) -> None:
+    parents = [make("Tiny", d, "float") for d in DOMAINS]
+    merged = merge(parents, tmp_path / "m.hdrq", method="mean")
+    for count, anchor in ((3, ANCHOR), (4, None)):
+        images = {n: x[:count] for n, x in images_of(inputs).items()}
+        said = fit(merged, parents, images, tmp_path / f"{count}.hdrq").manifest.options["fit"]
+        assert said["anchor"] == anchor and ("anchors" in said) == (anchor is None)
+
+
+def test_targets_that_are_noise_leave_a_layer_where_it_is() -> None:
+    """What is learned of few rows does not hold on others, and no anchor is taken."""
+    rng = np.random.default_rng(0)
+    parts = []
+    for _ in range(2):
+        sums = RowSums(1, 20, 4)
+        x = rng.normal(size=(1, 25, 20)).astype(np.float32)
+        sums.add(x, rng.normal(size=(1, 25, 4)).astype(np.float32))
+        parts.append(GuidedLayer(*sums.means()))
+    start = np.zeros((1, 20, 4))
+    errors = [parts[1].error(parts[0].solved(start, a, True), True) for a in ANCHORS]
+    assert min(errors) > parts[1].error(start, True)
+    assert np.isinf(Seen(parts[0], *parts).best_anchor(start, True))
 
 
 def test_images_that_do_not_belong_to_the_merge_are_refused(
