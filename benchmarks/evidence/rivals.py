@@ -73,9 +73,10 @@ def pacs_rivals(record: Mapping[str, Any]) -> str:
         found.setdefault(way, {})[tuple(row["members"])] = figure
         seconds.setdefault(way, []).append(row["cpu_seconds"])
     for row in protocol_rows(load("pacs") or {"rows": []}):
-        if row["way"] == "renewed" and row["bits"] in ("", "w4a8"):
-            way = f"**{row['method']} bundles**, regression, compensated, re-estimated"
-            way = way if row["bits"] else "float, not quantized"
+        if row["way"] in ("renewed", "fitted") and row["bits"] in ("", "w4a8"):
+            how = "fitted" if row["way"] == "fitted" else "re-estimated"
+            way = f"**{row['method']} bundles**, regression, compensated, {how}"
+            way = way if row["bits"] else f"float, {how}, not quantized"
             found.setdefault(way, {})[tuple(row["members"])] = row["figure"]
     lines = []
     for way, figures in found.items():
@@ -92,7 +93,8 @@ def pacs_rivals(record: Mapping[str, Any]) -> str:
             "quantized at W4A8, one scale per channel, with 256 images of every domain "
             f"({record['iterations_per_block']} iterations a block of `qdrop`, at the rate that "
             "its bundles have; targets and anchor of the experts are those that were best on the "
-            "digits). Merges of bundles see 64 images a domain and no float model. Harmonic means "
+            "digits). Merges of bundles see 64 images a domain, fitted ones 256, and no float "
+            "model. Harmonic means "
             "of top-1 accuracies in % on the test images, with half of the 95% interval over them "
             "(and over calibration seeds, where there are several).",
             "",
@@ -102,63 +104,6 @@ def pacs_rivals(record: Mapping[str, Any]) -> str:
             "outputs that make up for the average. A dash was not run, and neither was `qdrop`."
             if not any(row["method"] == "qdrop" for row in record["rows"])
             else "A dash was not run.",
-        ]
-    )
-
-
-def pacs_fitted(record: Mapping[str, Any]) -> str:
-    """Merges of bundles fitted to their parents' outputs, beside those that are not."""
-    groups = sorted({tuple(row["members"]) for row in record["rows"]}, key=lambda g: (len(g), g))
-    photos = protocol_rows(load("pacs") or {"rows": []})
-    best = {
-        tuple(row["members"]): row["figure"]
-        for row in photos
-        if row["way"] == "renewed" and not row["bits"]
-    }
-    lines = [["float, the best merge", *_cells(best, groups), ""]]
-    for bits in dict.fromkeys(row["bits"] for row in record["rows"]):
-        for method in dict.fromkeys(row["method"] for row in record["rows"]):
-            own = [r for r in record["rows"] if (r["bits"], r["method"]) == (bits, method)]
-            figures = {
-                tuple(r["members"]): {
-                    "mean": r["harmonic_mean"],
-                    "low": r["low"],
-                    "high": r["high"],
-                }
-                for r in own
-            }
-            before = {
-                tuple(row["members"]): row["figure"]
-                for row in photos
-                if (row["way"], row["bits"], row["method"]) == ("renewed", bits, method)
-            }
-            name = f"`{method}` {bits.upper()}"
-            lines.append([f"{name}, re-estimated", *_cells(before, groups), ""])
-            if own:
-                spent = statistics.fmean(row["cpu_seconds"] for row in own)
-                cells = _cells(figures, groups)
-                lines.append([f"**{name}, re-estimated and fitted**", *cells, f"{spent:.0f}"])
-    heads = [", ".join(group) for group in groups]
-    heads.insert(-1, "mean of pairs")
-    missing = ", ".join(f"`{name}`" for name in record["missing"])
-    return "\n".join(
-        [
-            "## Fitted to the bundles' outputs",
-            "",
-            "`benchmarks/pacs_fitted.py`: merges by regression with BatchNorm re-estimated, as "
-            "above, whose layers are then fitted to what each domain's own bundle puts out on "
-            f"{record['images']} unlabelled calibration images of its domain (`hdrq-merge --fit`). "
-            f"The anchor, {record['anchor']:g}, is the one that was best on the calibration images "
-            "of the digits. Harmonic means of top-1 accuracies in % on the test images, with half "
-            "of the 95% interval; fitted merges are of one calibration each, those beside them of "
-            "as many as above.",
-            "",
-            table(["way", *heads, "CPU seconds of the fit"], lines),
-            "",
-            "The float merge saw 64 images a domain and was not fitted. "
-            "[Float models that are merged and quantized towards their own outputs]"
-            "(rivals.md#the-same-on-photographs-and-drawings) are the rival that sees as much. "
-            + (f"Not run: {missing}." if missing else "The whole grid was run, of one seed."),
         ]
     )
 

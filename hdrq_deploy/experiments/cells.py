@@ -126,7 +126,8 @@ def _merge_ingredients(
     way, images = WAYS[merge.way], {}
     if way.renews or way.fits:
         read_from = {d.name: stamp(d.images) for d in task.domains if d.name in merge.members}
-        images = {"data": read_from, "renew_images": task.renew_images}
+        images = {"data": read_from}
+        images |= {"renew_images": task.renew_images} if way.renews else {}
         images |= {"fit_images": task.fit_images} if way.fits else {}
         images |= {"mix_images": task.mix_images} if way.chooses else {}
     return {

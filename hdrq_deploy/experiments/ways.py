@@ -66,10 +66,9 @@ WAYS = {
         for wbits in (4, 3)
     },
     "fitted": Way(
-        "as renewed, and every layer fitted to what the parents put out on unlabelled images",
+        "as regression, and every layer fitted to what the parents put out on unlabelled images",
         "regression",
         "compensated",
-        renews=True,
         fits=True,
     ),
     "auto": Way(

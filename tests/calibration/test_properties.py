@@ -27,7 +27,7 @@ from hdrq_deploy.exporters import export
 from hdrq_deploy.graph import reference_session
 from hdrq_deploy.runtime import load_engine
 
-COUNT = int(os.environ.get("HDRQ_NETWORKS", "24"))
+COUNT = int(os.environ.get("HDRQ_NETWORKS", "16"))
 OUTCOMES: Counter[str] = Counter()
 OPERATIONS = ("conv", "conv", "conv", "norm", "activate", "activate", "join", "pool", "move",
               "scale", "linear", "left", "twice", "gate", "attend")  # fmt: skip

@@ -65,7 +65,7 @@ def test_kills_at_random_moments_leave_the_bytes_of_an_undisturbed_run(
         server.stdin.write(
             f"--model tiny_models:Tiny --weights {work}/Tiny-night.safetensors "
             f"--base {work}/Tiny-base.safetensors --data {work}/data.npz --domain night "
-            f"--wbits 4 --iters 400 --batch 16 -o {output} {' '.join(more)}\n"
+            f"--wbits 4 --iters 200 --batch 16 -o {output} {' '.join(more)}\n"
         )
         server.stdin.flush()
         return int(server.stdout.readline())

@@ -143,7 +143,7 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     ]
     fitted = Bundle.open(bundle_path(tmp_path, "ours-hdrq-w4a4-s1-night+day+snow-fitted-r0"))
     assert fitted.manifest.options["fit"]["images"] == dict.fromkeys(("night", "day", "snow"), 32)
-    assert fitted.manifest.options["re_estimate"] == renewed.manifest.options["re_estimate"]
+    assert "re_estimate" not in fitted.manifest.options
     check_settings(tmp_path)
     advanced, triple = records[10], records[15]
     assert advanced["members"] == ("night", "day")
@@ -310,12 +310,14 @@ def test_ray_writes_the_same_bytes_though_a_worker_is_killed(
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        run(grid, tmp_path / "ray", ray="local")
+        run(replace(grid, seeds=(0,)), tmp_path / "ray", ray="local")
     finally:
         over.set()
         killer.join()
     assert killed
-    assert digests(tmp_path / "ray") == before
+    after = digests(tmp_path / "ray")
+    assert len(after) > 40
+    assert after == {name: before[name] for name in after}
 
 
 def test_a_killed_process_is_replaced(tmp_path: Path) -> None:
@@ -608,16 +610,16 @@ def test_the_segmentation_protocol_runs_on_drawn_streets(
 
     for split, count in (("calibration", 4), ("test", 2)):
         monkeypatch.setitem(streets.SIZES, split, count)
-    argv = ["segmentation", "--made", "--methods", "rtn", "--bits", "w4a4", "--settings", "paper"]
-    argv += ["ours", "--seeds", "0", "--rounding-seeds", "1", "--threads", "2", "--draw", "w4a4"]
+    argv = ["segmentation", "--made", "--methods", "rtn", "--bits", "w4a4", "--settings", "ours"]
+    argv += ["--seeds", "0", "--rounding-seeds", "1", "--threads", "2", "--draw", "w4a4"]
     argv += ["--targets", "dusk", "brick"]
     assert reproduce.main([*argv, "--out", str(tmp_path)]) == 0
     assert "4 pictures" in capsys.readouterr().out
     pictures = sorted((tmp_path / "pictures").iterdir())
     assert [p.name for p in pictures][:2] == ["brick-0.png", "brick-1.png"]
     with Image.open(pictures[0]) as picture:
-        # Image, labels, float of both folds, and two settings of rtn; titles above.
-        assert picture.size == (6 * 260 - 4, 128 + 14)
+        # Image, labels, float of both folds, and rtn; titles above.
+        assert picture.size == (5 * 260 - 4, 128 + 14)
     row = json.loads(row_path(tmp_path, "ours-rtn-w4a4-s0-dusk+brick-auto-r0").read_text())
     assert row["metric"] == "miou" and set(row["domains"]) == {"dusk", "brick"}
     other = [*argv, "--out", str(tmp_path), "--table", "--draw", "w3a3", "--bits", "w3a3"]
