@@ -142,7 +142,7 @@ def _image_flags(group: argparse._ArgumentGroup) -> None:
         default=[],
         metavar="NAME=PATH",
         help="images of every bundle's domain; each layer of the merge is fitted to what that "
-        "domain's bundle puts out on them",
+        "domain's bundle puts out on them, so that these must be good by themselves",
     )
     group.add_argument("--fit-images", type=int, default=256, help="images per domain for --fit")
 

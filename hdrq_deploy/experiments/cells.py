@@ -123,7 +123,8 @@ def _merge_ingredients(
     task: Task, merge: Merge, parents: list[Bundle], draw: int
 ) -> dict[str, Any]:
     """All that a merged bundle depends on."""
-    way, images = WAYS[merge.way], {}
+    way = WAYS[merge.way]
+    images: dict[str, Any] = {}
     if way.renews or way.fits:
         read_from = {d.name: stamp(d.images) for d in task.domains if d.name in merge.members}
         images = {"data": read_from}

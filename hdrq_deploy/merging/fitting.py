@@ -36,7 +36,13 @@ from ..graph.qdq import batch_norm_epsilon, producer, quantizer_of, transposes_w
 from ..graph.stepwise import Steps, Walk
 from ..numerics.batches import in_batches
 from ..numerics.error_compensation import compensated, with_damping
-from ..numerics.guided_layer import GuidedLayer, RowSums, convolution_rows, some_rows
+from ..numerics.guided_layer import (
+    GuidedLayer,
+    RowSums,
+    SplitMoments,
+    convolution_rows,
+    some_rows,
+)
 from ..numerics.layer_matrix import rows_of, weight_of
 from ..numerics.quantization import along, dequantize, rounded, search_scale, some_values
 from ..numerics.spec import QuantSpec, check_seed
@@ -45,11 +51,11 @@ from .rewriting import settled, write_again
 from .scales import searched_scale
 from .unrounded_network import put_weights
 
-__all__ = ["ANCHOR", "ANCHORS", "Seen", "check_domains", "fit"]
+__all__ = ["ANCHOR", "check_domains", "fit"]
 
-# The hold near the merged weights where there are too few images to choose it by; and what is tried
-# on every layer, on one batch in four that it is not solved on.
-ANCHOR, ANCHORS, _HELD_OUT = 0.01, (1e-3, 1e-2, 1e-1, 1.0), 4
+# The hold near the merged weights where there are too few images to choose it by: on one batch in
+# four of every domain.
+ANCHOR, _HELD_OUT = 0.01, 4
 # Images that go through a layer at a time, rows of a layer and a domain at most, and values that a
 # scale is searched on.
 _BATCH, _ROWS, _SAMPLES = 8, 1 << 16, 1 << 14
@@ -79,9 +85,9 @@ def fit(
         images: Inputs (N, C, H, W) by domain, of every parent that counts.
         output: Folder of the new bundle.
         anchor: Strength of the hold near the merged weights, >= 0, relative to the mean variance
-            of a layer's inputs. By default every layer gets the one of :data:`ANCHORS` that is
-            best on a quarter of the images, solved on the others, or stays where none helps;
-            with fewer than four images of a domain :data:`ANCHOR`.
+            of a layer's inputs. By default chosen for every layer: the best of 0.001, 0.01,
+            0.1 and 1 on a quarter of the images when it is solved on the others, or its merged
+            weights where none is better; 0.01 with fewer than four images of a domain.
         seed: Seed of the samples that scales and layers are fitted on.
         progress: Called with (layers done, layers in all).
 
@@ -313,7 +319,7 @@ class _Fit:
     def _settle(self, layer: _Layer) -> None:
         """New weights, codes, scale and bias of one layer."""
         parts = self._seen(layer)
-        seen = parts.all
+        seen = parts.whole
         entry, shape = self._entries[layer.weight], self._entries[layer.weight].shape
         centred = layer.bias is not None or layer.norm is not None
         factor = layer.norm.gain(self.tensors) if layer.norm else np.ones(shape[layer.axis])
@@ -404,7 +410,7 @@ class _Fit:
         factor = layer.norm.gain(self.tensors)
         return np.asarray(weight * along(factor, weight.ndim, layer.axis))
 
-    def _seen(self, layer: _Layer) -> Seen:
+    def _seen(self, layer: _Layer) -> SplitMoments:
         """Moments of a layer's inputs and targets, every domain's with its share."""
         weight, source = self._real[layer.weight], layer.node.inputs[0]
         assert source is not None
@@ -425,30 +431,12 @@ class _Fit:
             whole = sums[0].with_rows_of(sums[1])
             used = [whole] if self.anchor is not None else [whole, *sums]
             sets.append([[guide.share * value for value in part.means()] for part in used])
-        return Seen(
+        return SplitMoments(
             *(
                 GuidedLayer(*(np.sum(values, 0) for values in zip(*domains, strict=True)))
                 for domains in zip(*sets, strict=True)
             )
         )
-
-
-@dataclass(frozen=True)
-class Seen:
-    """Moments of a layer on all images; and on those of a trial, and those held out of it."""
-
-    all: GuidedLayer
-    learned: GuidedLayer | None = None
-    held: GuidedLayer | None = None
-
-    def best_anchor(self, start: Floats, centred: bool) -> float:
-        """The anchor that is best on the images held out; infinite where none helps."""
-        assert self.learned is not None and self.held is not None
-        errors = {float("inf"): self.held.error(start, centred)}
-        for anchor in ANCHORS:
-            rows = self.learned.solved(start, anchor, centred)
-            errors[anchor] = self.held.error(rows, centred)
-        return min(errors, key=lambda anchor: errors[anchor])
 
 
 class _Targets:

@@ -18,7 +18,17 @@ import numpy.typing as npt
 
 from ..typing import Array
 
-__all__ = ["GuidedLayer", "RowSums", "convolution_rows", "some_rows"]
+__all__ = [
+    "ANCHORS",
+    "GuidedLayer",
+    "RowSums",
+    "SplitMoments",
+    "convolution_rows",
+    "some_rows",
+]
+
+# Anchors that are tried, from loose to tight.
+ANCHORS = (1e-3, 1e-2, 1e-1, 1.0)
 
 # Share of the mean variance that keeps a system without an anchor solvable, and the least of it.
 _RIDGE, _FLOOR = 1e-6, 1e-12
@@ -54,7 +64,7 @@ class GuidedLayer:
 
         Args:
             start: Rows that they are held near, of the same shape.
-            anchor: Strength of the hold, >= 0.
+            anchor: Strength of the hold, >= 0; ``start`` itself where it is infinite.
             centred: A bias takes care of the means.
         """
         matrix, products = self._system(centred)
@@ -93,6 +103,31 @@ class GuidedLayer:
         mean = np.einsum("gf,gfo->go", self.mean, rows)
         variance = np.einsum("gfo,gfo->go", self.covariance @ rows, rows)
         return mean.reshape(-1), np.maximum(variance, 0.0).reshape(-1)
+
+
+@dataclass(frozen=True)
+class SplitMoments:
+    """Moments on all rows, on those that an anchor is tried on, and on those held out of that.
+
+    The parts are None where no anchor is to be chosen.
+    """
+
+    whole: GuidedLayer
+    learned: GuidedLayer | None = None
+    held: GuidedLayer | None = None
+
+    def best_anchor(self, start: Floats, centred: bool) -> float:
+        """The one of :data:`ANCHORS` that is best on rows held out; infinite where none helps.
+
+        Args:
+            start, centred: As of :meth:`GuidedLayer.solved`.
+        """
+        assert self.learned is not None and self.held is not None
+        errors = {math.inf: self.held.error(start, centred)}
+        for anchor in ANCHORS:
+            rows = self.learned.solved(start, anchor, centred)
+            errors[anchor] = self.held.error(rows, centred)
+        return min(errors, key=lambda anchor: errors[anchor])
 
 
 class RowSums:

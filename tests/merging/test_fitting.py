@@ -17,8 +17,15 @@ from hdrq_deploy.formats.bundle import GRAPH, Bundle
 from hdrq_deploy.graph.reference_session import session_threads, unfused_session
 from hdrq_deploy.graph.stepwise import Steps, Walk
 from hdrq_deploy.merging import fit
-from hdrq_deploy.merging.fitting import ANCHOR, ANCHORS, Seen
-from hdrq_deploy.numerics.guided_layer import GuidedLayer, RowSums, convolution_rows, some_rows
+from hdrq_deploy.merging.fitting import ANCHOR
+from hdrq_deploy.numerics.guided_layer import (
+    ANCHORS,
+    GuidedLayer,
+    RowSums,
+    SplitMoments,
+    convolution_rows,
+    some_rows,
+)
 
 DOMAINS = ("night", "day")
 KINDS = [
@@ -276,7 +283,7 @@ def test_targets_that_are_noise_leave_a_layer_where_it_is() -> None:
     start = np.zeros((1, 20, 4))
     errors = [parts[1].error(parts[0].solved(start, a, True), True) for a in ANCHORS]
     assert min(errors) > parts[1].error(start, True)
-    assert np.isinf(Seen(parts[0], *parts).best_anchor(start, True))
+    assert np.isinf(SplitMoments(parts[0], *parts).best_anchor(start, True))
 
 
 def test_images_that_do_not_belong_to_the_merge_are_refused(
