@@ -232,9 +232,8 @@ def summary() -> str:
     experts = _best_triple(rivals, "method", "experts")
     fits = {
         parents: figures[parents, "PACS: regression, fitted"]
-        for parents in ("float", "qdrop", "hdrq")
+        for parents in ("float", "rtn", "qdrop", "hdrq")
     }
-    fitted = max(fits["qdrop"], fits["hdrq"])
     digits_mean = figures["float", "digits: mean"]
     digits_best = figures["hdrq", "digits: regression"]
     sentences = [
@@ -251,11 +250,13 @@ def summary() -> str:
         f"{float_best[0] - best[0]:.1f} points behind the best merge of float models "
         f"({float_best[0]:.1f}%), and merging itself costs more than quantization does: separate "
         f"float models reach {apart[0]:.1f}%. Fitted to the bundles' own outputs on "
-        f"256 such images a domain, W4A8 merges rise to {fitted[0]:.1f}% on pairs and "
-        f"{fitted[1]:.1f}% on all three domains, beyond every merge of float models that is not "
-        f"fitted; the float merge, fitted in the same way, reaches {fits['float'][0]:.1f}% and "
-        f"{fits['float'][1]:.1f}%, and a float merge that is quantized towards the float models' "
-        f"outputs {experts:.1f}% on all three.",
+        f"256 such images a domain, W4A8 merges rise to {fits['qdrop'][0]:.1f}% on pairs and "
+        f"{fits['qdrop'][1]:.1f}% on all three domains with QDrop's bundles ({seeds}; HDRQ's "
+        f"{fits['hdrq'][0]:.1f}% and {fits['hdrq'][1]:.1f}%), beyond every merge of float models "
+        f"that is not fitted; the float merge, fitted in the same way, reaches "
+        f"{fits['float'][0]:.1f}% and {fits['float'][1]:.1f}%, a float merge that is quantized "
+        f"towards the float models' outputs {experts:.1f}% on all three, and bundles that were "
+        f"rounded to nearest are too poor to be fitted to ({fits['rtn'][1]:.1f}%).",
         "We do not find that HDRQ's bundles merge better than others: on digits they are within a "
         "point of QDrop's once both learning rates were searched alike (three seeds), and on the "
         f"pairs of PACS ({seeds}) merges by regression with new BatchNorm "
