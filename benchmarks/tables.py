@@ -213,6 +213,22 @@ def _best_triple(record: Mapping[str, Any], key: str, value: str) -> float:
     return max(row["harmonic_mean"] for row in rows)
 
 
+def _fits_on_streets() -> str:
+    """By how much a fit moves the harmonic mean of a merge by regression, on CamVid."""
+    record = load("camvid")
+    assert record is not None
+    means = {
+        (row["method"], row["bits"], row["way"]): row["merged"]["harmonic mean"]["mean"]
+        for row in record["rows"]
+    }
+    told = []
+    for (method, bits, way), value in means.items():
+        if way == "fitted":
+            parents = f"{method} {bits.upper()}".strip()
+            told.append(f"{value - means[method, bits, 'regression']:+.1f} ({parents})")
+    return ", ".join(told)
+
+
 def summary() -> str:
     """``docs/evidence/index.md``: five sentences, two plots, and what is on which page."""
     figures, photos = _headline_figures(), load("pacs")
@@ -256,7 +272,9 @@ def summary() -> str:
         f"that is not fitted; the float merge, fitted in the same way, reaches "
         f"{fits['float'][0]:.1f}% and {fits['float'][1]:.1f}%, a float merge that is quantized "
         f"towards the float models' outputs {experts:.1f}% on all three, and bundles that were "
-        f"rounded to nearest are too poor to be fitted to ({fits['rtn'][1]:.1f}%).",
+        f"rounded to nearest are too poor to be fitted to ({fits['rtn'][1]:.1f}%). On CamVid, with "
+        "32 frames of day and 20 of dusk, a fit changes merges by "
+        f"{_fits_on_streets()} points.",
         "We do not find that HDRQ's bundles merge better than others: on digits they are within a "
         "point of QDrop's once both learning rates were searched alike (three seeds), and on the "
         f"pairs of PACS ({seeds}) merges by regression with new BatchNorm "
@@ -274,7 +292,7 @@ def summary() -> str:
     records = [
         ("pacs",),
         ("merge_statistics",),
-        ("pacs", "pacs_rivals"),
+        ("pacs", "pacs_rivals", "camvid"),
         ("merge_statistics", "pacs"),
         ("engines", "peers", "same_codes"),
     ]
