@@ -145,16 +145,17 @@ def test_what_changed_remakes_what_depends_on_it(
 
 
 def test_a_merge_is_measured_again_and_fitted(
-    again: Path, capsys: pytest.CaptureFixture[str]
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    file = copied(work, tmp_path)
     asked = "re_estimate: true, re_estimate_images: 8, fit: true, fit_images: 16"
-    again.write_text(f"{FILE}merges: {{merged: {{{asked}}}}}\n")
-    assert run_command.main([str(again), "--only", "merge"]) == 0
-    folder = again.parent / "hdrq-run" / "bundles" / "rtn-w8a8-merged.hdrq"
+    file.write_text(f"{FILE}merges: {{merged: {{{asked}}}}}\n")
+    assert run_command.main([str(file), "--only", "merge"]) == 0
+    folder = tmp_path / "hdrq-run" / "bundles" / "rtn-w8a8-merged.hdrq"
     options = Bundle.open(folder).manifest.options
     assert options["re_estimate"]["images"] == {"night": 8, "day": 8}
     assert options["fit"]["images"] == {"night": 16, "day": 16}
-    assert not [key for key in stale(again, capsys) if key.startswith("merge")]
+    assert not [key for key in stale(file, capsys) if key.startswith("merge")]
 
 
 def test_other_bits_leave_the_first_ones_alone_and_clean_takes_what_is_unused(
