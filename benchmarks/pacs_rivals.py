@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pacs_run import arguments, measured, task_of, write
+from pacs_run import arguments, task_of, write
 from safetensors.numpy import save_file
 
 from hdrq_deploy import Bundle
@@ -33,9 +33,14 @@ from hdrq_deploy.calibration.graph_cache import GraphCache
 from hdrq_deploy.calibration.methods import Options
 from hdrq_deploy.calibration.pipeline import run_calibration
 from hdrq_deploy.calibration.request import CalibrationRequest
+from hdrq_deploy.experiments.cells import engine_of, labelled_set
+from hdrq_deploy.experiments.decisions import Decisions
 from hdrq_deploy.experiments.grid import Merge, Run, bundle_path
 from hdrq_deploy.experiments.tasks import Task
 from hdrq_deploy.experiments.tuning import TUNING, chosen_rates
+from hdrq_deploy.formats.atomic_files import write_bytes
+from hdrq_deploy.numerics.intervals import Bootstrap
+from hdrq_deploy.runtime.bench.accuracy import accuracy
 
 # Ways in which hdrq reproduce merges float models.
 FLOAT_MERGES = {"nearest": "mean", "renewed": "regression, BatchNorm re-estimated"}
@@ -110,9 +115,33 @@ def quantized(rival: Rival, task: Task, run: Path, rate: float) -> tuple[Bundle,
 
 def evaluated(rival: Rival, task: Task, run: Path, rate: float) -> dict[str, Any]:
     """The row of a rival on the test images, kept on disk."""
-    about = {"merge": FLOAT_MERGES[rival.merge], "method": rival.method}
     target = run / "rivals" / f"{rival.name}.json"
-    return measured(target, task, rival.members, lambda: quantized(rival, task, run, rate), about)
+    if target.exists():
+        row: dict[str, Any] = json.loads(target.read_text())
+        return row
+    bundle, seconds = quantized(rival, task, run, rate)
+    seen = Decisions()
+    with engine_of(bundle, "cpu", 1) as engine:
+        sets = {
+            domain.name: labelled_set(engine, task, domain)
+            for domain in task.domains
+            if domain.name in rival.members
+        }
+        found = accuracy(engine, sets, seen=seen)
+    boot = Bootstrap()
+    limits = boot.interval(boot.sample({0: [seen.measured]}))
+    row = {
+        "members": rival.members,
+        "merge": FLOAT_MERGES[rival.merge],
+        "method": rival.method,
+        "domains": {name: 100 * value for name, value in found.domains.items()},
+        "harmonic_mean": 100 * limits.value,
+        "low": 100 * limits.low,
+        "high": 100 * limits.high,
+        "cpu_seconds": round(seconds, 1),
+    }
+    write_bytes(target, json.dumps(row).encode())
+    return row
 
 
 def main(argv: Sequence[str] | None = None) -> int:

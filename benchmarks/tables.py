@@ -8,7 +8,7 @@ Reads ``benchmarks/results/*.json`` only; a test checks that the pages are their
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -207,12 +207,6 @@ def _headline_figures() -> dict[tuple[str, str], tuple[float, float]]:
     return found
 
 
-def _best_triple(record: Mapping[str, Any], key: str, value: str) -> float:
-    """The highest harmonic mean over all three domains, of rows that say so of ``key``."""
-    rows = [row for row in record["rows"] if row[key] == value and len(row["members"]) == 3]
-    return max(row["harmonic_mean"] for row in rows)
-
-
 def _fits_on_streets() -> str:
     """By how much a fit moves the harmonic mean of a merge by regression, on CamVid."""
     record = load("camvid")
@@ -245,7 +239,11 @@ def summary() -> str:
     best = max(ours, qdrop, rtn)
     rivals = load("pacs_rivals")
     assert rivals is not None
-    experts = _best_triple(rivals, "method", "experts")
+    experts = max(
+        row["harmonic_mean"]
+        for row in rivals["rows"]
+        if row["method"] == "experts" and len(row["members"]) == 3
+    )
     fits = {
         parents: figures[parents, "PACS: regression, fitted"]
         for parents in ("float", "rtn", "qdrop", "hdrq")

@@ -76,10 +76,9 @@ def lower_ort(
     shift, raised = {}, set()
     for codes in weights:
         name, values = str(codes.name), array(codes).astype(np.int64)
-        limit = limits.get(codes, 128)
         # No bit less on such a processor: biases of a bundle are whole at this spacing.
         shift[name] = _spare_bits(values)
-        if np.abs(values).max(initial=0) << shift[name] > limit:
+        if np.abs(values).max(initial=0) << shift[name] > limits.get(codes, 128):
             raised.add(name)
         if wraps and int(values.min(initial=0)) << shift[name] == _WRAPS:
             raised.add(name)

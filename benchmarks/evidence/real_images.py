@@ -111,7 +111,7 @@ def _protocol_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _protocol_read(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the rows say: merges less the best float merge, and methods beside each other."""
-    best = best_float_merges(rows)
+    best = _best_float_merges(rows)
     fitted = protocol_means(rows, "float", "", "fitted")
     told = (
         f"The best merge of float models reaches {best[0]:.1f} on the mean of pairs and "
@@ -135,7 +135,7 @@ def _protocol_read(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def best_float_merges(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+def _best_float_merges(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     """The best merges of float models that are not fitted: mean of pairs, and all domains."""
     ways = [way for way in _PROTOCOL_WAYS if way not in ("single", "fitted")]
     merged = [m for way in ways if (m := protocol_means(rows, "float", "", way))]
@@ -338,13 +338,6 @@ def camvid(record: Mapping[str, Any]) -> str:
         if learned
         else "rounded to nearest; methods that learn were not run"
     )
-    missing = [bits.upper() for bits in _PROTOCOL_BITS if bits not in {r["bits"] for r in own}]
-    learns = {r["bits"] for r in own if r["method"] in ("hdrq", "qdrop")}
-    missing += [
-        f"{bits.upper()} by methods that learn"
-        for bits in _PROTOCOL_BITS
-        if bits in {r["bits"] for r in own} - learns
-    ]
     return "\n".join(
         [
             "## Real images: CamVid",
@@ -359,8 +352,7 @@ def camvid(record: Mapping[str, Any]) -> str:
             *_camvid_read(own, names),
             table(["parents", "bits", "merge", *names, "harmonic mean"], lines),
             "",
-            f"Not run: fog and snow, {', '.join(missing)}, merges at chosen weights, calibration "
-            "seeds beyond 1.",
+            f"{_protocol_missing(protocol_rows(record))} Fog and snow were not run either.",
         ]
     )
 

@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +54,7 @@ class GuidedLayer:
     mean: Floats
     target: Floats
 
-    @property
+    @cached_property
     def covariance(self) -> Floats:
         """Covariance of the inputs."""
         result: Floats = self.inputs - self.mean[:, :, None] * self.mean[:, None, :]
@@ -67,9 +68,9 @@ class GuidedLayer:
             anchor: Strength of the hold, >= 0; ``start`` itself where it is infinite.
             centred: A bias takes care of the means.
         """
-        matrix, products = self._system(centred)
         if math.isinf(anchor):
             return start
+        matrix, products = self._system(centred)
         size = np.diagonal(matrix, axis1=1, axis2=2).mean(1)
         held = np.maximum(anchor * size, _RIDGE * size + _FLOOR)[:, None, None]
         eye = np.eye(matrix.shape[1])

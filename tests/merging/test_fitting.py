@@ -52,6 +52,12 @@ def images_of(inputs: Any) -> dict[str, Any]:
     return {"night": night, "day": 1 - rng.permutation(night)}
 
 
+def float_merge(make: Any, folder: Path, name: str) -> tuple[list[Bundle], Bundle]:
+    """Float bundles of both domains, and their mean."""
+    parents = [make(name, d, "float") for d in DOMAINS]
+    return parents, merge(parents, folder / "m.hdrq", method="mean")
+
+
 def outputs(bundle: Bundle, x: Any) -> Any:
     session = unfused_session(bundle.path / GRAPH)
     return session.run(None, {session.get_inputs()[0].name: x})[0]
@@ -99,8 +105,7 @@ def test_the_first_layer_is_that_of_least_squares(make: Any, inputs: Any, tmp_pa
     import tiny_models
 
     anchor, images = 0.1, images_of(inputs)
-    parents = [make("Tiny", d, "float") for d in DOMAINS]
-    merged = merge(parents, tmp_path / "m.hdrq", method="mean")
+    parents, merged = float_merge(make, tmp_path, "Tiny")
     found = fit(merged, parents, images, tmp_path / "f.hdrq", anchor)
 
     def model_of(bundle: Bundle) -> Any:
@@ -136,8 +141,7 @@ def test_batch_norm_has_the_moments_of_the_new_weights(
     make: Any, inputs: Any, tmp_path: Path
 ) -> None:
     images = images_of(inputs)
-    parents = [make("Tiny", d, "float") for d in DOMAINS]
-    merged = merge(parents, tmp_path / "m.hdrq", method="mean")
+    parents, merged = float_merge(make, tmp_path, "Tiny")
     found = fit(merged, parents, images, tmp_path / "f.hdrq")
     import tiny_models
 
@@ -230,8 +234,7 @@ def test_the_anchor_of_a_layer_is_the_best_on_images_held_out(
 ) -> None:
     """By hand for the first layer, from the rows of every fourth batch and of the others."""
     images = images_of(inputs)
-    parents = [make("Net", d, "float") for d in DOMAINS]
-    merged = merge(parents, tmp_path / "m.hdrq", method="mean")
+    parents, merged = float_merge(make, tmp_path, "Net")
     chosen = fit(merged, parents, images, tmp_path / "f.hdrq").manifest.options["fit"]["anchors"]
 
     def weights(bundle: Bundle) -> tuple[Any, Any]:
@@ -263,8 +266,7 @@ def test_the_anchor_of_a_layer_is_the_best_on_images_held_out(
 def test_too_few_images_to_hold_some_out_leave_the_anchor_as_it_is(
     make: Any, inputs: Any, tmp_path: Path
 ) -> None:
-    parents = [make("Tiny", d, "float") for d in DOMAINS]
-    merged = merge(parents, tmp_path / "m.hdrq", method="mean")
+    parents, merged = float_merge(make, tmp_path, "Tiny")
     for count, anchor in ((3, ANCHOR), (4, None)):
         images = {n: x[:count] for n, x in images_of(inputs).items()}
         said = fit(merged, parents, images, tmp_path / f"{count}.hdrq").manifest.options["fit"]
