@@ -33,7 +33,7 @@ from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.formats.statistics import Statistics
 from hdrq_deploy.merging import Merger
-from hdrq_deploy.merging.unrounded_network import unrounded_network
+from hdrq_deploy.merging.unrounded_network import UnroundedNetwork
 from hdrq_deploy.merging.weight_search import simplex
 from hdrq_deploy.mixing import DomainMixer
 from hdrq_deploy.numerics.layer_statistics import InputStatistics
@@ -157,10 +157,11 @@ def adapting(folder: Path, setting: Setting) -> dict[str, Any]:
     """What ``adapt`` picks for every domain and for all together, and what it could have."""
     paths = [folder / Cell(setting, 0, (d,)).path for d in DOMAINS]
     merger = Merger(paths)
+    network = UnroundedNetwork(merger.parents[0])
     test = {d: split(d, "test") for d in DOMAINS}
 
     def accuracies(mix: Sequence[float]) -> dict[str, float]:
-        run = unrounded_network(merger.parents[0], merger.unrounded(mix))
+        run = network.opened(merger.unrounded(mix))
         return {d: float((run(x, d).argmax(1) == y).mean()) for d, (x, y) in test.items()}
 
     table = {point: accuracies(point) for point in simplex(len(DOMAINS))}

@@ -7,6 +7,8 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,12 @@ from safetensors.torch import save_file
 from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.formats.bundle import Bundle
+
+# The exporter reads the sources of all its operators at every export, half a second each time.
+with suppress(ImportError, AttributeError):
+    from onnxscript._internal.values import TracedOnnxFunction
+
+    TracedOnnxFunction.function_ir = property(cache(TracedOnnxFunction.function_ir.fget))
 
 
 def pytest_configure(config: pytest.Config) -> None:

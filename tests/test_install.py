@@ -61,6 +61,8 @@ print(json.dumps({
 }))
 """
 
+CALIBRATE = ("--model", "tiny_models:Tiny", "--domain", "night", "--method", "rtn", "-o", "n.hdrq")
+
 
 def interpreter(wanted: str) -> str | None:
     """A Python of this version: the running one, pyenv's, or one on PATH."""
@@ -128,7 +130,7 @@ def test_a_device_merges_exports_runs_and_mixes(
     copy_package(source)
     quiet = {"PATH": os.environ["PATH"], "HOME": str(Path.home())}
 
-    def call(*command: object) -> str:
+    def call(*command: object, wanted: int = 0) -> str:
         done = subprocess.run(
             [str(part) for part in command],
             capture_output=True,
@@ -137,16 +139,26 @@ def test_a_device_merges_exports_runs_and_mixes(
             env=quiet,
             cwd=tmp_path,
         )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
+        assert done.returncode == wanted, done.stderr[-2000:]
+        return done.stdout or done.stderr
 
     call(python, "-m", "venv", tmp_path / "venv")
     ours = tmp_path / "venv" / "bin" / "python"
     call(ours, "-m", "pip", "install", "--quiet", source)
-    found = json.loads(call(ours, "-c", WALK, night.path, day.path, work / "data.npz", tmp_path))
+    data = work / "data.npz"
+    found = json.loads(call(ours, "-c", WALK, night.path, day.path, data, tmp_path))
     assert found["same"] and not found["torch"]
+    # The commands too; one that needs torch says how to get it.
+    programs, merged_here = ours.parent, tmp_path / "commands.hdrq"
+    call(programs / "hdrq-merge", night.path, day.path, "-o", merged_here)
+    call(programs / "hdrq-export", merged_here, "--engine", "ort", "-o", tmp_path / "commands")
+    figures = tmp_path / "o.json"
+    call(programs / "hdrq-bench", tmp_path / "commands", "--data", f"d={data}", "--json", figures)
+    assert json.loads(figures.read_text())["accuracy"]["images"] == {"d": 48}
+    refused = call(programs / "hdrq-calibrate", *CALIBRATE, "--data", data, wanted=2)
+    assert "hdrq-deploy[calibrate]" in refused and refused.count("\n") == 1
     merged = merge([night, day], tmp_path / "here.hdrq", [0.25, 0.75], "nearest")
-    with np.load(work / "data.npz") as file, load_engine(export(merged, tmp_path / "e")) as engine:
+    with np.load(data) as file, load_engine(export(merged, tmp_path / "e")) as engine:
         accuracy = float((engine(file["x"]).argmax(1) == file["y"]).mean())
         one = 1.01 / len(file["y"])
     # Another version of ONNX Runtime may decide one image in another way.

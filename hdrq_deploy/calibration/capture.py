@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def capture(model: nn.Module, example: Tensor) -> Capture:
     try:
         with torch.no_grad(), quiet():
             program = torch.export.export(_OneOutput(model), (example,), dynamic_shapes=batch)
-            program = program.run_decompositions(_decompositions())
+            program = program.run_decompositions(dict(_decompositions()))
     except Exception as error:  # torch.export has no common base for its refusals
         raise ModelError(f"torch.export cannot capture the model {_refusal(error)}") from error
     module = program.module(check_guards=False)
@@ -257,7 +258,8 @@ def _named_output(values: dict[str, Any]) -> Tensor:
     )
 
 
-def _decompositions() -> dict[Any, Callable[..., Any]]:
+@cache
+def _decompositions() -> Mapping[Any, Callable[..., Any]]:
     """Keep convolutions, linears and attention whole; open only what hides products."""
     table = torch.export.default_decompositions()
     hiding = (aten.einsum.default, aten.addmm.default, aten.baddbmm.default)

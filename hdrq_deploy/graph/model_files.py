@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
@@ -14,7 +16,7 @@ from ..formats.bundle import Bundle
 from ..formats.engine_folder import DATA
 from .edits import distinct_names
 
-__all__ = ["load", "save", "serialized", "with_tensors"]
+__all__ = ["OutsideTensors", "load", "save", "serialized", "with_tensors"]
 
 # Shapes and zero points stay in the file; ONNX Runtime cannot read int64 shapes from outside.
 _INLINE_BYTES = 1024
@@ -59,3 +61,45 @@ def serialized(model: ir.Model) -> bytes:
     distinct_names(model)
     data: bytes = ir.to_proto(model).SerializeToString()
     return data
+
+
+class OutsideTensors:
+    """Float tensors of a graph that lie in a file beside it, which is only ever held in memory.
+
+    A graph is written once, and opened as often as there are values for these tensors.
+
+    Args:
+        location: What the graph calls the file.
+    """
+
+    def __init__(self, location: str) -> None:
+        self._location = location
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._size = 0
+
+    def add(self, name: str, shape: Sequence[int]) -> ir.Value:
+        """One more tensor, as a value that is to be an initializer of the graph."""
+        length = 4 * math.prod(shape)
+        tensor = ir.ExternalTensor(
+            self._location,
+            self._size,
+            length,
+            ir.DataType.FLOAT,
+            shape=ir.Shape(shape),
+            name=name,
+        )
+        self._shapes[name] = tuple(shape)
+        self._size += length
+        return ir.Value(name=name, const_value=tensor)
+
+    def file(self, values: Mapping[str, npt.NDArray[Any]]) -> dict[str, bytes]:
+        """The file by its location, for :func:`.reference_session.open_session`; none if empty.
+
+        Args:
+            values: Every tensor that was added, with as many elements as its shape has.
+        """
+        parts = [
+            np.ascontiguousarray(values[name], np.float32).reshape(shape).tobytes()
+            for name, shape in self._shapes.items()
+        ]
+        return {self._location: b"".join(parts)} if parts else {}

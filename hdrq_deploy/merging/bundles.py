@@ -143,11 +143,6 @@ class MergedLayers:
     weights: Mapping[str, Array]
     others: Mapping[str, Array]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.nbytes for tensors in (self.weights, self.others) for t in tensors.values())
-
 
 class Merger:
     """Parents that fit each other, and their merge at any merge weights.

@@ -477,7 +477,11 @@ def _real_weights(bundle: Bundle, tensors: Mapping[str, Array]) -> dict[str, Arr
 def _steps_of(bundle: Bundle, real: Mapping[str, Array]) -> tuple[ir.Model, Steps]:
     """A bundle's graph that reads real weights."""
     model = bundle.graph_ir()
-    put_weights(model, bundle, real)
+    put_weights(
+        model,
+        bundle,
+        lambda name: ir.Value(name=name, const_value=ir.tensor(real[name], name=name)),
+    )
     return model, Steps(model, bundle.manifest.tensors)
 
 

@@ -22,7 +22,7 @@ from ..errors import DataError, MergeError
 from ..formats.bundle import WEIGHTS, Bundle
 from ..formats.safetensors_layout import serialize
 from ..graph import reference_session
-from ..graph.model_files import serialized
+from ..graph.model_files import OutsideTensors, serialized
 from ..graph.qdq import batch_norm_epsilon, chain
 from ..numerics.batches import in_batches
 from ..numerics.batchnorm_fold import SMALLEST_GAIN, gain
@@ -32,7 +32,7 @@ from ..typing import Array
 from .rewriting import folded, settled, write_again
 from .unrounded_network import put_weights
 
-__all__ = ["moved", "new_moments", "re_estimate"]
+__all__ = ["NewMoments", "moved", "re_estimate"]
 
 # A channel with a smaller BatchNorm gain shows nothing of its own moments.
 _BLIND = 1e6 * SMALLEST_GAIN
@@ -80,41 +80,50 @@ def moved(
     """
     x = _together(images)
     # What integer kernels need of scales and biases would bend the moments.
-    moments = _moments(bundle, {**tensors, **folded(bundle, tensors)}, x)
-    _check_measured(bundle, moments)
-    result = {**tensors, **moments}
+    probed = _Probed(bundle)
+    _check_probes(bundle, probed)
+    result = {**tensors, **probed.moments({**tensors, **folded(bundle, tensors)}, x)}
     result |= folded(bundle, result)
     before = _activation_scales(bundle, tensors, x, seed)
     for name, scale in _activation_scales(bundle, result, x, seed).items():
         result[name] = (tensors[name] * (scale / before[name])).astype(np.float32)
     if before:
         # What the quantizers clip and round moves the moments again, at few bits by a lot.
-        result |= _moments(bundle, result, x, quantized=True)
+        result |= _Probed(bundle, quantized=True).moments(result, x)
     return settled(bundle, result)
 
 
-def new_moments(
-    bundle: Bundle,
-    unrounded: Mapping[str, Array],
-    images: Mapping[str, npt.NDArray[np.float32]],
-) -> dict[str, Array]:
-    """Means and variances, by tensor name, of a network whose weights are not rounded to codes.
+class NewMoments:
+    """Means and variances of a network whose weights are not rounded to codes.
 
-    This is one pass at the activation scales that there are, where :func:`moved` takes four, and
-    serves to compare merges with each other. Moments of rounded weights would not fit weights that
-    are run unrounded, least of all between the parents, whose own weights are codes already.
+    One pass at the activation scales that there are, where :func:`moved` takes four, serves to
+    compare merges with each other. Moments of rounded weights would not fit weights that are run
+    unrounded, least of all between the parents, whose own weights are codes already.
 
     Args:
         bundle: Gives graph and entries.
-        unrounded: All tensors, real weights in place of codes; see :meth:`.Merger.unrounded`.
-        images: Inputs (N, C, H, W) of each domain; all of them make one batch.
 
     Raises:
-        MergeError, DataError: See :func:`re_estimate`.
+        MergeError: See :func:`re_estimate`.
     """
-    moments = _moments(bundle, unrounded, _together(images), quantized=True, rounded=False)
-    _check_measured(bundle, moments)
-    return moments
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._probed = _Probed(bundle, quantized=True, rounded=False)
+        _check_probes(bundle, self._probed)
+
+    def of(
+        self, unrounded: Mapping[str, Array], images: Mapping[str, npt.NDArray[np.float32]]
+    ) -> dict[str, Array]:
+        """The moments behind these weights, by tensor name.
+
+        Args:
+            unrounded: All tensors, real weights in place of codes; see :meth:`.Merger.unrounded`.
+            images: Inputs (N, C, H, W) of each domain; all of them make one batch.
+
+        Raises:
+            DataError: See :func:`re_estimate`.
+        """
+        return self._probed.moments(unrounded, _together(images))
 
 
 def _together(images: Mapping[str, npt.NDArray[np.float32]]) -> Array:
@@ -124,97 +133,144 @@ def _together(images: Mapping[str, npt.NDArray[np.float32]]) -> Array:
     return x
 
 
-def _check_measured(bundle: Bundle, moments: Mapping[str, Array]) -> None:
-    if not moments:
+def _check_probes(bundle: Bundle, probed: _Probed) -> None:
+    if not probed.probes:
         raise MergeError(
             f"{bundle.path}: found no BatchNorm kept apart; re-estimation needs bundles that were "
             "calibrated with BatchNorm folded into the scales (`fold` steps), or `method` float"
         )
 
 
-def _moments(
-    bundle: Bundle,
-    tensors: Mapping[str, Array],
-    x: Array,
-    quantized: bool = False,
-    rounded: bool = True,
-) -> dict[str, Array]:
-    """New means and variances, by tensor name; of ``quantized`` activations, or of real ones.
+class _Probed:
+    """A bundle's graph that normalises by the moments of the batch, and puts them out.
 
-    Where weights are not ``rounded``, ``tensors`` holds real ones in place of codes.
+    Args:
+        bundle: Gives graph and entries.
+        quantized: Measure behind activations as they are quantized, not behind real ones.
+        rounded: Run the codes; else tensors hold real weights in their place.
     """
-    model = bundle.graph_ir()
-    if not quantized:
-        _drop_quantizers(model)
-    if not rounded:
-        tensors = {**tensors, **put_weights(model, bundle, tensors)}
-    probes = [*_probe_folds(model, bundle, tensors), *_probe_norms(model, tensors)]
-    if not probes:
-        return {}
-    model.graph.outputs.extend(value for probe in probes for value in (probe.mean, probe.variance))
-    _, *measured = _runner(model, bundle, tensors, exact=rounded)(x)
-    result = {}
-    for probe, mean, variance in zip(probes, measured[::2], measured[1::2], strict=True):
-        seen = probe.factor > _BLIND
-        # The graph measures factor * (x - old mean) + shift.
-        real = tensors[probe.mean_name] + (mean.ravel() - probe.shift) / probe.factor
-        spread = variance.ravel() / probe.factor**2
-        for name, new in ((probe.mean_name, real), (probe.variance_name, spread)):
-            result[name] = np.where(seen, new, tensors[name]).astype(np.float32)
-    return result
+
+    def __init__(self, bundle: Bundle, quantized: bool = False, rounded: bool = True) -> None:
+        self._bundle, self._rounded = bundle, rounded
+        entries = bundle.manifest.tensors
+        model = bundle.graph_ir()
+        if not quantized:
+            _drop_quantizers(model)
+        self._real = OutsideTensors("real")
+        self._codes: dict[str, Array] = {}
+        if not rounded:
+            self._codes = put_weights(
+                model, bundle, lambda name: self._real.add(name, entries[name].shape)
+            )
+        self._terms = OutsideTensors("terms")
+        probes = _probe_folds(model, bundle, self._terms)
+        self.probes = [*probes, *_probe_norms(model, bundle, self._terms)]
+        for probe in self.probes:
+            model.graph.outputs.extend([probe.mean, probe.variance])
+        self._text = serialized(model)
+
+    def moments(self, tensors: Mapping[str, Array], x: Array) -> dict[str, Array]:
+        """New means and variances, by tensor name."""
+        if not self.probes:
+            return {}
+        terms: dict[str, Array] = {}
+        for probe in self.probes:
+            terms |= probe.terms(tensors)
+        weights = {**tensors, **self._codes}
+        outside = {**self._real.file(tensors), **self._terms.file(terms)}
+        _, *measured = _runner(self._text, self._bundle, weights, outside, exact=self._rounded)(x)
+        result: dict[str, Array] = {}
+        for probe, mean, variance in zip(self.probes, measured[::2], measured[1::2], strict=True):
+            result |= probe.found(tensors, mean.ravel(), variance.ravel())
+        return result
 
 
 @dataclass(frozen=True)
 class _Probe:
-    """Graph outputs with the moments of factor * (x - mean) + shift, and the tensors to replace."""
+    """Graph outputs with the moments of factor * (x - mean) + shift, and the tensors to replace.
+
+    Attributes:
+        mean, variance: The outputs.
+        names: Names of gamma, beta, mean and variance among the bundle's tensors.
+        eps: Added to the variance of x.
+        is_fold: Whether a layer gives factor * (x - mean) + beta, as one with a folded BatchNorm
+            does; else x itself is measured.
+        at: The start of the names of its terms.
+    """
 
     mean: ir.Value
     variance: ir.Value
-    mean_name: str
-    variance_name: str
-    factor: Array
-    shift: Array
+    names: tuple[str, str, str, str]
+    eps: float
+    is_fold: bool
+    at: str
+
+    def _factor(self, tensors: Mapping[str, Array]) -> Array:
+        gamma, _, _, variance = (tensors[name] for name in self.names)
+        return gain(gamma, variance, self.eps) if self.is_fold else np.ones(gamma.shape)
+
+    def terms(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+        """What the nodes of :func:`_normalise` read."""
+        gamma, beta, _, _ = (tensors[name] for name in self.names)
+        eps = self.eps * self._factor(tensors) ** 2
+        return dict(zip(_terms_of(self.at), (eps, gamma, beta), strict=True))
+
+    def found(self, tensors: Mapping[str, Array], mean: Array, variance: Array) -> dict[str, Array]:
+        """The moments of x, in place of the old ones; (C,)."""
+        _, beta, old_mean, old_variance = (tensors[name] for name in self.names)
+        # An x that is measured itself moves by its distance from the old mean.
+        factor, shift = self._factor(tensors), beta if self.is_fold else old_mean
+        seen = factor > _BLIND
+        real = old_mean + (mean - shift) / factor
+        return {
+            self.names[2]: np.where(seen, real, old_mean).astype(np.float32),
+            self.names[3]: np.where(seen, variance / factor**2, old_variance).astype(np.float32),
+        }
 
 
-def _probe_folds(model: ir.Model, bundle: Bundle, tensors: Mapping[str, Array]) -> list[_Probe]:
+def _terms_of(at: str) -> tuple[str, str, str]:
+    """Names of eps, gamma and beta as :func:`_normalise` reads them."""
+    return f"{at}/eps", f"{at}/gamma", f"{at}/beta"
+
+
+def _probe_folds(model: ir.Model, bundle: Bundle, terms: OutsideTensors) -> list[_Probe]:
     """After every layer with a folded BatchNorm, insert nodes that normalise by the batch."""
     probes = []
     for fold in bundle.manifest.folds.values():
         (use,) = model.graph.initializers[fold.bias].uses()
         output = use.node.outputs[0]
         readers = list(output.uses())
-        gamma, beta = tensors[fold.gamma], tensors[fold.beta]
-        factor = gain(gamma, tensors[fold.variance], fold.eps)
-        # The layer computes factor * (x - mean) + beta, and eps is added to the variance of x.
-        norm = _normalise(output, gamma, beta, fold.eps * factor**2)
+        at, size = f"probe/{fold.bias}", bundle.manifest.tensors[fold.gamma].shape[0]
+        norm = _normalise(model, output, terms, at, size)
         model.graph.insert_after(use.node, norm.nodes)
         for reader in readers:
             reader.node.replace_input_with(reader.idx, norm.result)
         for i, value in enumerate(model.graph.outputs):
             if value is output:
                 model.graph.outputs[i] = norm.result
-        probes.append(_Probe(norm.mean, norm.variance, fold.mean, fold.variance, factor, beta))
+        names = (fold.gamma, fold.beta, fold.mean, fold.variance)
+        probes.append(_Probe(norm.mean, norm.variance, names, fold.eps, True, at))
     return probes
 
 
-def _probe_norms(model: ir.Model, tensors: Mapping[str, Array]) -> list[_Probe]:
+def _probe_norms(model: ir.Model, bundle: Bundle, terms: OutsideTensors) -> list[_Probe]:
     """Replace every BatchNormalization by one that normalises by the batch."""
     probes = []
     for node in [n for n in model.graph if n.op_type == "BatchNormalization"]:
         x = node.inputs[0]
         names = [str(value.name) for value in node.inputs[1:5] if value is not None]
-        if x is None or not set(names) <= set(tensors):
+        if x is None or len(names) < 4 or not set(names) <= set(bundle.manifest.tensors):
             continue
-        gamma, beta, mean, _ = (tensors[name] for name in names)
-        eps = batch_norm_epsilon(node)
-        norm = _normalise(x, gamma, beta, np.full(gamma.shape, eps))
+        gamma, beta, mean, variance = names
+        at, size = f"probe/{node.name}", bundle.manifest.tensors[gamma].shape[0]
+        norm = _normalise(model, x, terms, at, size)
         model.graph.insert_before(node, norm.nodes)
         ir.convenience.replace_all_uses_with(
             node.outputs[0], norm.result, replace_graph_outputs=True
         )
-        # x itself is measured: its mean moves by its distance from the old one.
-        one = np.ones(gamma.shape)
-        probes.append(_Probe(norm.mean, norm.variance, names[2], names[3], one, mean))
+        found = (gamma, beta, mean, variance)
+        eps = batch_norm_epsilon(node)
+        probes.append(_Probe(norm.mean, norm.variance, found, eps, False, at))
     return probes
 
 
@@ -231,15 +287,16 @@ class _Norm:
         return self.nodes[-1].outputs[0]
 
 
-def _normalise(x: ir.Value, gamma: Array, beta: Array, eps: Array) -> _Norm:
+def _normalise(
+    model: ir.Model, x: ir.Value, terms: OutsideTensors, at: str, channels: int
+) -> _Norm:
     """gamma * (x - mean) / sqrt(variance + eps) + beta, channels on axis 1."""
     rank = len(x.shape) if x.shape is not None else 4
-    shape = [1, -1, *[1] * (rank - 2)]
+    shape = [1, channels, *[1] * (rank - 2)]
     axes = ir.node("Constant", [], {"value": ir.tensor(np.array([0, *range(2, rank)], np.int64))})
-    terms = [
-        ir.node("Constant", [], {"value": ir.tensor(v.astype(np.float32).reshape(shape))})
-        for v in (eps, gamma, beta)
-    ]
+    eps, gamma, beta = (terms.add(name, shape) for name in _terms_of(at))
+    for value in (eps, gamma, beta):
+        model.graph.register_initializer(value)
     nodes: list[ir.Node] = []
 
     def add(op: str, *inputs: ir.Value) -> ir.Value:
@@ -250,10 +307,10 @@ def _normalise(x: ir.Value, gamma: Array, beta: Array, eps: Array) -> _Norm:
     away = add("Sub", x, mean)
     square = add("Mul", away, away)
     variance = add("ReduceMean", square, axes.outputs[0])
-    spread = add("Sqrt", add("Add", variance, terms[0].outputs[0]))
-    scaled = add("Mul", add("Div", away, spread), terms[1].outputs[0])
-    add("Add", scaled, terms[2].outputs[0])
-    return _Norm([axes, *terms, *nodes], mean, variance)
+    spread = add("Sqrt", add("Add", variance, eps))
+    scaled = add("Mul", add("Div", away, spread), gamma)
+    add("Add", scaled, beta)
+    return _Norm([axes, *nodes], mean, variance)
 
 
 def _activation_scales(
@@ -267,7 +324,7 @@ def _activation_scales(
     model.graph.outputs.extend(sources.values())
     rng = np.random.default_rng(seed)
     seen: dict[str, list[Array]] = {name: [] for name in sources}
-    run = _runner(model, bundle, tensors)
+    run = _runner(serialized(model), bundle, tensors)
     parts = list(in_batches(x, 8))
     share = max(_SAMPLES // len(parts), 256)
     for rows in parts:
@@ -290,12 +347,16 @@ def _drop_quantizers(model: ir.Model) -> dict[str, ir.Value]:
 
 
 def _runner(
-    model: ir.Model, bundle: Bundle, tensors: Mapping[str, Array], exact: bool = True
+    text: bytes,
+    bundle: Bundle,
+    tensors: Mapping[str, Array],
+    outside: Mapping[str, bytes] | None = None,
+    exact: bool = True,
 ) -> Callable[[Array], list[Array]]:
     """One session of an edited graph; one that is not ``exact`` is fast."""
     weights = serialize(tensors, bundle.manifest.tensors)
     how = reference_session.unfused_session if exact else reference_session.float_session
-    session = how(serialized(model), {WEIGHTS: weights})
+    session = how(text, {WEIGHTS: weights, **(outside or {})})
     port = session.get_inputs()[0].name
 
     def run(x: Array) -> list[Array]:

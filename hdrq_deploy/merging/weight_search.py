@@ -31,9 +31,9 @@ from ..errors import DataError
 from ..formats.bundle import Bundle
 from ..numerics.spec import check_seed
 from ..typing import Array
-from .bundles import MergedLayers, Merger
-from .re_estimate import new_moments
-from .unrounded_network import unrounded_network
+from .bundles import Merger
+from .re_estimate import NewMoments
+from .unrounded_network import UnroundedNetwork
 from .weight_race import Point, Race
 
 __all__ = ["CRITERIA", "ChosenWeights", "Criterion", "choose_weights", "score", "simplex"]
@@ -42,8 +42,9 @@ _MOST_POINTS = 100
 # Images of each domain that give a point of the grid its new moments. All points take the same
 # ones, so that what these few get wrong is common to them.
 _RENEWED = 8
-# Bytes of merged layers that are kept for the next round; further ones are merged again.
-_KEPT = 1 << 29
+# Bytes of networks that are kept open for the next round, twice those of their weights each;
+# further ones are merged and opened again.
+_KEPT = 1 << 30
 
 Images = Mapping[str, npt.NDArray[np.float32]]
 
@@ -270,15 +271,18 @@ class _Sampler:
     ) -> None:
         self._merger, self._images, self._criterion = merger, images, criterion
         self._renewed = renewed
-        self._judges = _judges(merger, images, criterion) if criterion.judged else {}
-        self._merged: dict[Point, MergedLayers] = {}
+        self._network = UnroundedNetwork(merger.parents[0])
+        self._measure = NewMoments(merger.parents[0]) if renewed else None
+        self._judges = self._judged() if criterion.judged else {}
+        self._runs: dict[Point, Callable[[Array, str], Array]] = {}
+        self._kept = 0
         self._moments: dict[Point, dict[str, Array]] = {}
         self._scored: dict[tuple[Point, str], _Scored] = {}
 
     def __call__(self, point: Point, count: int) -> list[Array]:
         new = {name: rows[self._done(point, name) : count] for name, rows in self._images.items()}
         if any(map(len, new.values())):
-            run = unrounded_network(self._merger.parents[0], self._weights_of(point))
+            run = self._runs.get(point) or self._opened(point)
             for name, rows in new.items():
                 if len(rows):
                     self._add(point, name, _Prediction.of(run(rows, name)))
@@ -296,17 +300,30 @@ class _Sampler:
         before = self._scored.get((point, name))
         self._scored[point, name] = more if before is None else before + more
 
-    def _weights_of(self, point: Point) -> dict[str, Array]:
-        """What is run at a point, with moments that were measured behind it where images are."""
-        layers = self._merged.get(point)
-        if layers is None:
-            layers = self._merger.merged_layers(point, corrected=not self._renewed)
-            if layers.nbytes + sum(kept.nbytes for kept in self._merged.values()) <= _KEPT:
-                self._merged[point] = layers
-        if self._renewed and point not in self._moments:
+    def _opened(self, point: Point) -> Callable[[Array, str], Array]:
+        """The network of a point, behind moments that were measured where there are images."""
+        layers = self._merger.merged_layers(point, corrected=not self._renewed)
+        if self._measure and point not in self._moments:
             weights = self._merger.folded(layers, {})
-            self._moments[point] = new_moments(self._merger.parents[0], weights, self._renewed)
-        return self._merger.folded(layers, self._moments.get(point, {}))
+            self._moments[point] = self._measure.of(weights, self._renewed)
+        weights = self._merger.folded(layers, self._moments.get(point, {}))
+        run = self._network.opened(weights)
+        size = 2 * sum(value.nbytes for value in weights.values())
+        if self._kept + size <= _KEPT:
+            self._runs[point], self._kept = run, self._kept + size
+        return run
+
+    def _judged(self) -> dict[str, _Prediction]:
+        """For every domain the predictions that those of a merge are compared with."""
+        parents = self._merger.parents
+        opinions: dict[str, list[_Prediction]] = {name: [] for name in self._images}
+        for i, parent in enumerate(parents):
+            alone = [float(i == j) for j in range(len(parents))]
+            run = self._network.opened(self._merger.unrounded(alone))
+            for name, rows in self._images.items():
+                if not self._criterion.own_judge or parent.domain == name:
+                    opinions[name].append(_Prediction.of(run(rows, name)))
+        return {name: _surest(predictions) for name, predictions in opinions.items()}
 
 
 def _criterion_of(criterion: str | None, parents: Sequence[Bundle], images: Images) -> str:
@@ -323,18 +340,6 @@ def _criterion_of(criterion: str | None, parents: Sequence[Bundle], images: Imag
             "`criterion` information"
         )
     return name
-
-
-def _judges(merger: Merger, images: Images, criterion: Criterion) -> dict[str, _Prediction]:
-    """For every domain the predictions that those of a merge are compared with."""
-    opinions: dict[str, list[_Prediction]] = {name: [] for name in images}
-    for i, parent in enumerate(merger.parents):
-        alone = [float(i == j) for j in range(len(merger.parents))]
-        run = unrounded_network(merger.parents[0], merger.unrounded(alone))
-        for name, rows in images.items():
-            if not criterion.own_judge or parent.domain == name:
-                opinions[name].append(_Prediction.of(run(rows, name)))
-    return {name: _surest(predictions) for name, predictions in opinions.items()}
 
 
 def simplex(parents: int) -> Iterator[tuple[float, ...]]:

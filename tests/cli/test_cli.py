@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import venv
 from pathlib import Path
 from typing import Any
 
@@ -211,36 +210,6 @@ def test_the_readme_demo_command_works(tmp_path: Path) -> None:
     flags = ["run", str(out / "hdrq.yaml"), "--dry-run"]
     again = subprocess.run([program, *flags], capture_output=True, text=True, check=False)
     assert again.stdout.startswith("0 of ")
-
-
-@pytest.mark.slow
-def test_merge_export_and_bench_need_no_torch(make: Any, work: Path, tmp_path: Path) -> None:
-    bundles = [str(make(domain=d).path) for d in ("night", "day")]
-    venv.create(tmp_path / "venv", with_pip=True)
-    bin_folder = tmp_path / "venv" / "bin"
-    source = tmp_path / "source"
-    ignored = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, source, ignore=ignored)
-    pip = [str(bin_folder / "pip"), "install", "--quiet", str(source)]
-    subprocess.run(pip, check=True, capture_output=True)
-    probe = "import importlib.util as u; print(u.find_spec('torch'))"
-    found = subprocess.run(
-        [str(bin_folder / "python"), "-c", probe], capture_output=True, text=True, check=True
-    )
-    assert found.stdout.strip() == "None"
-    merged, engine = str(tmp_path / "merged.hdrq"), str(tmp_path / "engine")
-    for command in (
-        ["hdrq-merge", *bundles, "-o", merged],
-        ["hdrq-export", merged, "--engine", "ort", "-o", engine],
-        ["hdrq-bench", engine, "--data", f"d={work}/data.npz", "--json", str(tmp_path / "o.json")],
-    ):
-        argv = [str(bin_folder / command[0]), *command[1:]]
-        run = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr
-    argv = [str(bin_folder / "hdrq-calibrate"), *flags(work, tmp_path)]
-    run = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert run.returncode == 2
-    assert "hdrq-deploy[calibrate]" in run.stderr and run.stderr.count("\n") == 1
 
 
 def test_several_domains_in_one_call(

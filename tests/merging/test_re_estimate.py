@@ -17,7 +17,7 @@ from hdrq_deploy.formats.safetensors_layout import serialize
 from hdrq_deploy.graph import reference_session
 from hdrq_deploy.graph.model_files import serialized
 from hdrq_deploy.merging import Merger, re_estimate
-from hdrq_deploy.merging.re_estimate import new_moments
+from hdrq_deploy.merging.re_estimate import NewMoments
 
 
 @pytest.mark.parametrize(("method", "options"), [("rtn", {"fold": "steps"}), ("float", {})])
@@ -101,7 +101,7 @@ def test_new_moments_are_those_of_weights_that_are_not_rounded(make: Any, inputs
     parents = [make(domain=d, method="rtn", wbits=2, fold="steps") for d in ("night", "day")]
     merger, mix = Merger(parents), (0.5, 0.5)
     floats = merger.unrounded(mix, {})
-    found = new_moments(parents[0], floats, {"all": inputs})
+    found = NewMoments(parents[0]).of(floats, {"all": inputs})
     stem, conv1 = (parents[0].manifest.folds[f"{n}.weight_codes"] for n in ("stem", "conv1"))
     limits = {a.scale: (a.lo, a.hi) for a in parents[0].manifest.activations}
 

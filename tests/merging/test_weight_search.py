@@ -15,7 +15,7 @@ from hdrq_deploy.formats.bundle import WEIGHTS
 from hdrq_deploy.formats.safetensors_layout import serialize
 from hdrq_deploy.graph import reference_session
 from hdrq_deploy.merging import Merger, choose_weights, weight_race
-from hdrq_deploy.merging.unrounded_network import unrounded_network
+from hdrq_deploy.merging.unrounded_network import UnroundedNetwork
 from hdrq_deploy.merging.weight_search import score
 
 
@@ -88,12 +88,12 @@ def test_a_network_with_real_weights_is_that_of_its_codes_whatever_the_threads(
     answers = []
     for threads in (1, 3):
         with reference_session.session_threads(threads):
-            answers.append(unrounded_network(bundle, alone)(inputs[:11], "night"))
+            answers.append(UnroundedNetwork(bundle).opened(alone)(inputs[:11], "night"))
     assert (answers[0] == answers[1]).all() and answers[0].shape == (11, 4)
     exact = logits(bundle, bundle.tensors(), inputs[:11])
     assert np.abs(answers[0] - exact).max() < 0.02 * np.abs(exact).max()
     with pytest.raises(DataError, match="the images of night do not fit the model"):
-        unrounded_network(bundle, alone)(inputs[:2, :1], "night")
+        UnroundedNetwork(bundle).opened(alone)(inputs[:2, :1], "night")
 
 
 def test_without_the_bundles_own_domains_information_decides(make: Any, inputs: Any) -> None:
