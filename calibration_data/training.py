@@ -21,12 +21,11 @@ from torch import Tensor
 
 from ..formats.atomic_files import Kind, make_directory, sha256_bytes, write_bytes
 from ..formats.file_kinds import TRAINED
-from ..typing import Progress, no_progress
+from ..typing import Progress, StepProgress, no_progress
 
-__all__ = ["CHECKPOINTS", "BenchmarkTraining", "Steps", "command", "fit", "silent"]
+__all__ = ["CHECKPOINTS", "BenchmarkTraining", "command", "fit", "silent"]
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-Steps = Callable[[int, int], None]
 CHECKPOINTS = Path(__file__).with_name("checkpoints")
 RECORD = "checkpoints.json"
 
@@ -49,7 +48,7 @@ class BenchmarkTraining(Generic[Model]):
     shipped: Path
     recipes: Mapping[str, Mapping[str, float]]
     make: Callable[[], Model]
-    learn: Callable[[str, Model | None, int, Steps], Model]
+    learn: Callable[[str, Model | None, int, StepProgress], Model]
     metric: str
     measure: Callable[[torch.nn.Module, str], float]
     seed: int = 0
@@ -96,7 +95,7 @@ class BenchmarkTraining(Generic[Model]):
             self.train_missing(folder, progress)
             return
 
-        def copied(domain: str, source: Model | None, seed: int, report: Steps) -> Model:
+        def copied(domain: str, source: Model | None, seed: int, report: StepProgress) -> Model:
             return self.load(self.shipped / f"{domain}.safetensors")
 
         self._fill(folder, progress, copied)
@@ -105,7 +104,7 @@ class BenchmarkTraining(Generic[Model]):
         self,
         folder: Path,
         progress: Progress,
-        learn: Callable[[str, Model | None, int, Steps], Model],
+        learn: Callable[[str, Model | None, int, StepProgress], Model],
     ) -> None:
         make_directory(folder)
         source: Model | None = None
@@ -165,7 +164,7 @@ class BenchmarkTraining(Generic[Model]):
         return {"method": "training", "seed": self.seed, "recipe": dict(self.recipes[domain])}
 
 
-def _percent_of(progress: Progress, done: int, total: int, domain: str) -> Steps:
+def _percent_of(progress: Progress, done: int, total: int, domain: str) -> StepProgress:
     """Report the steps of one model out of several as percent of all of them."""
 
     def report(step: int, steps: int) -> None:
@@ -175,7 +174,7 @@ def _percent_of(progress: Progress, done: int, total: int, domain: str) -> Steps
 
 
 def silent(step: int, steps: int) -> None:
-    """A :data:`Steps` that nobody watches."""
+    """A :data:`StepProgress` that nobody watches."""
 
 
 def command(training: BenchmarkTraining[Any], text: str, argv: Sequence[str] | None) -> int:
@@ -201,7 +200,7 @@ def fit(
     recipe: Mapping[str, float],
     steps: int,
     losses: Iterator[Tensor],
-    report: Steps,
+    report: StepProgress,
 ) -> Model:
     """Train a model, from ``start`` and pulled towards its weights where there is one.
 

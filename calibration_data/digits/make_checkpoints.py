@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...typing import StepProgress
 from ..models import ResNet14, resnet14
-from ..training import CHECKPOINTS, BenchmarkTraining, Steps, command, fit, silent
+from ..training import CHECKPOINTS, BenchmarkTraining, command, fit, silent
 from . import images as digits
 
 __all__ = ["CHECKPOINTS", "RECIPES", "TRAINING", "accuracy", "load", "train"]
@@ -59,7 +60,9 @@ def load(domain: str) -> ResNet14:
     return TRAINING.load(CHECKPOINTS / f"{domain}.safetensors")
 
 
-def train(domain: str, start: ResNet14 | None, seed: int = 0, report: Steps = silent) -> ResNet14:
+def train(
+    domain: str, start: ResNet14 | None, seed: int = 0, report: StepProgress = silent
+) -> ResNet14:
     """Train (``start`` None) or adapt a model to ``domain``; same seed, same model."""
     recipe = RECIPES[domain]
     torch.manual_seed(seed)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...typing import StepProgress
 from .. import training
 from ..models import StreetNet, streetnet
-from ..training import BenchmarkTraining, Steps, command, fit, silent
+from ..training import BenchmarkTraining, command, fit, silent
 from . import drawing
 
 __all__ = ["CHECKPOINTS", "RECIPES", "TRAINING", "load", "mean_iou", "train"]
@@ -74,7 +75,9 @@ def load(domain: str) -> StreetNet:
     return TRAINING.load(CHECKPOINTS / f"{domain}.safetensors")
 
 
-def train(domain: str, start: StreetNet | None, seed: int = 0, report: Steps = silent) -> StreetNet:
+def train(
+    domain: str, start: StreetNet | None, seed: int = 0, report: StepProgress = silent
+) -> StreetNet:
     """Train (``start`` None) or adapt a model to ``domain``; same seed, same model."""
     recipe = RECIPES[domain]
     torch.manual_seed(seed)

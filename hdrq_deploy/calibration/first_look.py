@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count as count_up
 from pathlib import Path
 
 import torch
 
 from ..calibration_data.readers import ImageSet, Wanted, read
+from ..typing import Progress, no_progress
 from .capture import run_model
 from .inputs import own_wanted
 from .loading import (
@@ -51,6 +53,7 @@ def first_look(
     tests: Mapping[str, str | Path],
     wanted: Wanted | None = None,
     count: int = 32,
+    progress: Progress = no_progress,
 ) -> FirstLook:
     """Load every checkpoint into a model, and run the model on images of each domain.
 
@@ -63,25 +66,39 @@ def first_look(
         wanted: How images become inputs; what it leaves open is taken from a timm model's own
             configuration, then from the images.
         count: Images of each domain that are read.
+        progress: Called with (looks taken, looks in all, what is looked at now).
 
     Raises:
         ModelError: A checkpoint cannot be read or does not fit the model.
         DataError: Images cannot be read, or the model does not take them.
     """
+    total = 1 + len(tests) + len(checkpoints) + len(images)
+    looks = count_up()
+
+    def begin(what: str) -> None:
+        progress(next(looks), total, what)
+
     with current_folder_importable():
+        begin("model and source")
         model, network = _with_the_classes_of(source, model)
         load_state(network, source, "source")
         own, outputs = own_wanted(network, None), None
         wanted = own_wanted(network, wanted)
-        labelled = {name: read(path, wanted, count) for name, path in tests.items()}
+        labelled: dict[str, ImageSet] = {}
+        for name, path in tests.items():
+            begin(f"test images of {name}")
+            labelled[name] = read(path, wanted, count)
         recognised: dict[str, tuple[int, int]] = {}
         for name, checkpoint in checkpoints.items():
+            begin(f"checkpoint of {name}")
             load_state(network, checkpoint, "adapted")
             if name in labelled:
                 recognised |= _recognised(network, name, labelled[name])
-        sets = {name: read(path, wanted, count) for name, path in images.items()}
-        for some in sets.values():
-            answer = run_model(network, torch.from_numpy(some.x[:2]))
+        sets: dict[str, ImageSet] = {}
+        for name, path in images.items():
+            begin(f"images of {name}")
+            sets[name] = read(path, wanted, count)
+            answer = run_model(network, torch.from_numpy(sets[name].x[:2]))
             outputs = int(answer.shape[1]) if answer.ndim in {2, 4} else None
     return FirstLook(model, sets, outputs, own, recognised)
 

@@ -17,7 +17,7 @@ with importing("hdrq init"):
     from ..runfile.loading import load
     from ..runfile.plan import stages_of
     from ..runfile.starter import ADAPT, given_domain, look, text
-    from .common import image_flags, parser, wanted_of
+    from .common import image_flags, parser, progress_bar, wanted_of
 
 __all__ = ["arguments", "main"]
 
@@ -79,7 +79,8 @@ def _init(args: argparse.Namespace) -> int:
         raise HdrqError(f"found a name twice in --domain {shlex.join(names)}; give each its own")
     wanted = wanted_of(args)
     try:
-        seen = look(args.model, args.source, domains, wanted)
+        with progress_bar("look at") as progress:
+            seen = look(args.model, args.source, domains, wanted, progress)
     except ImportError as error:
         raise ModelError(
             f"a look at checkpoints needs {error.name}: pip install 'hdrq-deploy[calibrate]'"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -36,6 +36,7 @@ with importing("hdrq-merge"):
     from ..merging.ways import way_of
     from ..merging.weight_search import ChosenWeights
     from ..merging.written import write_merge
+    from ..typing import StepProgress
     from .common import named, parser, paths_of, progress_bar, seed_number
     from .help_format import shown
 
@@ -218,7 +219,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+def _progress(title: str) -> Iterator[StepProgress]:
     with progress_bar(title) as progress:
         yield lambda done, total: progress(done, total, "")
 

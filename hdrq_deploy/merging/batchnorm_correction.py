@@ -16,13 +16,12 @@ import onnx_ir as ir
 
 from ..formats.bundle import Bundle
 from ..formats.statistics import LayerRecord
-from ..graph.qdq import producer
 from ..numerics.layer_matrix import rows_of
 from ..numerics.layer_statistics import InputStatistics
 from ..numerics.moments import covariance, mean_of
 from ..typing import Array
 
-__all__ = ["Correction", "NormMoments", "correction", "norms_of"]
+__all__ = ["Correction", "NormMoments", "correction", "norm_behind", "norms_of", "tensors_of"]
 
 # A channel whose outputs do not vary keeps its variance.
 _SMALLEST = 1e-20
@@ -68,18 +67,27 @@ def norms_of(bundle: Bundle) -> dict[str, NormMoments]:
     if folds:
         return found
     for node in bundle.graph_ir().graph:
-        layer = producer(node.inputs[0]) if node.op_type == "BatchNormalization" else None
-        if layer is None or layer.op_type not in {"Conv", "Gemm"} or not _is_alone(layer):
-            continue
-        names = [value.name if value is not None else None for value in node.inputs[3:5]]
-        weight = layer.inputs[1]
-        if weight is not None and {*names, weight.name} <= set(bundle.manifest.tensors):
-            found[str(weight.name)] = NormMoments(str(names[0]), str(names[1]))
+        norm = norm_behind(node, bundle) if node.op_type in {"Conv", "Gemm"} else None
+        weight = str(node.inputs[1].name) if norm and node.inputs[1] is not None else ""
+        if norm and weight in bundle.manifest.tensors:
+            _, _, mean, variance = tensors_of(norm)
+            found[weight] = NormMoments(mean, variance)
     return found
 
 
-def _is_alone(layer: ir.Node) -> bool:
-    return len(list(layer.outputs[0].uses())) == 1
+def norm_behind(layer: ir.Node, bundle: Bundle) -> ir.Node | None:
+    """The BatchNormalization of the bundle's tensors that alone reads a layer's output."""
+    uses = list(layer.outputs[0].uses())
+    norm = uses[0].node if len(uses) == 1 else None
+    if norm is None or norm.op_type != "BatchNormalization":
+        return None
+    return norm if set(tensors_of(norm)) <= set(bundle.manifest.tensors) else None
+
+
+def tensors_of(norm: ir.Node) -> tuple[str, str, str, str]:
+    """Names of gamma, beta, mean and variance as a BatchNormalization reads them."""
+    gamma, beta, mean, variance = (str(value and value.name) for value in norm.inputs[1:5])
+    return gamma, beta, mean, variance
 
 
 def correction(

@@ -29,7 +29,7 @@ from ..graph.biases import bias_sites, fitted, shifts
 from ..numerics.batchnorm_fold import graph_tensors
 from ..numerics.quantization import along, dequantize
 from ..numerics.spec import check_seed
-from ..typing import Array
+from ..typing import Array, StepProgress
 from .activation_scales import ACTIVATION_SCALES, check_activation_scales
 from .compatibility import check_compatible
 from .layers import LayerMerge, scale_of
@@ -45,8 +45,6 @@ from .ways import check_grid, check_way, way_of
 
 __all__ = ["MergedLayers", "Merger", "golden_inputs", "in_parallel", "merge"]
 
-Progress = Callable[[int, int], None]
-
 
 def merge(
     bundles: Sequence[Bundle | str | os.PathLike[str]],
@@ -55,7 +53,7 @@ def merge(
     rounding: str | None = None,
     candidates: int = 100,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
     threads: int | None = None,
     options: Mapping[str, Any] | None = None,
     *,
@@ -222,7 +220,7 @@ class Merger:
         self,
         output: str | os.PathLike[str],
         merge_weights: Sequence[float],
-        progress: Progress | None = None,
+        progress: StepProgress | None = None,
         threads: int | None = None,
         options: Mapping[str, Any] | None = None,
         statistics: bool = True,
@@ -510,7 +508,7 @@ class Merger:
         return weighted_mean(values, merge_weights)
 
 
-def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
+def _counter(progress: StepProgress | None, total: int) -> Callable[[], None]:
     """Calls ``progress`` with one more tensor done each time it is called."""
     done = 0
 

@@ -19,7 +19,7 @@ Source:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,8 @@ from ..numerics.guided_layer import (
 from ..numerics.layer_matrix import rows_of, weight_of
 from ..numerics.quantization import along, dequantize, rounded, search_scale, some_values
 from ..numerics.spec import QuantSpec, check_seed
-from ..typing import Array
+from ..typing import Array, StepProgress
+from .batchnorm_correction import norm_behind, tensors_of
 from .rewriting import settled, write_again
 from .scales import searched_scale
 from .unrounded_network import put_weights
@@ -62,7 +63,6 @@ _BATCH, _ROWS, _SAMPLES = 8, 1 << 16, 1 << 14
 # A channel whose BatchNorm multiplies by less shows nothing of its raw weight: it gets a gain of 1.
 _BLIND = 1e-6
 Floats = npt.NDArray[np.float64]
-Progress = Callable[[int, int], None]
 
 
 def fit(
@@ -72,7 +72,7 @@ def fit(
     output: str | os.PathLike[str],
     anchor: float | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> Bundle:
     """Write a merge again, its layers fitted to what its parents put out.
 
@@ -291,7 +291,7 @@ class _Fit:
         wanted = {str(layer.node.name): outputs[str(layer.node.name)] for layer in self._layers}
         self._targets = [_Targets(guide, parents_steps, wanted) for guide in guides]
 
-    def run(self, progress: Progress) -> None:
+    def run(self, progress: StepProgress) -> None:
         """Fit all layers, in the order of the graph."""
         layers = {layer.node: layer for layer in self._layers}
         done = 0
@@ -558,7 +558,7 @@ def _layer_of(
     elif bias is not None and not _is_own(model, bundle, bias):
         return "its bias is shared"
     output = last.outputs[0]
-    if fold is None and (after := _norm_behind(last, bundle)) is not None:
+    if fold is None and (after := norm_behind(last, bundle)) is not None:
         norm, bias, output = _norm_of(after, bias), None, after.outputs[0]
     turned = transposed != transposes_weight(node)
     groups = node.attributes.get("group")
@@ -582,18 +582,5 @@ def _is_own(model: ir.Model, bundle: Bundle, bias: str) -> bool:
     return single and entry is not None and entry.role == "float"
 
 
-def _norm_behind(layer: ir.Node, bundle: Bundle) -> ir.Node | None:
-    """The BatchNormalization that alone reads a layer's output."""
-    uses = list(layer.outputs[0].uses())
-    after = uses[0].node if len(uses) == 1 else None
-    if after is None or after.op_type != "BatchNormalization":
-        return None
-    names = {str(value.name) for value in after.inputs[1:5] if value is not None}
-    return after if names <= set(bundle.manifest.tensors) else None
-
-
 def _norm_of(node: ir.Node, raw_bias: str | None) -> _Norm:
-    gamma, beta, mean, variance = (
-        str(value.name) for value in node.inputs[1:5] if value is not None
-    )
-    return _Norm(gamma, beta, mean, variance, batch_norm_epsilon(node), raw_bias)
+    return _Norm(*tensors_of(node), batch_norm_epsilon(node), raw_bias)

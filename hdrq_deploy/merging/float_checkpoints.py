@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..formats.atomic_files import check_output, replaced
 from ..formats.checkpoints import FLOATS, Checkpoint, Stored, from_float32, open_checkpoint
 from ..formats.file_kinds import MERGED
 from ..formats.safetensors_layout import with_metadata
-from ..typing import Array
+from ..typing import Array, StepProgress
 from .checkpoint_layers import CheckpointLayers
 from .merge_weights import check_different, check_merge_weights
 from .methods import METHODS, MergeMethod, MethodOptions, method_of
@@ -43,7 +43,7 @@ def merge_checkpoints(
     base: str | os.PathLike[str] | None = None,
     scaling: float = 1.0,
     density: float = 0.2,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StepProgress | None = None,
     *,
     statistics: Sequence[str | os.PathLike[str]] = (),
     alpha: float = MethodOptions.alpha,

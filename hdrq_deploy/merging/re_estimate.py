@@ -29,6 +29,7 @@ from ..numerics.batchnorm_fold import SMALLEST_GAIN, gain
 from ..numerics.quantization import search_scale, some_values
 from ..numerics.spec import QuantSpec
 from ..typing import Array
+from .batchnorm_correction import tensors_of
 from .rewriting import folded, settled, write_again
 from .unrounded_network import put_weights
 
@@ -258,19 +259,17 @@ def _probe_norms(model: ir.Model, bundle: Bundle, terms: OutsideTensors) -> list
     probes = []
     for node in [n for n in model.graph if n.op_type == "BatchNormalization"]:
         x = node.inputs[0]
-        names = [str(value.name) for value in node.inputs[1:5] if value is not None]
-        if x is None or len(names) < 4 or not set(names) <= set(bundle.manifest.tensors):
+        names = tensors_of(node)
+        if x is None or not set(names) <= set(bundle.manifest.tensors):
             continue
-        gamma, beta, mean, variance = names
-        at, size = f"probe/{node.name}", bundle.manifest.tensors[gamma].shape[0]
+        at, size = f"probe/{node.name}", bundle.manifest.tensors[names[0]].shape[0]
         norm = _normalise(model, x, terms, at, size)
         model.graph.insert_before(node, norm.nodes)
         ir.convenience.replace_all_uses_with(
             node.outputs[0], norm.result, replace_graph_outputs=True
         )
-        found = (gamma, beta, mean, variance)
         eps = batch_norm_epsilon(node)
-        probes.append(_Probe(norm.mean, norm.variance, found, eps, False, at))
+        probes.append(_Probe(norm.mean, norm.variance, names, eps, False, at))
     return probes
 
 

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from ..typing import StepProgress
+
 __all__ = ["CERTAIN", "FIRST", "LIKELY", "Point", "Race", "Sample"]
 
 Point = tuple[float, ...]
@@ -64,7 +66,7 @@ class Race:
     near: Callable[[Point], Iterable[Point]]
     coarse: Sequence[Point] = ()
     kept: Sequence[Point] = ()
-    progress: Callable[[int, int], None] | None = None
+    progress: StepProgress | None = None
     finished: dict[Point, float] = field(default_factory=dict)
     left: dict[Point, tuple[float, int]] = field(default_factory=dict)
     runs: int = 0

@@ -30,7 +30,7 @@ import numpy.typing as npt
 from ..errors import DataError
 from ..formats.bundle import Bundle
 from ..numerics.spec import check_seed
-from ..typing import Array
+from ..typing import Array, StepProgress
 from .bundles import Merger
 from .re_estimate import NewMoments
 from .unrounded_network import UnroundedNetwork
@@ -199,7 +199,7 @@ def choose_weights(
     images: Images,
     criterion: str | None = None,
     renewed: Images | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StepProgress | None = None,
     also: Sequence[Point] = (),
     *,
     seed: int = 0,

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..formats.bundle import Bundle
 from ..formats.temporary import temporary_folder
-from ..typing import Array
+from ..typing import Array, StepProgress
 from .bundles import Merger
 from .fitting import fit
 from .re_estimate import re_estimate
@@ -17,13 +17,12 @@ from .re_estimate import re_estimate
 __all__ = ["write_merge"]
 
 Images = Mapping[str, Array]
-Progress = Callable[[int, int], None]
-Watch = Callable[[str], AbstractContextManager[Progress]]
+Watch = Callable[[str], AbstractContextManager[StepProgress]]
 Pass = Callable[[Bundle, Path], Bundle]
 
 
 @contextmanager
-def _unwatched(name: str) -> Iterator[Progress]:
+def _unwatched(name: str) -> Iterator[StepProgress]:
     yield lambda done, total: None
 
 

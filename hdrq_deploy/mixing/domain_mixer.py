@@ -26,7 +26,7 @@ from ..runtime.engine import check_input
 from ..runtime.forks import Owner
 from ..runtime.predictions import Frame, Prediction, frames_of, network_input, predictions, sizes_of
 from ..runtime.tensorrt import LIBRARIES
-from ..typing import Array
+from ..typing import Array, StepProgress
 from .builder import EngineBuilder, EngineSettings, Mix, MixEngine
 from .openvino_builder import OpenVinoBuilder
 from .ort_builder import OrtBuilder
@@ -256,7 +256,7 @@ class DomainMixer:
         frames: Array,
         criterion: str = "confidence",
         margin: float = 0.02,
-        progress: Callable[[int, int], None] | None = None,
+        progress: StepProgress | None = None,
     ) -> Adapted:
         """Choose the mix from unlabelled frames, and run it if it is clearly better.
 

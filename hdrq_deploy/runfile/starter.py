@@ -10,6 +10,7 @@ from pathlib import Path
 from ..calibration_data.readers import Wanted
 from ..errors import HdrqError
 from ..formats.atomic_files import check_name
+from ..typing import Progress, no_progress
 from .document import emitted
 
 __all__ = ["ADAPT", "Given", "Seen", "given_domain", "look", "text"]
@@ -77,7 +78,13 @@ def given_domain(word: str) -> Given:
     return Given(check_name(name, "the name"), *parts)
 
 
-def look(model: str, source: str, domains: Sequence[Given], wanted: Wanted) -> Seen:
+def look(
+    model: str,
+    source: str,
+    domains: Sequence[Given],
+    wanted: Wanted,
+    progress: Progress = no_progress,
+) -> Seen:
     """Load every checkpoint into the model, and run it on a few images of each domain.
 
     Args:
@@ -85,6 +92,7 @@ def look(model: str, source: str, domains: Sequence[Given], wanted: Wanted) -> S
         source: Checkpoint that all domains started from.
         domains: What is given of each domain.
         wanted: How images become inputs, where the user says so.
+        progress: Called with (looks taken, looks in all, what is looked at now).
 
     Raises:
         HdrqError: A checkpoint does not fit the model, or images do not fit it or cannot be read.
@@ -94,7 +102,7 @@ def look(model: str, source: str, domains: Sequence[Given], wanted: Wanted) -> S
     own = {d.name: d.checkpoint for d in domains if d.checkpoint != ADAPT}
     tests = {d.name: d.test for d in domains if d.test is not None}
     images = {domain.name: domain.images for domain in domains}
-    seen = first_look(model, source, own, images, tests, wanted, _LOOKED_AT)
+    seen = first_look(model, source, own, images, tests, wanted, _LOOKED_AT, progress)
     sets, outputs = seen.images, seen.outputs
     sizes = {images.x.shape[2:] for images in sets.values()}
     common = sizes.pop() if len(sizes) == 1 else None

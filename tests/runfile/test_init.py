@@ -18,6 +18,7 @@ from hdrq_deploy.calibration_data.readers import Wanted, read
 from hdrq_deploy.cli import init as command
 from hdrq_deploy.runfile.loading import load
 from hdrq_deploy.runfile.plan import stages_of
+from hdrq_deploy.runfile.starter import given_domain, look
 
 Init = Callable[..., tuple[int, Path]]
 CLASSES = ("bus", "car", "dog", "sign", "van")
@@ -80,6 +81,17 @@ def test_the_classes_are_those_of_the_checkpoint_and_inputs_those_of_timm(
     images = read("images", own_wanted(load_model("timm:resnet18:5"), Wanted()))
     assert images.preprocessing is not None
     assert (images.preprocessing.mean, images.x.shape[2:]) == (tuple(own["mean"]), (224, 224))
+
+
+def test_every_look_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    words = ("night=night.pth:images:images", "day=adapt:images")
+    told: list[tuple[int, int, str]] = []
+    domains = [given_domain(word) for word in words]
+    look("timm:resnet18", "source.safetensors", domains, Wanted(), lambda *said: told.append(said))
+    steps = ["model and source", "test images of night", "checkpoint of night"]
+    steps += ["images of night", "images of day"]
+    assert told == [(i, len(steps), step) for i, step in enumerate(steps)]
 
 
 def test_what_training_did_to_images_can_be_said(init: Init) -> None:
