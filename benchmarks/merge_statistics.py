@@ -6,8 +6,8 @@ Bundles of the digits and of the drawn streets, calibrated by every method and b
 ``PARENTS``, are merged in every way of ``WAYS``: weighted mean or regression, rounded to nearest,
 by the paper's draws, or with compensated errors; at the parents' bits, or at fewer than theirs
 (``--wbits``). Every merge is a bundle as ``hdrq-merge`` writes it, and its graph is run unfused on
-the test images. Cells and rows that are there are not made again, so a stopped run resumes.
-Nothing was chosen on the test images.
+the test images; nothing was chosen on these. Cells and rows that are there are not made again, so a
+stopped run resumes. What the results hold of tasks that are not among ``--tasks`` stays there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
@@ -394,6 +394,11 @@ def work(parents: Parents, out: Path) -> str:
     return parents.name
 
 
+def _task_of_entry(entry: str | Mapping[str, Any]) -> str:
+    """The task of a row, or of the name of one that is missing."""
+    return entry.partition("-")[0] if isinstance(entry, str) else str(entry["task"])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Calibrate, merge, measure, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -428,20 +433,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     for task in args.tasks:
         rows += folded_float(task, out)
     tunings = [out / f"tuning-{task}.json" for task in args.tasks]
+    tried = [r for f in tunings if f.exists() for r in json.loads(f.read_text())]
+    missing = [f.stem for f in files if not f.exists()]
+    target = args.results / "merge_statistics.json"
+    before = json.loads(target.read_text()) if target.exists() else {}
+
+    def kept(key: str) -> list[Any]:
+        """What was found of other tasks."""
+        return [r for r in before.get(key, []) if _task_of_entry(r) not in args.tasks]
+
     result = {
         "schema_version": 1,
         "iterations_per_block": ITERS,
         "rates": RATES,
-        "rates_tried": [r for f in tunings if f.exists() for r in json.loads(f.read_text())],
+        "rates_tried": kept("rates_tried") + tried,
         "rounding_seeds": ROUNDING_SEEDS,
-        "missing": [f.stem for f in files if not f.exists()],
+        "missing": kept("missing") + missing,
         "environment": {**environment(), "torch": version("torch")},
-        "rows": rows,
+        "rows": kept("rows") + rows,
     }
-    write_bytes(
-        args.results / "merge_statistics.json", (json.dumps(result, indent=1) + "\n").encode()
-    )
-    print(f"{len(rows)} rows in {args.results / 'merge_statistics.json'}")
+    write_bytes(target, (json.dumps(result, indent=1) + "\n").encode())
+    print(f"{len(result['rows'])} rows in {target}")
     return 0
 
 
