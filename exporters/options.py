@@ -29,7 +29,7 @@ class GraphOptions(_Frozen):
         weights_only: Patterns of 4-bit linear layers that keep real activations.
         keep_float: Patterns of layers that compute on real activations.
         pack_int4: TensorRT's 4-bit linear layers with a scale per channel keep INT4 weights:
-            half the plan, one widening an inference.
+            a smaller plan where these hold most weights, one widening an inference.
         exact: ONNX Runtime's codes end where the calibration's did. Without it tensors that
             are never negative use codes 128 to 255 too, at the same scale: a little faster, and
             not what the weights were calibrated with.

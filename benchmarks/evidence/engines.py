@@ -42,10 +42,9 @@ def architectures(record: Mapping[str, Any]) -> str:
             "The HDRQ runs are short (30 to 100 iterations a block); errors are relative to RTN "
             "on the same inputs. Blocks without a weight (products of activations) learn only "
             "steps and are not counted where nothing was learned. MobileNetV2 and EfficientNet "
-            "stay under 25 dB: 64 and 156 quantizers act one behind the other, and random weights "
-            "suppress none of their noise (with quantized weights alone they reach 26.7 and "
-            "31.0 dB). ConvNeXt per tensor suffers from depthwise kernels of very different size "
-            "that share one step.",
+            "stay under 25 dB: many quantizers act one behind the other, and random weights "
+            "suppress none of their noise. ConvNeXt per tensor suffers from depthwise kernels of "
+            "very different size that share one step.",
             "",
             table(header, rows),
         ]

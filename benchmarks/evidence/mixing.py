@@ -19,7 +19,6 @@ def mixing(record: Mapping[str, Any]) -> str:
             f"{row['swap_s_median_under_load']:.2f}",
             str(row["swaps_under_load"]),
             f"{row['frames']}, {row['frames_of_no_mix']}",
-            f"{row['peak_gb']:.2f}",
         ]
         for row in record["speed"]
     ]
@@ -35,6 +34,13 @@ def mixing(record: Mapping[str, Any]) -> str:
         for part in record["adapt"]
         for row in part["streams"]
     ]
+    behind = [
+        f"{part['setting']}, {row['stream']}"
+        for part in record["adapt"]
+        for row in part["streams"]
+        if row["harmonic_mean"] < row["even_harmonic_mean"]
+    ]
+    worse = ["", f"Worse than the even mix: {'; '.join(behind)}."] if behind else []
     domains = " / ".join(record["adapt"][0]["streams"][0]["mix"])
     return "\n".join(
         [
@@ -50,7 +56,7 @@ def mixing(record: Mapping[str, Any]) -> str:
             table(
                 ["method", "rounding", "first mix, s", "swap, processor s",
                  "set to swapped, s", "under load, s", "swaps under load",
-                 "frames, of no mix", "peak GB"],
+                 "frames, of no mix"],
                 speed,
             ),
             "",
@@ -62,6 +68,7 @@ def mixing(record: Mapping[str, Any]) -> str:
                 ["bundles", "stream", f"mix ({domains})", "picked, %", "best, %", "even, %"],
                 found,
             ),
+            *worse,
         ]
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Photographs, drawings and street scenes."""
+"""PACS, CamVid and ImageNet images."""
 
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ def _protocol_read(rows: Sequence[Mapping[str, Any]]) -> str:
     best = _best_float_merges(rows)
     fitted = protocol_means(rows, "float", "", "fitted")
     told = (
-        f"The best merge of float models reaches {best[0]:.1f} on the mean of pairs and "
-        f"{best[1]:.1f} on all domains. Merges by regression with BatchNorm re-estimated less "
+        f"The best merge of float models without a fit reaches {best[0]:.1f} on the mean of pairs "
+        f"and {best[1]:.1f} on all domains. Merges by regression with BatchNorm re-estimated less "
         f"these, in points: {_away(rows, ('renewed', 'renewed-w4', 'renewed-w3'), best)}. `hdrq` "
         "beside the other methods on all domains, "
         "merged in this way, with the 95% interval of the difference on the same images: "
@@ -172,6 +172,19 @@ def _beside(rows: Sequence[Mapping[str, Any]], way: str) -> str:
                 f"({other['low']:+.1f} to {other['high']:+.1f}, p {other['p']:.2g}{of})"
             )
     return "; ".join(told)
+
+
+def difference(rows: Sequence[Mapping[str, Any]], bits: str, way: str, members: int) -> str:
+    """Merges from bundles of ``hdrq`` less those of ``qdrop``, with its 95% interval."""
+    (found,) = (
+        other
+        for row in rows
+        if (row["method"], row["bits"], row["way"]) == ("hdrq", bits, way)
+        and len(row["members"]) == members
+        for other in row["against"]
+        if other["method"] == "qdrop"
+    )
+    return f"{found['difference']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
 
 
 _PROTOCOL_BITS = ("w8a8", "w8a4", "w6a6", "w4a8", "w4a4", "w3a3")
@@ -259,10 +272,10 @@ def _trainings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         "",
         "The checkpoints are one training of each domain. Another training by the same command on "
-        "another machine ([earlier figures](earlier-figures.md)) has single float models within "
-        f"{single:.1f} points of these, and merges of float models up to {merged:.1f} points "
-        "away: more than lies between the methods. No interval below has this spread in it; what "
-        "counts are differences on the same checkpoints.",
+        "another machine ([earlier figures](earlier-figures.md)) has single float models whose "
+        f"harmonic means are within {single:.1f} points of these, and merges of float models up to "
+        f"{merged:.1f} points away: more than lies between the methods. No interval below has "
+        "this spread in it; what counts are differences on the same checkpoints.",
     ]
 
 

@@ -12,9 +12,8 @@ bundle. ``NAME`` is a weight's tensor in the manifest, and for every layer the f
   multiplied by.
 
 A code's error is 0.4% of its row's largest entry, and the diagonal takes up what it does to the
-variances. At equal bytes twice the rank of float16 serves a merge better (measured on the digits
-benchmark, by regression: 92.4 against 90.8, all eigenvectors 92.7). For every activation quantizer
-the file holds ``NAME/histogram``, float16 counts over equal bins, the largest of them 1, and
+variances; at equal bytes the rank is twice that of float16. For every activation quantizer the file
+holds ``NAME/histogram``, float16 counts over equal bins, the largest of them 1, and
 ``NAME/range``, float32: lowest value, highest value, largest count; ``NAME`` is its scale's tensor.
 
 The same tensors are a file of their own for a float checkpoint: names are then the checkpoint's,

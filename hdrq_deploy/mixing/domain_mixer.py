@@ -99,7 +99,7 @@ class DomainMixer:
             that is not needed any more is given the new weights.
         mix: Weight of every domain at the start; equal weights by default.
         rounding: How merged codes are rounded: ``nearest`` is the fastest. With ``method``
-            regression ``compensated`` is the other one, several times slower.
+            regression ``compensated`` is the other one, 2 to 3 times as slow.
         candidates: Draws of ``advanced``.
         seed: Seed of the draws.
         threads: Threads inside an operator; 0, one per core.
@@ -107,12 +107,13 @@ class DomainMixer:
         options: Options of the lowered graph.
         build: Options of the builder of a TensorRT engine.
         method: ``mean``, or ``regression`` where all bundles hold statistics of their layers'
-            inputs. Regression merges better and swaps later (a new mix of two ResNet-50 costs
-            about 5 processor seconds of merging, the first one 20, and ``compensated`` more), so
-            it is for the caller to choose. Its systems are prepared at the first mix and kept, in
-            single precision: weights and factors of the statistics of every parent, and for every
-            two parents two products of (rank, outputs) a layer. At the default rank that is less
-            than 20 bytes for each weight of a pair: 0.5 GB for two ResNet-50.
+            inputs. Regression merges better and swaps later (a swap of two bundles of ResNet-50's
+            size costs 13 processor seconds, 4 by the mean, 31 with ``compensated``; see
+            ``mixing.json`` of the evidence), so it is for the caller to choose. Its systems are
+            prepared at the first mix and kept, in single precision: weights and factors of the
+            statistics of every parent, and for every two parents two products of (rank, outputs) a
+            layer. At the default rank that is less than 20 bytes for each weight of a pair: 0.5 GB
+            for two ResNet-50.
         method_options: Numbers that regression reads.
 
     Raises:
