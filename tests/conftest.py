@@ -78,6 +78,14 @@ class Wide(Tiny):
         self.fc = nn.Linear(8, 5)
 
 
+class PlainNorm(Tiny):
+    """The second BatchNorm has no gamma and no beta."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(8, affine=False)
+
+
 class Net(nn.Module):
     """An encoder-decoder whose last layer is a convolution."""
 
@@ -147,13 +155,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     sys.path.insert(0, str(folder))
     import tiny_models
 
-    for name in ("Tiny", "Wide", "Net", "Bottleneck", "Attention"):
+    for name in ("Tiny", "Wide", "PlainNorm", "Net", "Bottleneck", "Attention"):
         torch.manual_seed(0)
         source = getattr(tiny_models, name)()
         for module in source.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_mean.uniform_(-0.5, 0.5)
                 module.running_var.uniform_(0.5, 1.5)
+            if isinstance(module, torch.nn.BatchNorm2d) and module.affine:
                 module.weight.data.uniform_(0.5, 1.5)
                 module.weight.data[1] = -0.7  # a step is positive whatever gamma is
         save_file(source.state_dict(), folder / f"{name}-base.safetensors")

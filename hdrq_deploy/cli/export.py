@@ -121,8 +121,8 @@ def _graph_flags(g: argparse._ArgumentGroup) -> None:
     g.add_argument(
         "--pack-int4",
         action="store_true",
-        help="TensorRT: 4-bit linear layers with a scale per channel keep INT4 weights (half the "
-        "plan, one widening an inference)",
+        help="TensorRT: 4-bit linear layers with a scale per channel keep INT4 weights (a smaller "
+        "plan where they hold most weights, one widening an inference)",
     )
     g.add_argument(
         "--exact",

@@ -67,21 +67,21 @@ def norms_of(bundle: Bundle) -> dict[str, NormMoments]:
     if folds:
         return found
     for node in bundle.graph_ir().graph:
-        norm = norm_behind(node, bundle) if node.op_type in {"Conv", "Gemm"} else None
-        weight = str(node.inputs[1].name) if norm and node.inputs[1] is not None else ""
-        if norm and weight in bundle.manifest.tensors:
-            _, _, mean, variance = tensors_of(norm)
+        norm = norm_behind(node) if node.op_type in {"Conv", "Gemm"} else None
+        if norm is None or node.inputs[1] is None:
+            continue
+        weight = str(node.inputs[1].name)
+        _, _, mean, variance = tensors_of(norm)  # a norm may have no gamma and beta of its own
+        if {weight, mean, variance} <= set(bundle.manifest.tensors):
             found[weight] = NormMoments(mean, variance)
     return found
 
 
-def norm_behind(layer: ir.Node, bundle: Bundle) -> ir.Node | None:
-    """The BatchNormalization of the bundle's tensors that alone reads a layer's output."""
+def norm_behind(layer: ir.Node) -> ir.Node | None:
+    """The BatchNormalization that alone reads a layer's output."""
     uses = list(layer.outputs[0].uses())
     norm = uses[0].node if len(uses) == 1 else None
-    if norm is None or norm.op_type != "BatchNormalization":
-        return None
-    return norm if set(tensors_of(norm)) <= set(bundle.manifest.tensors) else None
+    return norm if norm is not None and norm.op_type == "BatchNormalization" else None
 
 
 def tensors_of(norm: ir.Node) -> tuple[str, str, str, str]:

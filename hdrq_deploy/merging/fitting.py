@@ -558,7 +558,8 @@ def _layer_of(
     elif bias is not None and not _is_own(model, bundle, bias):
         return "its bias is shared"
     output = last.outputs[0]
-    if fold is None and (after := norm_behind(last, bundle)) is not None:
+    after = norm_behind(last) if fold is None else None
+    if after is not None and set(tensors_of(after)) <= set(bundle.manifest.tensors):
         norm, bias, output = _norm_of(after, bias), None, after.outputs[0]
     turned = transposed != transposes_weight(node)
     groups = node.attributes.get("group")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -192,11 +192,12 @@ class _Probe:
 
     Attributes:
         mean, variance: The outputs.
-        names: Names of gamma, beta, mean and variance among the bundle's tensors.
+        names: Names of gamma, beta, mean and variance.
         eps: Added to the variance of x.
         is_fold: Whether a layer gives factor * (x - mean) + beta, as one with a folded BatchNorm
             does; else x itself is measured.
         at: The start of the names of its terms.
+        constants: Gamma and beta where they are none of the bundle's tensors.
     """
 
     mean: ir.Value
@@ -205,20 +206,26 @@ class _Probe:
     eps: float
     is_fold: bool
     at: str
+    constants: Mapping[str, Array] = field(default_factory=dict)
+
+    def _values(self, tensors: Mapping[str, Array]) -> list[Array]:
+        """Gamma, beta, mean and variance, each (C,)."""
+        known = {**self.constants, **tensors}
+        return [known[name] for name in self.names]
 
     def _factor(self, tensors: Mapping[str, Array]) -> Array:
-        gamma, _, _, variance = (tensors[name] for name in self.names)
+        gamma, _, _, variance = self._values(tensors)
         return gain(gamma, variance, self.eps) if self.is_fold else np.ones(gamma.shape)
 
     def terms(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """What the nodes of :func:`_normalise` read."""
-        gamma, beta, _, _ = (tensors[name] for name in self.names)
+        gamma, beta, _, _ = self._values(tensors)
         eps = self.eps * self._factor(tensors) ** 2
         return dict(zip(_terms_of(self.at), (eps, gamma, beta), strict=True))
 
     def found(self, tensors: Mapping[str, Array], mean: Array, variance: Array) -> dict[str, Array]:
         """The moments of x, in place of the old ones; (C,)."""
-        _, beta, old_mean, old_variance = (tensors[name] for name in self.names)
+        _, beta, old_mean, old_variance = self._values(tensors)
         # An x that is measured itself moves by its distance from the old mean.
         factor, shift = self._factor(tensors), beta if self.is_fold else old_mean
         seen = factor > _BLIND
@@ -259,17 +266,22 @@ def _probe_norms(model: ir.Model, bundle: Bundle, terms: OutsideTensors) -> list
     probes = []
     for node in [n for n in model.graph if n.op_type == "BatchNormalization"]:
         x = node.inputs[0]
-        names = tensors_of(node)
-        if x is None or not set(names) <= set(bundle.manifest.tensors):
+        names, known = tensors_of(node), bundle.manifest.tensors
+        constants = {
+            name: value.numpy()
+            for name, place in zip(names[:2], node.inputs[1:3], strict=True)
+            if name not in known and (value := ir.convenience.get_const_tensor(place)) is not None
+        }
+        if x is None or not set(names) <= {*known, *constants}:
             continue
-        at, size = f"probe/{node.name}", bundle.manifest.tensors[names[0]].shape[0]
+        at, size = f"probe/{node.name}", known[names[2]].shape[0]
         norm = _normalise(model, x, terms, at, size)
         model.graph.insert_before(node, norm.nodes)
         ir.convenience.replace_all_uses_with(
             node.outputs[0], norm.result, replace_graph_outputs=True
         )
         eps = batch_norm_epsilon(node)
-        probes.append(_Probe(norm.mean, norm.variance, names, eps, False, at))
+        probes.append(_Probe(norm.mean, norm.variance, names, eps, False, at, constants))
     return probes
 
 

@@ -41,12 +41,13 @@ def test_a_correction_is_what_the_outputs_of_both_say() -> None:
     np.testing.assert_allclose(same.ratio, 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("model", ["Tiny", "PlainNorm"])
 @pytest.mark.parametrize(("method", "options"), [("rtn", {"fold": "steps"}), ("float", {})])
 def test_merges_with_statistics_correct_the_moments_that_bundles_keep_apart(
-    make: Any, tmp_path: Path, method: str, options: Any
+    make: Any, tmp_path: Path, method: str, options: Any, model: str
 ) -> None:
     bundles = [
-        with_statistics(make(domain=d, method=method, **options), tmp_path / f"{d}.hdrq", k)
+        with_statistics(make(model, domain=d, method=method, **options), tmp_path / f"{d}.hdrq", k)
         for k, d in enumerate(("night", "day"))
     ]
     norms = norms_of(bundles[0])

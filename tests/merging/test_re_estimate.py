@@ -20,18 +20,22 @@ from hdrq_deploy.merging import Merger, re_estimate
 from hdrq_deploy.merging.re_estimate import NewMoments
 
 
+@pytest.mark.parametrize("name", ["Tiny", "PlainNorm"])
 @pytest.mark.parametrize(("method", "options"), [("rtn", {"fold": "steps"}), ("float", {})])
 def test_moments_are_those_of_the_images(
-    make: Any, inputs: Any, tmp_path: Path, method: str, options: Any
+    make: Any, inputs: Any, tmp_path: Path, method: str, options: Any, name: str
 ) -> None:
     """Against torch's own BatchNorm in training mode, on the dequantized raw weights."""
     import tiny_models
 
-    parents = [make(domain=d, method=method, wbits=8, **options) for d in ("night", "day")]
+    def sign_of(norm: Any) -> Any:
+        return np.sign(norm.weight.detach().numpy()) if norm.affine else np.ones(8)
+
+    parents = [make(name, domain=d, method=method, wbits=8, **options) for d in ("night", "day")]
     merged = merge(parents, tmp_path / "m.hdrq", rounding="nearest", method="mean")
     found = re_estimate(merged, {"all": inputs}, tmp_path / "r.hdrq")
-    model = tiny_models.Tiny()
-    unfolded = [make(domain=d, method="float") for d in ("night", "day")]
+    model = getattr(tiny_models, name)()
+    unfolded = [make(name, domain=d, method="float") for d in ("night", "day")]
     floats = merge(unfolded, tmp_path / "f.hdrq", method="mean")
     tensors = {n: torch.from_numpy(np.array(t)) for n, t in floats.tensors().items()}
     model.load_state_dict(tensors, strict=False)
@@ -40,7 +44,7 @@ def test_moments_are_those_of_the_images(
             fold = merged.manifest.folds[f"{layer}.weight_codes"]
             step = merged.tensor(fold.raw_scale)[:, None, None, None]
             norm = model.bn if layer == "stem" else model.bn1
-            sign = np.sign(norm.weight.detach().numpy())[:, None, None, None]
+            sign = sign_of(norm)[:, None, None, None]
             real = merged.tensor(f"{layer}.weight_codes") * step * sign
             getattr(model, layer).weight.data = torch.from_numpy(real.astype(np.float32))
     for norm in (model.bn, model.bn1):
@@ -53,7 +57,7 @@ def test_moments_are_those_of_the_images(
         if method == "rtn":
             fold = merged.manifest.folds[f"{layer}.weight_codes"]
             names = fold.mean, fold.variance
-            sign = np.sign(norm.weight.detach().numpy())
+            sign = sign_of(norm)
         else:
             prefix = "bn" if layer == "stem" else "bn1"
             names, sign = (f"{prefix}.running_mean", f"{prefix}.running_var"), 1.0
@@ -61,9 +65,9 @@ def test_moments_are_those_of_the_images(
         np.testing.assert_allclose(found.tensor(names[0]), mean, rtol=2e-3, atol=2e-4)
         # torch divides by n - 1, n is thousands of positions.
         np.testing.assert_allclose(found.tensor(names[1]), variance, rtol=3e-3)
-    for name in merged.manifest.tensors:
-        if merged.manifest.tensors[name].role == "codes":
-            np.testing.assert_array_equal(found.tensor(name), merged.tensor(name))
+    for tensor in merged.manifest.tensors:
+        if merged.manifest.tensors[tensor].role == "codes":
+            np.testing.assert_array_equal(found.tensor(tensor), merged.tensor(tensor))
 
 
 @pytest.mark.parametrize("abits", [8, 2])
