@@ -156,7 +156,8 @@ def weight_search(record: Mapping[str, Any]) -> str:
             ]
         )
     counts = {len(row["search"]) for row in record["rows"]}
-    orders = "in one order" if counts == {1} else f"medians over {max(counts)} orders"
+    least, most = min(counts), max(counts)
+    orders = "of one order" if most == 1 else f"medians over {least} to {most} orders"
     header = [
         "bundles", "criterion", "mixes", "grid: images run", "grid: seconds / of CPU",
         "search: images run", "search: seconds / of CPU", "same choice", "worst, nats behind",
@@ -166,9 +167,9 @@ def weight_search(record: Mapping[str, Any]) -> str:
             "## What a search of merge weights costs",
             "",
             "`benchmarks/weight_search.py`: `--weights auto` on three bundles (a grid of 66 mixes) "
-            f"and {record['images']} images a domain, beside the whole grid; {orders} of the "
-            "images. PACS is an EfficientNet-Lite0 cut at 0.7 million weights, at "
-            "96 x 96, on three domains of real images; digits are ResNet-14. Images run are "
+            f"and {record['images']} images a domain, beside the whole grid. Figures of the "
+            f"search are {orders} of the images. PACS is an EfficientNet-Lite0 cut at 0.7 million "
+            "weights, at 96 x 96, on three domains of real images; digits are ResNet-14. Images run are "
             "forward passes of one image by one mix; with new BatchNorm, the passes that measure "
             "it are not among them. The last column is how far the choice that differs most lies "
             "behind the grid's in the criterion. Two cores, shared with other work: the CPU "

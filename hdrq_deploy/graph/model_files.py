@@ -64,9 +64,9 @@ def serialized(model: ir.Model) -> bytes:
 
 
 class OutsideTensors:
-    """Float tensors of a graph that lie in a file beside it, which is only ever held in memory.
+    """Float tensors of a graph that lie in a file beside it; the file is only held in memory.
 
-    A graph is written once, and opened as often as there are values for these tensors.
+    The graph is written once, and opened as often as there are values for these tensors.
 
     Args:
         location: What the graph calls the file.
@@ -78,7 +78,13 @@ class OutsideTensors:
         self._size = 0
 
     def add(self, name: str, shape: Sequence[int]) -> ir.Value:
-        """One more tensor, as a value that is to be an initializer of the graph."""
+        """Add a tensor; the value that is returned is to be an initializer of the graph.
+
+        Args:
+            name: A name that was not added before.
+            shape: Its shape.
+        """
+        assert name not in self._shapes, name
         length = 4 * math.prod(shape)
         tensor = ir.ExternalTensor(
             self._location,
@@ -93,10 +99,15 @@ class OutsideTensors:
         return ir.Value(name=name, const_value=tensor)
 
     def file(self, values: Mapping[str, npt.NDArray[Any]]) -> dict[str, bytes]:
-        """The file by its location, for :func:`.reference_session.open_session`; none if empty.
+        """Give the file, by its location, to :func:`.reference_session.open_session`.
+
+        Without tensors there is no file.
 
         Args:
             values: Every tensor that was added, with as many elements as its shape has.
+
+        Raises:
+            KeyError, ValueError: A tensor is missing, or has another number of elements.
         """
         parts = [
             np.ascontiguousarray(values[name], np.float32).reshape(shape).tobytes()

@@ -21,7 +21,7 @@ from ..numerics.layer_statistics import InputStatistics
 from ..numerics.moments import covariance, mean_of
 from ..typing import Array
 
-__all__ = ["Correction", "NormMoments", "correction", "norm_behind", "norms_of", "tensors_of"]
+__all__ = ["Correction", "NormMoments", "correction", "norm_behind", "norms_of", "parameters_of"]
 
 # A channel whose outputs do not vary keeps its variance.
 _SMALLEST = 1e-20
@@ -71,21 +71,24 @@ def norms_of(bundle: Bundle) -> dict[str, NormMoments]:
         if norm is None or node.inputs[1] is None:
             continue
         weight = str(node.inputs[1].name)
-        _, _, mean, variance = tensors_of(norm)  # a norm may have no gamma and beta of its own
+        _, _, mean, variance = parameters_of(norm)
         if {weight, mean, variance} <= set(bundle.manifest.tensors):
             found[weight] = NormMoments(mean, variance)
     return found
 
 
 def norm_behind(layer: ir.Node) -> ir.Node | None:
-    """The BatchNormalization that alone reads a layer's output."""
+    """The BatchNormalization that alone reads a layer's output; None where there is none."""
     uses = list(layer.outputs[0].uses())
     norm = uses[0].node if len(uses) == 1 else None
     return norm if norm is not None and norm.op_type == "BatchNormalization" else None
 
 
-def tensors_of(norm: ir.Node) -> tuple[str, str, str, str]:
-    """Names of gamma, beta, mean and variance as a BatchNormalization reads them."""
+def parameters_of(norm: ir.Node) -> tuple[str, str, str, str]:
+    """Names of gamma, beta, mean and variance as a BatchNormalization reads them.
+
+    Not all of them are a bundle's tensors: a norm may have no gamma and beta of its own.
+    """
     gamma, beta, mean, variance = (str(value and value.name) for value in norm.inputs[1:5])
     return gamma, beta, mean, variance
 

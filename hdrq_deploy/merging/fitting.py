@@ -47,7 +47,7 @@ from ..numerics.layer_matrix import rows_of, weight_of
 from ..numerics.quantization import along, dequantize, rounded, search_scale, some_values
 from ..numerics.spec import QuantSpec, check_seed
 from ..typing import Array, StepProgress
-from .batchnorm_correction import norm_behind, tensors_of
+from .batchnorm_correction import norm_behind, parameters_of
 from .rewriting import settled, write_again
 from .scales import searched_scale
 from .unrounded_network import put_weights
@@ -559,7 +559,7 @@ def _layer_of(
         return "its bias is shared"
     output = last.outputs[0]
     after = norm_behind(last) if fold is None else None
-    if after is not None and set(tensors_of(after)) <= set(bundle.manifest.tensors):
+    if after is not None and set(parameters_of(after)) <= set(bundle.manifest.tensors):
         norm, bias, output = _norm_of(after, bias), None, after.outputs[0]
     turned = transposed != transposes_weight(node)
     groups = node.attributes.get("group")
@@ -584,4 +584,4 @@ def _is_own(model: ir.Model, bundle: Bundle, bias: str) -> bool:
 
 
 def _norm_of(node: ir.Node, raw_bias: str | None) -> _Norm:
-    return _Norm(*tensors_of(node), batch_norm_epsilon(node), raw_bias)
+    return _Norm(*parameters_of(node), batch_norm_epsilon(node), raw_bias)

@@ -29,7 +29,7 @@ from ..numerics.batchnorm_fold import SMALLEST_GAIN, gain
 from ..numerics.quantization import search_scale, some_values
 from ..numerics.spec import QuantSpec
 from ..typing import Array
-from .batchnorm_correction import tensors_of
+from .batchnorm_correction import parameters_of
 from .rewriting import folded, settled, write_again
 from .unrounded_network import put_weights
 
@@ -115,7 +115,7 @@ class NewMoments:
     def of(
         self, unrounded: Mapping[str, Array], images: Mapping[str, npt.NDArray[np.float32]]
     ) -> dict[str, Array]:
-        """The moments behind these weights, by tensor name.
+        """The moments behind these weights, each (C,) float32, by tensor name.
 
         Args:
             unrounded: All tensors, real weights in place of codes; see :meth:`.Merger.unrounded`.
@@ -266,7 +266,7 @@ def _probe_norms(model: ir.Model, bundle: Bundle, terms: OutsideTensors) -> list
     probes = []
     for node in [n for n in model.graph if n.op_type == "BatchNormalization"]:
         x = node.inputs[0]
-        names, known = tensors_of(node), bundle.manifest.tensors
+        names, known = parameters_of(node), bundle.manifest.tensors
         constants = {
             name: value.numpy()
             for name, place in zip(names[:2], node.inputs[1:3], strict=True)

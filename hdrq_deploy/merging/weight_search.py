@@ -301,7 +301,10 @@ class _Sampler:
         self._scored[point, name] = more if before is None else before + more
 
     def _opened(self, point: Point) -> Callable[[Array, str], Array]:
-        """The network of a point, behind moments that were measured where there are images."""
+        """The network of a point, kept open where there is room.
+
+        With images for new moments, these are measured the first time.
+        """
         layers = self._merger.merged_layers(point, corrected=not self._renewed)
         if self._measure and point not in self._moments:
             weights = self._merger.folded(layers, {})

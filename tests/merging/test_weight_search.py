@@ -14,7 +14,8 @@ from hdrq_deploy.errors import DataError, HdrqError
 from hdrq_deploy.formats.bundle import WEIGHTS
 from hdrq_deploy.formats.safetensors_layout import serialize
 from hdrq_deploy.graph import reference_session
-from hdrq_deploy.merging import Merger, choose_weights, weight_race
+from hdrq_deploy.merging import Merger, choose_weights, weight_race, weight_search
+from hdrq_deploy.merging.re_estimate import NewMoments
 from hdrq_deploy.merging.unrounded_network import UnroundedNetwork
 from hdrq_deploy.merging.weight_search import score
 
@@ -77,6 +78,37 @@ def test_the_chosen_weights_have_the_lowest_score_of_the_grid(
     assert searched.weights == found.weights and searched.runs < found.runs
     for mix, value in searched.tried:
         assert tried[mix] == pytest.approx(value, rel=1e-12)
+
+
+def test_networks_that_are_not_kept_open_give_the_same_scores(
+    make: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents = [make(domain=d, fold="steps", wbits=8) for d in ("night", "day")]
+    merger = Merger(parents, method="mean", keep=True)
+    images = {"night": inputs, "day": inputs[::-1].copy()}
+    monkeypatch.setattr(weight_race, "FIRST", 6)
+    found = []
+    for room in (1 << 30, 0):
+        monkeypatch.setattr(weight_search, "_KEPT", room)
+        chosen = choose_weights(merger, images, renewed=images)
+        found.append((chosen.weights, chosen.tried, chosen.left))
+    assert found[0] == found[1] and found[0][2]
+
+
+def test_an_older_runtime_reads_what_lies_outside(
+    make: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime before 1.23 takes no file from memory; the graph then holds what is in it."""
+    parents = [make(domain=d, fold="steps", wbits=4) for d in ("night", "day")]
+    mixed = Merger(parents).unrounded([0.5, 0.5])
+
+    def answers() -> Any:
+        moments = NewMoments(parents[0]).of(mixed, {"all": inputs})
+        return UnroundedNetwork(parents[0]).opened({**mixed, **moments})(inputs[:5], "night")
+
+    expected = answers()
+    monkeypatch.setattr(reference_session, "_FROM_MEMORY", "no such option")
+    np.testing.assert_array_equal(answers(), expected)
 
 
 def test_a_network_with_real_weights_is_that_of_its_codes_whatever_the_threads(
