@@ -60,7 +60,10 @@ def unfused_session(
 
 
 def float_session(
-    path: Path | bytes, outside: Mapping[str, bytes] | None = None, threads: int | None = None
+    path: Path | bytes,
+    outside: Mapping[str, bytes] | None = None,
+    threads: int | None = None,
+    keeps_memory: bool = True,
 ) -> onnxruntime.InferenceSession:
     """A session that computes every Q and DQ as written and fuses the rest, in float.
 
@@ -72,8 +75,12 @@ def float_session(
         path: As of :func:`unfused_session`, and so the others.
         outside: Contents of external data.
         threads: Threads inside an operator.
+        keeps_memory: Keep the memory of activations between runs, as a session that is one of
+            many should not.
     """
-    return open_session(path, _float_options(threads), outside)
+    options = _float_options(threads)
+    options.enable_cpu_mem_arena = keeps_memory
+    return open_session(path, options, outside)
 
 
 def threads_of_sessions() -> int:

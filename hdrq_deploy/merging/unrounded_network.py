@@ -82,7 +82,11 @@ class UnroundedNetwork:
         """
         weights = serialize({**tensors, **self._codes}, self._entries)
         outside = {WEIGHTS: weights, **self._real.file(tensors)}
-        session = reference_session.float_session(self._text, outside, threads=1)
+        # Many networks are open at a time. Without their arenas a search on three PACS bundles
+        # takes 0.8 GB in the place of 1.4, and 4% longer.
+        session = reference_session.float_session(
+            self._text, outside, threads=1, keeps_memory=False
+        )
         port = session.get_inputs()[0].name
         threads = reference_session.threads_of_sessions()
 
