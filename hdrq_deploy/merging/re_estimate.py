@@ -270,7 +270,9 @@ def _probe_norms(model: ir.Model, bundle: Bundle, terms: OutsideTensors) -> list
         constants = {
             name: value.numpy()
             for name, place in zip(names[:2], node.inputs[1:3], strict=True)
-            if name not in known and (value := ir.convenience.get_const_tensor(place)) is not None
+            if name not in known
+            and place is not None
+            and (value := ir.convenience.get_const_tensor(place)) is not None
         }
         if x is None or not set(names) <= {*known, *constants}:
             continue
