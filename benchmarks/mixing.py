@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import tempfile
 import threading
@@ -149,7 +148,6 @@ def swaps(paths: Sequence[Path], way: Way) -> dict[str, Any]:
         "swaps_under_load": len(loaded),
         "frames": served[0],
         "frames_of_no_mix": wrong[0],
-        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from evidence.records import GROUPS, NAMES, not_run, table, with_spread
@@ -236,34 +236,32 @@ def _order(item: tuple[tuple[str, str, str], Any]) -> tuple[Any, ...]:
     )
 
 
+# Figures of a row of ``landscape.json`` by domain, or by pair of domains.
+_COMPARED: dict[str, Callable[[Mapping[str, Any]], dict[Any, float]]] = {
+    "trace": lambda row: {d: c["trace"] for d, c in row["own_curvature"].items()},
+    "trace over all domains": lambda row: {d: c["trace"] for d, c in row["curvature"].items()},
+    "barrier before rounding": lambda row: _barriers(row, "float"),
+    "barrier of rounded merges": lambda row: _barriers(row, "quantized"),
+}
+
+
+def _barriers(row: Mapping[str, Any], kind: str) -> dict[Any, float]:
+    return {tuple(part["between"]): part["barrier"][kind] for part in row["barriers"]}
+
+
 def _lower(record: Mapping[str, Any]) -> str:
     """In how many of all comparisons HDRQ's model or pair has the lower figure, by bits."""
+    rows = {(row["bits"], row["method"], row["seed"]): row for row in record["rows"]}
     told = []
     for bits in dict.fromkeys(row["bits"] for row in record["rows"]):
-        own: dict[str, dict[Any, tuple[float, ...]]] = {}
-        for row in record["rows"]:
-            if row["bits"] == bits:
-                places = own.setdefault(row["method"], {})
-                for domain, there in row["curvature"].items():
-                    alone = row["own_curvature"][domain]
-                    places[row["seed"], domain] = (alone["trace"], there["trace"])
-                for part in row["barriers"]:
-                    barrier = part["barrier"]
-                    place = (row["seed"], *part["between"])
-                    places[place] = (barrier["float"], barrier["quantized"])
-        ours, theirs = own["hdrq"], own["qdrop"]
+        seeds = sorted({seed for its, method, seed in rows if (its, method) == (bits, "hdrq")})
         counts = []
-        for size, names in ((2, ("trace", "trace over all domains")), (3, _BARRIERS)):
-            both = [(ours[at], theirs[at]) for at in ours if len(at) == size and at in theirs]
-            counts += [
-                f"{name} {sum(a[i] < b[i] for a, b in both)} of {len(both)}"
-                for i, name in enumerate(names)
-            ]
+        for name, of in _COMPARED.items():
+            both = [(of(rows[bits, "hdrq", seed]), of(rows[bits, "qdrop", seed])) for seed in seeds]
+            lower = [ours[at] < theirs[at] for ours, theirs in both for at in ours]
+            counts.append(f"{name} {sum(lower)} of {len(lower)}")
         told.append(f"{bits.upper()}, {', '.join(counts)}")
     return "; ".join(told)
-
-
-_BARRIERS = ("barrier before rounding", "barrier of rounded merges")
 
 
 def landscape(record: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ from ..numerics.spec import QuantSpec
 from ..typing import Array
 from .batchnorm_correction import parameters_of
 from .rewriting import folded, settled, write_again
-from .unrounded_network import put_weights
+from .unrounded_network import RealWeights
 
 __all__ = ["NewMoments", "moved", "re_estimate"]
 
@@ -152,17 +152,11 @@ class _Probed:
     """
 
     def __init__(self, bundle: Bundle, quantized: bool = False, rounded: bool = True) -> None:
-        self._bundle, self._rounded = bundle, rounded
-        entries = bundle.manifest.tensors
+        self._bundle = bundle
         model = bundle.graph_ir()
         if not quantized:
             _drop_quantizers(model)
-        self._real = OutsideTensors("real")
-        self._codes: dict[str, Array] = {}
-        if not rounded:
-            self._codes = put_weights(
-                model, bundle, lambda name: self._real.add(name, entries[name].shape)
-            )
+        self._real = None if rounded else RealWeights(model, bundle)
         self._terms = OutsideTensors("terms")
         probes = _probe_folds(model, bundle, self._terms)
         self.probes = [*probes, *_probe_norms(model, bundle, self._terms)]
@@ -177,9 +171,9 @@ class _Probed:
         terms: dict[str, Array] = {}
         for probe in self.probes:
             terms |= probe.terms(tensors)
-        weights = {**tensors, **self._codes}
-        outside = {**self._real.file(tensors), **self._terms.file(terms)}
-        _, *measured = _runner(self._text, self._bundle, weights, outside, exact=self._rounded)(x)
+        files = self._real.files(tensors) if self._real else _file_of(self._bundle, tensors)
+        files |= self._terms.file(terms)
+        _, *measured = _runner(self._text, self._bundle, files, exact=self._real is None)(x)
         result: dict[str, Array] = {}
         for probe, mean, variance in zip(self.probes, measured[::2], measured[1::2], strict=True):
             result |= probe.found(tensors, mean.ravel(), variance.ravel())
@@ -210,8 +204,7 @@ class _Probe:
 
     def _values(self, tensors: Mapping[str, Array]) -> list[Array]:
         """Gamma, beta, mean and variance, each (C,)."""
-        known = {**self.constants, **tensors}
-        return [known[name] for name in self.names]
+        return [self.constants[n] if n in self.constants else tensors[n] for n in self.names]
 
     def _factor(self, tensors: Mapping[str, Array]) -> Array:
         gamma, _, _, variance = self._values(tensors)
@@ -337,7 +330,7 @@ def _activation_scales(
     model.graph.outputs.extend(sources.values())
     rng = np.random.default_rng(seed)
     seen: dict[str, list[Array]] = {name: [] for name in sources}
-    run = _runner(serialized(model), bundle, tensors)
+    run = _runner(serialized(model), bundle, _file_of(bundle, tensors))
     parts = list(in_batches(x, 8))
     share = max(_SAMPLES // len(parts), 256)
     for rows in parts:
@@ -359,17 +352,16 @@ def _drop_quantizers(model: ir.Model) -> dict[str, ir.Value]:
     return sources
 
 
+def _file_of(bundle: Bundle, tensors: Mapping[str, Array]) -> dict[str, bytes]:
+    return {WEIGHTS: serialize(tensors, bundle.manifest.tensors)}
+
+
 def _runner(
-    text: bytes,
-    bundle: Bundle,
-    tensors: Mapping[str, Array],
-    outside: Mapping[str, bytes] | None = None,
-    exact: bool = True,
+    text: bytes, bundle: Bundle, files: Mapping[str, bytes], exact: bool = True
 ) -> Callable[[Array], list[Array]]:
     """One session of an edited graph; one that is not ``exact`` is fast."""
-    weights = serialize(tensors, bundle.manifest.tensors)
     how = reference_session.unfused_session if exact else reference_session.float_session
-    session = how(text, {WEIGHTS: weights, **(outside or {})})
+    session = how(text, files)
     port = session.get_inputs()[0].name
 
     def run(x: Array) -> list[Array]:
