@@ -87,7 +87,7 @@ def analyze(
     names = ["+".join(b.manifest.domains) for b in bundles]
     if len(set(names)) < len(names):
         raise MergeError(f"found two bundles of {max(names, key=names.count)}; give each a domain")
-    if bundles[0].manifest.method.split("+")[0] == "float":
+    if bundles[0].manifest.scheme.wbits is None:
         raise MergeError("found float bundles; the analysis is about quantized ones")
     land = Landscape(bundles[0], data)
     work = _Work(merger, names, land, settings, base)

@@ -170,12 +170,15 @@ class Method:
         options: What it learns, and how.
         source: The paper, or nothing.
         quantizes: False where weights and activations stay float.
+        folds: Whether a model that stays float has BatchNorm folded into its weights; all others
+            are folded as ``fold`` says.
     """
 
     summary: str
     options: Options
     source: str = ""
     quantizes: bool = True
+    folds: bool = False
 
 
 _SEARCH = Options(learner="none", noise="off", distance=0.0)
@@ -185,6 +188,12 @@ _BLOCKWISE = replace(_ROUNDING, input_prob=1.0, drop_prob=0.0)
 _HDRQ = Options()
 METHODS: dict[str, Method] = {
     "float": Method("no quantization, the baseline of a merge", _SEARCH, quantizes=False),
+    "float-folded": Method(
+        "float with BatchNorm folded into the weights, the paper's baseline of a merge",
+        _SEARCH,
+        quantizes=False,
+        folds=True,
+    ),
     "rtn": Method("round to nearest, scales by search", _SEARCH),
     "gptq": Method(
         "weights rounded with error compensation, layer by layer, scales by search",

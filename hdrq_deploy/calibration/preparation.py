@@ -16,6 +16,7 @@ from .capture import Capture, capture
 from .fold_batch_norm import fold_constants, folded
 from .graph_cache import GraphCache
 from .inputs import CalibrationInputs
+from .methods import METHODS
 from .module_check import check_capture, restored_buffers
 from .placement import Plan, plan_quantizers
 from .request import CalibrationRequest
@@ -56,13 +57,14 @@ def prepare(
     torch.manual_seed(request.seed)
     options, quantization = request.learning, request.quantization
     largest = max(run_batch(inputs.images), options.batch if request.learns else 1)
-    real = not request.quantizes
+    method = METHODS[request.method]
+    keeps_norms = not (method.quantizes or method.folds)
     graph, agreement = _captured(
-        request.model, inputs.network, inputs.state, inputs.images, largest, real, graphs
+        request.model, inputs.network, inputs.state, inputs.images, largest, keeps_norms, graphs
     )
     own = graph.clone_with(inputs.state)
-    if real:
-        fold_constants(own)
+    if not method.quantizes:
+        (fold_constants if keeps_norms else folded)(own)
         return Preparation(own, None, find_blocks(own), agreement=agreement)
     into_scales = quantization.scales_carry_batch_norm
     source = folded(graph.clone_with(inputs.base), into_scales) if inputs.base else None
@@ -83,7 +85,7 @@ def _captured(
     state: Mapping[str, Tensor],
     images: Tensor,
     largest: int,
-    real: bool,
+    keeps_norms: bool,
     graphs: GraphCache,
 ) -> tuple[Capture, dict[str, Any]]:
     """The model's graph, checked against the model itself.
@@ -96,10 +98,7 @@ def _captured(
 
     def checked(graph: Capture) -> dict[str, Any]:
         own, prepared = graph.clone_with(state), graph.clone_with(state)
-        if real:
-            fold_constants(prepared)
-        else:
-            folded(prepared)
+        (fold_constants if keeps_norms else folded)(prepared)
         return check_capture(network, prepared, own, images, largest)
 
     known = graphs.captured(key)

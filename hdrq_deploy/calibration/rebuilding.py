@@ -50,10 +50,10 @@ def _bundle_model(bundle: Bundle, example: Tensor) -> BundleModel:
     """The bundle's model with other numbers: what its tensors are, and its graph."""
     manifest, scheme = bundle.manifest, bundle.manifest.scheme
     graph = capture(load_model(manifest.model), example)
-    if manifest.method == "float":
-        fold_constants(graph)
+    if scheme.wbits is None:
+        (folded if scheme.fold == "weights" else fold_constants)(graph)
         return emit_float(graph)
-    assert scheme.wbits and scheme.abits and scheme.grid
+    assert scheme.abits and scheme.grid
     codes = Quantization.of(
         scheme.wbits, scheme.abits, scheme.per_channel, scheme.grid, scheme.fold
     )

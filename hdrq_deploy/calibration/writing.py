@@ -26,6 +26,7 @@ from .bundle_model import BundleModel, emit_float, emit_quantized
 from .graph_cache import GraphCache
 from .inputs import CalibrationInputs
 from .learning import RunRecord
+from .methods import METHODS
 from .module_tap import TorchTap
 from .placement import Plan
 from .preparation import Preparation
@@ -92,7 +93,8 @@ def write(
 def _scheme(request: CalibrationRequest, plan: Plan | None) -> Scheme:
     codes = request.quantization
     if plan is None:
-        return Scheme(grid=None, wbits=None, abits=None, per_channel=codes.per_channel, fold="none")
+        fold = "weights" if METHODS[request.method].folds else "none"
+        return Scheme(grid=None, wbits=None, abits=None, per_channel=codes.per_channel, fold=fold)
     return Scheme(
         grid=codes.grid,
         wbits=codes.wbits,

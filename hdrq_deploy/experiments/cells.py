@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.graph_cache import GraphCache
+from ..calibration.methods import METHODS
 from ..calibration.request import CalibrationRequest
 from ..calibration.settings import SETTINGS
 from ..calibration_data.readers import Wanted, read
@@ -69,9 +70,9 @@ def calibrate_cell(
     """The bundle of one domain, and its engine's accuracy there; ``rate`` was searched."""
     cell = run.single(domain)
     where = next(d for d in task.domains if d.name == domain)
-    codes = dict(SETTINGS[run.setting].codes) if run.setting != "float" else {}
-    if run.method == "float":
-        codes = {key: codes[key] for key in ("fold",) if key in codes}
+    # Float models of no setting are the paper's, whose BatchNorm is in the weights.
+    method = "float-folded" if run.setting == "float" else run.method
+    codes = dict(SETTINGS[run.setting].codes) if METHODS[method].quantizes else {}
     request = CalibrationRequest(
         model=task.model,
         data=where.images,
@@ -79,10 +80,10 @@ def calibrate_cell(
         output=bundle_path(out, cell),
         weights=where.weights,
         base=task.source,
-        method=run.method,
+        method=method,
         wbits=run.wbits,
         abits=run.abits,
-        options=task.options(run.method, run.setting, rate),
+        options=task.options(method, run.setting, rate),
         images=task.images,
         wanted=task.wanted,
         seed=run.seed,

@@ -205,7 +205,7 @@ class Grid:
     def ways(self, run: Run, members: Sequence[str]) -> Sequence[str]:
         """Names of the ways in which bundles of a run are merged, of ``WAYS``.
 
-        Float models of no setting are averaged, where any setting merges these members.
+        Float models with folded BatchNorm are averaged, where any setting merges these members.
         """
         if run.setting != "float":
             is_wide = run.method != "float" and run.wbits == 8

@@ -204,14 +204,19 @@ def cells(grid: Grid, record: dict[str, Any]) -> list[str]:
     merged = record["merged"]
     text = [record["setting"], record["method"], record["bits"].upper() or "FP32"]
     text.append(_figure(record["single"]["harmonic mean"]))
-    text.append(
-        "mean" if (record["method"], record["way"]) == ("float", "nearest") else record["way"]
-    )
+    text.append(_way(record))
     text += [f"{merged[d]['mean']:.1f}" if d in merged else "" for d in grid.domains]
     figure = _figure(merged["harmonic mean"])
     text.append(f"**{figure}**" if record.get("wins") else figure)
     text.append(f"{record['published']['merged']:.2f}" if record["published"] else "")
     return text
+
+
+def _way(record: Mapping[str, Any]) -> str:
+    """How models were merged; float ones are not rounded."""
+    if (record["method"], record["way"]) != ("float", "nearest"):
+        return str(record["way"])
+    return "mean of folded weights" if record["setting"] == "float" else "mean"
 
 
 def _figure(summary: dict[str, Any]) -> str:

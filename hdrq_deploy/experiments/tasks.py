@@ -107,7 +107,7 @@ class Task:
     form: str = ""
 
     def options(self, method: str, setting: str, rate: float | None = None) -> Options:
-        """How a method learns in a setting; ``float`` has none.
+        """How a method learns in a setting; one that quantizes nothing has none.
 
         Args:
             method: A row of the table of methods.

@@ -19,7 +19,7 @@ def check_compatible(first: Bundle, other: Bundle) -> None:
     a, b = first.manifest, other.manifest
     pairs: list[tuple[str, Any, Any]] = [
         ("model", a.model, b.model),
-        ("method is float", a.method == "float", b.method == "float"),
+        ("method is float", a.scheme.wbits is None, b.scheme.wbits is None),
         *((f"scheme {k}", v, getattr(b.scheme, k)) for k, v in a.scheme),
         ("source weights (sha256)", a.source_sha256[:12], b.source_sha256[:12]),
         ("classes", a.classes, b.classes),

@@ -122,8 +122,12 @@ class _Cell:
     abits: int
 
     @property
+    def quantizes(self) -> bool:
+        return METHODS[self.method].quantizes
+
+    @property
     def name(self) -> str:
-        return self.method if self.method == "float" else f"{self.method}-{self.scheme.lower()}"
+        return f"{self.method}-{self.scheme.lower()}" if self.quantizes else self.method
 
     @property
     def scheme(self) -> str:
@@ -135,13 +139,13 @@ class _Cell:
 
     def label(self, member: str) -> str:
         """What its line in the table of results is called."""
-        if self.method == "float":
-            return f"float {member}"
+        if not self.quantizes:
+            return f"{self.method} {member}"
         return f"{self.method.upper()} {member} {self.scheme}"
 
     @property
     def label_of_singles(self) -> str:
-        start = "float" if self.method == "float" else f"{self.method.upper()} {self.scheme}"
+        start = f"{self.method.upper()} {self.scheme}" if self.quantizes else self.method
         return f"{start}, a model per domain"
 
 
@@ -270,10 +274,11 @@ class _Stages:
         members = merge.domains or []
         with self._loaded.at("merges", name, "re_estimate"):
             fold = self._settings(cell.method).get("fold", "weights")
-            if merge.re_estimate and fold != "steps" and METHODS[cell.method].quantizes:
+            is_folded = fold != "steps" if cell.quantizes else METHODS[cell.method].folds
+            if merge.re_estimate and is_folded:
                 raise SpecError(
                     f"merges.{name}: found re_estimate with BatchNorm folded into the weights; "
-                    "needed calibrate: {fold: steps}, or settings: ours"
+                    "needed calibrate: {fold: steps}, or settings: ours; or the method float"
                 )
         domains = self._file.domains
         label = f"{cell.name}-{name}"

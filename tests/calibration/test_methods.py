@@ -48,11 +48,11 @@ def test_every_row_says_what_it_does_and_makes_a_request() -> None:
         assert row.summary and Options.of(name) == row.options
         request = CalibrationRequest("m:F", "x.npz", "d", "b", base="s", method=name)
         assert request.learning == row.options
-        assert request.quantizes == (name != "float")
+        assert request.quantizes == (name not in {"float", "float-folded"})
     with pytest.raises(
         SpecError,
-        match="choose one of float, rtn, gptq, adaround, brecq, brecq-one-stage, qdrop, latent, "
-        "latent-noise, hdrq",
+        match="choose one of float, float-folded, rtn, gptq, adaround, brecq, brecq-one-stage, "
+        "qdrop, latent, latent-noise, hdrq",
     ):
         Options.of("magic")
 

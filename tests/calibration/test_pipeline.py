@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import fuse_conv_bn_eval
 
 from hdrq_deploy import Bundle
 from hdrq_deploy.calibration import calibrate
@@ -19,6 +20,7 @@ from hdrq_deploy.calibration.fake_quantizers import search_scale
 from hdrq_deploy.calibration.fold_batch_norm import fold_batch_norm, fold_constants
 from hdrq_deploy.calibration.loading import load_model
 from hdrq_deploy.calibration.placement import plan_quantizers
+from hdrq_deploy.calibration.rebuilding import fake_quantized
 from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.calibration.request import Quantization
 from hdrq_deploy.checks.stages import compare_stages
@@ -198,6 +200,28 @@ def test_float_bundles_keep_the_model(make: Any, work: Path, inputs: Any) -> Non
         expected = model(torch.from_numpy(inputs)).numpy()
     session = reference_session.unfused_session(bundle.path / "model.onnx")
     np.testing.assert_allclose(session.run(None, {"input": inputs})[0], expected, atol=1e-5)
+
+
+def test_a_folded_float_bundle_holds_the_weights_that_torch_fuses(
+    make: Any, work: Path, inputs: Any
+) -> None:
+    folded, apart = make(method="float-folded"), make(method="float")
+    model = load_model("tiny_models:Tiny")
+    from hdrq_deploy.calibration.loading import load_state
+
+    load_state(model, work / "Tiny-night.safetensors", "adapted")
+    fused = fuse_conv_bn_eval(model.conv1, model.bn1)
+    np.testing.assert_allclose(
+        folded.tensor("conv1.weight"), fused.weight.detach().numpy(), rtol=1e-5, atol=1e-7
+    )
+    assert not any("running" in name for name in folded.manifest.tensors)
+    assert (folded.manifest.scheme.fold, apart.manifest.scheme.fold) == ("weights", "none")
+    with torch.no_grad():
+        expected = model(torch.from_numpy(inputs)).numpy()
+    session = reference_session.unfused_session(folded.path / "model.onnx")
+    np.testing.assert_allclose(session.run(None, {"input": inputs})[0], expected, atol=1e-5)
+    again = fake_quantized(folded, torch.from_numpy(inputs))(torch.from_numpy(inputs))
+    np.testing.assert_allclose(again.detach().numpy(), expected, atol=1e-5)
 
 
 def test_without_weights_the_factory_s_own_are_calibrated(work: Path, tmp_path: Path) -> None:

@@ -208,6 +208,14 @@ def test_float_bundles_match_batch_norm_moments(make: Any, tmp_path: Path) -> No
     np.testing.assert_allclose(merged.tensor("bn.running_var"), expected, rtol=1e-6)
 
 
+def test_folded_float_bundles_average_folded_weights(make: Any, tmp_path: Path) -> None:
+    bundles = [make(domain=d, method="float-folded") for d in ("night", "day")]
+    merged = merge(bundles, tmp_path / "f.hdrq", method="mean")
+    for name in ("conv1.weight", "fc.bias"):
+        mean = np.mean([b.tensor(name) for b in bundles], 0)
+        np.testing.assert_allclose(merged.tensor(name), mean, rtol=1e-6)
+
+
 def test_the_first_difference_is_named(make: Any, tmp_path: Path) -> None:
     night = make()
     cases = [
@@ -216,6 +224,9 @@ def test_the_first_difference_is_named(make: Any, tmp_path: Path) -> None:
         (make("Wide"), "different model: tiny_models:Tiny"),
         (make(domain="day", method="float"), "method is float"),
     ]
+    apart, folded = (make(domain="day", method=m) for m in ("float", "float-folded"))
+    with pytest.raises(MergeError, match="different scheme fold: none .* weights"):
+        merge([apart, folded], tmp_path / "no.hdrq")
     for other, message in cases:
         with pytest.raises(MergeError, match=message):
             merge([night, other], tmp_path / "no.hdrq")

@@ -137,6 +137,11 @@ WRONG: dict[str, tuple[str, int, str]] = {
         13,
         "found re_estimate with BatchNorm folded into the weights",
     ),
+    "re_estimate of folded floats": (
+        f"{SHORT}methods: [float-folded]\nmerges:\n  m:\n    re_estimate: true\n",
+        13,
+        "found re_estimate with BatchNorm folded into the weights",
+    ),
     "option": (f"{SHORT}calibrate:\n  noise: loud\n", 10, "'loud'"),
     "adapt": (
         SHORT.replace("checkpoint: Tiny-day.safetensors", "adapt: {epochs: 0}"),
