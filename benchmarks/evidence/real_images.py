@@ -11,6 +11,7 @@ from evidence.records import load, table
 
 _PROTOCOL_WAYS = {
     "single": "a model per domain",
+    "folded": "mean, BatchNorm folded",
     "nearest": "mean, nearest",
     "regression": "regression, compensated",
     "renewed": "regression, compensated, re-estimated",
@@ -29,19 +30,19 @@ def protocol_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     found = []
     for row in record["rows"]:
-        if row["setting"] != "ours":
+        if row["setting"] not in ("ours", "float"):
             continue
         keys = {name: row[name] for name in ("method", "bits", "members")}
         keys["bits"] = "" if row["method"] == "float" else row["bits"]
         found.append(
             {
                 **keys,
-                "way": row["way"],
+                "way": "folded" if row["setting"] == "float" else row["way"],
                 "figure": row["merged"]["harmonic mean"],
                 "against": row["against"],
             }
         )
-        if row["way"] == "nearest":
+        if row["way"] == "nearest" and row["setting"] != "float":
             single = {"figure": row["single"]["harmonic mean"], "against": []}
             found.append({**keys, "way": "single", **single})
     return found
@@ -161,9 +162,9 @@ def _away(rows: Sequence[Mapping[str, Any]], ways: Sequence[str], best: tuple[fl
 
 def _beside(rows: Sequence[Mapping[str, Any]], way: str) -> str:
     """Merges of all domains from bundles of ``hdrq``, less those of the other methods."""
-    told = []
+    told, every = [], max(len(row["members"]) for row in rows)
     for row in rows:
-        if row["method"] != "hdrq" or row["way"] != way or len(row["members"]) < 3:
+        if row["method"] != "hdrq" or row["way"] != way or len(row["members"]) < every:
             continue
         for other in row["against"]:
             of = ", of one calibration each" if other["of_one_run_each"] else ""
@@ -264,7 +265,7 @@ def _trainings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             for row in some
             if row["method"] == "float"
         }
-        for some in (rows, protocol_rows(record))
+        for some in (rows, _earlier_rows(record))
     )
     apart = {key: abs(here[key] - there[key]) for key in here.keys() & there.keys()}
     single = max(value for (_, way), value in apart.items() if way == "single")
@@ -277,6 +278,11 @@ def _trainings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"{merged:.1f} points away: more than lies between the methods. No interval below has "
         "this spread in it; what counts are differences on the same checkpoints.",
     ]
+
+
+def _earlier_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the earlier version, whose float models of no setting were not folded."""
+    return [row for row in protocol_rows(record) if row["way"] != "folded"]
 
 
 def pacs(record: Mapping[str, Any]) -> str:
@@ -317,7 +323,7 @@ def pacs(record: Mapping[str, Any]) -> str:
 
 def pacs_earlier(record: Mapping[str, Any]) -> str:
     """Rows at W4A4 of an earlier training of the checkpoints, and its float models."""
-    rows = [row for row in protocol_rows(record) if row["bits"] in ("", "w4a4")]
+    rows = [row for row in _earlier_rows(record) if row["bits"] in ("", "w4a4")]
     return "\n".join(
         [
             "## PACS at W4A4",
@@ -334,9 +340,10 @@ def pacs_earlier(record: Mapping[str, Any]) -> str:
 def camvid(record: Mapping[str, Any]) -> str:
     """The section on street scenes by day and at dusk: one pair of domains, each by itself."""
     own = [row for row in record["rows"] if row["setting"] == "ours"]
+    folded = [{**row, "way": "folded"} for row in record["rows"] if row["setting"] == "float"]
     names = own[0]["members"]
     lines = []
-    for row in sorted(own, key=lambda r: ("", *_PROTOCOL_BITS).index(r["bits"])):
+    for row in sorted([*folded, *own], key=lambda r: ("", *_PROTOCOL_BITS).index(r["bits"])):
         kinds = {"single": row["single"]} if row["way"] == "nearest" else {}
         for way, figures in {**kinds, row["way"]: row["merged"]}.items():
             cells = [f"{figures[name]['mean']:.1f}" for name in names]
@@ -398,7 +405,20 @@ def _camvid_read(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
         ]
         if away:
             told.append(f"{what}, in points: {', '.join(away)}.")
-    return [" ".join(told), ""]
+    beside = {
+        "averaged and rounded to nearest": "nearest",
+        "by regression": "regression",
+        "re-estimated": "renewed",
+        "fitted": "fitted",
+    }
+    tests = [f"{what}: {found}" for what, way in beside.items() if (found := _beside(rows, way))]
+    return [
+        " ".join(told),
+        "",
+        "`hdrq` beside the other methods, harmonic means of merges with the 95% interval of the "
+        f"difference on the same images: {'. '.join(tests)}.",
+        "",
+    ]
 
 
 def real_weights(record: Mapping[str, Any]) -> str:
