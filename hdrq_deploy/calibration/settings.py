@@ -50,7 +50,16 @@ class Setting:
         return {**self.codes, **self.options(method)}
 
 
-_EVERY_WAY = ("nearest", "regression", "renewed", "renewed-w4", "renewed-w3", "fitted", "auto")
+_EVERY_WAY = (
+    "nearest",
+    "regression",
+    "renewed",
+    "renewed-w4",
+    "renewed-w3",
+    "fitted",
+    "guided",
+    "auto",
+)
 
 SETTINGS: dict[str, Setting] = {
     "paper": Setting(

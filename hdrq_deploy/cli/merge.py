@@ -27,6 +27,8 @@ with importing("hdrq-merge"):
         Merger,
         check_different,
         check_domains,
+        check_guides,
+        check_sweeps,
         choose_weights,
         merge,
         merge_checkpoints,
@@ -35,7 +37,7 @@ with importing("hdrq-merge"):
     from ..merging.methods import MethodOptions
     from ..merging.ways import way_of
     from ..merging.weight_search import ChosenWeights
-    from ..merging.written import write_merge
+    from ..merging.written import Guidance, write_merge
     from ..typing import StepProgress
     from .common import named, parser, paths_of, progress_bar, seed_number
     from .help_format import shown
@@ -45,7 +47,7 @@ __all__ = ["arguments", "main"]
 _TEXT = """\
 Merge calibrated bundles, or float checkpoints. A merge needs neither torch nor data; images without
 labels can choose the merge weights (--data), give new statistics (--re-estimate), and fit every
-layer of the merge to what the bundles put out (--fit).
+layer of the merge to what the bundles, or better ones of the same model, put out (--fit, --fit-to).
 
 Two or more checkpoints instead of bundles (.safetensors; .pt where torch is installed) are merged
 in float, and written in the dtype that they have (in float32 where they differ)."""
@@ -59,6 +61,7 @@ _OF_BUNDLES = (
     "data",
     "re_estimate",
     "fit",
+    "fit_to",
     "criterion",
     "rounding",
     "candidates",
@@ -146,6 +149,20 @@ def _image_flags(group: argparse._ArgumentGroup) -> None:
         "domain's bundle puts out on them, so that these must be good by themselves",
     )
     group.add_argument("--fit-images", type=int, default=256, help="images per domain for --fit")
+    group.add_argument(
+        "--fit-to",
+        nargs="+",
+        default=[],
+        metavar="BUNDLE",
+        help="bundles of the same model, one of every domain in --fit, that the merge is fitted to "
+        "in the place of the merged ones: of more bits, or of --method float",
+    )
+    group.add_argument(
+        "--fit-sweeps",
+        type=int,
+        default=1,
+        help="how often all layers are fitted; a second sweep pays with --fit-to at narrow widths",
+    )
 
 
 def _bundle_flags(group: argparse._ArgumentGroup) -> None:
@@ -188,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _merge(args: argparse.Namespace) -> int:
     floats = _are_checkpoints(args.bundles)
     data = [*paths_of(args.data), *paths_of(args.re_estimate), *paths_of(args.fit)]
-    others = [*data, args.base, *args.statistics]
+    others = [*data, args.base, *args.statistics, *args.fit_to]
     check_output(args.output, MERGED if floats else BUNDLE, [*args.bundles, *others])
     check_scratch()
     if floats:
@@ -203,8 +220,14 @@ def _merge(args: argparse.Namespace) -> int:
     merge_weights = merger.check_weights(weights)
     if args.fit:
         check_domains(merger.parents, merge_weights, named(args.fit))
+    check_sweeps(args.fit_sweeps)
+    guides = [Bundle.open(path) for path in args.fit_to]
+    check_guides(guides, merger.parents[0], named(args.fit))
     renewed = _images(args.re_estimate, merger.parents[0], args.re_estimate_images, args.seed)
-    guiding = _images(args.fit, merger.parents[0], args.fit_images, args.seed)
+    guiding = None
+    if args.fit:
+        images = _images(args.fit, merger.parents[0], args.fit_images, args.seed)
+        guiding = Guidance(images, guides, args.fit_sweeps)
     options: dict[str, Any] = {}
     if auto:
         chosen = _chosen_weights(args, merger, renewed)
@@ -329,6 +352,8 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise MergeError("found --criterion without --weights auto, which it is for")
     if args.data and args.weights != ["auto"]:
         raise MergeError("found --data without --weights auto, which reads it; pass both")
+    if args.fit_to and not args.fit:
+        raise MergeError("found --fit-to without --fit; pass images of every domain, too")
 
 
 def _merge_checkpoints(args: argparse.Namespace) -> int:

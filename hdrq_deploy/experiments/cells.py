@@ -22,7 +22,7 @@ from ..formats.file_kinds import CELL_ROW
 from ..formats.staleness import code_of, fingerprint, first_change, stamp, versions_of
 from ..jobs.job import Job
 from ..merging import Merger, choose_weights
-from ..merging.written import write_merge
+from ..merging.written import Guidance, write_merge
 from ..runtime.bench.accuracy import Labelled, accuracy, classes_of
 from ..runtime.bench.measurement import labelled
 from ..runtime.engine import Engine
@@ -53,6 +53,8 @@ def jobs(grid: Grid, out: Path, device: str, threads: int) -> Iterator[Job]:
             yield Job(name, calibrate_cell, arguments, limit_threads=calibration_threads)
         for merge in grid.merges(run):
             after = tuple(names[member] for member in merge.members)
+            if WAYS[merge.way].fits_floats:
+                after += tuple(merge.float_run.single(member) for member in merge.members)
             yield Job(merge.name, merge_cells, {**common, "merge": merge}, after)
 
 
@@ -98,8 +100,13 @@ def calibrate_cell(
 def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) -> None:
     """The merged bundles of one way, and their engines' accuracies."""
     parents = [Bundle.open(bundle_path(out, merge.run.single(m))) for m in merge.members]
+    guides = []
+    if WAYS[merge.way].fits_floats:
+        guides = [Bundle.open(bundle_path(out, merge.float_run.single(m))) for m in merge.members]
     targets = [bundle_path(out, merge.cell(draw)) for draw in range(merge.draws)]
-    ingredients = [_merge_ingredients(task, merge, parents, draw) for draw in range(merge.draws)]
+    ingredients = [
+        _merge_ingredients(task, merge, parents, guides, draw) for draw in range(merge.draws)
+    ]
     missing = [
         draw
         for draw, path in enumerate(targets)
@@ -108,7 +115,10 @@ def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) 
     if missing:
         way = WAYS[merge.way]
         renewed = _unlabelled(task, merge, parents[0], task.renew_images) if way.renews else None
-        guiding = _unlabelled(task, merge, parents[0], task.fit_images) if way.fits else None
+        guiding = None
+        if way.fits:
+            images = _unlabelled(task, merge, parents[0], task.fit_images)
+            guiding = Guidance(images, guides, way.sweeps)
         mix, record = _mix(task, merge, parents, renewed)
         candidates = CANDIDATES if way.tosses else 1
         for draw in missing:
@@ -121,7 +131,7 @@ def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) 
 
 
 def _merge_ingredients(
-    task: Task, merge: Merge, parents: list[Bundle], draw: int
+    task: Task, merge: Merge, parents: list[Bundle], guides: list[Bundle], draw: int
 ) -> dict[str, Any]:
     """All that a merged bundle depends on."""
     way = WAYS[merge.way]
@@ -134,6 +144,7 @@ def _merge_ingredients(
         images |= {"mix_images": task.mix_images} if way.chooses else {}
     return {
         "parents": [parent.manifest_sha256 for parent in parents],
+        **({"guides": [guide.manifest_sha256 for guide in guides]} if guides else {}),
         **images,
         "way": merge.way,
         "draw": draw,

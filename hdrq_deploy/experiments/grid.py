@@ -100,6 +100,11 @@ class Merge:
         """The start of its cells' names."""
         return f"{self.run.name}-{'+'.join(self.members)}-{self.way}"
 
+    @property
+    def float_run(self) -> Run:
+        """The float models of this run's setting."""
+        return Run(self.run.setting, "float", 8, 8, 0)
+
     def cell(self, draw: int) -> str:
         """Name of the cell of one rounding seed."""
         return f"{self.name}-r{draw}"
@@ -210,7 +215,13 @@ class Grid:
         if run.setting != "float":
             is_wide = run.method != "float" and run.wbits == 8
             every = self._ways_in(run.setting, members)
-            return [way for way in every if is_wide or WAYS[way].wbits is None]
+            return [
+                way
+                for way in every
+                if (is_wide or WAYS[way].wbits is None)
+                # Float models are fitted to themselves.
+                and not (run.method == "float" and WAYS[way].fits_floats)
+            ]
         return ["nearest"] * any(self._ways_in(setting, members) for setting in self.settings)
 
     def _ways_in(self, setting: str, members: Sequence[str]) -> Sequence[str]:

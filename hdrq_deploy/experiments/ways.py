@@ -21,6 +21,8 @@ class Way:
         renews: Whether unlabelled images give BatchNorm and the activation scales new values.
         chooses: Whether they choose the merge weights too; else the merge weights are equal.
         fits: Whether every layer is fitted on them to what the parents put out.
+        fits_floats: Whether it is fitted to the float models' outputs in the place of these.
+        sweeps: How often a fit goes over all layers.
         wbits: Bits that the merge rounds 8-bit weights to; None for the parents' own.
     """
 
@@ -31,6 +33,8 @@ class Way:
     chooses: bool = False
     wbits: int | None = None
     fits: bool = False
+    fits_floats: bool = False
+    sweeps: int = 1
 
     @property
     def needs_statistics(self) -> bool:
@@ -70,6 +74,14 @@ WAYS = {
         "regression",
         "compensated",
         fits=True,
+    ),
+    "guided": Way(
+        "as fitted, in two sweeps, to what the float models put out",
+        "regression",
+        "compensated",
+        fits=True,
+        fits_floats=True,
+        sweeps=2,
     ),
     "auto": Way(
         "as renewed; the unlabelled images choose the merge weights, too",

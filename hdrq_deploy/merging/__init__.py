@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .activation_scales import ACTIVATION_SCALES
 from .bundles import Merger, merge
-from .fitting import check_domains, fit
+from .fitting import check_domains, check_guides, check_sweeps, fit
 from .float_checkpoints import CHECKPOINT_METHODS, merge_checkpoints
 from .merge_weights import check_different
 from .methods import METHODS
@@ -21,6 +21,8 @@ __all__ = [
     "Merger",
     "check_different",
     "check_domains",
+    "check_guides",
+    "check_sweeps",
     "choose_weights",
     "fit",
     "merge",

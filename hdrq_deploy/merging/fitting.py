@@ -3,17 +3,19 @@
 Averaging weights is a guess at a network that does what every parent does on its own domain. With
 some images of each domain at hand it need not stay one. From the first layer to the last, a layer's
 inputs are computed by the merged network as far as it is fitted, quantizers and rounded weights
-included, and its targets by each domain's own parent. The layer gets the weights and the bias of
+included, and its targets by each domain's guide: its own parent, or a better model of the same
+domain, such as one of more bits or in float. The layer gets the weights and the bias of
 least squares, held near the merged ones (:mod:`..numerics.guided_layer`), and is rounded with
 compensated errors on these inputs. Scales of activations are searched on the way. Nothing is
-trained, and no label, float model or torch is needed.
+trained, and no label and no torch is needed.
 
 BatchNorm that a bundle keeps apart is part of the layer before it: targets are taken behind it, and
 its moments become those of the new weights, so that a later merge averages what it should.
 
 Source:
     After E-PMQ (arXiv 2605.16882: experts' outputs as targets, anchored to the merged weights; of
-    which the abstract alone was at hand), with quantized parents in the place of float experts.
+    which the abstract alone was at hand), by default with quantized parents in the place of float
+    experts.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ from .rewriting import settled, write_again
 from .scales import searched_scale
 from .unrounded_network import put_weights
 
-__all__ = ["ANCHOR", "check_domains", "fit"]
+__all__ = ["ANCHOR", "check_domains", "check_guides", "check_sweeps", "fit"]
 
 # The hold near the merged weights where there are too few images to choose it by: on one batch in
 # four of every domain.
@@ -73,6 +75,8 @@ def fit(
     anchor: float | None = None,
     seed: int = 0,
     progress: StepProgress | None = None,
+    guides: Sequence[Bundle] = (),
+    sweeps: int = 1,
 ) -> Bundle:
     """Write a merge again, its layers fitted to what its parents put out.
 
@@ -90,40 +94,65 @@ def fit(
             weights where none is better; 0.01 with fewer than four images of a domain.
         seed: Seed of the samples that scales and layers are fitted on.
         progress: Called with (layers done, layers in all).
+        guides: Bundles of the same model and domains whose outputs are the targets in the place of
+            the parents'; of any bits, or in float.
+        sweeps: How often all layers are fitted, each time from what the sweep before left.
 
     Raises:
         MergeError: Other parents than the merge's, images of a domain that none of them has, a
-            parent without images, or an anchor < 0.
+            parent without images, an anchor < 0, no sweep, or guides of another model, of other
+            domains or not of all of them.
         SpecError: A seed that NumPy does not take.
         DataError: Fewer than two images, or images that the graph does not take.
         CheckFailed: The new graph gives no finite output for a golden input.
     """
     if anchor is not None and not 0 <= anchor < float("inf"):
         raise MergeError(f"found anchor {anchor}; needed a number >= 0")
+    check_sweeps(sweeps)
     check_seed(seed)
-    guides = _guides(bundle, parents, images)
-    work = _Fit(bundle, guides, anchor, seed)
+    by_domain = _guides(bundle, parents, images, guides)
+    tensors, report = bundle.tensors(), progress or (lambda done, total: None)
     try:
         with threadpool_limits(1, user_api="blas"):
-            work.run(progress or (lambda done, total: None))
+            for sweep in range(sweeps):
+                work = _Fit(bundle, tensors, by_domain, anchor, seed)
+                work.run(_part_of(report, sweep, sweeps))
+                tensors = settled(bundle, work.tensors)
     except EngineError as error:
         raise DataError(f"the images do not fit {bundle.path}: {error}") from error
     record: dict[str, Any] = {
         "images": {name: len(rows) for name, rows in images.items()},
         "anchor": work.anchor,
         **({} if work.anchor is not None else {"anchors": work.anchors}),
+        **({"guides": [guide.manifest_sha256 for guide in guides]} if guides else {}),
+        **({"sweeps": sweeps} if sweeps > 1 else {}),
         "seed": seed,
         **({"left": work.left} if work.left else {}),
     }
-    return write_again(bundle, settled(bundle, work.tensors), {"fit": record}, output)
+    return write_again(bundle, tensors, {"fit": record}, output)
+
+
+def check_sweeps(sweeps: int) -> None:
+    """Refuse a fit that fits nothing.
+
+    Raises:
+        MergeError: Fewer than one sweep.
+    """
+    if sweeps < 1:
+        raise MergeError(f"found {sweeps} sweeps; needed 1 or more")
+
+
+def _part_of(progress: StepProgress, sweep: int, sweeps: int) -> StepProgress:
+    """Progress of one of several sweeps over the same layers."""
+    return lambda done, total: progress(sweep * total + done, sweeps * total)
 
 
 @dataclass(frozen=True)
 class _Guide:
-    """A domain's images, the parent that they are guided by, and how much it counts."""
+    """A domain's images, the bundle whose outputs are the targets there, and how much it counts."""
 
     name: str
-    parent: Bundle
+    bundle: Bundle
     images: Array
     share: float
 
@@ -159,8 +188,51 @@ def check_domains(
         )
 
 
-def _guides(bundle: Bundle, parents: Sequence[Bundle], images: Mapping[str, Array]) -> list[_Guide]:
+def check_guides(guides: Sequence[Bundle], like: Bundle, names: Collection[str]) -> None:
+    """Refuse bundles that cannot guide a fit, before any work.
+
+    Args:
+        guides: Bundles whose outputs are to be the targets; none where the parents guide.
+        like: A parent of the merge.
+        names: Domains that there are images of.
+
+    Raises:
+        MergeError: Says which guide is of another model or domain, or which domain has none or two.
+    """
+    for guide in guides:
+        mine, theirs = guide.manifest, like.manifest
+        for what, one, other in (
+            ("model", mine.model, theirs.model),
+            ("input shape", mine.input_shape, theirs.input_shape),
+            ("preprocessing", mine.preprocessing, theirs.preprocessing),
+        ):
+            if one != other:
+                raise MergeError(
+                    f"{guide.path}: found another {what} than that of {like.path}; a merge is "
+                    "fitted to bundles of its own model"
+                )
+        if not set(mine.domains) & set(names):
+            raise MergeError(
+                f"{guide.path}: found no images of {' or '.join(mine.domains)}; needed a bundle of "
+                f"one of {', '.join(names)}"
+            )
+    for name in names if guides else ():
+        own = [guide for guide in guides if name in guide.manifest.domains]
+        if len(own) != 1:
+            raise MergeError(
+                f"found {len(own)} bundles of {name} to fit to; needed one of every domain that "
+                "there are images of"
+            )
+
+
+def _guides(
+    bundle: Bundle,
+    parents: Sequence[Bundle],
+    images: Mapping[str, Array],
+    others: Sequence[Bundle],
+) -> list[_Guide]:
     """The guides of a fit, their shares of sum 1."""
+    check_guides(others, bundle, images)
     recorded = {record.manifest_sha256: record.weight for record in bundle.manifest.parents}
     for parent in parents:
         if parent.manifest_sha256 not in recorded:
@@ -173,7 +245,8 @@ def _guides(bundle: Bundle, parents: Sequence[Bundle], images: Mapping[str, Arra
         for name, share in shares.items() if weight > 0 else ():
             if len(images[name]) < 2:
                 raise DataError(f"found {len(images[name])} image of {name}; needed 2 or more")
-            guides.append(_Guide(name, parent, images[name], weight * share / sum(shares.values())))
+            guide = next((other for other in others if name in other.manifest.domains), parent)
+            guides.append(_Guide(name, guide, images[name], weight * share / sum(shares.values())))
     if abs(sum(guide.share for guide in guides) - 1) > 1e-6:
         raise MergeError(
             f"found {len(parents)} of the bundles that {bundle.path} is merged from; needed all of "
@@ -265,10 +338,15 @@ def _numbers(node: ir.Node, name: str, default: list[int]) -> list[int]:
 
 
 class _Fit:
-    """The tensors of a merge, fitted layer by layer."""
+    """The tensors of a merge, fitted layer by layer; ``tensors`` are where they start."""
 
     def __init__(
-        self, bundle: Bundle, guides: Sequence[_Guide], anchor: float | None, seed: int
+        self,
+        bundle: Bundle,
+        tensors: Mapping[str, Array],
+        guides: Sequence[_Guide],
+        anchor: float | None,
+        seed: int,
     ) -> None:
         self._bundle, self._guides, self._seed = bundle, guides, seed
         few = min(len(guide.images) for guide in guides) < _HELD_OUT
@@ -276,20 +354,29 @@ class _Fit:
         # What was chosen, by weight; None where no hold was best and the weight stayed.
         self.anchors: dict[str, float | None] = {}
         self._entries, self._folds = bundle.manifest.tensors, bundle.manifest.folds
-        self.tensors = bundle.tensors()
+        self.tensors = dict(tensors)
         self._real = _real_weights(bundle, self.tensors)
         model, self._steps = _steps_of(bundle, self._real)
         self._layers, self.left = _layers_of(model, bundle)
         self._quantizers = _own_quantizers(model, bundle)
         self._walk = Walk(self._steps, self._real, _batches([g.images for g in guides]))
-        # A merge's parents have one graph; with other bits it is not that of the merge.
-        like = guides[0].parent
-        parents_model, parents_steps = _steps_of(like, _real_weights(like, like.tensors()))
-        outputs = {
-            str(layer.node.name): layer.output for layer in _layers_of(parents_model, like)[0]
-        }
-        wanted = {str(layer.node.name): outputs[str(layer.node.name)] for layer in self._layers}
-        self._targets = [_Targets(guide, parents_steps, wanted) for guide in guides]
+        graphs: dict[str, tuple[Steps, dict[str, ir.Value]]] = {}
+        for guide in guides:
+            if guide.bundle.graph_sha256 not in graphs:
+                graphs[guide.bundle.graph_sha256] = self._outputs_of(guide.bundle)
+        self._targets = [_Targets(g, *graphs[g.bundle.graph_sha256]) for g in guides]
+
+    def _outputs_of(self, guide: Bundle) -> tuple[Steps, dict[str, ir.Value]]:
+        """A guide's graph, and what of it each layer is fitted to, by the layer's node."""
+        model, steps = _steps_of(guide, _real_weights(guide, guide.tensors()))
+        outputs = {str(layer.node.name): layer.output for layer in _layers_of(model, guide)[0]}
+        names = [str(layer.node.name) for layer in self._layers]
+        if missing := [name for name in names if name not in outputs]:
+            raise MergeError(
+                f"{guide.path}: found no layer {missing[0]} that {self._bundle.path} has; needed "
+                "bundles of one model, calibrated by one version of hdrq-deploy"
+            )
+        return steps, {name: outputs[name] for name in names}
 
     def run(self, progress: StepProgress) -> None:
         """Fit all layers, in the order of the graph."""
@@ -440,11 +527,11 @@ class _Fit:
 
 
 class _Targets:
-    """A parent's outputs of the layers to be fitted, on its own domain's images."""
+    """A guide's outputs of the layers to be fitted, on its own domain's images."""
 
     def __init__(self, guide: _Guide, steps: Steps, outputs: Mapping[str, ir.Value]) -> None:
         self._steps, self._outputs = steps, outputs
-        real = _real_weights(guide.parent, guide.parent.tensors())
+        real = _real_weights(guide.bundle, guide.bundle.tensors())
         wanted = {str(value.name) for value in outputs.values()}
         self._walk = Walk(steps, real, _batches([guide.images]), wanted)
 

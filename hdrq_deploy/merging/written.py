@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,26 @@ from .bundles import Merger
 from .fitting import fit
 from .re_estimate import re_estimate
 
-__all__ = ["write_merge"]
+__all__ = ["Guidance", "write_merge"]
 
 Images = Mapping[str, Array]
 Watch = Callable[[str], AbstractContextManager[StepProgress]]
 Pass = Callable[[Bundle, Path], Bundle]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What a merge is fitted to, as :func:`fit` takes it.
+
+    Attributes:
+        images: Inputs (N, C, H, W) of each parent's domain.
+        guides: Bundles whose outputs are the targets in the place of the parents'.
+        sweeps: How often all layers are fitted.
+    """
+
+    images: Images
+    guides: Sequence[Bundle] = ()
+    sweeps: int = 1
 
 
 @contextmanager
@@ -32,7 +48,7 @@ def write_merge(
     merge_weights: Sequence[float],
     record: Mapping[str, Any] | None = None,
     renewed: Images | None = None,
-    guiding: Images | None = None,
+    guiding: Guidance | None = None,
     threads: int | None = None,
     watch: Watch = _unwatched,
 ) -> Bundle:
@@ -44,7 +60,7 @@ def write_merge(
         merge_weights: One per parent.
         record: Further entries of the manifest's record of this merge.
         renewed: Images (N, C, H, W) of each domain for :func:`re_estimate`.
-        guiding: Images (N, C, H, W) of each parent's domain for :func:`fit`.
+        guiding: What :func:`fit` fits to.
         threads: Tensors merged at a time; all cores by default.
         watch: Gives, for ``merge`` and ``fit``, what is called with (done, in all).
 
@@ -65,6 +81,15 @@ def write_merge(
     return bundle
 
 
-def _fit(bundle: Bundle, merger: Merger, images: Images, output: Path, watch: Watch) -> Bundle:
+def _fit(bundle: Bundle, merger: Merger, guiding: Guidance, output: Path, watch: Watch) -> Bundle:
     with watch("fit") as progress:
-        return fit(bundle, merger.parents, images, output, seed=merger.seed, progress=progress)
+        return fit(
+            bundle,
+            merger.parents,
+            guiding.images,
+            output,
+            seed=merger.seed,
+            progress=progress,
+            guides=guiding.guides,
+            sweeps=guiding.sweeps,
+        )

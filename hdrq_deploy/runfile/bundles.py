@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from ..formats.file_kinds import ADAPTED, ADAPTING, BUNDLE, CELL_INPUTS, PARTIAL
 from ..formats.staleness import code_of, plain, stamp, versions_of
 from ..merging import Merger, choose_weights
 from ..merging.ways import way_of
-from ..merging.written import write_merge
+from ..merging.written import Guidance, write_merge
 from ..typing import Array
 from .schema import Merge
 from .stage import RecordedStage, Stage
@@ -149,6 +149,7 @@ class MergeStage(RecordedStage):
         images: Unlabelled images of each domain.
         merge: How they are merged.
         seed: Seed of draws and of chosen images.
+        guides: Bundles that the merge is fitted to; its parents where there are none.
     """
 
     kind: ClassVar[str] = "merge"
@@ -156,6 +157,7 @@ class MergeStage(RecordedStage):
     images: Mapping[str, str]
     merge: Merge
     seed: int
+    guides: Sequence[Path] = ()
 
     def ingredients(self) -> dict[str, Any]:
         """See :meth:`RecordedStage.ingredients`."""
@@ -165,6 +167,11 @@ class MergeStage(RecordedStage):
         images = {name: stamp(path) for name, path in self.images.items()}
         return {
             "parents": [parent.manifest_sha256 for parent in parents],
+            **(
+                {"guides": [Bundle.open(p).manifest_sha256 for p in self.guides]}
+                if self.guides
+                else {}
+            ),
             **({"data": images} if looks else {}),
             "versions": versions_of("numpy", "onnx", "onnxruntime"),
             "code": code_of("merging"),
@@ -192,7 +199,11 @@ class MergeStage(RecordedStage):
             activation_scales=wanted.activation_scales,
         )
         renewed = self._read(parents[0], wanted.re_estimate_images) if wanted.re_estimate else None
-        guiding = self._read(parents[0], wanted.fit_images) if wanted.fit else None
+        guiding = None
+        if wanted.fit:
+            guides = [Bundle.open(path) for path in self.guides]
+            images = self._read(parents[0], wanted.fit_images)
+            guiding = Guidance(images, guides, wanted.fit_sweeps)
         record: dict[str, Any] = {}
         if wanted.weights == "auto":
             search = Merger(parents, method=method, keep=True)

@@ -201,6 +201,12 @@ class _Checks:
                 )
         weights = self._weights(loc, merge.weights, members)
         self._check(loc, merge)
+        if merge.fit_to is not None and merge.fit_to not in file.methods:
+            raise self._document.error(
+                (*loc, "fit_to"),
+                f"merges.{name}: found fit_to: {merge.fit_to}, which is not among methods; add it "
+                "there",
+            )
         return merge.model_copy(update={"domains": members, "weights": weights})
 
     def _weights(self, loc: Loc, given: Any, members: Sequence[str]) -> Any:
@@ -237,6 +243,10 @@ class _Checks:
             raise self._document.error(
                 (*loc, "criterion"),
                 f"{name}: found criterion without weights: auto, which reads it",
+            )
+        if merge.fit_to is not None and not merge.fit:
+            raise self._document.error(
+                (*loc, "fit_to"), f"{name}: found fit_to without fit: true, which it is for"
             )
 
 

@@ -282,13 +282,19 @@ class _Stages:
                 )
         domains = self._file.domains
         label = f"{cell.name}-{name}"
-        after = [f"{CalibrateStage.kind} {cell.name}-{member}" for member in members]
+        guides: dict[str, Path] = {}
+        if merge.fit_to is not None and merge.fit_to != cell.method:
+            real = next(c for c in self._cells() if c.method == merge.fit_to)
+            guides = {real.bundle(member): self._bundle(real, member) for member in members}
+        sources = [*(cell.bundle(member) for member in members), *guides]
+        after = [f"{CalibrateStage.kind} {source}" for source in sources]
         return MergeStage(
             **self._common(label, f"bundles/{label}.hdrq", after, "merges", name),
             parents={member: self._bundle(cell, member) for member in members},
             images={m: domains[m].unlabelled or domains[m].calibration for m in members},
             merge=merge,
             seed=self._file.seed,
+            guides=list(guides.values()),
         )
 
     def _check_names(self) -> None:

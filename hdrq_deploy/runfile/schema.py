@@ -159,6 +159,8 @@ Names = Annotated[
     Field(min_length=1),
     WithJsonSchema(_or_list({"type": "string"})),
 ]
+# Methods of models that stay float.
+_REAL = tuple(name for name, row in METHODS.items() if not row.quantizes)
 Methods = Annotated[
     list[Annotated[str, AfterValidator(one_of(METHODS))]],
     BeforeValidator(_listed),
@@ -303,6 +305,12 @@ class Merge(_Section):
     fit_images: Annotated[int, Field(ge=2)] = Field(
         default=256, description="images a domain for fit"
     )
+    fit_to: Annotated[str, AfterValidator(one_of(_REAL)), _enum(_REAL)] | None = Field(
+        default=None,
+        description="method of this file whose models a merge is fitted to in the place of its own "
+        "parents",
+    )
+    fit_sweeps: Count = Field(default=1, description="how often a fit goes over all layers")
     candidates: Count | None = Field(default=None, description="draws of advanced rounding (100)")
     wbits: Annotated[int, Field(ge=2, le=8)] | None = Field(
         default=None, description="weight bits of the merge, from parents of more"

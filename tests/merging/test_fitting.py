@@ -309,6 +309,81 @@ def test_images_that_do_not_belong_to_the_merge_are_refused(
     assert not (tmp_path / "f.hdrq").exists()
 
 
+def test_better_guides_give_a_better_merge(make: Any, inputs: Any, tmp_path: Path) -> None:
+    """Parents of few bits are poor targets; float models of the same domains are good ones."""
+    coarse = {"fold": "steps", "wbits": 3, "abits": 4}
+    parents = [make("Tiny", d, **coarse) for d in DOMAINS]
+    floats = [make("Tiny", d, "float") for d in DOMAINS]
+    merged = merge(parents, tmp_path / "m.hdrq", method="mean")
+    images = images_of(inputs)
+    held = {n: x[40:] for n, x in images.items()}
+    found = [
+        fit(
+            merged, parents, {n: x[:40] for n, x in images.items()},
+            tmp_path / f"{len(guides)}.hdrq", guides=guides,
+        )
+        for guides in ([], floats)
+    ]  # fmt: skip
+    found[1].validate()
+    own, guided = (away(bundle, floats, held) for bundle in found)
+    assert guided < 0.9 * own
+    said = [bundle.manifest.options["fit"] for bundle in found]
+    assert "guides" not in said[0]
+    assert said[1]["guides"] == [bundle.manifest_sha256 for bundle in floats]
+
+
+def test_guides_count_by_their_domain_and_parents_guide_by_default(
+    make: Any, inputs: Any, tmp_path: Path
+) -> None:
+    parents = [make("Tiny", d, fold="steps") for d in DOMAINS]
+    merged = merge(parents, tmp_path / "m.hdrq", method="mean")
+    images = {n: x[:16] for n, x in images_of(inputs).items()}
+    own = fit(merged, parents, images, tmp_path / "own.hdrq").tensors()
+    turned = fit(merged, parents, images, tmp_path / "g.hdrq", guides=parents[::-1]).tensors()
+    for name, tensor in own.items():
+        np.testing.assert_array_equal(tensor, turned[name])
+
+
+def test_a_second_sweep_starts_where_the_first_ended(
+    make: Any, inputs: Any, tmp_path: Path
+) -> None:
+    parents = [make("Tiny", d, fold="steps", wbits=4) for d in DOMAINS]
+    merged = merge(parents, tmp_path / "m.hdrq", method="mean")
+    images = {n: x[:16] for n, x in images_of(inputs).items()}
+    seen: list[tuple[int, int]] = []
+    twice = fit(
+        merged, parents, images, tmp_path / "2.hdrq", sweeps=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    again = merged
+    for sweep in range(2):
+        again = fit(again, parents, images, tmp_path / f"again{sweep}.hdrq")
+    for name, tensor in again.tensors().items():
+        np.testing.assert_array_equal(tensor, twice.tensors()[name])
+    assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
+    assert twice.manifest.options["fit"]["sweeps"] == 2
+
+
+def test_guides_that_cannot_guide_are_refused(make: Any, inputs: Any, tmp_path: Path) -> None:
+    parents = [make("Tiny", d, fold="steps") for d in DOMAINS]
+    merged = merge(parents, tmp_path / "m.hdrq", method="mean")
+    night, day = (make("Tiny", d, "float") for d in DOMAINS)
+    cases: list[tuple[list[Bundle], int, str]] = [
+        ([make("Wide", d, "float") for d in DOMAINS], 1, "found another model than that of"),
+        ([night], 1, "found 0 bundles of day to fit to"),
+        ([night, day, night], 1, "found 2 bundles of night to fit to"),
+        ([night, day, make("Tiny", "snow", "float")], 1, "found no images of snow"),
+        ([night, day], 0, "found 0 sweeps"),
+    ]
+    for guides, sweeps, message in cases:
+        with pytest.raises(MergeError, match=message):
+            fit(
+                merged, parents, images_of(inputs), tmp_path / "f.hdrq",
+                guides=guides, sweeps=sweeps,
+            )  # fmt: skip
+    assert not (tmp_path / "f.hdrq").exists()
+
+
 def test_the_merge_command_fits(
     make: Any, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -324,3 +399,17 @@ def test_the_merge_command_fits(
     capsys.readouterr()
     assert merge_command.main([*argv, data[0]]) == 2
     assert "found no images of day" in capsys.readouterr().err
+    floats = [str(make("Tiny", d, "float").path) for d in DOMAINS]
+    guided = [*bundles, "-o", str(tmp_path / "g.hdrq"), "--fit-images", "8", "--fit-to", *floats]
+    assert merge_command.main([*guided, "--fit", *data, "--fit-sweeps", "2"]) == 0
+    options = Bundle.open(tmp_path / "g.hdrq").manifest.options
+    assert options["fit"]["sweeps"] == len(options["fit"]["guides"]) == 2
+    capsys.readouterr()
+    for argv, message in (
+        (guided, "found --fit-to without --fit"),
+        ([*guided[:-1], "--fit", *data], "found 0 bundles of day to fit to"),
+        ([*guided, "--fit", *data, "--fit-sweeps", "0"], "found 0 sweeps"),
+    ):
+        assert merge_command.main(argv) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1

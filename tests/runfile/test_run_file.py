@@ -142,6 +142,16 @@ WRONG: dict[str, tuple[str, int, str]] = {
         13,
         "found re_estimate with BatchNorm folded into the weights",
     ),
+    "fit_to alone": (
+        f"{SHORT}methods: [float, rtn]\nmerges:\n  m:\n    fit_to: float\n",
+        13,
+        "merges.m: found fit_to without fit: true",
+    ),
+    "fit_to another method": (
+        f"{SHORT}methods: [rtn]\nmerges:\n  m:\n    fit: true\n    fit_to: float\n",
+        14,
+        "merges.m: found fit_to: float, which is not among methods",
+    ),
     "option": (f"{SHORT}calibrate:\n  noise: loud\n", 10, "'loud'"),
     "adapt": (
         SHORT.replace("checkpoint: Tiny-day.safetensors", "adapt: {epochs: 0}"),

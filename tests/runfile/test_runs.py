@@ -149,10 +149,18 @@ def test_a_merge_is_measured_again_and_fitted(
 ) -> None:
     file = copied(work, tmp_path)
     asked = "re_estimate: true, re_estimate_images: 8, fit: true, fit_images: 16"
-    file.write_text(f"{FILE}merges: {{merged: {{{asked}}}}}\n")
+    asked += ", fit_to: float, fit_sweeps: 2"
+    text = FILE.replace("methods: rtn", "methods: [float, rtn]")
+    file.write_text(f"{text}merges: {{merged: {{{asked}}}}}\n")
     assert run_command.main([str(file), "--only", "merge"]) == 0
     folder = tmp_path / "hdrq-run" / "bundles" / "rtn-w8a8-merged.hdrq"
     options = Bundle.open(folder).manifest.options
+    floats = [folder.with_name(f"float-{name}.hdrq") for name in ("night", "day")]
+    assert options["fit"]["guides"] == [Bundle.open(path).manifest_sha256 for path in floats]
+    assert options["fit"]["sweeps"] == 2
+    # Float models are their own guides.
+    own = Bundle.open(folder.with_name("float-merged.hdrq")).manifest.options["fit"]
+    assert "guides" not in own
     assert options["re_estimate"]["images"] == {"night": 8, "day": 8}
     assert options["fit"]["images"] == {"night": 16, "day": 16}
     assert not [key for key in stale(file, capsys) if key.startswith("merge")]
