@@ -19,6 +19,7 @@ _PROTOCOL_WAYS = {
     "renewed-w3": "the same, 8 bits to 3",
     "auto": "regression, compensated, re-estimated, chosen weights",
     "fitted": "regression, compensated, fitted",
+    "guided": "regression, compensated, fitted to the float models",
 }
 
 
@@ -59,16 +60,16 @@ def protocol_means(
 
 
 def learned_seeds(rows: Sequence[Mapping[str, Any]], bits: str) -> int:
-    """Calibration seeds of the methods that learn at some bits; merges at chosen weights have one.
+    """Calibration seeds of the methods that learn at some bits; 0 where none of them was run.
 
-    0 where none of them was run.
+    Merges at chosen weights, and pairs fitted to the float models, have fewer.
     """
     return min(
         (
             row["figure"].get("calibrations", 1)
             for row in rows
             if (row["bits"], row["method"]) in {(bits, "qdrop"), (bits, "hdrq")}
-            and row["way"] != "auto"
+            and row["way"] not in ("auto", "guided")
         ),
         default=0,
     )
@@ -133,12 +134,21 @@ def _protocol_read(rows: Sequence[Mapping[str, Any]]) -> str:
         f"that is not fitted, in points: {_away(rows, ('fitted',), best)}; less the fitted float "
         f"merge: {_away(rows, ('fitted',), fitted)}. `hdrq` beside the other methods, fitted, on "
         f"all domains: {_beside(rows, 'fitted')}."
+        + (
+            "\n\nBundles of few bits are poor targets. Fitted in two sweeps to the float models in "
+            "their place (`--fit-to`, `--fit-sweeps 2`), merges of bundles less the best float merge that is not fitted, in "
+            f"points: {_away(rows, ('guided',), best)}; less the fitted float merge: "
+            f"{_away(rows, ('guided',), fitted)}. `hdrq` beside the other methods, fitted so, on "
+            f"all domains: {_beside(rows, 'guided')}."
+            if any(row["way"] == "guided" for row in rows)
+            else ""
+        )
     )
 
 
 def _best_float_merges(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     """The best merges of float models that are not fitted: mean of pairs, and all domains."""
-    ways = [way for way in _PROTOCOL_WAYS if way not in ("single", "fitted")]
+    ways = [way for way in _PROTOCOL_WAYS if way not in ("single", "fitted", "guided")]
     merged = [m for way in ways if (m := protocol_means(rows, "float", "", way))]
     return max(m[0] for m in merged), max(m[1] for m in merged)
 
@@ -207,6 +217,11 @@ def _protocol_missing(rows: Sequence[Mapping[str, Any]]) -> str:
             missing.append(f"{bits.upper()} by methods that learn")
         elif seeds < 3:
             missing.append(f"calibration seeds beyond {seeds} of {bits.upper()}")
+    guided = [row["figure"].get("calibrations", 1) for row in rows if row["way"] == "guided"]
+    if guided and min(guided) < 3:
+        missing.append(
+            f"calibration seeds beyond {min(guided)} of pairs fitted to the float models"
+        )
     return f"Not run yet: {', '.join(missing)}." if missing else "The whole grid was run."
 
 

@@ -63,8 +63,9 @@ def task(work: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
     )
 
 
-# Of two widths of weights that a merge leaves as they are.
-EVERY_WAY = ("nearest", "regression", "renewed", "fitted", "auto")
+# Of two widths of weights that a merge leaves as they are. Float models are their own guides.
+FLOAT_WAYS = ("nearest", "regression", "renewed", "fitted", "auto")
+EVERY_WAY = ("nearest", "regression", "renewed", "fitted", "guided", "auto")
 
 
 @pytest.fixture(autouse=True)
@@ -118,8 +119,8 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     bundles = {name.split("/")[1] for name in made if ".hdrq/" in name}
     # Float, of no setting: three, the pairs and all; of ours: three, and all merged in five
     # ways. Twice two seeds: three, and of each pair nearest and two draws, of all nearest; or of
-    # all five ways.
-    assert len(bundles) == 3 + 3 + 1 + 3 + 5 + 2 * (3 + 3 * 3 + 1) + 2 * (3 + 5)
+    # all six ways.
+    assert len(bundles) == 3 + 3 + 1 + 3 + 5 + 2 * (3 + 3 * 3 + 1) + 2 * (3 + 6)
     merged = Bundle.open(bundle_path(tmp_path, "ours-hdrq-w4a4-s1-night+day+snow-auto-r0"))
     made_by = merged.manifest.options["merge"]
     assert made_by["auto"]["criterion"] == "agreement"
@@ -136,7 +137,7 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     assert [(r["setting"], r["method"], len(r["members"]), r["way"]) for r in records] == [
         *[("float", "float", 2, "nearest") for _ in range(3)],
         ("float", "float", 3, "nearest"),
-        *[("ours", "float", 3, way) for way in EVERY_WAY],
+        *[("ours", "float", 3, way) for way in FLOAT_WAYS],
         *[("paper", "hdrq", 2, way) for _ in range(3) for way in ("nearest", "advanced")],
         ("paper", "hdrq", 3, "nearest"),
         *[("ours", "hdrq", 3, way) for way in EVERY_WAY],
@@ -144,6 +145,11 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     fitted = Bundle.open(bundle_path(tmp_path, "ours-hdrq-w4a4-s1-night+day+snow-fitted-r0"))
     assert fitted.manifest.options["fit"]["images"] == dict.fromkeys(("night", "day", "snow"), 32)
     assert "re_estimate" not in fitted.manifest.options
+    guided = Bundle.open(bundle_path(tmp_path, "ours-hdrq-w4a4-s1-night+day+snow-guided-r0"))
+    floats = [Bundle.open(bundle_path(tmp_path, f"ours-float-{d.name}")) for d in grid.task.domains]
+    assert guided.manifest.options["fit"]["guides"] == [b.manifest_sha256 for b in floats]
+    folded = Bundle.open(bundle_path(tmp_path, "float-night")).manifest
+    assert (folded.method, floats[0].manifest.method) == ("float-folded", "float")
     check_settings(tmp_path)
     advanced, triple = records[10], records[15]
     assert advanced["members"] == ("night", "day")
@@ -163,7 +169,8 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     assert [cells(grid, r)[-1] for r in records].count("63.00") == 1
     text = markdown(grid, records)
     assert f" |\n\n{grid.task.model}\n±: half of the 95% interval" in text
-    assert text.count("\n") == 5 + 21
+    assert text.count("\n") == 5 + 22
+    assert text.count("| mean of folded weights |") == 4
     # What a cell decided of every image is in its row.
     row = json.loads(row_path(tmp_path, names[0]).read_text())
     kept = unpacked(row["decisions"])
