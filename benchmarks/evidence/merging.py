@@ -112,7 +112,8 @@ def merge_statistics(record: Mapping[str, Any]) -> str:
         "",
         f"`benchmarks/merge_statistics.py`: {record['iterations_per_block']} iterations a block, "
         "one scale per tensor, BatchNorm folded into the weights, equal merge weights, statistics "
-        "of the default rank (no larger than the codes at 8 bits), no images at the merge. "
+        "of the default rank (no larger than the codes at 8 bits), no images at the merge but for "
+        "re-estimated rows. "
         "Harmonic means in % on test images, mean and standard deviation over calibration seeds "
         f"(and {record['rounding_seeds']} rounding seeds of `advanced`). Rates of both methods on "
         "digits are the best of five, each about three times the next, by how little nearest "
@@ -127,9 +128,55 @@ def merge_statistics(record: Mapping[str, Any]) -> str:
     ]
     for task, title in (("digits", "Digits, ResNet-14"), ("streets", "Drawn streets, StreetNet")):
         own = [row for row in rows if row["task"] == task]
-        if own:
+        if own and task == "streets":
+            tried = [row for row in record["rates_tried"] if row["task"] == task]
+            lines += ["", f"### {title}", "", _streets_read(own, tried), "", _merges_table(own)]
+        elif own:
             lines += ["", f"### {title}", "", _merges_table(own)]
     return "\n".join(lines)
+
+
+def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str, Any]]) -> str:
+    """What the streets' rows say at W4A4, and how the rates were found."""
+
+    def best(parents: str, bits: str, folds: Sequence[str], renewed: bool) -> str:
+        """The highest mean over seeds of the merges of some parents, and its way."""
+        found: dict[tuple[str, str], list[float]] = {}
+        for row in rows:
+            if (row["parents"], row["bits"]) != (parents, bits) or row["fold"] not in folds:
+                continue
+            if row["way"] == "single" or row["way"].endswith("-renewed") != renewed:
+                continue
+            found.setdefault((row["fold"], row["way"]), []).extend(row["harmonic_means"])
+        place = max(found, key=lambda place: statistics.fmean(found[place]), default=None)
+        if place is None:
+            return "not run"
+        way = _WAYS.get(place[1], place[1].replace("-", ", ")).replace("**", "")
+        return f"{with_spread(found[place])} ({way})"
+
+    domains = " and ".join(rows[0]["members"])
+    searched = "; ".join(_rates_of(method, tried) for method in ("qdrop", "hdrq"))
+    return (
+        f"Mean intersection over union, harmonic mean over {domains}. Of float models the best "
+        f"merge reaches {best('float', '', ('weights',), False)}. At W4A4 the best merge from "
+        "bundles alone, BatchNorm in the weights: HDRQ's "
+        f"{best('hdrq', 'w4a4', ('weights',), False)}, QDrop's "
+        f"{best('qdrop', 'w4a4', ('weights',), False)}, rounded to nearest "
+        f"{best('rtn', 'w4a4', ('weights',), False)}. HDRQ's with BatchNorm in the scales: "
+        f"{best('hdrq', 'w4a4', ('steps',), False)}, re-estimated on 16 images a domain "
+        f"{best('hdrq', 'w4a4', ('steps',), True)}.\n\n"
+        "Rates were searched by the protocol of `hdrq reproduce --tune` on calibration images, at "
+        f"W4A4. Rates and nats: {searched}."
+    )
+
+
+def _rates_of(method: str, tried: Sequence[Mapping[str, Any]]) -> str:
+    """The rates of one method that a search tried, what each scored, and the one it chose."""
+    own = sorted((row for row in tried if row["method"] == method), key=lambda row: row["rate"])
+    told = ", ".join(f"{row['rate']:.3g} ({row['score']:.3f})" for row in own)
+    chosen = next(row for row in own if row["chosen"])
+    edge = ", the last that was tried" if chosen["is_at_edge"] else ""
+    return f"`{method}` {told}, chosen {chosen['rate']:.3g}{edge}"
 
 
 def _merges_read(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -34,7 +34,6 @@ OPERATIONS = ("conv", "conv", "conv", "norm", "activate", "activate", "join", "p
 SHAPES = ((3, 8, 8), (1, 9, 7), (4, 12, 12), (2, 10), (12,), (2, 3, 6, 6))
 VARIANTS: dict[str, dict[str, Any]] = {
     "float": {"method": "float"},
-    "folded": {"method": "float-folded"},
     "tensor": {"method": "rtn"},
     "channel": {"method": "rtn", "per_channel": True},
     "scales": {"method": "rtn", "fold": "steps"},
@@ -42,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 # dB that the bundle must keep of the module's output; networks that cancel what they
 # compute lose more than others, a wrong sign or channel leaves 0 to 6.
-KEPT = {"float": 80.0, "folded": 80.0, "tensor": 9.0, "channel": 9.0, "scales": 9.0, "w4": 3.0}
+KEPT = {"float": 80.0, "tensor": 9.0, "channel": 9.0, "scales": 9.0, "w4": 3.0}
 
 
 def _generated() -> Any:
