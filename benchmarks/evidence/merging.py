@@ -155,7 +155,7 @@ def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str
         return f"{with_spread(found[place])} ({way})"
 
     domains = " and ".join(rows[0]["members"])
-    searched = "; ".join(_rates_of(method, tried) for method in ("qdrop", "hdrq"))
+    searched = "; ".join(_rates_of(method, tried) for method in ("qdrop", "hdrq") if tried)
     return (
         f"Mean intersection over union, harmonic mean over {domains}. Of float models the best "
         f"merge reaches {best('float', '', ('weights',), False)}. At W4A4 the best merge from "
@@ -164,9 +164,13 @@ def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str
         f"{best('qdrop', 'w4a4', ('weights',), False)}, rounded to nearest "
         f"{best('rtn', 'w4a4', ('weights',), False)}. HDRQ's with BatchNorm in the scales: "
         f"{best('hdrq', 'w4a4', ('steps',), False)}, re-estimated on 16 images a domain "
-        f"{best('hdrq', 'w4a4', ('steps',), True)}.\n\n"
-        "Rates were searched by the protocol of `hdrq reproduce --tune` on calibration images, at "
-        f"W4A4. Rates and nats: {searched}."
+        f"{best('hdrq', 'w4a4', ('steps',), True)}."
+        + (
+            "\n\nRates were searched by the protocol of `hdrq reproduce --tune` on calibration "
+            f"images, at W4A4. Rates and nats: {searched}."
+            if searched
+            else ""
+        )
     )
 
 

@@ -69,10 +69,17 @@ def learned_seeds(rows: Sequence[Mapping[str, Any]], bits: str) -> int:
             row["figure"].get("calibrations", 1)
             for row in rows
             if (row["bits"], row["method"]) in {(bits, "qdrop"), (bits, "hdrq")}
-            and row["way"] not in ("auto", "guided")
+            and row["way"] != "auto"
+            and not _is_guided_pair(row)
         ),
         default=0,
     )
+
+
+def _is_guided_pair(row: Mapping[str, Any]) -> bool:
+    """Whether two bundles of a method that learns were fitted to the float models."""
+    learns = row["method"] in ("qdrop", "hdrq")
+    return learns and row["way"] == "guided" and len(row["members"]) == 2
 
 
 def way_label(method: str, way: str) -> str:
@@ -126,6 +133,15 @@ def _protocol_read(rows: Sequence[Mapping[str, Any]]) -> str:
     )
     if fitted is None:
         return told
+    guided = ""
+    if any(row["way"] == "guided" for row in rows):
+        guided = (
+            "\n\nFitted to the float models instead, in two sweeps (`--fit-to`, `--fit-sweeps 2`), "
+            "merges of bundles less the best float merge that is not fitted, in points: "
+            f"{_away(rows, ('guided',), best)}; less the fitted float merge: "
+            f"{_away(rows, ('guided',), fitted)}. `hdrq` beside the other methods, fitted to the "
+            f"float models, on all domains: {_beside(rows, 'guided')}."
+        )
     return (
         f"{told}\n\nFitted merges (`hdrq-merge --fit`) go further: every layer is solved for what "
         "each domain's own model puts out on 256 unlabelled images of its domain, for float models "
@@ -134,15 +150,7 @@ def _protocol_read(rows: Sequence[Mapping[str, Any]]) -> str:
         f"that is not fitted, in points: {_away(rows, ('fitted',), best)}; less the fitted float "
         f"merge: {_away(rows, ('fitted',), fitted)}. `hdrq` beside the other methods, fitted, on "
         f"all domains: {_beside(rows, 'fitted')}."
-        + (
-            "\n\nBundles of few bits are poor targets. Fitted in two sweeps to the float models in "
-            "their place (`--fit-to`, `--fit-sweeps 2`), merges of bundles less the best float merge that is not fitted, in "
-            f"points: {_away(rows, ('guided',), best)}; less the fitted float merge: "
-            f"{_away(rows, ('guided',), fitted)}. `hdrq` beside the other methods, fitted so, on "
-            f"all domains: {_beside(rows, 'guided')}."
-            if any(row["way"] == "guided" for row in rows)
-            else ""
-        )
+        f"{guided}"
     )
 
 
@@ -217,7 +225,7 @@ def _protocol_missing(rows: Sequence[Mapping[str, Any]]) -> str:
             missing.append(f"{bits.upper()} by methods that learn")
         elif seeds < 3:
             missing.append(f"calibration seeds beyond {seeds} of {bits.upper()}")
-    guided = [row["figure"].get("calibrations", 1) for row in rows if row["way"] == "guided"]
+    guided = [row["figure"].get("calibrations", 1) for row in rows if _is_guided_pair(row)]
     if guided and min(guided) < 3:
         missing.append(
             f"calibration seeds beyond {min(guided)} of pairs fitted to the float models"
@@ -384,7 +392,7 @@ def camvid(record: Mapping[str, Any]) -> str:
             "as above. Neighbouring frames are alike, so that the interval is narrower than that "
             "of other drives. The images are not part of this project.",
             "",
-            *_camvid_read(own, names),
+            *_camvid_read([*folded, *own], names),
             table(["parents", "bits", "merge", *names, "harmonic mean"], lines),
             "",
             f"{_protocol_missing(protocol_rows(record))} Fog and snow were not run either.",
@@ -395,13 +403,14 @@ def camvid(record: Mapping[str, Any]) -> str:
 def _camvid_read(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     """Merges less the best float merge, and single models less their float models, by domain."""
     floats = [row for row in rows if row["method"] == "float"]
-    plain = [row for row in floats if row["way"] != "fitted"]
+    plain = [row for row in floats if row["way"] not in ("fitted", "guided")]
     best = max(plain, key=lambda row: row["merged"]["harmonic mean"]["mean"])
     kinds = {
         "nearest": ("single", "Single models less float ones"),
         "regression": ("merged", "Merges by regression less the best float merge"),
         "renewed": ("merged", "The same with BatchNorm re-estimated on 16 images a domain"),
         "fitted": ("merged", "Merges by regression, fitted on 32 images a domain (20 of dusk)"),
+        "guided": ("merged", "Fitted to the float models on the same images"),
     }
     told = [
         "The best merge of float models reaches "
@@ -425,6 +434,7 @@ def _camvid_read(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
         "by regression": "regression",
         "re-estimated": "renewed",
         "fitted": "fitted",
+        "fitted to the float models": "guided",
     }
     tests = [f"{what}: {found}" for what, way in beside.items() if (found := _beside(rows, way))]
     return [

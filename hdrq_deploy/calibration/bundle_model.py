@@ -187,7 +187,7 @@ def _keep_fold(
 
 
 def emit_float(capture: Capture) -> BundleModel:
-    """The unquantized model, with BatchNorm kept separate so that a merge can match its moments."""
+    """The unquantized model; BatchNorm that was not folded is a node of its own."""
     return _finish(BundleModel(copy.deepcopy(capture.module).cpu(), {}))
 
 

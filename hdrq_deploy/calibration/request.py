@@ -189,7 +189,7 @@ class CalibrationRequest:
 
     @property
     def quantizes(self) -> bool:
-        """Whether weights and activations become codes; all but ``float`` do it."""
+        """Whether weights and activations become codes."""
         return METHODS[self.method].quantizes
 
     @property

@@ -255,7 +255,7 @@ def _describe(
 ) -> Layer:
     reason = ""
     if plan is None:
-        reason = "method float: nothing is quantized"
+        reason = "the model stays float: nothing is quantized"
     elif source.target in TRANSPOSED:
         reason = "no engine runs transposed convolutions in INT8"
     if plan is None or reason:

@@ -93,8 +93,14 @@ def write(
 def _scheme(request: CalibrationRequest, plan: Plan | None) -> Scheme:
     codes = request.quantization
     if plan is None:
-        fold = "weights" if METHODS[request.method].folds else "none"
-        return Scheme(grid=None, wbits=None, abits=None, per_channel=codes.per_channel, fold=fold)
+        folds = METHODS[request.method].folds
+        return Scheme(
+            grid=None,
+            wbits=None,
+            abits=None,
+            per_channel=codes.per_channel and not folds,
+            fold="weights" if folds else "none",
+        )
     return Scheme(
         grid=codes.grid,
         wbits=codes.wbits,

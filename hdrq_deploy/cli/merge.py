@@ -62,6 +62,7 @@ _OF_BUNDLES = (
     "re_estimate",
     "fit",
     "fit_to",
+    "fit_sweeps",
     "criterion",
     "rounding",
     "candidates",
@@ -155,13 +156,12 @@ def _image_flags(group: argparse._ArgumentGroup) -> None:
         default=[],
         metavar="BUNDLE",
         help="bundles of the same model, one of every domain in --fit, that the merge is fitted to "
-        "in the place of the merged ones: of more bits, or of --method float",
+        "instead of its parents: of more bits, or of --method float",
     )
     group.add_argument(
         "--fit-sweeps",
         type=int,
-        default=1,
-        help="how often all layers are fitted; a second sweep pays with --fit-to at narrow widths",
+        help="how often --fit goes over all layers (default: 1)",
     )
 
 
@@ -220,14 +220,15 @@ def _merge(args: argparse.Namespace) -> int:
     merge_weights = merger.check_weights(weights)
     if args.fit:
         check_domains(merger.parents, merge_weights, named(args.fit))
-    check_sweeps(args.fit_sweeps)
+    sweeps = 1 if args.fit_sweeps is None else args.fit_sweeps
+    check_sweeps(sweeps)
     guides = [Bundle.open(path) for path in args.fit_to]
     check_guides(guides, merger.parents[0], named(args.fit))
     renewed = _images(args.re_estimate, merger.parents[0], args.re_estimate_images, args.seed)
     guiding = None
     if args.fit:
         images = _images(args.fit, merger.parents[0], args.fit_images, args.seed)
-        guiding = Guidance(images, guides, args.fit_sweeps)
+        guiding = Guidance(images, guides, sweeps)
     options: dict[str, Any] = {}
     if auto:
         chosen = _chosen_weights(args, merger, renewed)
@@ -352,8 +353,8 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise MergeError("found --criterion without --weights auto, which it is for")
     if args.data and args.weights != ["auto"]:
         raise MergeError("found --data without --weights auto, which reads it; pass both")
-    if args.fit_to and not args.fit:
-        raise MergeError("found --fit-to without --fit; pass images of every domain, too")
+    if (flag := _given(args, ("fit_to", "fit_sweeps"))) and not args.fit:
+        raise MergeError(f"found {flag} without --fit; pass images of every domain, too")
 
 
 def _merge_checkpoints(args: argparse.Namespace) -> int:

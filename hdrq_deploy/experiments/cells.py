@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def _merge_ingredients(
         "parents": [parent.manifest_sha256 for parent in parents],
         **({"guides": [guide.manifest_sha256 for guide in guides]} if guides else {}),
         **images,
-        "way": merge.way,
+        "way": {"name": merge.way, **asdict(way)},
         "draw": draw,
         "candidates": CANDIDATES,
         "versions": versions_of("numpy", "onnx", "onnxruntime"),

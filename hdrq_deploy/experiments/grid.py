@@ -102,8 +102,9 @@ class Merge:
 
     @property
     def float_run(self) -> Run:
-        """The float models of this run's setting."""
-        return Run(self.run.setting, "float", 8, 8, 0)
+        """The float models of this run's setting; the folded ones where it has none of its own."""
+        apart = SETTINGS[self.run.setting].codes["fold"] != "weights"
+        return Run(self.run.setting if apart else "float", "float", 8, 8, 0)
 
     def cell(self, draw: int) -> str:
         """Name of the cell of one rounding seed."""

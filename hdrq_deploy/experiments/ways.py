@@ -20,8 +20,8 @@ class Way:
         rounding: Name of one of :data:`..merging.rounding.ROUNDINGS`.
         renews: Whether unlabelled images give BatchNorm and the activation scales new values.
         chooses: Whether they choose the merge weights too; else the merge weights are equal.
-        fits: Whether every layer is fitted on them to what the parents put out.
-        fits_floats: Whether it is fitted to the float models' outputs in the place of these.
+        fits: Whether every layer is fitted on them, to what the parents put out.
+        fits_floats: Whether it is fitted to what the float models put out instead.
         sweeps: How often a fit goes over all layers.
         wbits: Bits that the merge rounds 8-bit weights to; None for the parents' own.
     """

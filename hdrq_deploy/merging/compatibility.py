@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from ..errors import MergeError
 from ..formats.bundle import Bundle
 
-__all__ = ["check_compatible"]
+__all__ = ["check_compatible", "refuse_different"]
 
 
 def check_compatible(first: Bundle, other: Bundle) -> None:
@@ -30,12 +31,31 @@ def check_compatible(first: Bundle, other: Bundle) -> None:
         *((f"tensor {name}", entry, b.tensors.get(name)) for name, entry in a.tensors.items()),
         ("graph (sha256)", first.graph_sha256[:12], other.graph_sha256[:12]),
     ]
+    need = (
+        "merging needs bundles of one model, source and scheme: calibrate them with the same "
+        "options"
+    )
+    refuse_different(pairs, first, other, need)
+
+
+def refuse_different(
+    pairs: Iterable[tuple[str, Any, Any]], first: Bundle, other: Bundle, need: str
+) -> None:
+    """Refuse two bundles at the first difference.
+
+    Args:
+        pairs: What is compared, and its value in either bundle.
+        first, other: The bundles.
+        need: What is needed, and what to do.
+
+    Raises:
+        MergeError: Names the difference.
+    """
     for what, mine, theirs in pairs:
         if mine != theirs:
             raise MergeError(
                 f"found different {what}: {_short(mine, theirs)} in {first.path}, "
-                f"{_short(theirs, mine)} in {other.path}; merging needs bundles of one model, "
-                "source and scheme: calibrate them with the same options"
+                f"{_short(theirs, mine)} in {other.path}; {need}"
             )
 
 

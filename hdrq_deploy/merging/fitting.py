@@ -4,7 +4,7 @@ Averaging weights is a guess at a network that does what every parent does on it
 some images of each domain at hand it need not stay one. From the first layer to the last, a layer's
 inputs are computed by the merged network as far as it is fitted, quantizers and rounded weights
 included, and its targets by each domain's guide: its own parent, or a better model of the same
-domain, such as one of more bits or in float. The layer gets the weights and the bias of
+domain, such as one of more bits or a float one. The layer gets the weights and the bias of
 least squares, held near the merged ones (:mod:`..numerics.guided_layer`), and is rounded with
 compensated errors on these inputs. Scales of activations are searched on the way. Nothing is
 trained, and no label and no torch is needed.
@@ -14,7 +14,7 @@ its moments become those of the new weights, so that a later merge averages what
 
 Source:
     After E-PMQ (arXiv 2605.16882: experts' outputs as targets, anchored to the merged weights; of
-    which the abstract alone was at hand), by default with quantized parents in the place of float
+    which the abstract alone was at hand), by default with quantized parents instead of float
     experts.
 """
 
@@ -50,6 +50,7 @@ from ..numerics.quantization import along, dequantize, rounded, search_scale, so
 from ..numerics.spec import QuantSpec, check_seed
 from ..typing import Array, StepProgress
 from .batchnorm_correction import norm_behind, parameters_of
+from .compatibility import refuse_different
 from .rewriting import settled, write_again
 from .scales import searched_scale
 from .unrounded_network import put_weights
@@ -94,8 +95,8 @@ def fit(
             weights where none is better; 0.01 with fewer than four images of a domain.
         seed: Seed of the samples that scales and layers are fitted on.
         progress: Called with (layers done, layers in all).
-        guides: Bundles of the same model and domains whose outputs are the targets in the place of
-            the parents'; of any bits, or in float.
+        guides: Bundles of the same model and domains whose outputs are the targets instead of the
+            parents'; of any bits, or float ones.
         sweeps: How often all layers are fitted, each time from what the sweep before left.
 
     Raises:
@@ -199,30 +200,83 @@ def check_guides(guides: Sequence[Bundle], like: Bundle, names: Collection[str])
     Raises:
         MergeError: Says which guide is of another model or domain, or which domain has none or two.
     """
+    layers = _kinds_of(like) if guides else {}
     for guide in guides:
-        mine, theirs = guide.manifest, like.manifest
-        for what, one, other in (
-            ("model", mine.model, theirs.model),
-            ("input shape", mine.input_shape, theirs.input_shape),
-            ("preprocessing", mine.preprocessing, theirs.preprocessing),
-        ):
-            if one != other:
-                raise MergeError(
-                    f"{guide.path}: found another {what} than that of {like.path}; a merge is "
-                    "fitted to bundles of its own model"
-                )
-        if not set(mine.domains) & set(names):
+        domains = guide.manifest.domains
+        if not set(domains) & set(names):
             raise MergeError(
-                f"{guide.path}: found no images of {' or '.join(mine.domains)}; needed a bundle of "
+                f"{guide.path}: found no images of {' or '.join(domains)}; needed a bundle of "
                 f"one of {', '.join(names)}"
             )
+        _check_guide(guide, like, layers)
     for name in names if guides else ():
         own = [guide for guide in guides if name in guide.manifest.domains]
         if len(own) != 1:
+            found = f": {', '.join(str(guide.path) for guide in own)}" if own else ""
             raise MergeError(
-                f"found {len(own)} bundles of {name} to fit to; needed one of every domain that "
-                "there are images of"
+                f"found {len(own)} bundles of {name} to fit to{found}; needed one of every domain "
+                "that there are images of"
             )
+
+
+def _check_guide(guide: Bundle, like: Bundle, layers: Mapping[str, _Kind]) -> None:
+    """Refuse a guide whose outputs mean something else than those of a parent."""
+    mine, theirs = guide.manifest, like.manifest
+    own = _kinds_of(guide)
+    pairs: list[tuple[str, Any, Any]] = [
+        ("model", mine.model, theirs.model),
+        ("input shape", mine.input_shape, theirs.input_shape),
+        ("preprocessing", mine.preprocessing, theirs.preprocessing),
+        *(
+            [("classes", mine.classes, theirs.classes)]
+            if mine.classes is not None and theirs.classes is not None
+            else []
+        ),
+        *((f"layer {name}", own.get(name), kind) for name, kind in layers.items()),
+    ]
+    need = "a merge is fitted to bundles of its own model: calibrate them with one version of it"
+    refuse_different(pairs, guide, like, need)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What layers of one name have in common, whatever their bits."""
+
+    operator: str
+    groups: int
+    features: int
+    outputs: int
+    geometry: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def __str__(self) -> str:
+        geometry = "".join(f", {name} {' '.join(map(str, v))}" for name, v in self.geometry)
+        return (
+            f"{self.operator} of {self.features} features to {self.outputs} outputs in "
+            f"{self.groups} groups{geometry}"
+        )
+
+
+def _kinds_of(bundle: Bundle) -> dict[str, _Kind]:
+    """The layers of a bundle that can be fitted, by the names of their nodes."""
+    found, model = {}, bundle.graph_ir()
+    # Their shapes are those of the weights.
+    put_weights(model, bundle, lambda name: _constant(name, bundle.tensor(name)))
+    for layer in _layers_of(model, bundle)[0]:
+        outputs = bundle.manifest.tensors[layer.weight].shape[layer.axis]
+        geometry = tuple(
+            (name, tuple(layer.node.attributes[name].as_ints()))
+            for name in ("strides", "dilations", "pads")
+            if name in layer.node.attributes
+        )
+        kind = _Kind(
+            "Conv" if layer.node.op_type == "Conv" else "matrix product",
+            layer.groups,
+            layer.features,
+            outputs,
+            geometry,
+        )
+        found[str(layer.node.name)] = kind
+    return found
 
 
 def _guides(
@@ -370,13 +424,7 @@ class _Fit:
         """A guide's graph, and what of it each layer is fitted to, by the layer's node."""
         model, steps = _steps_of(guide, _real_weights(guide, guide.tensors()))
         outputs = {str(layer.node.name): layer.output for layer in _layers_of(model, guide)[0]}
-        names = [str(layer.node.name) for layer in self._layers]
-        if missing := [name for name in names if name not in outputs]:
-            raise MergeError(
-                f"{guide.path}: found no layer {missing[0]} that {self._bundle.path} has; needed "
-                "bundles of one model, calibrated by one version of hdrq-deploy"
-            )
-        return steps, {name: outputs[name] for name in names}
+        return steps, {name: outputs[name] for name in (str(x.node.name) for x in self._layers)}
 
     def run(self, progress: StepProgress) -> None:
         """Fit all layers, in the order of the graph."""
@@ -564,12 +612,12 @@ def _real_weights(bundle: Bundle, tensors: Mapping[str, Array]) -> dict[str, Arr
 def _steps_of(bundle: Bundle, real: Mapping[str, Array]) -> tuple[ir.Model, Steps]:
     """A bundle's graph that reads real weights."""
     model = bundle.graph_ir()
-    put_weights(
-        model,
-        bundle,
-        lambda name: ir.Value(name=name, const_value=ir.tensor(real[name], name=name)),
-    )
+    put_weights(model, bundle, lambda name: _constant(name, real[name]))
     return model, Steps(model, bundle.manifest.tensors)
+
+
+def _constant(name: str, value: Array) -> ir.Value:
+    return ir.Value(name=name, const_value=ir.tensor(value, name=name))
 
 
 def _own_quantizers(model: ir.Model, bundle: Bundle) -> dict[ir.Node, QuantSpec]:

@@ -28,7 +28,7 @@ class Guidance:
 
     Attributes:
         images: Inputs (N, C, H, W) of each parent's domain.
-        guides: Bundles whose outputs are the targets in the place of the parents'.
+        guides: Bundles whose outputs are the targets instead of the parents'.
         sweeps: How often all layers are fitted.
     """
 

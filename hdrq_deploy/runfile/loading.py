@@ -244,10 +244,14 @@ class _Checks:
                 (*loc, "criterion"),
                 f"{name}: found criterion without weights: auto, which reads it",
             )
-        if merge.fit_to is not None and not merge.fit:
-            raise self._document.error(
-                (*loc, "fit_to"), f"{name}: found fit_to without fit: true, which it is for"
-            )
+        for key, given in (
+            ("fit_to", merge.fit_to is not None),
+            ("fit_sweeps", merge.fit_sweeps > 1),
+        ):
+            if given and not merge.fit:
+                raise self._document.error(
+                    (*loc, key), f"{name}: found {key} without fit: true, which it is for"
+                )
 
 
 def meant(word: str, known: Iterable[str]) -> str:

@@ -182,7 +182,7 @@ class _Stages:
             yield self._bench(rows, measures)
 
     def _cells(self) -> list[_Cell]:
-        """The grid of bits and methods; ``float`` comes first and has no bits."""
+        """The grid of bits and methods; those that stay float come first and have no bits."""
         bits, methods = parse_bits(self._file.bits), self._file.methods
         cells = [_Cell(m, *bits[0]) for m in methods if not METHODS[m].quantizes]
         cells += [_Cell(m, *pair) for pair in bits for m in methods if METHODS[m].quantizes]
@@ -343,7 +343,7 @@ class _Stages:
         if not self._file.merges:
             return True
         singles = bench is not None and bench.singles
-        return first and bool(singles and (singles != "float" or cell.method == "float"))
+        return first and bool(singles and (singles != "float" or not cell.quantizes))
 
     def _row(
         self, cell: _Cell, engine: str, members: dict[str, list[str]], label: str, maker: str

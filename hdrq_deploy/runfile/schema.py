@@ -300,15 +300,15 @@ class Merge(_Section):
     )
     fit: bool = Field(
         default=False,
-        description="fit every layer to what the parents put out on unlabelled images",
+        description="fit every layer to what the parents, or those of fit_to, put out on "
+        "unlabelled images",
     )
     fit_images: Annotated[int, Field(ge=2)] = Field(
         default=256, description="images a domain for fit"
     )
     fit_to: Annotated[str, AfterValidator(one_of(_REAL)), _enum(_REAL)] | None = Field(
         default=None,
-        description="method of this file whose models a merge is fitted to in the place of its own "
-        "parents",
+        description="method of this file whose models a merge is fitted to instead of its parents",
     )
     fit_sweeps: Count = Field(default=1, description="how often a fit goes over all layers")
     candidates: Count | None = Field(default=None, description="draws of advanced rounding (100)")
@@ -335,7 +335,7 @@ class Bench(_Section):
         Any, AfterValidator(_singles), WithJsonSchema({"enum": [True, False, "float"]})
     ] = Field(
         default=True,
-        description="measure the model of each domain too; float: that of method float only",
+        description="measure the model of each domain too; float: those that stay float only",
     )
 
 

@@ -18,7 +18,7 @@ from hdrq_deploy.calibration.blocks import find_blocks
 from hdrq_deploy.calibration.capture import capture
 from hdrq_deploy.calibration.fake_quantizers import search_scale
 from hdrq_deploy.calibration.fold_batch_norm import fold_batch_norm, fold_constants
-from hdrq_deploy.calibration.loading import load_model
+from hdrq_deploy.calibration.loading import load_model, load_state
 from hdrq_deploy.calibration.placement import plan_quantizers
 from hdrq_deploy.calibration.rebuilding import fake_quantized
 from hdrq_deploy.calibration.recipe import Options
@@ -193,8 +193,6 @@ def test_same_seed_same_bytes_and_the_distance_term_pulls(work: Path, tmp_path: 
 def test_float_bundles_keep_the_model(make: Any, work: Path, inputs: Any) -> None:
     bundle = make(method="float")
     model = load_model("tiny_models:Tiny")
-    from hdrq_deploy.calibration.loading import load_state
-
     load_state(model, work / "Tiny-night.safetensors", "adapted")
     with torch.no_grad():
         expected = model(torch.from_numpy(inputs)).numpy()
@@ -207,8 +205,6 @@ def test_a_folded_float_bundle_holds_the_weights_that_torch_fuses(
 ) -> None:
     folded, apart = make(method="float-folded"), make(method="float")
     model = load_model("tiny_models:Tiny")
-    from hdrq_deploy.calibration.loading import load_state
-
     load_state(model, work / "Tiny-night.safetensors", "adapted")
     fused = fuse_conv_bn_eval(model.conv1, model.bn1)
     np.testing.assert_allclose(

@@ -16,7 +16,7 @@ from hdrq_deploy.errors import DataError, HdrqError, MergeError
 from hdrq_deploy.formats.bundle import GRAPH, Bundle
 from hdrq_deploy.graph.reference_session import session_threads, unfused_session
 from hdrq_deploy.graph.stepwise import Steps, Walk
-from hdrq_deploy.merging import fit
+from hdrq_deploy.merging import check_guides, fit
 from hdrq_deploy.merging.fitting import ANCHOR
 from hdrq_deploy.numerics.guided_layer import (
     ANCHORS,
@@ -369,7 +369,7 @@ def test_guides_that_cannot_guide_are_refused(make: Any, inputs: Any, tmp_path: 
     merged = merge(parents, tmp_path / "m.hdrq", method="mean")
     night, day = (make("Tiny", d, "float") for d in DOMAINS)
     cases: list[tuple[list[Bundle], int, str]] = [
-        ([make("Wide", d, "float") for d in DOMAINS], 1, "found another model than that of"),
+        ([make("Wide", d, "float") for d in DOMAINS], 1, "found different model: tiny_models:Wide"),
         ([night], 1, "found 0 bundles of day to fit to"),
         ([night, day, night], 1, "found 2 bundles of night to fit to"),
         ([night, day, make("Tiny", "snow", "float")], 1, "found no images of snow"),
@@ -382,6 +382,26 @@ def test_guides_that_cannot_guide_are_refused(make: Any, inputs: Any, tmp_path: 
                 guides=guides, sweeps=sweeps,
             )  # fmt: skip
     assert not (tmp_path / "f.hdrq").exists()
+
+
+def test_guides_of_changed_model_code_are_refused(make: Any, tmp_path: Path) -> None:
+    """The model has the same name and other layers, classes or images."""
+    parent = make("Tiny", "night", fold="steps")
+    guide = make("Tiny", "night", "float")
+    check_guides([guide], parent, ["night"])
+    others: list[tuple[str, Any, str]] = [
+        ("Wide", {}, "different layer .*: matrix product of 8 features to 5 outputs"),
+        ("Tiny", {"classes": ("a", "b")}, "different classes"),
+        ("Tiny", {"preprocessing": "other"}, "different preprocessing"),
+    ]
+    for name, changes, message in others:
+        shown = Bundle.open(make(name, "night", "float").path)
+        update = {"model": "tiny_models:Tiny", **changes}
+        shown.manifest = shown.manifest.model_copy(update=update)
+        named = Bundle.open(parent.path)
+        named.manifest = named.manifest.model_copy(update={"classes": ("b", "a")})
+        with pytest.raises(MergeError, match=message):
+            check_guides([shown], named, ["night"])
 
 
 def test_the_merge_command_fits(
@@ -409,6 +429,7 @@ def test_the_merge_command_fits(
         (guided, "found --fit-to without --fit"),
         ([*guided[:-1], "--fit", *data], "found 0 bundles of day to fit to"),
         ([*guided, "--fit", *data, "--fit-sweeps", "0"], "found 0 sweeps"),
+        ([*bundles, "-o", str(out), "--fit-sweeps", "2"], "found --fit-sweeps without --fit"),
     ):
         assert merge_command.main(argv) == 2
         error = capsys.readouterr().err

@@ -147,6 +147,11 @@ WRONG: dict[str, tuple[str, int, str]] = {
         13,
         "merges.m: found fit_to without fit: true",
     ),
+    "fit_sweeps alone": (
+        f"{SHORT}merges:\n  m:\n    fit_sweeps: 2\n",
+        12,
+        "merges.m: found fit_sweeps without fit: true",
+    ),
     "fit_to another method": (
         f"{SHORT}methods: [rtn]\nmerges:\n  m:\n    fit: true\n    fit_to: float\n",
         14,

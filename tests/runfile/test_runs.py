@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,8 +29,10 @@ from hdrq_deploy.cli import status as status_command
 from hdrq_deploy.cli.stage_table import StageTable
 from hdrq_deploy.errors import ExportError, HdrqError
 from hdrq_deploy.formats.bundle import Bundle
+from hdrq_deploy.runfile.bundles import MergeStage
 from hdrq_deploy.runfile.loading import load
 from hdrq_deploy.runfile.plan import plan, stages_of
+from hdrq_deploy.runfile.schema import Merge
 from hdrq_deploy.runfile.stage import Stage
 from hdrq_deploy.runtime import load_engine
 
@@ -164,6 +168,20 @@ def test_a_merge_is_measured_again_and_fitted(
     assert options["re_estimate"]["images"] == {"night": 8, "day": 8}
     assert options["fit"]["images"] == {"night": 16, "day": 16}
     assert not [key for key in stale(file, capsys) if key.startswith("merge")]
+
+
+def test_a_merge_is_stale_where_what_it_is_fitted_to_changed(make: Any, tmp_path: Path) -> None:
+    parents = {d: make("Tiny", d).path for d in ("night", "day")}
+    stage = MergeStage(
+        "merged", tmp_path / "m.hdrq", (), "", 1, parents, {}, Merge(fit=True, fit_to="float"), 0
+    )
+    floats, folded = (
+        [make("Tiny", d, method).path for d in parents] for method in ("float", "float-folded")
+    )
+    found = [replace(stage, guides=guides).ingredients() for guides in ((), floats, folded)]
+    assert [f.get("guides") for f in found] == [
+        None, *([Bundle.open(p).manifest_sha256 for p in some] for some in (floats, folded))
+    ]  # fmt: skip
 
 
 def test_other_bits_leave_the_first_ones_alone_and_clean_takes_what_is_unused(
