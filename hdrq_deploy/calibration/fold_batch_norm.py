@@ -14,7 +14,7 @@ from .capture import CONVOLUTIONS, LINEAR, TRANSPOSED, Capture, Fold
 from .nodes import module_path
 from .tensors import attribute, free_name, set_attribute
 
-__all__ = ["fold_batch_norm", "fold_constants", "folded"]
+__all__ = ["fold_batch_norm", "fold_constants", "folded", "read_once"]
 
 aten = torch.ops.aten
 
@@ -104,7 +104,7 @@ def _foldable(norm: fx.Node) -> bool:
     weight = source.args[1]
     # A 3-D linear output has its channels last, BatchNorm reads axis 1.
     plain = source.target not in LINEAR or source.meta["val"].ndim == 2
-    return plain and _read_once(weight)
+    return plain and read_once(weight)
 
 
 def _has_own_statistics(norm: fx.Node) -> bool:
@@ -118,8 +118,8 @@ def _has_own_statistics(norm: fx.Node) -> bool:
     return all(user.target is operator.getitem and user.args[1] == 0 for user in norm.users)
 
 
-def _read_once(got: Any) -> bool:
-    """A parameter that one node alone reads."""
+def read_once(got: Any) -> bool:
+    """Whether ``got`` is a parameter that one node alone reads."""
     if not (isinstance(got, fx.Node) and got.op == "get_attr"):
         return False
     readers = [
@@ -229,7 +229,7 @@ def _bypass(norm: fx.Node, source: fx.Node) -> None:
 
 def _bias_name(module: nn.Module, weight: str, bias: Any) -> str:
     """The layer's own bias; a new tensor where it has none or shares it with another reader."""
-    if _read_once(bias):
+    if read_once(bias):
         return str(bias.target)
     stem = weight.removesuffix("weight")
     return free_name(module, f"{stem}bias" if stem != weight else f"{weight}_bias")

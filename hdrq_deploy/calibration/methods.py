@@ -79,6 +79,7 @@ class Options:
         beta_first: Exponent of AdaRound's regularizer after the warm-up.
         beta_last: Exponent of AdaRound's regularizer at the end.
         keep_best: Return a block to its first state where learning raised its error.
+        bias_correction: Move biases by what quantization does to the mean of a layer's outputs.
     """
 
     learner: str = "latent"
@@ -103,6 +104,7 @@ class Options:
     act_init: str = "pooled"
     scale_rates: bool = False
     distance_form: str = "norm"
+    bias_correction: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -195,6 +197,11 @@ METHODS: dict[str, Method] = {
         folds=True,
     ),
     "rtn": Method("round to nearest, scales by search", _SEARCH),
+    "rtn-corrected": Method(
+        "rtn, with biases corrected for the mean error of every layer",
+        replace(_SEARCH, bias_correction=True),
+        "Nagel et al., ICCV 2019",
+    ),
     "gptq": Method(
         "weights rounded with error compensation, layer by layer, scales by search",
         replace(_SEARCH, learner="compensated", granularity="layer", keep_best=False),

@@ -66,6 +66,7 @@ class Recipe(BaseModel):
     act_init: str | None = None
     scale_rates: bool | None = None
     distance_form: str | None = None
+    bias_correction: bool | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> Recipe:

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from ..errors import ModelError
 from ..typing import Progress
 from .activation_cache import Caches, Rows, run_batch
+from .bias_correction import correct_biases, put_shifts
 from .block_module import (
     BlockModule,
     Quantizers,
@@ -45,6 +46,8 @@ __all__ = ["observe_float", "reconstruct"]
 Sources = list[tuple[WeightQuantizer, Tensor]]
 # The same, with the weight of their distance in the loss.
 Pulls = list[tuple[WeightQuantizer, Tensor, float]]
+# What was added to a bias, in the state of a finished block.
+_SHIFT = "shift "
 # Images that say the first scales of activations one by one.
 _IMAGES, _VALUES = 8, 1 << 13
 
@@ -215,6 +218,12 @@ class _Reconstruction:
         if stored:
             targets = run.float_outputs(watch=self._watch)
             restore_block(module, self.quantizers, stored.tensors)
+            shifts = {
+                name.removeprefix(_SHIFT): tensor
+                for name, tensor in stored.tensors.items()
+                if name.startswith(_SHIFT)
+            }
+            put_shifts(self._model.capture, shifts)
             record = stored.record
         else:
             targets = run.float_outputs(observe=True, watch=self._watch)
@@ -222,6 +231,10 @@ class _Reconstruction:
             self._draws.restart(index)
             record = {"name": name, "layers": len(block.heavy), "outputs": len(block.outputs)}
             record |= _settle(first, run, targets, self._sources(module), self._draws, report)
+            shifts = {}
+            if options.bias_correction:
+                capture = self._model.capture
+                shifts = correct_biases(module, capture, run.float_inputs, run.quantized_inputs)
         spent = [self._rows.pop(n) for n in block.inputs if self._last_use[n] == index]
         for activation in spent:
             activation.free_real()
@@ -230,7 +243,9 @@ class _Reconstruction:
         if not stored:
             record["loss_after"] = run.loss(outputs, targets)
             if partial:
-                partial.save(index, block_state(module, self.quantizers), record)
+                state = block_state(module, self.quantizers)
+                state |= {f"{_SHIFT}{name}": shift for name, shift in shifts.items()}
+                partial.save(index, state, record)
         self.quantizers.blocks.append(record)
         for node, *rows in zip(block.outputs, targets, outputs, between, strict=True):
             self._rows[node] = _Activation(*rows)
@@ -386,10 +401,17 @@ class _BlockRun:
             quantizer.finish_observing(pooled)
         return outputs
 
+    def float_inputs(self) -> Iterator[tuple[int, list[Tensor]]]:
+        """Images and inputs of every batch, in the float network."""
+        return self._inputs(self.real)
+
     def quantized_inputs(self) -> Iterator[tuple[int, list[Tensor]]]:
         """Images and inputs of every batch, in the quantized network."""
-        for first, last in self._batches(len(self.mixed[0])):
-            yield last - first, [rows.read(first, last).to(self.device) for rows in self.mixed]
+        return self._inputs(self.mixed)
+
+    def _inputs(self, inputs: list[Rows]) -> Iterator[tuple[int, list[Tensor]]]:
+        for first, last in self._batches(len(inputs[0])):
+            yield last - first, [rows.read(first, last).to(self.device) for rows in inputs]
 
     def quantized_outputs(self) -> list[Rows]:
         """Outputs of the rounded block on the quantized network's activations."""

@@ -292,6 +292,13 @@ def _block_flags(knobs: argparse._ArgumentGroup) -> None:
         default=None,
         help=f"undo a block whose error rose {_of_methods('keep_best')}",
     )
+    knobs.add_argument(
+        "--bias-correction",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="move biases by what quantization does to the mean of a layer's outputs "
+        f"{_of_methods('bias_correction', every=True)}",
+    )
 
 
 def _default(name: str) -> str:

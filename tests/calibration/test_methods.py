@@ -51,8 +51,8 @@ def test_every_row_says_what_it_does_and_makes_a_request() -> None:
         assert request.quantizes == (name not in {"float", "float-folded"})
     with pytest.raises(
         SpecError,
-        match="choose one of float, float-folded, rtn, gptq, adaround, brecq, brecq-one-stage, "
-        "qdrop, latent, latent-noise, hdrq",
+        match="choose one of float, float-folded, rtn, rtn-corrected, gptq, adaround, brecq, "
+        "brecq-one-stage, qdrop, latent, latent-noise, hdrq",
     ):
         Options.of("magic")
 

@@ -93,7 +93,7 @@ def test_a_setting_stands_where_recipe_and_flags_say_nothing(work: Path, tmp_pat
 def test_each_part_of_hdrq_can_be_switched(make: Any) -> None:
     assert Options.of("hdrq", noise="uniform").noise == "uniform"
     learned = {"adaround", "brecq", "brecq-one-stage", "qdrop", "hdrq", *_LATENT}
-    assert set(METHODS) == {"float", "float-folded", "rtn", "gptq", *learned}
+    assert set(METHODS) == {"float", "float-folded", "rtn", "rtn-corrected", "gptq", *learned}
     with pytest.raises(HdrqError, match="noise='loud'"):
         Options.of("hdrq", noise="loud")
     for a, b in itertools.combinations(sorted(learned), 2):
