@@ -166,7 +166,10 @@ def _away(rows: Sequence[Mapping[str, Any]], ways: Sequence[str], best: tuple[fl
     told = []
     for bits in dict.fromkeys(row["bits"] for row in rows if row["bits"]):
         for way in ways:
-            cells = {m: protocol_means(rows, m, bits, way) for m in ("rtn", "qdrop", "hdrq")}
+            cells = {
+                m: protocol_means(rows, m, bits, way)
+                for m in ("rtn", "rtn-corrected", "qdrop", "hdrq")
+            }
             away = ", ".join(
                 f"`{m}` {cell[0] - best[0]:+.1f} and {cell[1] - best[1]:+.1f}"
                 for m, cell in cells.items()
