@@ -137,8 +137,9 @@ def grid(task: str, seed: int) -> Iterator[Parents]:
     for wbits, abits in BITS[task]:
         yield Parents(task, "qdrop", wbits, abits, "weights", seed)
     if seed == 0:  # round to nearest draws nothing
-        for wbits, abits in BITS[task]:
-            yield Parents(task, "rtn", wbits, abits, "weights", seed)
+        for method in ("rtn", "rtn-corrected"):
+            for wbits, abits in BITS[task]:
+                yield Parents(task, method, wbits, abits, "weights", seed)
     for wbits, abits in STEPS[task]:
         if seed == 0:
             yield Parents(task, "hdrq", wbits, abits, "steps", seed)

@@ -53,6 +53,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
 # The rate that `hdrq reproduce pacs --tune` chose for as many iterations of this network.
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {},
+    "rtn-corrected": {},
     "hdrq": {"iters": 200, "lr": 3.16e-3, "batch": 8},
 }
 ENGINES = ("ort", "openvino")

@@ -63,7 +63,7 @@ def headline() -> str:
         return f"{both[0]:.1f} / {both[1]:.1f}" if both else "-"
 
     lines = []
-    for parents in ("float", "rtn", "qdrop", "hdrq"):
+    for parents in ("float", "rtn", "rtn-corrected", "qdrop", "hdrq"):
         exact = parents == "float"
         lines.append(
             [
@@ -94,6 +94,7 @@ def headline() -> str:
 _HEADLINE_COLOURS = {
     "float": "#4a5568",
     "rtn": "#9aa5b1",
+    "rtn-corrected": "#b7791f",
     "qdrop": "#2b6cb0",
     "hdrq": "#b83256",
 }
@@ -111,8 +112,8 @@ def plot_headline(target: Path) -> None:
     ways = [cell.strip() for cell in header.strip("|").split("|")][1:]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     with rc_context({"svg.hashsalt": "hdrq", "svg.fonttype": "path", "font.size": 9}):
-        figure = Figure(figsize=(9.5, 3.4), layout="constrained")
-        panels = figure.subplots(1, 2, width_ratios=(2, 3))
+        figure = Figure(figsize=(11, 3.6), layout="constrained")
+        panels = figure.subplots(1, 2, width_ratios=(2, 4))
         for axes, task in zip(panels, ("digits", "PACS"), strict=True):
             own = [index for index, way in enumerate(ways) if way.startswith(f"{task}: ")]
             for place, (parents, *cells) in enumerate(rows):
@@ -120,7 +121,7 @@ def plot_headline(target: Path) -> None:
                 pairs, triples = zip(
                     *(map(float, cells[own[group]].split(" / ")) for group in there), strict=True
                 )
-                at = [group + 0.2 * (place - 1.5) for group in there]
+                at = [group + 0.16 * (place - 2) for group in there]
                 colour = _HEADLINE_COLOURS[parents]
                 axes.plot(at, pairs, "o", color=colour, ms=7, label=parents)
                 axes.plot(at, triples, "D", color="none", mec=colour, ms=6, mew=1.4)
