@@ -62,24 +62,17 @@ def protocol_means(
 def learned_seeds(rows: Sequence[Mapping[str, Any]], bits: str) -> int:
     """Calibration seeds of the methods that learn at some bits; 0 where none of them was run.
 
-    Merges at chosen weights, and pairs fitted to the float models, have fewer.
+    Merges at chosen weights, and those that are fitted to the float models, have fewer.
     """
     return min(
         (
             row["figure"].get("calibrations", 1)
             for row in rows
             if (row["bits"], row["method"]) in {(bits, "qdrop"), (bits, "hdrq")}
-            and row["way"] != "auto"
-            and not _is_guided_pair(row)
+            and row["way"] not in ("auto", "guided")
         ),
         default=0,
     )
-
-
-def _is_guided_pair(row: Mapping[str, Any]) -> bool:
-    """Whether two bundles of a method that learns were fitted to the float models."""
-    learns = row["method"] in ("qdrop", "hdrq")
-    return learns and row["way"] == "guided" and len(row["members"]) == 2
 
 
 def way_label(method: str, way: str) -> str:
@@ -228,11 +221,15 @@ def _protocol_missing(rows: Sequence[Mapping[str, Any]]) -> str:
             missing.append(f"{bits.upper()} by methods that learn")
         elif seeds < 3:
             missing.append(f"calibration seeds beyond {seeds} of {bits.upper()}")
-    guided = [row["figure"].get("calibrations", 1) for row in rows if _is_guided_pair(row)]
-    if guided and min(guided) < 3:
-        missing.append(
-            f"calibration seeds beyond {min(guided)} of pairs fitted to the float models"
-        )
+    guided = {
+        (row["bits"].upper(), len(row["members"])): row["figure"].get("calibrations", 1)
+        for row in rows
+        if row["way"] == "guided" and row["method"] in ("qdrop", "hdrq")
+    }
+    for (bits, members), count in guided.items():
+        if count < 3:
+            of = "pairs" if members == 2 else "all domains"
+            missing.append(f"seeds beyond {count} of {bits} fitted to the float models ({of})")
     return f"Not run yet: {', '.join(missing)}." if missing else "The whole grid was run."
 
 
