@@ -312,8 +312,8 @@ def summary() -> str:
         f"that is quantized towards the float models' outputs {experts:.1f}% on all three domains. "
         f"At W4A4 merges that are fitted to the float models reach {told(narrow[0])} (HDRQ's "
         f"{told(narrow[1])}), and the models that were merged {told(single('qdrop', 'w4a4'))} "
-        f"(HDRQ's {told(single('hdrq', 'w4a4'))}). On CamVid, with 32 frames of day and 20 of dusk, a fit "
-        f"changes merges by {_fits_on_streets()} points.",
+        f"(HDRQ's {told(single('hdrq', 'w4a4'))}). On CamVid, with 32 frames of day and 20 of "
+        f"dusk, a fit changes merges by {_fits_on_streets()} points.",
         "Neither HDRQ's nor QDrop's bundles merge better throughout, once both learning rates were "
         "searched alike: on digits at W4A8 they are within about a point of each other (three "
         f"seeds); on all three domains of PACS ({seeds}) HDRQ's merges less QDrop's are "
