@@ -38,7 +38,7 @@ from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.formats.bench_result import harmonic_mean
 from hdrq_deploy.formats.bundle import GRAPH
 from hdrq_deploy.graph import reference_session
-from hdrq_deploy.merging import re_estimate
+from hdrq_deploy.merging import fit, re_estimate
 from hdrq_deploy.runtime.bench.accuracy import confusion
 from hdrq_deploy.runtime.bench.environment import environment
 from hdrq_deploy.runtime.predictions import enlarge
@@ -85,7 +85,8 @@ class Parents:
 class Way:
     """One way to merge: method, rounding, bits of the merged weights, new BatchNorm moments.
 
-    ``scales`` is a way to merge activation scales.
+    ``scales`` is a way to merge activation scales. ``fitted`` says whose outputs every layer is
+    fitted to in two sweeps: the ``parents``', or the ``floats``', or nobody's.
     """
 
     method: str
@@ -93,6 +94,7 @@ class Way:
     wbits: int | None = None
     renewed: bool = False
     scales: str = "mean"
+    fitted: str = ""
 
     @property
     def name(self) -> str:
@@ -100,6 +102,7 @@ class Way:
         text = f"{self.method}-{self.rounding}"
         text += "" if self.wbits is None else f"-w{self.wbits}"
         text += "" if self.scales == "mean" else f"-{self.scales}"
+        text += f"-fitted-{self.fitted}" if self.fitted else ""
         return text + ("-renewed" if self.renewed else "")
 
 
@@ -115,6 +118,9 @@ def ways(parents: Parents) -> Iterator[Way]:
     if parents.abits < 8:
         for scales in ("max", "statistics"):
             yield Way("regression", "compensated", scales=scales)
+    if (parents.task, parents.abits, parents.fold) == ("streets", 4, "weights"):
+        for targets in ("parents", "floats"):
+            yield Way("regression", "compensated", fitted=targets)
     if parents.fold == "steps":
         for way in (("mean", "nearest"), ("mean", "compensated"), ("regression", "compensated")):
             yield Way(*way, renewed=True)
@@ -261,7 +267,7 @@ def evaluate(parents: Parents, out: Path) -> list[dict[str, Any]]:
         for way in ways(parents):
             draws = ROUNDING_SEEDS if way.rounding == "advanced" else 1
             measured = [
-                merged(parents, [bundles[name] for name in group], way, group, draw)
+                merged(parents, [bundles[name] for name in group], way, group, draw, out)
                 for draw in range(draws)
             ]
             rows.append(record(parents, group, way.name, measured))
@@ -269,7 +275,12 @@ def evaluate(parents: Parents, out: Path) -> list[dict[str, Any]]:
 
 
 def merged(
-    parents: Parents, bundles: Sequence[Bundle], way: Way, group: Sequence[str], draw: int
+    parents: Parents,
+    bundles: Sequence[Bundle],
+    way: Way,
+    group: Sequence[str],
+    draw: int,
+    out: Path,
 ) -> dict[str, float]:
     """Accuracies of one merge on the domains of its parents."""
     with tempfile.TemporaryDirectory() as folder:
@@ -288,6 +299,15 @@ def merged(
             count = RENEW_IMAGES[parents.task]
             images = {d: images_of(parents.task, d, "calibration")[0][:count] for d in group}
             bundle = re_estimate(bundle, images, Path(folder) / "renewed.hdrq", draw)
+        if way.fitted:
+            count = task_of(parents.task, out).fit_images
+            images = {d: images_of(parents.task, d, "calibration")[0][:count] for d in group}
+            floats = Parents(parents.task, "float", 8, 8, "weights", 0)
+            guides = [Bundle.open(calibrated(floats, d, out)) for d in group]
+            bundle = fit(
+                bundle, bundles, images, Path(folder) / "fitted.hdrq", seed=draw,
+                guides=guides if way.fitted == "floats" else (), sweeps=2,
+            )  # fmt: skip
         return {name: accuracy(bundle, parents.task, name) for name in group}
 
 

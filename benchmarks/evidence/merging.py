@@ -101,6 +101,10 @@ _WAYS = {
     "regression-compensated-renewed": "regression, compensated, re-estimated",
     "regression-compensated-max": "regression, compensated, largest activation scales",
     "regression-compensated-statistics": "regression, compensated, searched activation scales",
+    "regression-compensated-fitted-parents": "regression, compensated, fitted in two sweeps",
+    "regression-compensated-fitted-floats": (
+        "regression, compensated, fitted to the float models in two sweeps"
+    ),
 }
 
 
@@ -139,13 +143,14 @@ def merge_statistics(record: Mapping[str, Any]) -> str:
 def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str, Any]]) -> str:
     """What the streets' rows say at W4A4, and how the rates were found."""
 
-    def best(parents: str, bits: str, folds: Sequence[str], renewed: bool) -> str:
-        """The highest mean over seeds of the merges of some parents, and its way."""
+    def best(parents: str, bits: str, fold: str, kind: str = "") -> str:
+        """The highest mean over seeds of merges of a kind: without images, or with some."""
         found: dict[tuple[str, str], list[float]] = {}
         for row in rows:
-            if (row["parents"], row["bits"]) != (parents, bits) or row["fold"] not in folds:
+            if (row["parents"], row["bits"], row["fold"]) != (parents, bits, fold):
                 continue
-            if row["way"] == "single" or row["way"].endswith("-renewed") != renewed:
+            seen = next((k for k in ("renewed", "fitted") if k in row["way"]), "")
+            if row["way"] == "single" or seen != kind:
                 continue
             found.setdefault((row["fold"], row["way"]), []).extend(row["harmonic_means"])
         place = max(found, key=lambda place: statistics.fmean(found[place]), default=None)
@@ -154,17 +159,17 @@ def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str
         way = _WAYS.get(place[1], place[1].replace("-", ", ")).replace("**", "")
         return f"{with_spread(found[place])} ({way})"
 
-    domains = " and ".join(rows[0]["members"])
+    domains = ", ".join(rows[0]["members"])
     searched = "; ".join(_rates_of(method, tried) for method in ("qdrop", "hdrq") if tried)
     return (
         f"Mean intersection over union, harmonic mean over {domains}. Of float models the best "
-        f"merge reaches {best('float', '', ('weights',), False)}. At W4A4 the best merge from "
-        "bundles alone, BatchNorm in the weights: HDRQ's "
-        f"{best('hdrq', 'w4a4', ('weights',), False)}, QDrop's "
-        f"{best('qdrop', 'w4a4', ('weights',), False)}, rounded to nearest "
-        f"{best('rtn', 'w4a4', ('weights',), False)}. HDRQ's with BatchNorm in the scales: "
-        f"{best('hdrq', 'w4a4', ('steps',), False)}, re-estimated on 16 images a domain "
-        f"{best('hdrq', 'w4a4', ('steps',), True)}."
+        f"merge reaches {best('float', '', 'weights')}. At W4A4 the best merge from bundles alone, "
+        f"BatchNorm in the weights: HDRQ's {best('hdrq', 'w4a4', 'weights')}, QDrop's "
+        f"{best('qdrop', 'w4a4', 'weights')}, rounded to nearest {best('rtn', 'w4a4', 'weights')}. "
+        f"HDRQ's with BatchNorm in the scales: {best('hdrq', 'w4a4', 'steps')}, re-estimated on 16 "
+        f"images a domain {best('hdrq', 'w4a4', 'steps', 'renewed')}. HDRQ's with BatchNorm in the "
+        "weights and every layer fitted on 32 images a domain: "
+        f"{best('hdrq', 'w4a4', 'weights', 'fitted')}."
         + (
             "\n\nRates were searched by the protocol of `hdrq reproduce --tune` on calibration "
             f"images, at W4A4. Rates and nats: {searched}."
