@@ -135,7 +135,7 @@ def plot_headline(target: Path) -> None:
             axes.grid(axis="y", alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
         panels[0].set_ylabel("harmonic mean accuracy, %")
-        panels[1].legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.62, 0.0))
+        panels[1].legend(frameon=False, fontsize=8, loc="lower right")
         empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(target, metadata=empty)
 

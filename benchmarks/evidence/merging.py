@@ -167,9 +167,10 @@ def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str
         f"BatchNorm in the weights: HDRQ's {best('hdrq', 'w4a4', 'weights')}, QDrop's "
         f"{best('qdrop', 'w4a4', 'weights')}, rounded to nearest {best('rtn', 'w4a4', 'weights')}. "
         f"HDRQ's with BatchNorm in the scales: {best('hdrq', 'w4a4', 'steps')}, re-estimated on 16 "
-        f"images a domain {best('hdrq', 'w4a4', 'steps', 'renewed')}. HDRQ's with BatchNorm in the "
-        "weights and every layer fitted on 32 images a domain: "
-        f"{best('hdrq', 'w4a4', 'weights', 'fitted')}."
+        f"images a domain {best('hdrq', 'w4a4', 'steps', 'renewed')}. With BatchNorm in the "
+        "weights and every layer fitted on 32 images a domain: HDRQ's "
+        f"{best('hdrq', 'w4a4', 'weights', 'fitted')}, QDrop's "
+        f"{best('qdrop', 'w4a4', 'weights', 'fitted')}."
         + (
             "\n\nRates were searched by the protocol of `hdrq reproduce --tune` on calibration "
             f"images, at W4A4. Rates and nats: {searched}."
