@@ -12,25 +12,21 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
+from ..numerics.batchnorm_fold import BLIND_GAIN
 from .block_module import BlockModule
 from .capture import LINEAR, PRODUCTS, Capture, Fold
-from .compensation import values_of
+from .compensation import Batches, values_of
 from .fake_quantizers import Mode
 from .fold_batch_norm import read_once
 from .tensors import attribute
 
 __all__ = ["correct_biases", "put_shifts"]
-
-# (images, inputs of the block) of every batch.
-Batches = Callable[[], Iterator[tuple[int, list[Tensor]]]]
-# A BatchNorm that multiplies by less cannot make up for a shift by its running mean.
-_BLIND = 1e-6
 
 
 @torch.no_grad()
@@ -77,7 +73,7 @@ def put_shifts(capture: Capture, shifts: Mapping[str, Tensor]) -> None:
 def _shifted(fold: Fold, shift: Tensor) -> Fold:
     """A fold whose bias is moved: by its running mean, or by beta where that has no say."""
     gain = fold.gain
-    sees = gain.abs() > _BLIND
+    sees = gain > BLIND_GAIN
     by_mean = torch.where(sees, shift / torch.where(sees, gain, 1.0), 0.0)
     by_beta = torch.where(sees, 0.0, shift)
     return replace(fold, mean=fold.mean - by_mean, beta=fold.beta + by_beta)

@@ -20,7 +20,7 @@ from .fake_quantizers import Mode, WeightQuantizer
 from .layer_rows import LayerShape, layer_rows, layer_shape, some_rows
 from .placement import HEAVY
 
-__all__ = ["compensate", "layers_of", "operand_of", "rounded_weight", "values_of"]
+__all__ = ["Batches", "compensate", "layers_of", "operand_of", "rounded_weight", "values_of"]
 
 # Rows per layer at most, evenly spread over images and positions, and rows of one product.
 _ROWS, _AT_ONCE = 1 << 17, 1 << 12

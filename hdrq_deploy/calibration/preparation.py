@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,6 @@ from .capture import Capture, capture
 from .fold_batch_norm import fold_constants, folded
 from .graph_cache import GraphCache
 from .inputs import CalibrationInputs
-from .methods import METHODS
 from .module_check import check_capture, restored_buffers
 from .placement import Plan, plan_quantizers
 from .request import CalibrationRequest
@@ -57,14 +56,13 @@ def prepare(
     torch.manual_seed(request.seed)
     options, quantization = request.learning, request.quantization
     largest = max(run_batch(inputs.images), options.batch if request.learns else 1)
-    method = METHODS[request.method]
-    keeps_norms = not (method.quantizes or method.folds)
+    fold = fold_constants if request.keeps_batch_norm else folded
     graph, agreement = _captured(
-        request.model, inputs.network, inputs.state, inputs.images, largest, keeps_norms, graphs
+        request.model, inputs.network, inputs.state, inputs.images, largest, fold, graphs
     )
     own = graph.clone_with(inputs.state)
-    if not method.quantizes:
-        (fold_constants if keeps_norms else folded)(own)
+    if not request.quantizes:
+        fold(own)
         return Preparation(own, None, find_blocks(own), agreement=agreement)
     into_scales = quantization.scales_carry_batch_norm
     source = folded(graph.clone_with(inputs.base), into_scales) if inputs.base else None
@@ -85,7 +83,7 @@ def _captured(
     state: Mapping[str, Tensor],
     images: Tensor,
     largest: int,
-    keeps_norms: bool,
+    fold: Callable[[Capture], Any],
     graphs: GraphCache,
 ) -> tuple[Capture, dict[str, Any]]:
     """The model's graph, checked against the model itself.
@@ -98,7 +96,7 @@ def _captured(
 
     def checked(graph: Capture) -> dict[str, Any]:
         own, prepared = graph.clone_with(state), graph.clone_with(state)
-        (fold_constants if keeps_norms else folded)(prepared)
+        fold(prepared)
         return check_capture(network, prepared, own, images, largest)
 
     known = graphs.captured(key)

@@ -193,6 +193,12 @@ class CalibrationRequest:
         return METHODS[self.method].quantizes
 
     @property
+    def keeps_batch_norm(self) -> bool:
+        """Whether BatchNorm stays a node of its own: only ``float`` does not fold it."""
+        method = METHODS[self.method]
+        return not (method.quantizes or method.folds)
+
+    @property
     def quantization(self) -> Quantization:
         """The codes of weights and activations."""
         return Quantization.of(self.wbits, self.abits, self.per_channel, self.grid, self.fold)

@@ -26,7 +26,6 @@ from .bundle_model import BundleModel, emit_float, emit_quantized
 from .graph_cache import GraphCache
 from .inputs import CalibrationInputs
 from .learning import RunRecord
-from .methods import METHODS
 from .module_tap import TorchTap
 from .placement import Plan
 from .preparation import Preparation
@@ -93,7 +92,7 @@ def write(
 def _scheme(request: CalibrationRequest, plan: Plan | None) -> Scheme:
     codes = request.quantization
     if plan is None:
-        folds = METHODS[request.method].folds
+        folds = not request.keeps_batch_norm
         return Scheme(
             grid=None,
             wbits=None,

@@ -37,6 +37,7 @@ from ..graph.operators import LAYERS
 from ..graph.qdq import batch_norm_epsilon, producer, quantizer_of, transposes_weight
 from ..graph.stepwise import Steps, Walk
 from ..numerics.batches import in_batches
+from ..numerics.batchnorm_fold import BLIND_GAIN
 from ..numerics.error_compensation import compensated, with_damping
 from ..numerics.guided_layer import (
     GuidedLayer,
@@ -63,8 +64,6 @@ ANCHOR, _HELD_OUT = 0.01, 4
 # Images that go through a layer at a time, rows of a layer and a domain at most, and values that a
 # scale is searched on.
 _BATCH, _ROWS, _SAMPLES = 8, 1 << 16, 1 << 14
-# A channel whose BatchNorm multiplies by less shows nothing of its raw weight: it gets a gain of 1.
-_BLIND = 1e-6
 Floats = npt.NDArray[np.float64]
 
 
@@ -415,14 +414,19 @@ class _Fit:
         self._quantizers = _own_quantizers(model, bundle)
         self._walk = Walk(self._steps, self._real, _batches([g.images for g in guides]))
         graphs: dict[str, tuple[Steps, dict[str, ir.Value]]] = {}
+        self._targets = []
         for guide in guides:
-            if guide.bundle.graph_sha256 not in graphs:
-                graphs[guide.bundle.graph_sha256] = self._outputs_of(guide.bundle)
-        self._targets = [_Targets(g, *graphs[g.bundle.graph_sha256]) for g in guides]
+            real = _real_weights(guide.bundle, guide.bundle.tensors())
+            graph = guide.bundle.graph_sha256
+            if graph not in graphs:
+                graphs[graph] = self._outputs_of(guide.bundle, real)
+            self._targets.append(_Targets(guide, real, *graphs[graph]))
 
-    def _outputs_of(self, guide: Bundle) -> tuple[Steps, dict[str, ir.Value]]:
+    def _outputs_of(
+        self, guide: Bundle, real: Mapping[str, Array]
+    ) -> tuple[Steps, dict[str, ir.Value]]:
         """A guide's graph, and what of it each layer is fitted to, by the layer's node."""
-        model, steps = _steps_of(guide, _real_weights(guide, guide.tensors()))
+        model, steps = _steps_of(guide, real)
         outputs = {str(layer.node.name): layer.output for layer in _layers_of(model, guide)[0]}
         return steps, {name: outputs[name] for name in (str(x.node.name) for x in self._layers)}
 
@@ -458,7 +462,8 @@ class _Fit:
         entry, shape = self._entries[layer.weight], self._entries[layer.weight].shape
         centred = layer.bias is not None or layer.norm is not None
         factor = layer.norm.gain(self.tensors) if layer.norm else np.ones(shape[layer.axis])
-        factor = np.where(np.abs(factor) > _BLIND, factor, 1.0)
+        # The raw weight of a channel that is not seen gets a gain of 1.
+        factor = np.where(np.abs(factor) > BLIND_GAIN, factor, 1.0)
         wide = along(factor, len(shape), layer.axis)
         start = rows_of(self._behind_norm(layer), layer)
         anchor = self.anchor
@@ -577,9 +582,14 @@ class _Fit:
 class _Targets:
     """A guide's outputs of the layers to be fitted, on its own domain's images."""
 
-    def __init__(self, guide: _Guide, steps: Steps, outputs: Mapping[str, ir.Value]) -> None:
+    def __init__(
+        self,
+        guide: _Guide,
+        real: dict[str, Array],
+        steps: Steps,
+        outputs: Mapping[str, ir.Value],
+    ) -> None:
         self._steps, self._outputs = steps, outputs
-        real = _real_weights(guide.bundle, guide.bundle.tensors())
         wanted = {str(value.name) for value in outputs.values()}
         self._walk = Walk(steps, real, _batches([guide.images]), wanted)
 

@@ -25,7 +25,7 @@ from ..graph import reference_session
 from ..graph.model_files import OutsideTensors, serialized
 from ..graph.qdq import batch_norm_epsilon, chain
 from ..numerics.batches import in_batches
-from ..numerics.batchnorm_fold import SMALLEST_GAIN, gain
+from ..numerics.batchnorm_fold import BLIND_GAIN, gain
 from ..numerics.quantization import search_scale, some_values
 from ..numerics.spec import QuantSpec
 from ..typing import Array
@@ -35,8 +35,6 @@ from .unrounded_network import RealWeights
 
 __all__ = ["NewMoments", "moved", "re_estimate"]
 
-# A channel with a smaller BatchNorm gain shows nothing of its own moments.
-_BLIND = 1e6 * SMALLEST_GAIN
 _SAMPLES = 1 << 14
 
 
@@ -221,7 +219,7 @@ class _Probe:
         _, beta, old_mean, old_variance = self._values(tensors)
         # An x that is measured itself moves by its distance from the old mean.
         factor, shift = self._factor(tensors), beta if self.is_fold else old_mean
-        seen = factor > _BLIND
+        seen = factor > BLIND_GAIN
         real = old_mean + (mean - shift) / factor
         return {
             self.names[2]: np.where(seen, real, old_mean).astype(np.float32),

@@ -17,10 +17,12 @@ import numpy as np
 
 from ..typing import Array
 
-__all__ = ["SMALLEST_GAIN", "gain", "graph_tensors"]
+__all__ = ["BLIND_GAIN", "SMALLEST_GAIN", "gain", "graph_tensors"]
 
 # A channel that BatchNorm switches off still needs a scale > 0.
 SMALLEST_GAIN = 1e-12
+# A channel that is multiplied by less shows nothing of its weight and its mean.
+BLIND_GAIN = 1e-6
 
 
 def gain(gamma: Array, variance: Array, eps: float) -> Array:
