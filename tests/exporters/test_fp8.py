@@ -193,7 +193,7 @@ def test_a_merge_refuses_what_is_of_integers(
     [
         (["--method", "rtn", "--wbits", "4"], "FP8 has 8 bits"),
         (["--method", "rtn", "--abits", "6"], "FP8 has 8 bits"),
-        (["--method", "qdrop"], "rounded to nearest: choose a method of rtn, latent"),
+        (["--method", "qdrop"], "choose a method of rtn, rtn-corrected, latent"),
         (["--method", "gptq"], "rounded to nearest"),
     ],
 )
