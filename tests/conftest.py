@@ -28,11 +28,29 @@ from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.formats.bundle import Bundle
 
-# The exporter reads the sources of all its operators at every export, half a second each time.
+# What torch's exporters read again at every export of a process: the sources and signatures of all
+# operators, and the names of those that are composites. Half of the time of a small network's.
 with suppress(ImportError, AttributeError):
     from onnxscript._internal.values import TracedOnnxFunction
 
     TracedOnnxFunction.function_ir = property(cache(TracedOnnxFunction.function_ir.fget))
+with suppress(ImportError, AttributeError):
+    from torch.onnx._internal.exporter import _schemas
+
+    _schemas.op_signature_from_function = cache(_schemas.op_signature_from_function)
+with suppress(ImportError, AttributeError):
+    import torch._export.utils
+
+    torch._export.utils._materialize_cpp_cia_ops = cache(
+        torch._export.utils._materialize_cpp_cia_ops
+    )
+
+
+def _leave_to_the_system(descriptor: int) -> None:
+    """Instead of a wait for the disk: tests kill processes, and no test cuts the power."""
+
+
+os.fsync = _leave_to_the_system
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from hdrq_deploy import merge
-from hdrq_deploy.calibration import calibrate
+from hdrq_deploy.calibration.graph_cache import GraphCache
+from hdrq_deploy.calibration.pipeline import run_calibration
+from hdrq_deploy.calibration.request import CalibrationRequest
 from hdrq_deploy.calibration_data import streets
 from hdrq_deploy.calibration_data.models import streetnet
 from hdrq_deploy.calibration_data.readers import Wanted
@@ -82,27 +84,24 @@ def test_adapted_models_are_better_at_home_and_reach_what_is_recorded() -> None:
 @pytest.mark.slow
 def test_adapted_bundles_merge_into_one_integer_engine(tmp_path: Path) -> None:
     bundles: list[Bundle] = []
+    graphs = GraphCache()
     for domain in streets.TARGETS:
-        data = tmp_path / domain
         scenes = streets.make(domain, "calibration", 0, 16)
         x = scenes.images.astype(np.float32).transpose(0, 3, 1, 2) / 255
         np.savez(tmp_path / f"{domain}.npz", x=x)
-        bundles.append(
-            calibrate(
-                MODEL,
-                tmp_path / f"{domain}.npz",
-                domain,
-                data.with_suffix(".hdrq"),
-                CHECKPOINTS / f"{domain}.safetensors",
-                CHECKPOINTS / "clean.safetensors",
-                "rtn",
-                wbits=8,
-                abits=8,
-                per_channel=True,
-                fold="steps",
-                wanted=Wanted(),
-            )
+        request = CalibrationRequest(
+            model=MODEL,
+            data=tmp_path / f"{domain}.npz",
+            domain=domain,
+            output=tmp_path / f"{domain}.hdrq",
+            weights=CHECKPOINTS / f"{domain}.safetensors",
+            base=CHECKPOINTS / "clean.safetensors",
+            method="rtn",
+            per_channel=True,
+            fold="steps",
+            wanted=Wanted(),
         )
+        bundles.append(run_calibration(request, graphs))
     merged = merge(bundles, tmp_path / "merged.hdrq", rounding="nearest")
     engine = export(merged, tmp_path / "engine")
     assert json.loads((engine / "precision.json").read_text())["summary"].endswith("INT8")

@@ -236,6 +236,9 @@ def test_camvid_runs_as_a_user_would(
         "dusk-0.png",
         "dusk-1.png",
     ]
+    with Image.open(out / "pictures" / "day-0.png") as picture:
+        # Image, labels, float of both folds, and rtn; titles above.
+        assert picture.size == (5 * 68 - 4, 48 + 14)
     # Without labels: from the same source model.
     before = files_of(out / "checkpoints")
     choice = Choice(tmp_path / "CamVid", out, targets=["day", "dusk"], adaptation="unlabelled")
