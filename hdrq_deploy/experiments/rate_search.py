@@ -37,6 +37,7 @@ __all__ = [
     "MOST",
     "START",
     "RateSearch",
+    "agreement",
     "hold_out",
     "judge",
     "protocol",
@@ -160,7 +161,7 @@ def judge(
     """
     single = {}
     for name, bundle in zip(experts, bundles, strict=True):
-        single[name] = _difference(bundle, experts[name], held[name])[0]
+        single[name] = agreement(bundle, experts[name], held[name])[0]
     with scratch_folder() as scratch:
         try:
             merged = merge(
@@ -168,7 +169,7 @@ def judge(
             )
         except CheckFailed as error:
             return {"score": None, "failed": str(error), "single": single}
-        found = {name: _difference(merged, experts[name], held[name]) for name in experts}
+        found = {name: agreement(merged, experts[name], held[name]) for name in experts}
     nats = {name: value for name, (value, _) in found.items()}
     mean = float(np.mean(list(nats.values())))
     return {
@@ -179,8 +180,14 @@ def judge(
     }
 
 
-def _difference(bundle: Bundle, expert: Bundle, images: Array) -> tuple[float, float]:
-    """Cross entropy with the expert in nats, and the share of equal decisions."""
+def agreement(bundle: Bundle, expert: Bundle, images: Array) -> tuple[float, float]:
+    """Cross entropy with the expert in nats, and the share of equal decisions.
+
+    Args:
+        bundle: A bundle whose graph is run, every operator as it is written.
+        expert: The bundle that it is compared with, of the same inputs and outputs.
+        images: Inputs (N, C, H, W).
+    """
     own, other = (_Graph(b.path / GRAPH) for b in (bundle, expert))
     nats = equal = 0.0
     for rows in in_batches(images, _BATCH):
