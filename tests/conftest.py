@@ -17,6 +17,8 @@ from typing import Any
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Ray's workers give way to all others by default, here to the tests of the other worker.
+    os.environ.setdefault("RAY_worker_niceness", "0")
 
 import numpy as np
 import pytest
@@ -24,8 +26,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from hdrq_deploy.calibration import calibrate
+from hdrq_deploy.calibration.graph_cache import GraphCache
+from hdrq_deploy.calibration.pipeline import run_calibration
 from hdrq_deploy.calibration.recipe import Options
+from hdrq_deploy.calibration.request import CalibrationRequest
 from hdrq_deploy.formats.bundle import Bundle
 
 # What torch's exporters read again at every export of a process: the sources and signatures of all
@@ -233,30 +237,33 @@ LEARNING: dict[str, Any] = {"iters": 100, "lr": 1e-3, "batch": 16, "distance": 0
 
 
 class Maker:
-    """Calibrates the small models, each combination once."""
+    """Calibrates the small models, each combination once; domains share an exported graph."""
 
     def __init__(self, work: Path) -> None:
         self.work = work
         self._made: dict[Any, Bundle] = {}
+        self._graphs: dict[Any, GraphCache] = {}
 
     def __call__(
         self, name: str = "Tiny", domain: str = "night", method: str = "rtn", **options: Any
     ) -> Bundle:
-        key = (name, domain, method, tuple(sorted(options.items())))
-        if key not in self._made:
+        scheme = (name, method, tuple(sorted(options.items())))
+        if (scheme, domain) not in self._made:
             settings: dict[str, Any] = {"wbits": 4, "abits": 8, "statistics": "off", **options}
-            self._made[key] = calibrate(
-                f"tiny_models:{name}",
-                self.work / "data.npz",
-                domain,
-                self.work / f"{len(self._made)}.hdrq",
-                self.work / f"{name}-{domain}.safetensors",
-                self.work / f"{name}-base.safetensors",
-                method,
+            request = CalibrationRequest(
+                model=f"tiny_models:{name}",
+                data=self.work / "data.npz",
+                domain=domain,
+                output=self.work / f"{len(self._made)}.hdrq",
+                weights=self.work / f"{name}-{domain}.safetensors",
+                base=self.work / f"{name}-base.safetensors",
+                method=method,
                 options=Options.of(method, **(LEARNING if method not in {"float", "rtn"} else {})),
                 **settings,
             )
-        return self._made[key]
+            graphs = self._graphs.setdefault(scheme, GraphCache())
+            self._made[scheme, domain] = run_calibration(request, graphs)
+        return self._made[scheme, domain]
 
 
 @pytest.fixture(scope="session")

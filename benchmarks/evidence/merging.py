@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from evidence.records import GROUPS, NAMES, not_run, table, with_spread
+from evidence.records import GROUPS, NAMES, not_run, signed, table, with_spread
 
 _SETTINGS_OF_DISTANCE = {
     "qdrop": "`qdrop`",
@@ -143,34 +143,46 @@ def merge_statistics(record: Mapping[str, Any]) -> str:
 def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str, Any]]) -> str:
     """What the streets' rows say at W4A4, and how the rates were found."""
 
-    def best(parents: str, bits: str, fold: str, kind: str = "") -> str:
-        """The highest mean over seeds of merges of a kind: without images, or with some."""
-        found: dict[tuple[str, str], list[float]] = {}
-        for row in rows:
-            if (row["parents"], row["bits"], row["fold"]) != (parents, bits, fold):
-                continue
-            seen = next((k for k in ("renewed", "fitted") if k in row["way"]), "")
-            if row["way"] == "single" or seen != kind:
-                continue
-            found.setdefault((row["fold"], row["way"]), []).extend(row["harmonic_means"])
-        place = max(found, key=lambda place: statistics.fmean(found[place]), default=None)
-        if place is None:
-            return "not run"
-        way = _WAYS.get(place[1], place[1].replace("-", ", ")).replace("**", "")
-        return f"{with_spread(found[place])} ({way})"
+    merged = "regression-compensated"
+    scaled, fitted = f"{merged}-statistics", f"{merged}-fitted-floats"
 
+    def of(parents: str, way: str, fold: str = "weights", bits: str = "w4a4") -> dict[int, float]:
+        """The harmonic mean of one way, by calibration seed."""
+        wanted = (parents, "" if parents == "float" else bits, fold, way)
+        return {
+            row["seed"]: statistics.fmean(row["harmonic_means"])
+            for row in rows
+            if (row["parents"], row["bits"], row["fold"], row["way"]) == wanted
+        }
+
+    def told(parents: str, way: str, fold: str = "weights") -> str:
+        found = list(of(parents, way, fold).values())
+        return with_spread(found) if found else "not run"
+
+    def each(way: str) -> str:
+        return ", ".join(f"`{name}` {told(name, way)}" for name in named)
+
+    def less_qdrop(way: str) -> str:
+        """HDRQ's figure less QDrop's, seed by seed."""
+        ours, theirs = of("hdrq", way), of("qdrop", way)
+        return signed([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+
+    named = [name for name in ("hdrq", "qdrop", "rtn", "rtn-corrected") if of(name, merged)]
+    learned = [name for name in named if of(name, fitted)]
     domains = ", ".join(rows[0]["members"])
     searched = "; ".join(_rates_of(method, tried) for method in ("qdrop", "hdrq") if tried)
     return (
-        f"Mean intersection over union, harmonic mean over {domains}. Of float models the best "
-        f"merge reaches {best('float', '', 'weights')}. At W4A4 the best merge from bundles alone, "
-        f"BatchNorm in the weights: HDRQ's {best('hdrq', 'w4a4', 'weights')}, QDrop's "
-        f"{best('qdrop', 'w4a4', 'weights')}, rounded to nearest {best('rtn', 'w4a4', 'weights')}. "
-        f"HDRQ's with BatchNorm in the scales: {best('hdrq', 'w4a4', 'steps')}, re-estimated on 16 "
-        f"images a domain {best('hdrq', 'w4a4', 'steps', 'renewed')}. With BatchNorm in the "
-        "weights and every layer fitted on 32 images a domain: HDRQ's "
-        f"{best('hdrq', 'w4a4', 'weights', 'fitted')}, QDrop's "
-        f"{best('qdrop', 'w4a4', 'weights', 'fitted')}."
+        f"Mean intersection over union, harmonic mean over {domains}, with the standard deviation "
+        "over calibration seeds; methods that learn nothing have one. Float models merged by "
+        f"regression reach {told('float', 'regression-nearest')}. Merges by regression with "
+        "compensated rounding at W4A4, BatchNorm in the weights, from bundles alone: "
+        f"{each(merged)}; with searched activation scales {each(scaled)}. HDRQ's with BatchNorm in "
+        f"the scales: {told('hdrq', merged, 'steps')}, re-estimated on 16 images a domain "
+        f"{told('hdrq', f'{merged}-renewed', 'steps')}. With BatchNorm in the weights and every "
+        "layer fitted on 32 images a domain to the float models, in two sweeps: "
+        + ", ".join(f"`{name}` {told(name, fitted)}" for name in learned)
+        + f". HDRQ's less QDrop's, seed by seed: {less_qdrop(merged)}, with searched activation "
+        f"scales {less_qdrop(scaled)}, fitted {less_qdrop(fitted)}."
         + (
             "\n\nRates were searched by the protocol of `hdrq reproduce --tune` on calibration "
             f"images, at W4A4. Rates and nats: {searched}."
@@ -224,10 +236,7 @@ def _merges_read(rows: Sequence[Mapping[str, Any]]) -> str:
             ),
             strict=True,
         )
-        return " and ".join(
-            f"{statistics.fmean(c):+.1f}" + (f" ± {statistics.stdev(c):.1f}" if len(c) > 1 else "")
-            for c in map(list, columns)
-        )
+        return " and ".join(signed(column) for column in map(list, columns))
 
     average = seeds("mean-folded", "float", "")
     told = [

@@ -50,3 +50,10 @@ def with_spread(values: Sequence[float]) -> str:
     if len(values) < 2:
         return "".join(f"{value:.1f}" for value in values)
     return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def signed(differences: Sequence[float]) -> str:
+    """The mean with its sign and, of several differences, the standard deviation, one digit."""
+    if len(differences) < 2:
+        return "".join(f"{value:+.1f}" for value in differences)
+    return f"{statistics.fmean(differences):+.1f} ± {statistics.stdev(differences):.1f}"
