@@ -25,7 +25,7 @@ from importlib.metadata import version
 from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +59,8 @@ BITS = {"digits": ((4, 8), (3, 3), (8, 8), (4, 4)), "streets": ((4, 4), (4, 8))}
 # BatchNorm in the scales; and parents of 8-bit weights on narrow activations.
 STEPS = {"digits": ((4, 8), (4, 4), (3, 3)), "streets": ((4, 4),)}
 NARROW = {"digits": ((8, 3), (8, 4)), "streets": ()}
+# Parents whose statistics are whole covariances.
+FULL = {"digits": ((4, 8),), "streets": ()}
 ROUNDING_SEEDS = 2
 RENEW_IMAGES = {"digits": 64, "streets": 16}
 
@@ -73,12 +75,21 @@ class Parents:
     abits: int
     fold: str
     seed: int
+    statistics: Literal["auto", "full"] = "auto"
 
     @property
     def name(self) -> str:
         """The start of the cells' names."""
         bits = "" if self.method == "float" else f"-w{self.wbits}a{self.abits}-{self.fold}"
-        return f"{self.task}-{self.method}{bits}-s{self.seed}"
+        kept = "" if self.statistics == "auto" else f"-{self.statistics}"
+        return f"{self.task}-{self.method}{bits}{kept}-s{self.seed}"
+
+    @property
+    def label(self) -> str:
+        """The method, and which statistics its bundles hold where that is no default."""
+        if self.statistics == "auto":
+            return self.method
+        return f"{self.method} ({self.statistics} statistics)"
 
 
 @dataclass(frozen=True)
@@ -152,6 +163,8 @@ def grid(task: str, seed: int) -> Iterator[Parents]:
     for wbits, abits in NARROW[task]:
         if seed == 0:
             yield Parents(task, "hdrq", wbits, abits, "weights", seed)
+    for wbits, abits in FULL[task]:
+        yield Parents(task, "hdrq", wbits, abits, "weights", seed, "full")
 
 
 @cache
@@ -214,6 +227,7 @@ def calibrated(
         images=task.images,
         wanted=task.wanted,
         seed=parents.seed,
+        statistics=parents.statistics,
         resume=True,
     )
     run_calibration(request)
@@ -317,7 +331,7 @@ def record(
     """A row: harmonic means in %, one for each rounding seed."""
     return {
         "task": parents.task,
-        "parents": parents.method,
+        "parents": parents.label,
         "bits": "" if parents.method == "float" else f"w{parents.wbits}a{parents.abits}",
         "fold": parents.fold,
         "seed": parents.seed,

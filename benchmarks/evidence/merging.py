@@ -239,8 +239,11 @@ def _merges_read(rows: Sequence[Mapping[str, Any]]) -> str:
         return " and ".join(signed(column) for column in map(list, columns))
 
     average = seeds("mean-folded", "float", "")
+    full = seeds(best, "hdrq (full statistics)", "w4a8")
+    whole = f", {gains(full, average)} with whole covariances (`--statistics full`)" if full else ""
     told = [
         f"{bits.upper()} {gains(seeds(best, 'hdrq', bits), average)}"
+        + (whole if bits == "w4a8" else "")
         for bits in ("w8a8", "w4a8", "w4a4", "w3a3")
     ]
     mean = [
