@@ -4,49 +4,45 @@
         --run build/pacs --results benchmarks/results
 
 ``--run`` is the folder of ``hdrq reproduce pacs --settings ours``. Its merges of all domains by
-regression at W4A4, of calibration seed 0, are fitted on as many images as that command fits them
-on: to what their parents put out, or to what the float models do, in one to three sweeps. Each is
-judged on training images of every domain that no fit read, by how often it decides as the domain's
-float model does. No label and no test image is read. Rows that are there are not made again.
+regression at W4A4, of calibration seed 0, are fitted on calibration images: to what their parents
+put out, or to what the float models do, in one to three sweeps. Every fourth image is held out, as
+in that command's search of rates, and judges: cross entropy with the domain's float model, and how
+often a merge decides as it does. No label and no test image is read. Rows that are there are not
+made again.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from pacs_run import arguments, task_of, write
 
 from hdrq_deploy import Bundle
 from hdrq_deploy.calibration_data.readers import Wanted, read
 from hdrq_deploy.experiments.grid import Merge, Run, bundle_path
-from hdrq_deploy.experiments.rate_search import agreement
+from hdrq_deploy.experiments.rate_search import agreement, hold_out
 from hdrq_deploy.experiments.tasks import Task
 from hdrq_deploy.formats.atomic_files import write_bytes
-from hdrq_deploy.formats.bench_result import harmonic_mean
 from hdrq_deploy.merging import fit
 from hdrq_deploy.typing import Array
 
 METHODS = ("qdrop", "hdrq")
 SWEEPS = (1, 2, 3)
-# Images of a domain that judge, at most.
-JUDGES = 384
 
 
 def images_of(task: Task, like: Bundle) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The images of each domain (N, 3, H, W) that fits read, and others that judge them."""
+    """The images of each domain (N, 3, H, W) that fits read, and those that judge them."""
     assert like.manifest.preprocessing is not None
     wanted = Wanted.like(like.manifest.preprocessing)
-    fitted = {d.name: read(d.images, wanted, task.fit_images).x for d in task.domains}
-    judges = {}
+    fitted, judges = {}, {}
     for domain in task.domains:
-        seen = {row.tobytes() for row in fitted[domain.name]}
-        others = [row for row in read(domain.images, wanted).x if row.tobytes() not in seen]
-        judges[domain.name] = np.stack(others[:JUDGES])
+        learned, held = hold_out(read(domain.images, wanted))
+        fitted[domain.name], judges[domain.name] = learned.x[: task.fit_images], held.x
     return fitted, judges
 
 
@@ -55,19 +51,20 @@ def evaluated(
 ) -> dict[str, Any]:
     """How a merge agrees with the float model of every domain."""
     found = {n: agreement(bundle, f, judges[n]) for n, f in zip(judges, floats, strict=True)}
-    shares = {name: share for name, (_, share) in found.items()}
     return {
         **about,
+        "score": statistics.fmean(nats for nats, _ in found.values()),
         "nats": {name: nats for name, (nats, _) in found.items()},
-        "decisions": {name: 100 * share for name, share in shares.items()},
-        "harmonic_mean": 100 * harmonic_mean(list(shares.values())),
+        "decisions": {name: share for name, (_, share) in found.items()},
         "images": {name: len(rows) for name, rows in judges.items()},
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Fit every merge in every way, judge it, and write JSON."""
-    args = arguments(__doc__).parse_args(argv)
+    parser = arguments(__doc__)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     run, task = args.run.absolute(), task_of(args)
     folder = run / "sweeps"
@@ -77,11 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     floats = [Bundle.open(bundle_path(run, of_float.single(name))) for name in names]
     fitted, judges = images_of(task, floats[0])
     rows = []
-    for method in METHODS:
+    for method in args.methods:
         cell = Run("ours", method, 4, 4, 0)
         parents = [Bundle.open(bundle_path(run, cell.single(name))) for name in names]
         start = Bundle.open(bundle_path(run, Merge(cell, names, "regression", 1).cell(0)))
-        ways = [("", 0), *((to, sweeps) for to in ("parents", "floats") for sweeps in SWEEPS)]
+        ways = [("", 0), *((to, sweeps) for sweeps in SWEEPS for to in ("parents", "floats"))]
         for targets, sweeps in ways:
             about = {"parents": method, "bits": "w4a4", "targets": targets, "sweeps": sweeps}
             file = folder / f"{method}-{targets or 'none'}-{sweeps}.json"
@@ -96,8 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 write_bytes(file, json.dumps(row).encode())
             if file.exists():
                 rows.append(json.loads(file.read_text()))
-                print(file.stem, round(rows[-1]["harmonic_mean"], 1), flush=True)
-    write(args.results / "fit_sweeps.json", rows, {"fit_images": task.fit_images})
+                print(file.stem, round(rows[-1]["score"], 3), flush=True)
+    fitted_on = {name: len(x) for name, x in fitted.items()}
+    about = {"criterion": "mean over domains of nats", "images_fitted_on": fitted_on}
+    write(args.results / "fit_sweeps.json", rows, about)
     return 0
 
 

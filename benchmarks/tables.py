@@ -371,7 +371,7 @@ def summary() -> str:
 
 # Further records that a section reads.
 _BESIDE = {
-    "pacs": ("pacs_tuning", "pacs_distance"),
+    "pacs": ("pacs_tuning", "pacs_distance", "fit_sweeps"),
     "merge_rivals": ("merge_statistics",),
     "pacs_rivals": ("pacs",),
 }

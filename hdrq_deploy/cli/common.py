@@ -31,6 +31,7 @@ __all__ = [
     "paths_of",
     "progress_bar",
     "progress_lines",
+    "rank_or_full",
     "rank_or_word",
     "run",
     "seed_number",
@@ -192,12 +193,25 @@ def rank_or_word(text: str) -> int | str:
     Raises:
         ArgumentTypeError: Neither of them.
     """
-    if text in {"full", "off"}:
+    return _rank(text, ("full", "off"))
+
+
+def rank_or_full(text: str) -> int | str:
+    """The rank of ``--rank``, or ``full``.
+
+    Raises:
+        ArgumentTypeError: Neither of them.
+    """
+    return _rank(text, ("full",))
+
+
+def _rank(text: str, words: Sequence[str]) -> int | str:
+    if text in words:
         return text
     if text.isascii() and text.isdigit() and 0 < len(text.lstrip("0")) < 10:
         return int(text)
     raise argparse.ArgumentTypeError(
-        f"found {shortened(text)!r}; needed a rank of 1 or more, full or off"
+        f"found {shortened(text)!r}; needed a rank of 1 or more, or {' or '.join(words)}"
     )
 
 

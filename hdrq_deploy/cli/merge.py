@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -35,6 +36,7 @@ with importing("hdrq-merge"):
     )
     from ..merging.merge_weights import check_merge_weights
     from ..merging.methods import MethodOptions
+    from ..merging.re_estimate import check_batch_norm
     from ..merging.ways import way_of
     from ..merging.weight_search import ChosenWeights
     from ..merging.written import Guidance, write_merge
@@ -175,7 +177,7 @@ def _bundle_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--wbits",
         type=int,
-        help="weight bits of the merge, 2 to 8, from parents of more; first and last layers keep 8 "
+        help="weight bits of the merge, 2 to 8; first and last layers keep 8 "
         "(default: the parents' bits)",
     )
     group.add_argument(
@@ -224,6 +226,8 @@ def _merge(args: argparse.Namespace) -> int:
     check_sweeps(sweeps)
     guides = [Bundle.open(path) for path in args.fit_to]
     check_guides(guides, merger.parents[0], named(args.fit))
+    if args.re_estimate:
+        check_batch_norm(merger.parents[0])
     renewed = _images(args.re_estimate, merger.parents[0], args.re_estimate_images, args.seed)
     guiding = None
     if args.fit:
@@ -238,6 +242,14 @@ def _merge(args: argparse.Namespace) -> int:
     target = Path(args.output).absolute()
     check_parent(target)
     bundle = write_merge(merger, target, merge_weights, options, renewed, guiding, watch=_progress)
+    singular = bundle.manifest.options["merge"].get("fallbacks", {})
+    if singular:
+        name, why = next(iter(singular.items()))
+        print(
+            f"note: {len(singular)} of the layers merged as the mean, as the manifest says: "
+            f"{name} ({why})",
+            file=sys.stderr,
+        )
     print(bundle.path)
     return 0
 
@@ -345,9 +357,10 @@ def _check_flags(args: argparse.Namespace) -> None:
     if args.method is not None and not METHODS[args.method].merges_bundles:
         flag = f"--method {args.method}"
     if flag:
+        instead = " (bundles hold their own)" if flag == "--statistics" else ""
         raise MergeError(
             f"found {flag} with bundles; it is of float checkpoints: merge the checkpoints and "
-            "calibrate what comes out, or leave it out (bundles are averaged)"
+            f"calibrate what comes out, or leave it out{instead}"
         )
     if args.criterion and args.weights != ["auto"]:
         raise MergeError("found --criterion without --weights auto, which it is for")
@@ -364,7 +377,7 @@ def _merge_checkpoints(args: argparse.Namespace) -> int:
             f"found {flag} with float checkpoints; it works on bundles: calibrate them first "
             "(--method float keeps them float)"
         )
-    method = args.method or "mean"
+    method = args.method or ("regression" if args.statistics else "mean")
     numbers = _method_options(args, method)
     with progress_bar("merge") as progress:
         path = merge_checkpoints(

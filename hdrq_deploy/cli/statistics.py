@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from .start import importing, run
 
 with importing("hdrq statistics"):
-    from ..errors import ModelError, SpecError
+    from ..errors import ModelError
     from ..formats.atomic_files import check_output, check_scratch
     from ..formats.file_kinds import CHECKPOINT_STATISTICS
-    from .common import image_flags, parser, rank_or_word, seed_number, wanted_of
+    from .common import image_flags, parser, rank_or_full, seed_number, wanted_of
 
 __all__ = ["arguments", "main"]
 
@@ -41,7 +41,7 @@ def arguments() -> argparse.ArgumentParser:
     run_flags = p.add_argument_group("the run")
     run_flags.add_argument(
         "--rank",
-        type=rank_or_word,
+        type=rank_or_full,
         metavar="RANK|full",
         help="eigenvectors kept of every covariance (default: as many as take no more room than "
         "the weights would at 8 bits)",
@@ -66,8 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _statistics(args: argparse.Namespace) -> int:
-    if args.rank == "off":
-        raise SpecError("found --rank off; needed a rank of 1 or more, or full")
     check_output(args.output, CHECKPOINT_STATISTICS, [args.weights, args.data])
     check_scratch()
     try:

@@ -102,10 +102,12 @@ def merge_checkpoints(
     if chosen.needs_statistics:
         seen = [Path(path) for path in statistics]
         layers = CheckpointLayers(parents, seen, merge_weights, chosen, options)
+    read = {option: getattr(options, option) for option in chosen.options}
+    record = {"method": method, "weights": merge_weights, **read}
     entries = {name: _merged_type(name, parents) for name in opened[0].tensors}
     header, order = _header(entries)
     with replaced(target, MERGED) as file:
-        file.write(with_metadata(header, "merged", {"method": method, "weights": merge_weights}))
+        file.write(with_metadata(header, "merged", record))
         for done, name in enumerate(order):
             tensors = [_finite(checkpoint, name) for checkpoint in opened]
             means = _means(parents, name)

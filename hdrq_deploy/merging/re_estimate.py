@@ -33,7 +33,7 @@ from .batchnorm_correction import parameters_of
 from .rewriting import folded, settled, write_again
 from .unrounded_network import RealWeights
 
-__all__ = ["NewMoments", "moved", "re_estimate"]
+__all__ = ["NewMoments", "check_batch_norm", "moved", "re_estimate"]
 
 _SAMPLES = 1 << 14
 
@@ -130,6 +130,15 @@ def _together(images: Mapping[str, npt.NDArray[np.float32]]) -> Array:
     if len(x) < 2:
         raise DataError(f"found {len(x)} image; needed 2 or more to estimate a variance")
     return x
+
+
+def check_batch_norm(bundle: Bundle) -> None:
+    """Refuse a bundle whose BatchNorm cannot be measured again.
+
+    Raises:
+        MergeError: BatchNorm is folded into its weights.
+    """
+    _check_probes(bundle, _Probed(bundle))
 
 
 def _check_probes(bundle: Bundle, probed: _Probed) -> None:

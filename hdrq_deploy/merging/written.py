@@ -13,7 +13,7 @@ from ..formats.temporary import temporary_folder
 from ..typing import Array, StepProgress
 from .bundles import Merger
 from .fitting import fit
-from .re_estimate import re_estimate
+from .re_estimate import check_batch_norm, re_estimate
 
 __all__ = ["Guidance", "write_merge"]
 
@@ -69,6 +69,7 @@ def write_merge(
     """
     passes: list[Pass] = []
     if renewed:
+        check_batch_norm(merger.parents[0])
         passes.append(lambda bundle, to: re_estimate(bundle, renewed, to, merger.seed))
     if guiding:
         passes.append(lambda bundle, to: _fit(bundle, merger, guiding, to, watch))

@@ -313,7 +313,7 @@ class Merge(_Section):
     fit_sweeps: Count = Field(default=1, description="how often a fit goes over all layers")
     candidates: Count | None = Field(default=None, description="draws of advanced rounding (100)")
     wbits: Annotated[int, Field(ge=2, le=8)] | None = Field(
-        default=None, description="weight bits of the merge, from parents of more"
+        default=None, description="weight bits of the merge, 2 to 8"
     )
     activation_scales: Annotated[
         str, AfterValidator(one_of(ACTIVATION_SCALES)), _enum(ACTIVATION_SCALES)

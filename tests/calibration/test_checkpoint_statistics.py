@@ -71,10 +71,14 @@ def test_what_statistics_of_a_checkpoint_refuse(
     for argv, text in (
         (arguments(work, weights, taken), "another file"),
         (arguments(work, weights, weights), "equal to the input"),
-        ([*arguments(work, weights, tmp_path / "a"), "--rank", "off"], "found --rank off"),
         (arguments(work, work / "Wide-night.safetensors", tmp_path / "a"), "mis-shaped"),
     ):
         assert command.main(argv) == 2
         error = capsys.readouterr().err
         assert text in error and error.count("\n") == 1, error
+    for rank in ("off", "0", "-3", "1.5"):
+        with pytest.raises(SystemExit) as ended:
+            command.main([*arguments(work, weights, tmp_path / "a"), "--rank", rank])
+        assert ended.value.code == 2
+        assert f"found '{rank}'; needed a rank of 1 or more, or full;" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()

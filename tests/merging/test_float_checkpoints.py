@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from hdrq_deploy.cli import merge as merge_command
@@ -146,5 +148,9 @@ def test_checkpoints_are_merged_by_least_squares_on_their_inputs(
     ):
         assert merge_command.main([*names, *flags, "-o", str(tmp_path / "no.safetensors")]) == 2
         assert message in capsys.readouterr().err
-    command = [*names, "--method", "regression", "--statistics", *map(str, files)]
-    assert merge_command.main([*command, "-o", str(out)]) == 0
+    # Statistics ask for regression; the file says how it was merged.
+    command = [*names, "--statistics", *map(str, files)]
+    assert merge_command.main([*command, "--alpha", "0.5", "-o", str(out)]) == 0
+    with safe_open(out, "np") as file:
+        told = json.loads(file.metadata()["merged"])
+    assert told == {"method": "regression", "weights": [0.5, 0.5], "alpha": 0.5, "ridge": 1e-4}

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from hdrq_deploy import merge
+from hdrq_deploy.cli import merge as merge_command
 from hdrq_deploy.errors import HdrqError, MergeError
 from hdrq_deploy.formats.bundle import WEIGHTS, Bundle
 from hdrq_deploy.formats.safetensors_layout import serialize
@@ -139,10 +140,18 @@ def test_new_moments_are_those_of_weights_that_are_not_rounded(make: Any, inputs
 
 
 def test_bundles_without_a_batch_norm_of_their_own_are_not_re_estimated(
-    make: Any, inputs: Any, tmp_path: Path
+    make: Any, inputs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(MergeError, match="folded into the scales .`fold` steps."):
         re_estimate(make(), {"night": inputs}, tmp_path / "r.hdrq")
     with pytest.raises(HdrqError, match="2 or more"):
         re_estimate(make(fold="steps"), {"night": inputs[:1]}, tmp_path / "r.hdrq")
-    assert not (tmp_path / "r.hdrq").exists()
+    # Before any image is read, and in the name of a bundle that is there.
+    parents = [str(make(domain=domain).path) for domain in ("night", "day")]
+    nowhere = [f"{domain}={tmp_path / 'nowhere'}" for domain in ("night", "day")]
+    argv = [*parents, "--re-estimate", *nowhere, "-o", str(tmp_path / "r.hdrq")]
+    assert merge_command.main(argv) == MergeError.exit_code == 2
+    assert capsys.readouterr().err.startswith(
+        f"hdrq-merge: {parents[0]}: found no BatchNorm kept apart"
+    )
+    assert not list(tmp_path.iterdir())

@@ -203,7 +203,7 @@ def test_one_parents_whole_weight_gives_its_own_codes(seen: Any, tmp_path: Path)
 
 
 def test_a_layer_without_a_solution_gets_the_mean_and_the_manifest_says_so(
-    seen: Any, make: Any, tmp_path: Path
+    seen: Any, make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def less(name: str, statistics: Any) -> Any:
         return None if name.startswith("fc") else statistics
@@ -215,6 +215,12 @@ def test_a_layer_without_a_solution_gets_the_mean_and_the_manifest_says_so(
     assert merged.manifest.options["merge"]["fallbacks"] == {
         "fc.weight_codes": "no statistics in day.hdrq"
     }
+    argv = [str(bundle.path) for bundle in bundles]
+    assert command.main([*argv, "-o", str(tmp_path / "n.hdrq")]) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [str(tmp_path / "n.hdrq")]
+    assert "note: 1 of the layers merged as the mean" in said.err
+    assert "fc.weight_codes (no statistics in day.hdrq)" in said.err
     np.testing.assert_allclose(
         merged.tensor("fc.bias"), (night.tensor("fc.bias") + day.tensor("fc.bias")) / 2, rtol=1e-6
     )
