@@ -25,7 +25,7 @@ from pacs_run import arguments, task_of, write
 from hdrq_deploy import Bundle
 from hdrq_deploy.calibration_data.readers import Wanted, read
 from hdrq_deploy.experiments.grid import Merge, Run, bundle_path
-from hdrq_deploy.experiments.rate_search import agreement, hold_out
+from hdrq_deploy.experiments.rate_search import agreements, hold_out
 from hdrq_deploy.experiments.tasks import Task
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.merging import fit
@@ -47,15 +47,15 @@ def images_of(task: Task, like: Bundle) -> tuple[dict[str, Array], dict[str, Arr
 
 
 def evaluated(
-    bundle: Bundle, floats: Sequence[Bundle], judges: dict[str, Array], about: dict[str, Any]
+    bundle: Bundle, floats: dict[str, Bundle], judges: dict[str, Array], about: dict[str, Any]
 ) -> dict[str, Any]:
     """How a merge agrees with the float model of every domain."""
-    found = {n: agreement(bundle, f, judges[n]) for n, f in zip(judges, floats, strict=True)}
+    nats, shares = agreements(bundle, floats, judges)
     return {
         **about,
-        "score": statistics.fmean(nats for nats, _ in found.values()),
-        "nats": {name: nats for name, (nats, _) in found.items()},
-        "decisions": {name: share for name, (_, share) in found.items()},
+        "score": statistics.fmean(nats.values()),
+        "nats": nats,
+        "decisions": shares,
         "images": {name: len(rows) for name, rows in judges.items()},
     }
 
@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(exist_ok=True)
     names = tuple(domain.name for domain in task.domains)
     of_float = Run("ours", "float", 8, 8, 0)
-    floats = [Bundle.open(bundle_path(run, of_float.single(name))) for name in names]
-    fitted, judges = images_of(task, floats[0])
+    floats = {name: Bundle.open(bundle_path(run, of_float.single(name))) for name in names}
+    fitted, judges = images_of(task, floats[names[0]])
     rows = []
     for method in args.methods:
         cell = Run("ours", method, 4, 4, 0)
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 bundle, begun = start, time.process_time()
                 if sweeps:
                     target = folder / f"{file.stem}.hdrq"
-                    guides = floats if targets == "floats" else ()
+                    guides = list(floats.values()) if targets == "floats" else []
                     bundle = fit(start, parents, fitted, target, guides=guides, sweeps=sweeps)
                 about["cpu_seconds"] = round(time.process_time() - begun, 1)
                 row = evaluated(bundle, floats, judges, about)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from evidence.records import GROUPS, NAMES, not_run, signed, table, with_spread
+from evidence.records import GROUPS, NAMES, not_run, table, with_spread
 
 _SETTINGS_OF_DISTANCE = {
     "qdrop": "`qdrop`",
@@ -146,9 +146,9 @@ def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str
     merged = "regression-compensated"
     scaled, fitted = f"{merged}-statistics", f"{merged}-fitted-floats"
 
-    def of(parents: str, way: str, fold: str = "weights", bits: str = "w4a4") -> dict[int, float]:
+    def of(parents: str, way: str, fold: str = "weights") -> dict[int, float]:
         """The harmonic mean of one way, by calibration seed."""
-        wanted = (parents, "" if parents == "float" else bits, fold, way)
+        wanted = (parents, "" if parents == "float" else "w4a4", fold, way)
         return {
             row["seed"]: statistics.fmean(row["harmonic_means"])
             for row in rows
@@ -160,15 +160,15 @@ def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str
         return with_spread(found) if found else "not run"
 
     def each(way: str) -> str:
-        return ", ".join(f"`{name}` {told(name, way)}" for name in named)
+        """The figures of all methods that were merged in this way."""
+        methods = ("hdrq", "qdrop", "rtn", "rtn-corrected")
+        return ", ".join(f"`{name}` {told(name, way)}" for name in methods if of(name, way))
 
     def less_qdrop(way: str) -> str:
         """HDRQ's figure less QDrop's, seed by seed."""
         ours, theirs = of("hdrq", way), of("qdrop", way)
-        return signed([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+        return with_spread([ours[seed] - theirs[seed] for seed in ours if seed in theirs], "+")
 
-    named = [name for name in ("hdrq", "qdrop", "rtn", "rtn-corrected") if of(name, merged)]
-    learned = [name for name in named if of(name, fitted)]
     domains = ", ".join(rows[0]["members"])
     searched = "; ".join(_rates_of(method, tried) for method in ("qdrop", "hdrq") if tried)
     return (
@@ -179,10 +179,9 @@ def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str
         f"{each(merged)}; with searched activation scales {each(scaled)}. HDRQ's with BatchNorm in "
         f"the scales: {told('hdrq', merged, 'steps')}, re-estimated on 16 images a domain "
         f"{told('hdrq', f'{merged}-renewed', 'steps')}. With BatchNorm in the weights and every "
-        "layer fitted on 32 images a domain to the float models, in two sweeps: "
-        + ", ".join(f"`{name}` {told(name, fitted)}" for name in learned)
-        + f". HDRQ's less QDrop's, seed by seed: {less_qdrop(merged)}, with searched activation "
-        f"scales {less_qdrop(scaled)}, fitted {less_qdrop(fitted)}."
+        f"layer fitted on 32 images a domain to the float models, in two sweeps: {each(fitted)}. "
+        f"HDRQ's less QDrop's, seed by seed: {less_qdrop(merged)}, with searched activation scales "
+        f"{less_qdrop(scaled)}, fitted {less_qdrop(fitted)}."
         + (
             "\n\nRates were searched by the protocol of `hdrq reproduce --tune` on calibration "
             f"images, at W4A4. Rates and nats: {searched}."
@@ -236,7 +235,7 @@ def _merges_read(rows: Sequence[Mapping[str, Any]]) -> str:
             ),
             strict=True,
         )
-        return " and ".join(signed(column) for column in map(list, columns))
+        return " and ".join(with_spread(column, "+") for column in map(list, columns))
 
     average = seeds("mean-folded", "float", "")
     full = seeds(best, "hdrq (full statistics)", "w4a8")

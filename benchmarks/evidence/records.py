@@ -45,15 +45,8 @@ def not_run(missing: Sequence[str]) -> str:
     return f"Not run yet: {settings}."
 
 
-def with_spread(values: Sequence[float]) -> str:
-    """The mean and, of several values, the standard deviation, one digit."""
+def with_spread(values: Sequence[float], sign: str = "") -> str:
+    """The mean and, of several values, the standard deviation, one digit; ``+`` shows its sign."""
     if len(values) < 2:
-        return "".join(f"{value:.1f}" for value in values)
-    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
-
-
-def signed(differences: Sequence[float]) -> str:
-    """The mean with its sign and, of several differences, the standard deviation, one digit."""
-    if len(differences) < 2:
-        return "".join(f"{value:+.1f}" for value in differences)
-    return f"{statistics.fmean(differences):+.1f} ± {statistics.stdev(differences):.1f}"
+        return "".join(f"{value:{sign}.1f}" for value in values)
+    return f"{statistics.fmean(values):{sign}.1f} ± {statistics.stdev(values):.1f}"

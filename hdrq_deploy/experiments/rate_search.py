@@ -37,7 +37,7 @@ __all__ = [
     "MOST",
     "START",
     "RateSearch",
-    "agreement",
+    "agreements",
     "hold_out",
     "judge",
     "protocol",
@@ -161,7 +161,7 @@ def judge(
     """
     single = {}
     for name, bundle in zip(experts, bundles, strict=True):
-        single[name] = agreement(bundle, experts[name], held[name])[0]
+        single[name] = _difference(bundle, experts[name], held[name])[0]
     with scratch_folder() as scratch:
         try:
             merged = merge(
@@ -169,25 +169,33 @@ def judge(
             )
         except CheckFailed as error:
             return {"score": None, "failed": str(error), "single": single}
-        found = {name: agreement(merged, experts[name], held[name]) for name in experts}
-    nats = {name: value for name, (value, _) in found.items()}
+        nats, shares = agreements(merged, experts, held)
     mean = float(np.mean(list(nats.values())))
     return {
         "score": mean if math.isfinite(mean) else None,
         "merged": nats,
         "single": single,
-        "decisions": {name: share for name, (_, share) in found.items()},
+        "decisions": shares,
     }
 
 
-def agreement(bundle: Bundle, expert: Bundle, images: Array) -> tuple[float, float]:
-    """Cross entropy with the expert in nats, and the share of equal decisions.
+def agreements(
+    bundle: Bundle, experts: Mapping[str, Bundle], held: Mapping[str, Array]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """By domain: cross entropy with the domain's expert in nats, and the share of equal decisions.
 
     Args:
-        bundle: A bundle whose graph is run, every operator as it is written.
-        expert: The bundle that it is compared with, of the same inputs and outputs.
-        images: Inputs (N, C, H, W).
+        bundle: A merge; its graph is run with every operator as it is written.
+        experts: The float bundle of each domain.
+        held: Inputs (N, C, H, W) of each domain.
     """
+    found = {name: _difference(bundle, experts[name], held[name]) for name in experts}
+    nats = {name: value for name, (value, _) in found.items()}
+    return nats, {name: share for name, (_, share) in found.items()}
+
+
+def _difference(bundle: Bundle, expert: Bundle, images: Array) -> tuple[float, float]:
+    """Cross entropy with the expert in nats, and the share of equal decisions."""
     own, other = (_Graph(b.path / GRAPH) for b in (bundle, expert))
     nats = equal = 0.0
     for rows in in_batches(images, _BATCH):
