@@ -8,10 +8,10 @@ Reads ``benchmarks/results/*.json`` only; a test checks that the pages are their
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from evidence.claims import aims, claims
 from evidence.costs import calibration_speed, harness, merge_speed, weight_search
 from evidence.earlier import merge_quality, plot, protocol_digits, protocol_streetscape
 from evidence.engines import (
@@ -34,7 +34,7 @@ from evidence.real_images import (
     protocol_rows,
     real_weights,
 )
-from evidence.records import ROOT, load, table
+from evidence.records import ROOT, Section, load, table
 from evidence.rivals import merge_rivals, pacs_rivals
 
 
@@ -141,61 +141,88 @@ def plot_headline(target: Path) -> None:
 
 
 # Pages of docs/evidence/ in the order of its navigation: title, what it answers, its sections.
-PAGES: dict[str, tuple[str, str, dict[str, Callable[[dict[str, Any]], str]]]] = {
+PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
+    "aims-and-claims": (
+        "Aims and claims",
+        "What was aimed at, what was reached and what bounds the rest; and how the paper's claims "
+        "fare on what was run here.",
+        (
+            Section(
+                "merge_statistics",
+                aims,
+                ("merge_speed", "weight_search", "pacs", "camvid"),
+            ),
+            Section("landscape", claims, ("merge_statistics", "distance", "pacs")),
+        ),
+    ),
     "merging": (
         "Merging",
         "How accurate merged bundles are, by method, bits and rounding, and what the distance to "
         "the source and the noise do.",
-        {"merge_statistics": merge_statistics, "distance": distance, "landscape": landscape},
+        (
+            Section("merge_statistics", merge_statistics),
+            Section("distance", distance),
+            Section("landscape", landscape),
+        ),
     ),
     "real-images": (
         "Real images",
         "Merges and single models on paintings, cartoons and sketches (PACS) and on streets "
         "(CamVid); single models on photographs (ImageNet).",
-        {"pacs": pacs, "camvid": camvid, "real_weights": real_weights},
+        (
+            Section("pacs", pacs, ("pacs_tuning", "pacs_distance", "fit_sweeps")),
+            Section("camvid", camvid),
+            Section("real_weights", real_weights),
+        ),
     ),
     "rivals": (
         "Rivals",
         "The other order: merging float models first, and quantizing the merge.",
-        {"merge_rivals": merge_rivals, "pacs_rivals": pacs_rivals},
+        (
+            Section("merge_rivals", merge_rivals, ("merge_statistics",)),
+            Section("pacs_rivals", pacs_rivals, ("pacs",)),
+        ),
     ),
     "engines": (
         "Engines",
         "What engines execute, how fast they are, and which architectures pass through.",
-        {
-            "engines": engines,
-            "peers": peers,
-            "same_codes": same_codes,
-            "arm_emulated": arm_emulated,
-            "architectures": architectures,
-            "protocol_models": protocol_models,
-        },
+        (
+            Section("engines", engines),
+            Section("peers", peers),
+            Section("same_codes", same_codes),
+            Section("arm_emulated", arm_emulated),
+            Section("architectures", architectures),
+            Section("protocol_models", protocol_models),
+        ),
     ),
     "costs": (
         "Costs",
         "Time and memory of calibrating, merging, searching merge weights, and measuring.",
-        {
-            "calibration_speed": calibration_speed,
-            "merge_speed": merge_speed,
-            "weight_search": weight_search,
-            "harness": harness,
-        },
+        (
+            Section("calibration_speed", calibration_speed),
+            Section("merge_speed", merge_speed),
+            Section("weight_search", weight_search),
+            Section("harness", harness),
+        ),
     ),
     "mixing-and-adapting": (
         "Mixing and adapting",
         "Domains that are mixed while a camera runs, and models adapted without labels.",
-        {"mixing": mixing, "adaptation": adaptation},
+        (
+            Section("mixing", mixing),
+            Section("adaptation", adaptation),
+        ),
     ),
     "earlier-figures": (
         "Earlier figures",
         "Measured by an earlier version, and kept because they cover settings that were not run "
         "again.",
-        {
-            "merge_quality": merge_quality,
-            "pacs_earlier": pacs_earlier,
-            "protocol_streetscape": protocol_streetscape,
-            "protocol_digits": protocol_digits,
-        },
+        (
+            Section("merge_quality", merge_quality),
+            Section("pacs_earlier", pacs_earlier),
+            Section("protocol_streetscape", protocol_streetscape),
+            Section("protocol_digits", protocol_digits),
+        ),
     ),
 }
 _MADE = "Made by `python benchmarks/tables.py` from the JSON in `benchmarks/results/`."
@@ -369,18 +396,12 @@ def summary() -> str:
     return "\n".join(parts) + "\n"
 
 
-# Further records that a section reads.
-_BESIDE = {
-    "pacs": ("pacs_tuning", "pacs_distance", "fit_sweeps"),
-    "merge_rivals": ("merge_statistics",),
-    "pacs_rivals": ("pacs",),
-}
 _SOFTWARE = ("hdrq-deploy", "torch", "onnxruntime", "openvino")
 
 
-def _record_of(source: str, record: Any) -> str:
+def _record_of(section: Section, record: Any) -> str:
     """Where the figures of a section stand, and what they were measured with."""
-    files = ", ".join(f"`{name}.json`" for name in (source, *_BESIDE.get(source, ())))
+    files = ", ".join(f"`{name}.json`" for name in (section.record, *section.beside))
     found = record.get("environment", {}) if isinstance(record, dict) else {}
     versions = [f"{name} {found[name]}" for name in _SOFTWARE if found.get(name)]
     made_with = "; ".join(part for part in (", ".join(versions), found.get("cpu")) if part)
@@ -392,10 +413,10 @@ def pages() -> dict[str, str]:
     found = {"index.md": summary()}
     for name, (title, about, sections) in PAGES.items():
         parts = [f"# {title}", "", about, "", _MADE]
-        for source, section in sections.items():
-            record = load(source)
+        for section in sections:
+            record = load(section.record)
             if record is not None:
-                parts += ["", section(record), "", _record_of(source, record)]
+                parts += ["", section.text(record), "", _record_of(section, record)]
         found[f"{name}.md"] = "\n".join(parts) + "\n"
     return found
 

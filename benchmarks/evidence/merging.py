@@ -200,30 +200,36 @@ def _rates_of(method: str, tried: Sequence[Mapping[str, Any]]) -> str:
     return f"`{method}` {told}, chosen {chosen['rate']:.3g}{edge}"
 
 
+def digits_by_seed(
+    rows: Sequence[Mapping[str, Any]], way: str, method: str, bits: str
+) -> list[tuple[float, float]]:
+    """Mean of the pairs and the triple of the digits, for every calibration seed."""
+    own = [
+        row
+        for row in rows
+        if (row["task"], row["parents"], row["bits"]) == ("digits", method, bits)
+        and (row["fold"], row["way"]) == ("weights", way)
+    ]
+    found = []
+    for seed in sorted({row["seed"] for row in own}):
+        means = {
+            len(group): statistics.fmean(
+                statistics.fmean(row["harmonic_means"])
+                for row in own
+                if row["seed"] == seed and len(row["members"]) == len(group)
+            )
+            for group in GROUPS
+        }
+        found.append((means[2], means[3]))
+    return found
+
+
 def _merges_read(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the digits' rows say: gains over the float average, and HDRQ beside QDrop."""
     best = "regression-compensated"
 
     def seeds(way: str, method: str, bits: str) -> list[tuple[float, float]]:
-        """Mean of the pairs and the triple, for every calibration seed."""
-        own = [
-            row
-            for row in rows
-            if (row["task"], row["parents"], row["bits"]) == ("digits", method, bits)
-            and (row["fold"], row["way"]) == ("weights", way)
-        ]
-        found = []
-        for seed in sorted({row["seed"] for row in own}):
-            means = {
-                len(group): statistics.fmean(
-                    statistics.fmean(row["harmonic_means"])
-                    for row in own
-                    if row["seed"] == seed and len(row["members"]) == len(group)
-                )
-                for group in GROUPS
-            }
-            found.append((means[2], means[3]))
-        return found
+        return digits_by_seed(rows, way, method, bits)
 
     def gains(first: Sequence[Any], second: Sequence[Any]) -> str:
         """Differences on pairs and triple; over the seeds of both, where both have them."""
@@ -317,19 +323,25 @@ def _barriers(row: Mapping[str, Any], kind: str) -> dict[Any, float]:
     return {tuple(part["between"]): part["barrier"][kind] for part in row["barriers"]}
 
 
-def _lower(record: Mapping[str, Any]) -> str:
-    """In how many of all comparisons HDRQ's model or pair has the lower figure, by bits."""
+def comparisons(record: Mapping[str, Any]) -> dict[str, dict[str, tuple[int, int]]]:
+    """In how many of how many comparisons HDRQ's figure is the lower one, by bits and figure."""
     rows = {(row["bits"], row["method"], row["seed"]): row for row in record["rows"]}
-    told = []
+    found: dict[str, dict[str, tuple[int, int]]] = {}
     for bits in dict.fromkeys(row["bits"] for row in record["rows"]):
         seeds = sorted({seed for its, method, seed in rows if (its, method) == (bits, "hdrq")})
-        counts = []
         for name, of in _COMPARED.items():
             both = [(of(rows[bits, "hdrq", seed]), of(rows[bits, "qdrop", seed])) for seed in seeds]
             lower = [ours[at] < theirs[at] for ours, theirs in both for at in ours]
-            counts.append(f"{name} {sum(lower)} of {len(lower)}")
-        told.append(f"{bits.upper()}, {', '.join(counts)}")
-    return "; ".join(told)
+            found.setdefault(bits, {})[name] = (sum(lower), len(lower))
+    return found
+
+
+def _lower(record: Mapping[str, Any]) -> str:
+    """The comparisons in words."""
+    return "; ".join(
+        f"{bits.upper()}, {', '.join(f'{name} {a} of {b}' for name, (a, b) in counts.items())}"
+        for bits, counts in comparisons(record).items()
+    )
 
 
 def landscape(record: Mapping[str, Any]) -> str:

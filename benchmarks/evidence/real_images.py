@@ -113,7 +113,7 @@ def _protocol_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _protocol_read(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the rows say: merges less the best float merge, and methods beside each other."""
-    best = _best_float_merges(rows)
+    best = best_float_merges(rows)
     fitted = protocol_means(rows, "float", "", "fitted")
     told = (
         f"The best merge of float models without a fit reaches {best[0]:.1f} on the mean of pairs "
@@ -147,7 +147,7 @@ def _protocol_read(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _best_float_merges(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+def best_float_merges(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     """The best merges of float models that are not fitted: mean of pairs, and all domains."""
     ways = [way for way in _PROTOCOL_WAYS if way not in ("single", "fitted", "guided")]
     merged = [m for way in ways if (m := protocol_means(rows, "float", "", way))]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,21 @@ GROUPS = (
     ("handwriting", "photo", "night"),
 )
 NAMES = {"handwriting": "hw", "photo": "photo", "night": "night"}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of a page.
+
+    Attributes:
+        record: Name of the record that it is made from; without it there is no section.
+        text: Makes its text from the record.
+        beside: Names of further records that it reads.
+    """
+
+    record: str
+    text: Callable[[dict[str, Any]], str]
+    beside: tuple[str, ...] = ()
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -34,6 +34,7 @@ with importing("hdrq reproduce"):
         write_made,
     )
     from ..experiments.tuning import TUNING, chosen_rates, keep_search, known_search, tune
+    from ..experiments.ways import WAYS
     from ..formats.atomic_files import (
         Kind,
         check_container,
@@ -86,6 +87,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     where_flags(where)
     _network_flags(p.rarely_used("network and adaptation"))
+    _merge_flags(p.rarely_used("merges"))
     knobs = p.rarely_used("learning", "The protocols have defaults of their own.")
     rates = knobs.add_mutually_exclusive_group()
     rates.add_argument(
@@ -147,8 +149,18 @@ def _cell_flags(grid: argparse._ArgumentGroup) -> None:
     grid.add_argument(
         "--seeds", type=seed_number, nargs="+", default=[0, 1], help="calibration seeds"
     )
-    grid.add_argument("--rounding-seeds", type=int, default=4, help="draws of every merge")
     grid.add_argument("--pairs", action="store_true", help="merge every pair of domains too")
+
+
+def _merge_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--ways",
+        nargs="+",
+        choices=WAYS,
+        default=[],
+        help="merge in these ways alone, of those of the settings (default: all of them)",
+    )
+    group.add_argument("--rounding-seeds", type=int, default=4, help="draws of every merge")
 
 
 def _network_flags(group: argparse._ArgumentGroup) -> None:
@@ -217,6 +229,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         tuple(dict.fromkeys(settings)),
         args.rounding_seeds,
         args.pairs,
+        tuple(dict.fromkeys(args.ways)),
     )
     if known := _known_search(args, grid):
         grid = replace(grid, rates=chosen_rates(known), searched_on=known["task"])

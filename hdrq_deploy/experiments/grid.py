@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,7 @@ class Grid:
         settings: Rows of the table of settings.
         rounding_seeds: Draws of every merge that draws.
         pairs: Whether all pairs of domains are merged in settings that do not say it themselves.
+        only_ways: Names of ``WAYS``; merges in other ways are left out. Empty: all of the settings.
         rates: Searched learning rates, by ``SETTING-METHOD-BITS`` (:mod:`.tuning`).
         searched_on: Name of the task on whose calibration images they were searched.
     """
@@ -134,6 +135,7 @@ class Grid:
     settings: tuple[str, ...] = ("paper",)
     rounding_seeds: int = 4
     pairs: bool = False
+    only_ways: tuple[str, ...] = ()
     rates: Mapping[str, float] = field(default_factory=dict)
     searched_on: str = ""
 
@@ -146,6 +148,17 @@ class Grid:
                 known = ", ".join(name for name, row in METHODS.items() if row.quantizes)
                 raise SpecError(
                     f"found method {method!r}; choose among {known} (float always runs)"
+                )
+        known = dict.fromkeys(
+            way
+            for setting in self.settings
+            for way in (*SETTINGS[setting].pair_ways, *SETTINGS[setting].ways)
+        )
+        for way in self.only_ways:
+            if way not in known:
+                raise SpecError(
+                    f"found way {way!r}; choose among those of {' and '.join(self.settings)}: "
+                    f"{', '.join(known)}"
                 )
         if self.rounding_seeds < 1:
             raise SpecError(f"found {self.rounding_seeds} rounding seeds; needed 1 or more")
@@ -198,8 +211,12 @@ class Grid:
                 yield Merge(run, members, way, self.rounding_seeds if tosses else 1)
 
     def needs_statistics(self, run: Run) -> bool:
-        """Whether a merge of this run reads statistics of its bundles."""
-        return any(WAYS[merge.way].needs_statistics for merge in self.merges(run))
+        """Whether a merge of this run reads statistics of its bundles, in any way of its setting.
+
+        Bundles are the same whatever ``only_ways`` leaves out: another run may merge the rest.
+        """
+        every = replace(self, only_ways=())
+        return any(WAYS[merge.way].needs_statistics for merge in every.merges(run))
 
     def cells(self) -> Iterator[str]:
         """Names of all cells, single and merged."""
@@ -211,7 +228,8 @@ class Grid:
     def ways(self, run: Run, members: Sequence[str]) -> Sequence[str]:
         """Names of the ways in which bundles of a run are merged, of ``WAYS``.
 
-        Float models with folded BatchNorm are averaged, where any setting merges these members.
+        Float models with folded BatchNorm are averaged, where any setting merges these members and
+        whatever ``only_ways`` says: all rows are compared with them.
         """
         if run.setting != "float":
             is_wide = run.method != "float" and run.wbits == 8
@@ -219,7 +237,8 @@ class Grid:
             return [
                 way
                 for way in every
-                if (is_wide or WAYS[way].wbits is None)
+                if way in (self.only_ways or every)
+                and (is_wide or WAYS[way].wbits is None)
                 # Float models are fitted to themselves.
                 and not (run.method == "float" and WAYS[way].fits_floats)
             ]

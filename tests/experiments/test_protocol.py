@@ -473,6 +473,25 @@ def test_grids_that_make_no_sense(task: Task) -> None:
     assert Run("paper", "hdrq", 4, 8, 1).single("night") == "paper-hdrq-w4a8-s1-night"
 
 
+def test_a_grid_of_some_ways(task: Task) -> None:
+    every = Grid(task, ("rtn",), ((4, 8),), (0,), ("paper", "ours"), rounding_seeds=2)
+    some = replace(every, only_ways=("renewed", "nearest"))
+    assert list(some.runs()) == list(every.runs())
+    for run in every.runs():
+        expected = [m for m in every.merges(run) if m.way in {"renewed", "nearest"}]
+        assert list(some.merges(run)) == expected
+        # Bundles keep what another run's ways need.
+        assert some.needs_statistics(run) == every.needs_statistics(run)
+    one = replace(every, only_ways=("renewed",))
+    # The average of float models, which all rows are compared with, is always there.
+    assert {m.way for run in one.runs() for m in one.merges(run)} == {"renewed", "nearest"}
+    assert {m.run.name for run in one.runs() for m in one.merges(run) if m.way == "nearest"} == {
+        "float"
+    }
+    with pytest.raises(SpecError, match="found way 'fitted'; choose among those of paper: nearest"):
+        Grid(task, settings=("paper",), only_ways=("fitted",))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -483,6 +502,10 @@ def test_grids_that_make_no_sense(task: Task) -> None:
         (["--data", "nowhere", "--checkpoints", "nowhere"], "not there"),
         (["--model", "hrda_resnet101"], "found --model with office-home, which has a network of"),
         (["--backbone", "mit_b5", "--made"], "found --backbone with --made, which has a network"),
+        (
+            ["--made", "--ways", "fitted"],
+            "found way 'fitted'; choose among those of paper: nearest",
+        ),
     ],
 )
 def test_commands_that_make_no_sense(
