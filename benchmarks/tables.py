@@ -22,7 +22,7 @@ from evidence.engines import (
     protocol_models,
     same_codes,
 )
-from evidence.merging import distance, landscape, merge_statistics
+from evidence.merging import distance, landscape, merge_statistics, statistics_weights
 from evidence.mixing import adaptation, mixing
 from evidence.real_images import (
     camvid,
@@ -30,6 +30,7 @@ from evidence.real_images import (
     learned_seeds,
     pacs,
     pacs_earlier,
+    pacs_wide,
     protocol_means,
     protocol_rows,
     real_weights,
@@ -161,6 +162,7 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
         "the source and the noise do.",
         (
             Section("merge_statistics", merge_statistics),
+            Section("weights_from_statistics", statistics_weights),
             Section("distance", distance),
             Section("landscape", landscape),
         ),
@@ -171,6 +173,7 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
         "(CamVid); single models on photographs (ImageNet).",
         (
             Section("pacs", pacs, ("pacs_tuning", "pacs_distance", "fit_sweeps")),
+            Section("pacs_wide", pacs_wide),
             Section("camvid", camvid),
             Section("real_weights", real_weights),
         ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -205,10 +205,10 @@ def difference(rows: Sequence[Mapping[str, Any]], bits: str, way: str, members: 
 _PROTOCOL_BITS = ("w8a8", "w8a4", "w6a6", "w4a8", "w4a4", "w3a3")
 
 
-def _protocol_missing(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Bits, ways and seeds that were not run."""
+def _protocol_missing(rows: Sequence[Mapping[str, Any]], elsewhere: Collection[str] = ()) -> str:
+    """Bits, ways and seeds that were not run; some bits are in another record."""
     there = {row["bits"] for row in rows}
-    missing = [bits.upper() for bits in _PROTOCOL_BITS if bits not in there]
+    missing = [bits.upper() for bits in _PROTOCOL_BITS if bits not in {*there, *elsewhere}]
     chosen = [row for row in rows if row["way"] == "auto"]
     pairs = any(len(row["members"]) == 2 for row in chosen)
     if not pairs:
@@ -308,28 +308,38 @@ def _near(score: float, decisions: Mapping[str, float]) -> str:
 
 
 def _trainings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How far float models of another training by the same command are from these."""
-    record = load("pacs_earlier")
-    if record is None:
-        return []
-    here, there = (
-        {
+    """How far float models of other trainings by the same command are from these."""
+
+    def floats(some: Sequence[Mapping[str, Any]]) -> dict[Any, float]:
+        return {
             (tuple(row["members"]), row["way"]): row["figure"]["mean"]
             for row in some
             if row["method"] == "float"
         }
-        for some in (rows, _earlier_rows(record))
-    )
-    apart = {key: abs(here[key] - there[key]) for key in here.keys() & there.keys()}
-    single = max(value for (_, way), value in apart.items() if way == "single")
-    merged = max(value for (_, way), value in apart.items() if way != "single")
+
+    here, single, merged, places = floats(rows), list[float](), list[float](), []
+    for name, place, read in (
+        ("pacs_earlier", "[earlier figures](earlier-figures.md)", _earlier_rows),
+        ("pacs_wide", "[8 bits](#pacs-at-8-bits)", protocol_rows),
+    ):
+        record = load(name)
+        if record is None:
+            continue
+        places.append(place)
+        there = floats(read(record))
+        for key in here.keys() & there.keys():
+            (single if key[1] == "single" else merged).append(abs(here[key] - there[key]))
+    if not places:
+        return []
+    which = "Another training" if len(places) == 1 else "Two other trainings"
     return [
         "",
-        "The checkpoints are one training of each domain. Another training by the same command on "
-        "another machine ([earlier figures](earlier-figures.md)) has single float models whose "
-        f"harmonic means are within {single:.1f} points of these, and merges of float models up to "
-        f"{merged:.1f} points away: more than lies between the methods. No interval below has "
-        "this spread in it; what counts are differences on the same checkpoints.",
+        f"The checkpoints are one training of each domain. {which} by the same command on other "
+        f"machines ({' and '.join(places)}) gave "
+        f"single float models whose harmonic means are within {max(single):.1f} points of these, "
+        f"and merges of float models up to {max(merged):.1f} points away: more than lies between "
+        "the methods. No interval below has this spread in it; what counts are differences on the "
+        "same checkpoints.",
     ]
 
 
@@ -370,7 +380,42 @@ def pacs(record: Mapping[str, Any]) -> str:
             "",
             _protocol_table(rows),
             "",
-            _protocol_missing(rows),
+            _protocol_missing(rows, _bits_of("pacs_wide")),
+        ]
+    )
+
+
+def _bits_of(name: str) -> set[str]:
+    """Bits of the methods that learn in a record, none where there is no record."""
+    record = load(name)
+    rows = record["rows"] if record else []
+    return {row["bits"] for row in rows if row["method"] in ("qdrop", "hdrq")}
+
+
+def pacs_wide(record: Mapping[str, Any]) -> str:
+    """The section on 8-bit weights, on checkpoints of a training of their own."""
+    rows = protocol_rows(record)
+    best = best_float_merges(rows)
+    alone = protocol_means(rows, "float", "", "single")
+    assert alone is not None
+    away = _away([row for row in rows if row["way"] == "single"], ("single",), alone)
+    return "\n".join(
+        [
+            "## PACS at 8 bits",
+            "",
+            "`hdrq reproduce pacs --pairs --rates pacs_tuning.json --ways nearest renewed`, as the "
+            "table above but on checkpoints of another training by the same command, so that its "
+            "rows stand beside its own float rows only. One calibration seed; rates are those that "
+            "were searched at W4A4.",
+            "",
+            f"Single models less float ones, in points (pairs, all domains): {away}. Merges by "
+            "regression with BatchNorm re-estimated less the best float merge "
+            f"({best[0]:.1f} and {best[1]:.1f}): "
+            f"{_away(rows, ('renewed', 'renewed-w4', 'renewed-w3'), best)}. `hdrq` beside the "
+            f"other methods on all domains, re-estimated: {_beside(rows, 'renewed')}; averaged: "
+            f"{_beside(rows, 'nearest')}.",
+            "",
+            _protocol_table(rows),
         ]
     )
 

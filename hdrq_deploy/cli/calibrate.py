@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,29 @@ one checkpoint that serves all domains, such as a merge, becomes one bundle."""
 _EXAMPLE = """\
 hdrq-calibrate --model timm:resnet18 --weights night.safetensors --base source.safetensors \\
   --data images/night --domain night --wbits 4 --abits 8 -o night.hdrq"""
+# Flags that some methods have no use for: of what is learned in iterations, and of codes.
+_OF_LEARNING = (
+    "iters",
+    "batch",
+    "lr",
+    "act_lr",
+    "schedule",
+    "scale_rates",
+    "stages",
+    "noise",
+    "noise_fraction",
+    "distance",
+    "distance_form",
+    "warmup",
+    "input_prob",
+    "drop_prob",
+    "step_change",
+    "round_weight",
+    "beta_first",
+    "beta_last",
+    "keep_best",
+)
+_OF_CODES = ("wbits", "abits", "per_channel", "grid", "placement")
 _DEFAULTS = {field.name: field.default for field in fields(CalibrationRequest)}
 
 
@@ -342,6 +366,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     recipe = recipe.override({k: v for k, v in vars(args).items() if k in Recipe.model_fields})
     recipe = recipe.resolved()
     options = recipe.options()
+    notes = list(_notes(args, recipe.method or str(_DEFAULTS["method"]), options))
     if args.cache_gb < 0:
         raise SpecError(f"found --cache-gb {args.cache_gb}; needed 0 or more")
     try:
@@ -369,8 +394,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         with progress_bar(f"calibrate {'+'.join(args.domain)}") as progress:
             request = CalibrationRequest(**{**common, **each[0], "output": args.output})
             bundle = run_calibration(request, progress=progress)
-        print(bundle.path)
-        return 0
+        return _end([bundle.path], notes)
     out = Path(args.output).absolute()
     make_directory(out)
     work, targets, graphs = [], [], GraphCache()
@@ -388,9 +412,27 @@ def _calibrate(args: argparse.Namespace) -> int:
         open_pool(args.workers, threads, args.ray, out, args.gpus) as pool,
     ):
         run_jobs(work, pool, report)
-    for target in targets:
-        print(target)
+    return _end(targets, notes)
+
+
+def _end(bundles: Sequence[Path], notes: Sequence[str]) -> int:
+    """Print what was made, and which flags changed nothing."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    for path in bundles:
+        print(path)
     return 0
+
+
+def _notes(args: argparse.Namespace, method: str, options: Options) -> Iterator[str]:
+    """Flags that were given and change nothing."""
+    for names, used, why in (
+        (_OF_CODES, METHODS[method].quantizes, "which quantizes nothing"),
+        (_OF_LEARNING, options.iterates, "which learns nothing in iterations"),
+    ):
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+        if given and not used:
+            yield f"{', '.join(given)} change nothing for --method {method}, {why}"
 
 
 def _check_outputs(args: argparse.Namespace) -> None:

@@ -33,10 +33,12 @@ with importing("hdrq-merge"):
         choose_weights,
         merge,
         merge_checkpoints,
+        weights_from_statistics,
     )
     from ..merging.merge_weights import check_merge_weights
     from ..merging.methods import MethodOptions
     from ..merging.re_estimate import check_batch_norm
+    from ..merging.statistics_weights import PredictedWeights, check_predicts
     from ..merging.ways import way_of
     from ..merging.weight_search import ChosenWeights
     from ..merging.written import Guidance, write_merge
@@ -109,8 +111,8 @@ def _merge_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--weights",
         nargs="+",
-        help="one per bundle, sum 1; auto chooses them from --data without labels "
-        "(default: equal weights)",
+        help="one per bundle, sum 1; auto: chosen on images without labels (--data), statistics: "
+        "from the bundles' statistics alone (default: equal weights)",
     )
     group.add_argument(
         "--method",
@@ -213,11 +215,13 @@ def _merge(args: argparse.Namespace) -> int:
     if floats:
         return _merge_checkpoints(args)
     _check_flags(args)
-    auto = args.weights == ["auto"]
-    weights = None if auto else _numbers(args.weights)
+    auto, predicted = args.weights == ["auto"], args.weights == ["statistics"]
+    weights = None if auto or predicted else _numbers(args.weights)
     if auto and not args.data:
         raise MergeError("found --weights auto without images; pass --data NAME=PATH ...")
     merger = _merger(args)
+    if predicted:
+        check_predicts(merger)
     check_different([Path(path) for path in args.bundles])
     merge_weights = merger.check_weights(weights)
     if args.fit:
@@ -239,6 +243,11 @@ def _merge(args: argparse.Namespace) -> int:
         merge_weights, options["auto"] = list(chosen.weights), chosen.record()
         print("weights " + " ".join(f"{w:g}" for w in merge_weights))
         print(f"chosen from {chosen.summary}")
+    if predicted:
+        found = _predicted_weights(merger)
+        merge_weights, options["from_statistics"] = list(found.weights), found.record()
+        print("weights " + " ".join(f"{w:g}" for w in merge_weights))
+        print(f"from statistics: {found.summary}")
     target = Path(args.output).absolute()
     check_parent(target)
     bundle = write_merge(merger, target, merge_weights, options, renewed, guiding, watch=_progress)
@@ -299,12 +308,19 @@ def _chosen_weights(
         )
 
 
+def _predicted_weights(merger: Merger) -> PredictedWeights:
+    """The merge weights that statistics choose."""
+    with progress_bar("choose weights") as progress:
+        return weights_from_statistics(merger, lambda done, total: progress(done, total, "layers"))
+
+
 def _numbers(words: Sequence[str] | None) -> list[float] | None:
     try:
         return None if words is None else [float(word) for word in words]
     except ValueError as error:
         raise MergeError(
-            f"found --weights {' '.join(words or ())}; needed one number per bundle, or auto"
+            f"found --weights {' '.join(words or ())}; needed one number per bundle, auto or "
+            "statistics"
         ) from error
 
 
@@ -371,7 +387,8 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def _merge_checkpoints(args: argparse.Namespace) -> int:
-    flag = "--weights auto" if args.weights == ["auto"] else _given(args, _OF_BUNDLES)
+    chosen = args.weights in (["auto"], ["statistics"])
+    flag = f"--weights {args.weights[0]}" if chosen else _given(args, _OF_BUNDLES)
     if flag:
         raise MergeError(
             f"found {flag} with float checkpoints; it works on bundles: calibrate them first "

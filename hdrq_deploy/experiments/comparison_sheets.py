@@ -61,8 +61,8 @@ def _columns(grid: Grid, out: Path, bits: str) -> Iterator[tuple[str, Bundle]]:
         if run.method != "float" and (run.bits != bits or run.seed != grid.seeds[0]):
             continue
         merges: list[Merge] = [m for m in grid.merges(run) if m.members == grid.domains]
-        path = bundle_path(out, merges[-1].cell(0))
-        if path.is_dir():
+        path = bundle_path(out, merges[-1].cell(0)) if merges else None
+        if path is not None and path.is_dir():
             name = "float merged" if run.setting == "float" else f"float merged, {run.setting}"
             if run.method != "float":
                 name = f"{run.method} {bits.upper()}, {run.setting}"

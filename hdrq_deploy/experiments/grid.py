@@ -149,16 +149,16 @@ class Grid:
                 raise SpecError(
                     f"found method {method!r}; choose among {known} (float always runs)"
                 )
-        known = dict.fromkeys(
+        ways = dict.fromkeys(
             way
             for setting in self.settings
             for way in (*SETTINGS[setting].pair_ways, *SETTINGS[setting].ways)
         )
         for way in self.only_ways:
-            if way not in known:
+            if way not in ways:
                 raise SpecError(
                     f"found way {way!r}; choose among those of {' and '.join(self.settings)}: "
-                    f"{', '.join(known)}"
+                    f"{', '.join(ways)}"
                 )
         if self.rounding_seeds < 1:
             raise SpecError(f"found {self.rounding_seeds} rounding seeds; needed 1 or more")

@@ -10,6 +10,7 @@ from .merge_weights import check_different
 from .methods import METHODS
 from .re_estimate import re_estimate
 from .rounding import ROUNDINGS
+from .statistics_weights import weights_from_statistics
 from .weight_search import CRITERIA, choose_weights
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "merge",
     "merge_checkpoints",
     "re_estimate",
+    "weights_from_statistics",
 ]

@@ -1,9 +1,9 @@
 """Merge calibrated bundles without training, torch or the original models.
 
 Weights and biases are merged by a method of :mod:`.methods`, scales become weighted means,
-BatchNorm moments are matched, and codes are rounded by :mod:`.rounding`. Weights are read from
-mapped files and written tensor by tensor, so that the parents never have to fit into memory
-together.
+BatchNorm moments are matched, and codes are rounded by :mod:`.rounding`. Parents are read from
+mapped files, so that they never have to fit into memory together. The merge is written tensor by
+tensor, but for one with statistics, whose tensors are in memory until all layers are merged.
 """
 
 from __future__ import annotations
@@ -462,7 +462,7 @@ class Merger:
         """The manifest of a merge; ``layers`` are the statistics of each tensor of codes."""
         record = {
             "rounding": self.rounding,
-            "candidates": self.candidates,
+            **({"candidates": self.candidates} if self.rounding == "advanced" else {}),
             **({} if self.method == "mean" else {"method": self.method}),
             **{n: getattr(self.method_options, n) for n in method_of(self.method).options},
             **({} if self.wbits is None else {"wbits": self.wbits}),

@@ -22,6 +22,7 @@ from ..formats.bundle_manifest import Tensor
 from ..formats.statistics import LayerRecord, StatisticsFile
 from ..numerics.error_compensation import compensated, damped
 from ..numerics.layer_matrix import bias_of, rows_of, weight_of, with_bias
+from ..numerics.layer_statistics import InputStatistics
 from ..numerics.moments import SingularError, covariance, mean_of, mixed, second_moments
 from ..numerics.quantization import along, dequantize
 from ..typing import Array
@@ -31,7 +32,7 @@ from .methods.base import Floats, LayerAtMix, LayerPart, MergeMethod, MethodOpti
 from .rounding import ROUNDINGS, MergedCodes, round_target
 from .scales import searched_scale
 
-__all__ = ["LayerMerge", "RealLayer", "RoundedLayer", "scale_of"]
+__all__ = ["LayerMerge", "RealLayer", "RoundedLayer", "scale_of", "statistics_of"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class LayerMerge:
         self.parents, self.method, self.options = parents, method, options
         self.rounding, self._entries = ROUNDINGS[rounding], entries
         needed = method.needs_statistics or self.rounding.needs_statistics
-        self._files = [_statistics_of(parent) for parent in parents] if needed else []
+        self._files = [statistics_of(parent) for parent in parents] if needed else []
         self._records, self.missing = common_layers(self._files)
         self._bias_counts = Counter(r.bias for r in self._records.values())
         self._kept: dict[str, LayerAtMix] | None = {} if keep else None
@@ -104,6 +105,12 @@ class LayerMerge:
         """The same, reading its parents' tensors through other objects of the same bundles."""
         merging = copy(self)
         merging.parents = parents
+        return merging
+
+    def apart(self) -> LayerMerge:
+        """A copy that keeps its systems in a dictionary of its own."""
+        merging = copy(self)
+        merging._kept = None if self._kept is None else {}
         return merging
 
     def record(self, name: str) -> LayerRecord | None:
@@ -178,7 +185,7 @@ class LayerMerge:
         merge_weights: Sequence[float],
     ) -> tuple[npt.NDArray[np.int8], Floats | None]:
         """Codes, and the bias with the mean of what they lose."""
-        inputs = [file.layer(name) for file in self._files]
+        inputs = self.inputs_of(name)
         spec, shape = self._entries[name].spec, real.weight.shape
         wide = along(scale.astype(np.float64), len(shape), spec.axis)
         rows = rows_of(real.weight, record)
@@ -209,8 +216,12 @@ class LayerMerge:
         record = self.record(name)
         if name not in self.norms or record is None or record.layout == "transposed":
             return None
-        inputs = [file.layer(name) for file in self._files]
+        inputs = self.inputs_of(name)
         return correction(weight, self.weights_of(name), inputs, merge_weights, record)
+
+    def inputs_of(self, name: str) -> list[InputStatistics]:
+        """What each parent saw of a layer's inputs."""
+        return [file.layer(name) for file in self._files]
 
     def weights_of(self, name: str) -> list[Array]:
         """The real weights of the parents, BatchNorm not applied."""
@@ -236,10 +247,10 @@ class LayerMerge:
         assert layers is not None
         parts = []
         weights = self.weights_of(name)
-        for parent, file, weight in zip(self.parents, self._files, weights, strict=True):
+        for parent, inputs, weight in zip(self.parents, self.inputs_of(name), weights, strict=True):
             bias = None if record.bias is None else parent.tensor(record.bias)
             rows = with_bias(rows_of(weight.astype(np.float64), record), bias)
-            parts.append(layers.prepare(rows, file.layer(name), bias is not None, self.options))
+            parts.append(layers.prepare(rows, inputs, bias is not None, self.options))
         return parts
 
 
@@ -251,7 +262,8 @@ def scale_of(codes: str, bundle: Bundle) -> str:
     return scale
 
 
-def _statistics_of(bundle: Bundle) -> StatisticsFile:
+def statistics_of(bundle: Bundle) -> StatisticsFile:
+    """The statistics of a bundle that must have some; else raises MergeError."""
     statistics = bundle.statistics()
     if statistics is None:
         raise MergeError(

@@ -17,7 +17,7 @@ from ..formats.atomic_files import Kind, read_json
 from ..formats.bundle import Bundle
 from ..formats.file_kinds import ADAPTED, ADAPTING, BUNDLE, CELL_INPUTS, PARTIAL, partial_of
 from ..formats.staleness import code_of, plain, stamp, versions_of
-from ..merging import Merger, choose_weights
+from ..merging import Merger, choose_weights, weights_from_statistics
 from ..merging.ways import way_of
 from ..merging.written import Guidance, write_merge
 from ..typing import Array
@@ -210,6 +210,9 @@ class MergeStage(RecordedStage):
             images = self._read(parents[0], wanted.images)
             chosen = choose_weights(search, images, wanted.criterion, renewed, seed=self.seed)
             weights, record = list(chosen.weights), {"auto": chosen.record()}
+        elif wanted.weights == "statistics":
+            found = weights_from_statistics(merger, threads=self.threads)
+            weights, record = list(found.weights), {"from_statistics": found.record()}
         else:
             weights = merger.check_weights(wanted.weights)
         write_merge(merger, self.output, weights, record, renewed, guiding, self.threads)

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ..errors import HdrqError
+from ..merging import ROUNDINGS
 from ..merging.merge_weights import check_merge_weights
 from ..merging.ways import check_way
 from .document import Document, Loc
@@ -210,7 +211,7 @@ class _Checks:
         return merge.model_copy(update={"domains": members, "weights": weights})
 
     def _weights(self, loc: Loc, given: Any, members: Sequence[str]) -> Any:
-        """``auto``, a number for each member, or None."""
+        """A word for how they are chosen, a number for each member, or None."""
         place = (*loc, "weights")
         if isinstance(given, Mapping):
             if set(given) != set(members):
@@ -221,11 +222,11 @@ class _Checks:
                 )
             given = [given[member] for member in members]
         try:
-            numbers = None if given == "auto" else given
+            numbers = None if isinstance(given, str) else given
             checked = check_merge_weights(numbers, len(members), "domain")
         except HdrqError as error:
             raise self._document.error(place, f"{'.'.join(map(str, place))}: {error}") from error
-        return given if given is None or given == "auto" else checked
+        return given if given is None or isinstance(given, str) else checked
 
     def _check(self, loc: Loc, merge: Merge) -> None:
         name = ".".join(map(str, loc))
@@ -243,6 +244,14 @@ class _Checks:
             raise self._document.error(
                 (*loc, "criterion"),
                 f"{name}: found criterion without weights: auto, which reads it",
+            )
+        tosses = merge.rounding is not None and ROUNDINGS[merge.rounding].tosses
+        if merge.weights == "statistics" and (merge.method == "mean" or tosses):
+            found = f"rounding: {merge.rounding}" if tosses else "method: mean"
+            raise self._document.error(
+                (*loc, "weights"),
+                f"{name}: found weights: statistics with {found}; they are those of regression: "
+                f"leave {found.partition(':')[0]} out, or give numbers",
             )
         for key, given in (
             ("fit_to", merge.fit_to is not None),

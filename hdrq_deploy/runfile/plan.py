@@ -280,6 +280,15 @@ class _Stages:
                     f"merges.{name}: found re_estimate with BatchNorm folded into the weights; "
                     "needed calibrate: {fold: steps}, or settings: ours; or the method float"
                 )
+        with self._loaded.at("merges", name, "weights"):
+            if (
+                merge.weights == "statistics"
+                and self._settings(cell.method).get("statistics") == "off"
+            ):
+                raise SpecError(
+                    f"merges.{name}: found weights: statistics with calibrate: {{statistics: "
+                    "off}; leave one of them out"
+                )
         domains = self._file.domains
         label = f"{cell.name}-{name}"
         guides: dict[str, Path] = {}

@@ -43,6 +43,8 @@ __all__ = [
 ]
 
 SCHEMA_FILE = "hdrq.schema.json"
+# Words for merge weights that are no numbers.
+CHOSEN_WEIGHTS = ("auto", "statistics")
 # Keys of a recipe that a run file says in another place.
 _ELSEWHERE = {"method", "wbits", "abits", "seed"}
 
@@ -86,9 +88,12 @@ def _weights(value: Any) -> Any:
     plain = isinstance(numbers, list) and all(
         isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers
     )
-    if value is None or value == "auto" or plain:
+    if value is None or value in CHOSEN_WEIGHTS or plain:
         return value
-    raise ValueError(f"found {value!r}; needed auto, a list of numbers, or a number per domain")
+    raise ValueError(
+        f"found {value!r}; needed {' or '.join(CHOSEN_WEIGHTS)}, a list of numbers, or a number "
+        "per domain"
+    )
 
 
 def _engine(value: Any) -> str | dict[str, list[str]]:
@@ -215,7 +220,7 @@ Weights = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                {"const": "auto"},
+                {"enum": list(CHOSEN_WEIGHTS)},
                 {"type": "array", "items": _NUMBERS},
                 {"type": "object", "additionalProperties": _NUMBERS},
             ]
@@ -285,7 +290,8 @@ class Merge(_Section):
         default=None, description="how merged codes are rounded (the best that the bundles allow)"
     )
     weights: Weights | None = Field(
-        default=None, description="merge weights (equal); auto: by images"
+        default=None,
+        description="merge weights (equal); auto: by images; statistics: by those in the bundles",
     )
     criterion: Annotated[str, AfterValidator(one_of(CRITERIA)), _enum(CRITERIA)] | None = Field(
         default=None, description="what weights: auto looks for"

@@ -188,7 +188,7 @@ def text(source: str, domains: Sequence[Given], seen: Seen, wanted: Wanted, fold
             "merges:",
             "  merged:",
             f"    domains: [{names}]",
-            "    # weights: auto       # chosen on unlabelled images; or a number per domain:",
+            "    # weights: statistics  # or auto: on unlabelled images; or numbers:",
             f"    # weights: {{{_plain(first)}: 0.6, ...}}",
             "    # re_estimate: true   # measure BatchNorm again on unlabelled images",
             "    # fit: true           # fit every layer to the parents on unlabelled images",

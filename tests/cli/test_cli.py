@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hdrq_deploy.calibration.methods import Options
 from hdrq_deploy.cli import bench, calibrate, export, inspect, merge, verify
 from hdrq_deploy.cli import main as umbrella
 from hdrq_deploy.formats.bundle import Bundle
@@ -133,6 +135,29 @@ def test_bad_images_get_one_line_and_exit_code_2(
     argv = [*flags(work, tmp_path / "out"), "--skip-corrupt"]
     argv[argv.index("--data") + 1] = str(folders["corrupt"])
     assert calibrate.main(argv) == 0
+
+
+def test_flags_that_a_method_has_no_use_for_are_named(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = flags(work, tmp_path)
+
+    def said(method: str, *more: str) -> str:
+        own = [method if word == "hdrq" else word for word in argv]
+        assert calibrate.main([*own, *more]) == 0
+        return capsys.readouterr().err
+
+    assert "note:" not in said("hdrq", "--lr", "1e-3")
+    nothing = "change nothing for --method rtn, which learns nothing in iterations\n"
+    assert f"note: --iters, --batch, --distance-form {nothing}" in said(
+        "rtn", "--distance-form", "norm"
+    )
+    floats = said("float")
+    assert "note: --wbits, --abits change nothing for --method float, which quantizes" in floats
+    rest = {"learner", "granularity", "act_init", "bias_correction"}
+    assert {*calibrate._OF_LEARNING} == {field.name for field in fields(Options)} - rest
+    # A learner makes it learn.
+    assert "note:" not in said("rtn", "--learner", "latent")
 
 
 def test_bad_engines_and_data_get_exit_code_2(

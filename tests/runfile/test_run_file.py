@@ -122,6 +122,21 @@ WRONG: dict[str, tuple[str, int, str]] = {
         12,
         "needed those of night, day",
     ),
+    "weights from statistics that are off": (
+        f"{SHORT}calibrate: {{statistics: 'off'}}\nmerges:\n  m:\n    weights: statistics\n",
+        13,
+        "merges.m: found weights: statistics with calibrate: {statistics: off}",
+    ),
+    "weights from statistics of a mean": (
+        f"{SHORT}merges:\n  m:\n    method: mean\n    weights: statistics\n",
+        13,
+        "merges.m: found weights: statistics with method: mean; they are those of regression",
+    ),
+    "weights from statistics and draws": (
+        f"{SHORT}merges:\n  m:\n    rounding: noise\n    weights: statistics\n",
+        13,
+        "found weights: statistics with rounding: noise",
+    ),
     "rounding": (
         f"{SHORT}merges:\n  both:\n    method: regression\n    rounding: noise\n",
         12,
@@ -221,7 +236,7 @@ def test_the_schema_and_the_classes_accept_and_refuse_the_same(write: Any) -> No
     good = [
         SHORT,
         f"{SHORT}methods: rtn\nbits: [w8a8, W4A8]\nbench: false\n"
-        "merges: {m: {weights: auto}}\n",
+        "merges: {m: {weights: auto}, n: {weights: statistics}}\n",
         f"{SHORT}preprocess: {{size: 16}}\nbench: {{threads: 2}}\nengines: onnx\n",
         SHORT.replace("checkpoint: Tiny-day.safetensors", "adapt: true"),
         SHORT.replace("checkpoint: Tiny-day.safetensors", "adapt: {epochs: 2}"),

@@ -29,6 +29,7 @@ from hdrq_deploy.cli import status as status_command
 from hdrq_deploy.cli.stage_table import StageTable
 from hdrq_deploy.errors import ExportError, HdrqError
 from hdrq_deploy.formats.bundle import Bundle
+from hdrq_deploy.merging import Merger, weights_from_statistics
 from hdrq_deploy.runfile.bundles import MergeStage
 from hdrq_deploy.runfile.loading import load
 from hdrq_deploy.runfile.plan import plan, stages_of
@@ -167,6 +168,21 @@ def test_a_merge_is_measured_again_and_fitted(
     assert "guides" not in own
     assert options["re_estimate"]["images"] == {"night": 8, "day": 8}
     assert options["fit"]["images"] == {"night": 16, "day": 16}
+    assert not [key for key in stale(file, capsys) if key.startswith("merge")]
+
+
+def test_a_merge_at_weights_from_statistics(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = copied(work, tmp_path)
+    file.write_text(f"{FILE}merges: {{merged: {{weights: statistics}}}}\n")
+    assert run_command.main([str(file), "--only", "merge"]) == 0
+    bundles = tmp_path / "hdrq-run" / "bundles"
+    told = Bundle.open(bundles / "rtn-w8a8-merged.hdrq").manifest.options["merge"]
+    parents = [bundles / f"rtn-w8a8-{name}.hdrq" for name in ("night", "day")]
+    chosen = weights_from_statistics(Merger(parents, method="regression"))
+    assert told["weights"] == list(chosen.weights)
+    assert told["from_statistics"]["layers"] == list(chosen.layers)
     assert not [key for key in stale(file, capsys) if key.startswith("merge")]
 
 
