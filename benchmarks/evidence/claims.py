@@ -214,6 +214,7 @@ def _on_photos() -> Iterator[list[str]]:
             f"yes, {words[reached[0]]}" if reached else "no",
             bound.format(_two(lost)),
         ]
+    yield _narrowed(parents)
     apart = protocol_means(rows, "float", "", "nearest")
     assert apart is not None
     risen = {
@@ -225,6 +226,23 @@ def _on_photos() -> Iterator[list[str]]:
         f"re-estimated {_two(risen['renewed'])} (`qdrop`, `hdrq`), fitted {_two(risen['fitted'])}",
         f"re-estimated {_reached(risen['renewed'], 5)}, fitted {_reached(risen['fitted'], 5)}",
         f"re-estimated, the float merge itself is at {best[0] - apart[0]:+.1f}",
+    ]
+
+
+def _narrowed(parents: Sequence[str]) -> list[str]:
+    """Bundles of 8-bit weights whose merge has 4 bits, on a training of their own."""
+    rows = protocol_rows(needed("pacs_wide"))
+    best = best_float_merges(rows)
+    away = {
+        m: (both[0] - best[0], both[1] - best[1])
+        for m in parents
+        if (both := protocol_means(rows, m, "w8a8", "renewed-w4"))
+    }
+    return [
+        "the same, of bundles with 8-bit weights that the merge rounds to 4 bits",
+        "re-estimated " + ", ".join(f"`{m}` {_two(both)}" for m, both in away.items()),
+        _reached([value for both in away.values() for value in both], -1),
+        "",
     ]
 
 

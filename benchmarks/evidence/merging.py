@@ -341,6 +341,15 @@ def statistics_weights(record: Mapping[str, Any]) -> str:
         for name in rows[0]["rules"]
         if (reached := [row["rules"][name]["reached"] - row["equal"] for row in later])
     )
+    best = [
+        max(
+            rows[0]["rules"],
+            key=lambda name: statistics.fmean(
+                row["rules"][name]["reached"] - row["equal"] for row in some
+            ),
+        )
+        for some in (digits, later)
+    ]
     gains = {
         kind: statistics.fmean(
             (row["rules"][_RULE] if kind == "statistics" else row["images"])["reached"]
@@ -363,13 +372,10 @@ def statistics_weights(record: Mapping[str, Any]) -> str:
             "`hdrq-merge --weights statistics`; it was chosen on these calibration images. On test "
             f"images of the digits it brings {gains['statistics']:+.1f} points on average, images "
             f"(`--weights auto`, 256 a domain) {gains['images']:+.1f}. "
-            f"On PACS, measured after the choice, the rules bring on test images: {elsewhere}. So "
-            "it helps on the digits, changes little on PACS, where equal weights are near the "
-            "best, and a rule that is better on one misleads on the other. "
-            "One calibration seed. The "
-            f"choice takes {cost['seconds']:.0f} s for a pair of ResNet-50's size on two cores "
-            f"({cost['cpu_seconds']:.0f} s of CPU, {cost['mixes']} mixes, {cost['layers']} "
-            "layers).",
+            f"On PACS, measured after the choice, the rules bring on test images: {elsewhere}. "
+            f"The best rule there is `{best[1]}`, on the digits `{best[0]}`. One calibration seed. "
+            f"For a pair of ResNet-50's size the choice takes {cost['cpu_seconds']:.0f} s of CPU "
+            f"({cost['mixes']} mixes, {cost['layers']} layers).",
             "",
             table(
                 ["bundles", "domains", "equal", "statistics", "images", "best of the grid"], lines

@@ -398,15 +398,16 @@ def pacs_wide(record: Mapping[str, Any]) -> str:
     best = best_float_merges(rows)
     alone = protocol_means(rows, "float", "", "single")
     assert alone is not None
+    ways = dict.fromkeys(row["way"] for row in record["rows"] if row["method"] in ("qdrop", "hdrq"))
     away = _away([row for row in rows if row["way"] == "single"], ("single",), alone)
     return "\n".join(
         [
             "## PACS at 8 bits",
             "",
-            "`hdrq reproduce pacs --pairs --rates pacs_tuning.json --ways nearest renewed`, as the "
-            "table above but on checkpoints of another training by the same command, so that its "
-            "rows stand beside its own float rows only. One calibration seed; rates are those that "
-            "were searched at W4A4.",
+            "`hdrq reproduce pacs --pairs --rates pacs_tuning.json --bits w8a8 --ways "
+            f"{' '.join(ways)}`, as the table above but on checkpoints of another training by the "
+            "same command, so that its rows stand beside its own float rows only. One calibration "
+            "seed; rates are those that were searched at W4A4.",
             "",
             f"Single models less float ones, in points (pairs, all domains): {away}. Merges by "
             "regression with BatchNorm re-estimated less the best float merge "
