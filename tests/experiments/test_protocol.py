@@ -25,6 +25,7 @@ from hdrq_deploy.calibration.settings import SETTINGS
 from hdrq_deploy.cli import reproduce
 from hdrq_deploy.errors import DataError, HdrqError, ModelError, SpecError
 from hdrq_deploy.experiments.cells import jobs
+from hdrq_deploy.experiments.comparison_sheets import draw
 from hdrq_deploy.experiments.decisions import unpacked
 from hdrq_deploy.experiments.grid import Grid, Run, bundle_path, parse_bits, row_path
 from hdrq_deploy.experiments.table import cells, header, markdown, network, rows
@@ -473,7 +474,7 @@ def test_grids_that_make_no_sense(task: Task) -> None:
     assert Run("paper", "hdrq", 4, 8, 1).single("night") == "paper-hdrq-w4a8-s1-night"
 
 
-def test_a_grid_of_some_ways(task: Task) -> None:
+def test_a_grid_of_some_ways(task: Task, tmp_path: Path) -> None:
     every = Grid(task, ("rtn",), ((4, 8),), (0,), ("paper", "ours"), rounding_seeds=2)
     some = replace(every, only_ways=("renewed", "nearest"))
     assert list(some.runs()) == list(every.runs())
@@ -488,6 +489,10 @@ def test_a_grid_of_some_ways(task: Task) -> None:
     assert {m.run.name for run in one.runs() for m in one.merges(run) if m.way == "nearest"} == {
         "float"
     }
+    # Float models are not fitted to themselves: a run without merges has no picture.
+    guided = replace(every, settings=("ours",), only_ways=("guided",))
+    with pytest.raises(DataError, match="found no merged cells of w4a8"):
+        draw(guided, tmp_path, "w4a8")
     with pytest.raises(SpecError, match="found way 'fitted'; choose among those of paper: nearest"):
         Grid(task, settings=("paper",), only_ways=("fitted",))
 
