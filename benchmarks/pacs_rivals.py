@@ -33,14 +33,13 @@ from hdrq_deploy.calibration.graph_cache import GraphCache
 from hdrq_deploy.calibration.methods import Options
 from hdrq_deploy.calibration.pipeline import run_calibration
 from hdrq_deploy.calibration.request import CalibrationRequest
-from hdrq_deploy.experiments.cells import engine_of, labelled_set
+from hdrq_deploy.experiments.cells import accuracies_of
 from hdrq_deploy.experiments.decisions import Decisions
 from hdrq_deploy.experiments.grid import Merge, Run, bundle_path
 from hdrq_deploy.experiments.tasks import Task
 from hdrq_deploy.experiments.tuning import TUNING, chosen_rates
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.numerics.intervals import Bootstrap
-from hdrq_deploy.runtime.bench.accuracy import accuracy
 
 # Ways in which hdrq reproduce merges float models.
 FLOAT_MERGES = {"nearest": "mean", "renewed": "regression, BatchNorm re-estimated"}
@@ -121,13 +120,7 @@ def evaluated(rival: Rival, task: Task, run: Path, rate: float) -> dict[str, Any
         return row
     bundle, seconds = quantized(rival, task, run, rate)
     seen = Decisions()
-    with engine_of(bundle, "cpu", 1) as engine:
-        sets = {
-            domain.name: labelled_set(engine, task, domain)
-            for domain in task.domains
-            if domain.name in rival.members
-        }
-        found = accuracy(engine, sets, seen=seen)
+    found = accuracies_of(bundle, task, rival.members, seen=seen)
     boot = Bootstrap()
     limits = boot.interval(boot.sample({0: [seen.measured]}))
     row = {

@@ -35,14 +35,13 @@ from evidence.real_images import (
     protocol_rows,
     real_weights,
 )
-from evidence.records import ROOT, Section, load, table
+from evidence.records import ROOT, Section, load, needed, table
 from evidence.rivals import merge_rivals, pacs_rivals
 
 
 def headline() -> str:
     """README's table: merges of W4A8 parents beside merges of float models."""
-    digits, photos = load("merge_statistics"), load("pacs")
-    assert digits is not None and photos is not None
+    digits, photos = needed("merge_statistics"), needed("pacs")
     drawn = [r for r in digits["rows"] if r["task"] == "digits" and r["fold"] == "weights"]
     real = protocol_rows(photos)
 
@@ -247,8 +246,7 @@ def _headline_figures() -> dict[tuple[str, str], tuple[float, float]]:
 
 def _fits_on_streets() -> str:
     """By how much a fit moves the harmonic mean of a merge by regression, on CamVid."""
-    record = load("camvid")
-    assert record is not None
+    record = needed("camvid")
     means = {
         (row["method"], row["bits"], row["way"]): row["merged"]["harmonic mean"]["mean"]
         for row in record["rows"]
@@ -263,8 +261,7 @@ def _fits_on_streets() -> str:
 
 def summary() -> str:
     """``docs/evidence/index.md``: five sentences, two plots, and what is on which page."""
-    figures, photos = _headline_figures(), load("pacs")
-    assert photos is not None
+    figures, photos = _headline_figures(), needed("pacs")
     real = protocol_rows(photos)
     apart = protocol_means(real, "float", "", "single")
     seeds = ("no seed", "one seed", "two seeds", "three seeds")[learned_seeds(real, "w4a8")]
@@ -277,8 +274,7 @@ def summary() -> str:
     )
     plain = {parents: figures[parents, "PACS: mean"] for parents in ("hdrq", "qdrop")}
     best = max(ours, qdrop, rtn)
-    rivals = load("pacs_rivals")
-    assert rivals is not None
+    rivals = needed("pacs_rivals")
     experts = max(
         row["harmonic_mean"]
         for row in rivals["rows"]
@@ -299,8 +295,7 @@ def summary() -> str:
         parents: figures[parents, "PACS: regression"]
         for parents in ("rtn", "rtn-corrected", "qdrop", "hdrq")
     }
-    on_streets = load("camvid")
-    assert on_streets is not None
+    on_streets = needed("camvid")
     streets = on_streets["rows"]
 
     def single(method: str, bits: str) -> tuple[float, float]:

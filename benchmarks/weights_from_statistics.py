@@ -30,12 +30,12 @@ from typing import Any
 import merge_statistics
 import numpy as np
 import numpy.typing as npt
-from merge_statistics import Parents, calibrated, images_of, logits_of
+from merge_statistics import Parents, calibrated, images_of, logits_of, scored
 from pacs_run import task_of, write
 
 from hdrq_deploy import Bundle, merge
 from hdrq_deploy.calibration_data.readers import read
-from hdrq_deploy.experiments.cells import engine_of, labelled_set
+from hdrq_deploy.experiments.cells import accuracies_of
 from hdrq_deploy.experiments.grid import Run, bundle_path
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.formats.bench_result import harmonic_mean
@@ -44,7 +44,6 @@ from hdrq_deploy.merging.layers import LayerMerge
 from hdrq_deploy.merging.methods import METHODS, MethodOptions
 from hdrq_deploy.merging.statistics_weights import layers_in_order, output_errors
 from hdrq_deploy.merging.weight_search import simplex
-from hdrq_deploy.runtime.bench.accuracy import accuracy
 
 Floats = npt.NDArray[np.float64]
 DIGITS = (("rtn-corrected", 8, 8), ("hdrq", 4, 8), ("rtn-corrected", 4, 4))
@@ -89,8 +88,7 @@ def digits(out: Path) -> Iterator[Case]:
         found = []
         for name in group:
             inputs, labels = images_of("digits", name, "calibration")
-            logits = logits_of(bundle, inputs[:IMAGES])
-            found.append(float((logits.argmax(1) == labels[:IMAGES]).mean()))
+            found.append(scored(logits_of(bundle, inputs[:IMAGES]), labels[:IMAGES]))
         return harmonic_mean(found)
 
     for method, wbits, abits in DIGITS:
@@ -105,9 +103,7 @@ def pacs(args: argparse.Namespace) -> Iterator[Case]:
     images = {d.name: read(d.images, task.wanted, IMAGES).x for d in task.domains}
 
     def measure(bundle: Bundle, group: Sequence[str]) -> float:
-        with engine_of(bundle, "cpu", 1) as engine:
-            sets = {d.name: labelled_set(engine, task, d) for d in task.domains if d.name in group}
-            return harmonic_mean(list(accuracy(engine, sets).domains.values()))
+        return harmonic_mean(list(accuracies_of(bundle, task, group).domains.values()))
 
     for method, wbits, abits in PACS:
         run = Run("ours", method, wbits, abits, 0)

@@ -9,18 +9,12 @@ from typing import Any
 
 from evidence.merging import comparisons, digits_by_seed
 from evidence.real_images import best_float_merges, protocol_means, protocol_rows
-from evidence.records import load, table, with_spread
+from evidence.records import needed, table, with_spread
 
 _SOLVED = "regression-compensated"
 _SCALED = f"{_SOLVED}-statistics"
+_TUNED = ("qdrop", "hdrq")
 _NARROW_PAIRS = (("handwriting", "night"), ("photo", "night"))
-
-
-def needed(name: str) -> dict[str, Any]:
-    """A record that this page cannot do without."""
-    record = load(name)
-    assert record is not None, f"{name}.json is missing"
-    return record
 
 
 def aims(record: Mapping[str, Any]) -> str:
@@ -180,45 +174,33 @@ def _costs() -> Iterator[list[str]]:
 def _on_photos() -> Iterator[list[str]]:
     rows = protocol_rows(needed("pacs"))
     best = best_float_merges(rows)
-    parents = ("qdrop", "hdrq")
-
-    def away(bits: str, way: str) -> dict[str, tuple[float, float]]:
-        found = {m: protocol_means(rows, m, bits, way) for m in parents}
-        return {m: (f[0] - best[0], f[1] - best[1]) for m, f in found.items() if f}
-
-    def told(found: Mapping[str, tuple[float, float]]) -> str:
-        return ", ".join(f"`{m}` {_two(both)}" for m, both in found.items())
-
-    def worst(found: Mapping[str, tuple[float, float]]) -> list[float]:
-        return [value for both in found.values() for value in both]
-
     for bits, least, bound in (
         ("w4a8", -1, "re-estimated alone, rounding to 4 bits"),
         ("w4a4", -3, "4-bit activations: the models that are merged are at {} by themselves"),
     ):
-        ways = {way: away(bits, way) for way in ("renewed", "fitted", "guided")}
+        ways = {way: _away(rows, bits, way, best) for way in ("renewed", "fitted", "guided")}
         reached = [
             way
             for way, found in ways.items()
-            if set(found) == set(parents) and _reached(worst(found), least) == "yes"
+            if set(found) == set(_TUNED) and _within(found, least) == "yes"
         ]
         words = {"renewed": "re-estimated", "fitted": "fitted", "guided": "fitted to the floats"}
         alone = protocol_means(rows, "float", "", "single")
-        single = [protocol_means(rows, m, bits, "single") for m in parents]
+        single = [protocol_means(rows, m, bits, "single") for m in _TUNED]
         assert alone is not None
         lost = [both[1] - alone[1] for both in single if both is not None]
         yield [
             f"PACS, {bits.upper()} from bundles and unlabelled images: within {-least} of the best "
             "float merge without a fit (pairs, all domains)",
-            "; ".join(f"{words[way]} {told(found)}" for way, found in ways.items()),
+            "; ".join(f"{words[way]} {_told(found)}" for way, found in ways.items()),
             f"yes, {words[reached[0]]}" if reached else "no",
             bound.format(_two(lost)),
         ]
-    yield _narrowed(parents)
+    yield _narrowed()
     apart = protocol_means(rows, "float", "", "nearest")
     assert apart is not None
     risen = {
-        way: [both[0] - apart[0] for m in parents if (both := protocol_means(rows, m, "w4a8", way))]
+        way: [both[0] - apart[0] for m in _TUNED if (both := protocol_means(rows, m, "w4a8", way))]
         for way in ("renewed", "fitted")
     }
     yield [
@@ -229,19 +211,30 @@ def _on_photos() -> Iterator[list[str]]:
     ]
 
 
-def _narrowed(parents: Sequence[str]) -> list[str]:
+def _away(
+    rows: Sequence[Mapping[str, Any]], bits: str, way: str, best: tuple[float, float]
+) -> dict[str, tuple[float, float]]:
+    """Merges of the methods that learn less two figures: mean of pairs, and all domains."""
+    found = {method: protocol_means(rows, method, bits, way) for method in _TUNED}
+    return {m: (both[0] - best[0], both[1] - best[1]) for m, both in found.items() if both}
+
+
+def _told(away: Mapping[str, tuple[float, float]]) -> str:
+    return ", ".join(f"`{method}` {_two(both)}" for method, both in away.items())
+
+
+def _within(away: Mapping[str, tuple[float, float]], least: float) -> str:
+    return _reached([value for both in away.values() for value in both], least)
+
+
+def _narrowed() -> list[str]:
     """Bundles of 8-bit weights whose merge has 4 bits, on a training of their own."""
     rows = protocol_rows(needed("pacs_wide"))
-    best = best_float_merges(rows)
-    away = {
-        m: (both[0] - best[0], both[1] - best[1])
-        for m in parents
-        if (both := protocol_means(rows, m, "w8a8", "renewed-w4"))
-    }
+    away = _away(rows, "w8a8", "renewed-w4", best_float_merges(rows))
     return [
         "the same, of bundles with 8-bit weights that the merge rounds to 4 bits",
-        "re-estimated " + ", ".join(f"`{m}` {_two(both)}" for m, both in away.items()),
-        _reached([value for both in away.values() for value in both], -1),
+        f"re-estimated {_told(away)}",
+        _within(away, -1),
         "",
     ]
 

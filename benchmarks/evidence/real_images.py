@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from evidence.records import load, table
+from evidence.records import load, needed, table
 
 _PROTOCOL_WAYS = {
     "single": "a model per domain",
@@ -350,8 +350,7 @@ def _earlier_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def pacs(record: Mapping[str, Any]) -> str:
     """The section on real images."""
-    rows, tuning = protocol_rows(record), load("pacs_tuning")
-    assert tuning is not None
+    rows, tuning = protocol_rows(record), needed("pacs_tuning")
     options = next(r["options"] for r in record["rows"] if r["method"] == "hdrq")
     (distance,) = {r["options"]["distance"] for r in record["rows"] if r["method"] == "hdrq"}
     largest = max(record["rows"], key=lambda row: len(row["members"]))

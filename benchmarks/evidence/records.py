@@ -49,6 +49,13 @@ def load(name: str) -> dict[str, Any] | None:
     return found
 
 
+def needed(name: str) -> dict[str, Any]:
+    """A result that a page cannot do without."""
+    record = load(name)
+    assert record is not None, f"{name}.json is missing"
+    return record
+
+
 def not_run(missing: Sequence[str]) -> str:
     """A sentence on the settings of a grid that are missing; names end with their seed."""
     if not missing:

@@ -69,26 +69,10 @@ _EXAMPLE = """\
 hdrq-calibrate --model timm:resnet18 --weights night.safetensors --base source.safetensors \\
   --data images/night --domain night --wbits 4 --abits 8 -o night.hdrq"""
 # Flags that some methods have no use for: of what is learned in iterations, and of codes.
-_OF_LEARNING = (
-    "iters",
-    "batch",
-    "lr",
-    "act_lr",
-    "schedule",
-    "scale_rates",
-    "stages",
-    "noise",
-    "noise_fraction",
-    "distance",
-    "distance_form",
-    "warmup",
-    "input_prob",
-    "drop_prob",
-    "step_change",
-    "round_weight",
-    "beta_first",
-    "beta_last",
-    "keep_best",
+_OF_LEARNING = tuple(
+    field.name
+    for field in fields(Options)
+    if field.name not in {"learner", "granularity", "act_init", "bias_correction"}
 )
 _OF_CODES = ("wbits", "abits", "per_channel", "grid", "placement")
 _DEFAULTS = {field.name: field.default for field in fields(CalibrationRequest)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..calibration.settings import SETTINGS
 from ..calibration_data.readers import Wanted, read
 from ..exporters import export
 from ..formats.atomic_files import scratch_folder, write_bytes
+from ..formats.bench_result import Accuracy
 from ..formats.bundle import Bundle
 from ..formats.engine_folder import read_manifest
 from ..formats.file_kinds import CELL_ROW
@@ -35,7 +36,7 @@ from .tasks import Domain, Task
 from .threads import calibration_threads
 from .ways import WAYS
 
-__all__ = ["calibrate_cell", "engine_of", "jobs", "labelled_set"]
+__all__ = ["accuracies_of", "calibrate_cell", "engine_of", "jobs", "labelled_set"]
 
 _log = logging.getLogger("hdrq_deploy")
 CANDIDATES = 30  # as in the paper
@@ -200,9 +201,7 @@ def _measure(
             return
         _log.info("%s: measured again, %s", cell, change)
     seen = Decisions()
-    with engine_of(bundle, _engine_device(device), threads) as engine:
-        sets = {d.name: labelled_set(engine, task, d) for d in tests}
-        accuracies = accuracy(engine, sets, seen=seen)
+    accuracies = accuracies_of(bundle, task, domains, _engine_device(device), threads, seen)
     row = {
         "kind": CELL_ROW.kind,
         "cell": cell,
@@ -216,6 +215,20 @@ def _measure(
         **extra,
     }
     write_bytes(target, (json.dumps(row, indent=1) + "\n").encode(), CELL_ROW)
+
+
+def accuracies_of(
+    bundle: Bundle,
+    task: Task,
+    domains: Collection[str],
+    device: str = "cpu",
+    threads: int = 1,
+    seen: Decisions | None = None,
+) -> Accuracy:
+    """Accuracies of the bundle's ONNX Runtime engine on the test images of domains of a task."""
+    with engine_of(bundle, device, threads) as engine:
+        sets = {d.name: labelled_set(engine, task, d) for d in task.domains if d.name in domains}
+        return accuracy(engine, sets, seen=seen)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -205,7 +205,7 @@ class Grid:
 
     def merges(self, run: Run) -> Iterator[Merge]:
         """All merges of one run."""
-        for members in dict.fromkeys([*combinations(self.domains, 2), self.domains]):
+        for members in self._groups():
             for way in self.ways(run, members):
                 tosses = WAYS[way].tosses and run.method != "float"
                 yield Merge(run, members, way, self.rounding_seeds if tosses else 1)
@@ -215,8 +215,8 @@ class Grid:
 
         Bundles are the same whatever ``only_ways`` leaves out: another run may merge the rest.
         """
-        every = replace(self, only_ways=())
-        return any(WAYS[merge.way].needs_statistics for merge in every.merges(run))
+        groups = self._groups()
+        return any(WAYS[way].needs_statistics for g in groups for way in self.every_way(run, g))
 
     def cells(self) -> Iterator[str]:
         """Names of all cells, single and merged."""
@@ -226,23 +226,35 @@ class Grid:
                 yield from (merge.cell(draw) for draw in range(merge.draws))
 
     def ways(self, run: Run, members: Sequence[str]) -> Sequence[str]:
-        """Names of the ways in which bundles of a run are merged, of ``WAYS``.
+        """Those of :meth:`every_way` that ``only_ways`` leaves.
 
-        Float models with folded BatchNorm are averaged, where any setting merges these members and
-        whatever ``only_ways`` says: all rows are compared with them.
+        Float models with folded BatchNorm are averaged whatever it says: all rows are compared with
+        them.
+        """
+        every = self.every_way(run, members)
+        if run.setting == "float" or not self.only_ways:
+            return every
+        return [way for way in every if way in self.only_ways]
+
+    def every_way(self, run: Run, members: Sequence[str]) -> Sequence[str]:
+        """Names of the ways in which bundles of a run are merged in its setting, of ``WAYS``.
+
+        Float models with folded BatchNorm are averaged, where any setting merges these members.
         """
         if run.setting != "float":
             is_wide = run.method != "float" and run.wbits == 8
-            every = self._ways_in(run.setting, members)
             return [
                 way
-                for way in every
-                if way in (self.only_ways or every)
-                and (is_wide or WAYS[way].wbits is None)
+                for way in self._ways_in(run.setting, members)
+                if (is_wide or WAYS[way].wbits is None)
                 # Float models are fitted to themselves.
                 and not (run.method == "float" and WAYS[way].fits_floats)
             ]
         return ["nearest"] * any(self._ways_in(setting, members) for setting in self.settings)
+
+    def _groups(self) -> Iterator[tuple[str, ...]]:
+        """All pairs of domains, and all domains."""
+        yield from dict.fromkeys([*combinations(self.domains, 2), self.domains])
 
     def _ways_in(self, setting: str, members: Sequence[str]) -> Sequence[str]:
         row = SETTINGS[setting]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def rows(grid: Grid, out: Path) -> list[dict[str, Any]]:
                 continue
             published = grid.task.published.get(f"{method}-{bits}", {})
             # The paper rounds ties by its filter, where a merge has any.
-            own = way == replace(grid, only_ways=()).ways(runs[0], members)[-1]
+            own = way == grid.every_way(runs[0], members)[-1]
             known = setting == "paper" and own and members == grid.domains
             row = {
                 "setting": setting,

@@ -19,6 +19,8 @@ import numpy as np
 
 from ..errors import MergeError
 from ..formats.statistics import LayerRecord
+from ..graph.operators import LAYERS
+from ..graph.qdq import weight_name
 from ..numerics.layer_matrix import rows_of, with_bias
 from ..numerics.moments import covariance, second_moments
 from ..typing import StepProgress
@@ -26,6 +28,7 @@ from .bundles import Merger, in_parallel
 from .layers import LayerMerge, statistics_of
 from .methods import METHODS
 from .methods.base import Floats
+from .weight_race import Point
 from .weight_search import simplex
 
 __all__ = [
@@ -36,10 +39,6 @@ __all__ = [
     "weights_from_statistics",
 ]
 
-Point = tuple[float, ...]
-
-# Through these a weight reaches the operator that computes with it.
-_CARRIERS = ("DequantizeLinear", "Transpose", "Reshape", "Cast")
 # A parent whose outputs vary by less than this share of the parents' mean says nothing of a layer.
 _NOTHING = 1e-6
 # Shares that differ by less are equal, and equal merge weights are then the better choice.
@@ -141,16 +140,9 @@ def check_predicts(merger: Merger) -> None:
 
 def layers_in_order(merging: LayerMerge) -> list[str]:
     """Weights of the layers that all parents saw, in the order in which the graph computes."""
-    carried = {name: name for name in merging.weights}
-    found: dict[str, None] = {}
-    for node in merging.parents[0].graph_ir().graph:
-        names = [value.name for value in node.inputs if value is not None]
-        used = [carried[name] for name in names if name in carried]
-        if used and node.op_type in _CARRIERS:
-            carried[str(node.outputs[0].name)] = used[0]
-        else:
-            found |= dict.fromkeys(used)
-    return list(found)
+    layers = (n for n in merging.parents[0].graph_ir().graph if n.op_type in LAYERS)
+    wanted = set(merging.weights)
+    return list(dict.fromkeys(n for layer in layers if (n := weight_name(layer)) in wanted and n))
 
 
 def output_errors(
