@@ -55,7 +55,7 @@ RATES = {
     "streets": {"hdrq": 1e-4, "qdrop": 1e-1},
 }
 TUNED = ("qdrop", "hdrq")
-BITS = {"digits": ((4, 8), (3, 3), (8, 8), (4, 4)), "streets": ((4, 4), (4, 8))}
+BITS = ((4, 8), (3, 3), (8, 8), (4, 4))
 # BatchNorm in the scales; and parents of 8-bit weights on narrow activations.
 STEPS = {"digits": ((4, 8), (4, 4), (3, 3)), "streets": ((4, 4),)}
 NARROW = {"digits": ((8, 3), (8, 4)), "streets": ()}
@@ -63,6 +63,10 @@ NARROW = {"digits": ((8, 3), (8, 4)), "streets": ()}
 FULL = {"digits": ((4, 8),), "streets": ()}
 ROUNDING_SEEDS = 2
 RENEW_IMAGES = {"digits": 64, "streets": 16}
+
+
+def _bits(wbits: int, abits: int) -> str:
+    return f"w{wbits}a{abits}"
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,14 @@ class Parents:
     statistics: Literal["auto", "full"] = "auto"
 
     @property
+    def bits(self) -> str:
+        """``w4a8``; nothing where the weights are float."""
+        return "" if self.method == "float" else _bits(self.wbits, self.abits)
+
+    @property
     def name(self) -> str:
         """The start of the cells' names."""
-        bits = "" if self.method == "float" else f"-w{self.wbits}a{self.abits}-{self.fold}"
+        bits = "" if self.method == "float" else f"-{self.bits}-{self.fold}"
         kept = "" if self.statistics == "auto" else f"-{self.statistics}"
         return f"{self.task}-{self.method}{bits}{kept}-s{self.seed}"
 
@@ -149,13 +158,13 @@ def grid(task: str, seed: int) -> Iterator[Parents]:
     """All parents of a task at one calibration seed, the most telling ones first."""
     if seed == 0:
         yield Parents(task, "float", 8, 8, "weights", 0)
-    for wbits, abits in BITS[task]:
+    for wbits, abits in BITS:
         yield Parents(task, "hdrq", wbits, abits, "weights", seed)
-    for wbits, abits in BITS[task]:
+    for wbits, abits in BITS:
         yield Parents(task, "qdrop", wbits, abits, "weights", seed)
     if seed == 0:  # round to nearest draws nothing
         for method in ("rtn", "rtn-corrected"):
-            for wbits, abits in BITS[task]:
+            for wbits, abits in BITS:
                 yield Parents(task, method, wbits, abits, "weights", seed)
     for wbits, abits in STEPS[task]:
         if seed == 0:
@@ -262,10 +271,10 @@ def scored(logits: Array, labels: Array) -> float:
     return float(np.mean(hits[counted > 0] / counted[counted > 0]))
 
 
-def groups_of(task: Task) -> list[tuple[str, ...]]:
-    """All pairs of domains, and all domains; of the streets, whose images are large, all alone."""
+def groups_of(task: Task, seed: int) -> list[tuple[str, ...]]:
+    """All pairs of domains, and all domains; of the streets, whose images are large, pairs once."""
     names = tuple(domain.name for domain in task.domains)
-    return [names] if task.name == "streetscape" else [*combinations(names, 2), names]
+    return [names] if task.name == "streetscape" and seed else [*combinations(names, 2), names]
 
 
 def evaluate(parents: Parents, out: Path) -> list[dict[str, Any]]:
@@ -275,10 +284,12 @@ def evaluate(parents: Parents, out: Path) -> list[dict[str, Any]]:
     bundles = {name: Bundle.open(calibrated(parents, name, out)) for name in names}
     single = {name: accuracy(bundles[name], parents.task, name) for name in names}
     rows = []
-    for group in groups_of(task):
+    for group in groups_of(task, parents.seed):
         own = {name: single[name] for name in group}
         rows.append(record(parents, group, "single", [own]))
         for way in ways(parents):
+            if way.fitted and len(group) < len(names):
+                continue  # a fit of large images takes minutes
             draws = ROUNDING_SEEDS if way.rounding == "advanced" else 1
             measured = [
                 merged(parents, [bundles[name] for name in group], way, group, draw, out)
@@ -332,7 +343,7 @@ def record(
     return {
         "task": parents.task,
         "parents": parents.label,
-        "bits": "" if parents.method == "float" else f"w{parents.wbits}a{parents.abits}",
+        "bits": parents.bits,
         "fold": parents.fold,
         "seed": parents.seed,
         "members": list(group),
@@ -358,7 +369,7 @@ def folded_float(task: str, out: Path) -> list[dict[str, Any]]:
         network = load_model(task_of(task, out).model)
         put_state(network, load_state(network, place.weights, "weights"))
         models[name] = folded(network, torch.from_numpy(images_of(task, name, "test")[0][:2]))
-    for group, model in averages(models, groups_of(task_of(task, out))):
+    for group, model in averages(models, groups_of(task_of(task, out), 0)):
         measured = {}
         for name in group:
             images, labels = images_of(task, name, "test")
@@ -412,7 +423,7 @@ def trial(parents: Parents, rate: float, out: Path) -> dict[str, Any]:
     row = {
         "task": parents.task,
         "method": parents.method,
-        "bits": f"w{parents.wbits}a{parents.abits}",
+        "bits": parents.bits,
         "rate": rate,
         "images_held_out": {name: len(x) for name, x in held.items()},
         **judge(bundles, experts, held),
@@ -439,6 +450,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--bits", nargs="+", choices=[_bits(*pair) for pair in BITS])
     parser.add_argument("--out", type=Path, default=Path("build/merge_statistics"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread")
@@ -459,8 +471,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     parents = [p for seed in args.seeds for t in args.tasks for p in grid(t, seed)]
     if not args.collect:
+        wanted = [p for p in parents if not args.bits or p.bits in args.bits]
         with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
-            futures = [pool.submit(work, p, out) for p in parents]
+            futures = [pool.submit(work, p, out) for p in wanted]
             for i, future in enumerate(as_completed(futures)):
                 print(f"{i + 1}/{len(futures)} {future.result()}", flush=True)
     files = [out / "rows" / f"{p.name}.json" for p in parents]

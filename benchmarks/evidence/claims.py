@@ -7,7 +7,12 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from evidence.merging import comparisons, digits_by_seed
+from evidence.merging import (
+    comparisons,
+    digits_by_seed,
+    less_seed_by_seed,
+    streets_by_seed,
+)
 from evidence.real_images import best_float_merges, protocol_means, protocol_rows
 from evidence.records import needed, table, with_spread
 
@@ -120,13 +125,7 @@ def _two(values: Sequence[float]) -> str:
 
 def _on_streets(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     def of(parents: str, way: str) -> list[float]:
-        bits = "" if parents == "float" else "w4a4"
-        return [
-            statistics.fmean(row["harmonic_means"])
-            for row in rows
-            if (row["task"], row["parents"], row["bits"], row["fold"], row["way"])
-            == ("streets", parents, bits, "weights", way)
-        ]
+        return list(streets_by_seed(rows, way, parents).values())
 
     def told(way: str) -> str:
         return ", ".join(f"`{m}` {with_spread(of(m, way))}" for m in ("hdrq", "qdrop"))
@@ -340,6 +339,13 @@ def _broken(rows: Sequence[Mapping[str, Any]], photos: Sequence[Mapping[str, Any
 def _better(rows: Sequence[Mapping[str, Any]], photos: Sequence[Mapping[str, Any]]) -> list[str]:
     """Merges of HDRQ's bundles beside those of QDrop's."""
     told = [f"{b.upper()} {_less(rows, 'mean-advanced', b)}" for b in _BITS]
+    streets = {
+        b: less_seed_by_seed(
+            *(streets_by_seed(rows, "mean-advanced", m, b) for m in ("hdrq", "qdrop"))
+        )
+        for b in _BITS
+    }
+    drawn = "; ".join(f"{b.upper()} {with_spread(d, '+')}" for b, d in streets.items() if d)
     intervals = {
         way: [
             (row["bits"], other)
@@ -364,8 +370,8 @@ def _better(rows: Sequence[Mapping[str, Any]], photos: Sequence[Mapping[str, Any
     below = sum(other["high"] < 0 for other in every)
     return [
         "HDRQ's bundles merge better than QDrop's",
-        f"digits, the published merge, mean of pairs and all domains: {'; '.join(told)}. PACS, all "
-        f"domains, with 95% intervals: {real}",
+        f"digits, the published merge, mean of pairs and all domains: {'; '.join(told)}. "
+        f"Streets, all domains: {drawn}. PACS, all domains, with 95% intervals: {real}",
         f"{'yes' if above == len(every) else 'not throughout' if above else 'no'}: of {len(every)} "
         f"differences on PACS {above} are above 0 and {below} below it, outside their interval",
     ]

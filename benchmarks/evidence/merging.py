@@ -140,48 +140,79 @@ def merge_statistics(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str, Any]]) -> str:
-    """What the streets' rows say at W4A4, and how the rates were found."""
+def streets_by_seed(
+    rows: Sequence[Mapping[str, Any]],
+    way: str,
+    method: str,
+    bits: str = "w4a4",
+    fold: str = "weights",
+) -> dict[int, float]:
+    """The merge of all domains of the streets, for every calibration seed."""
+    own = [row for row in rows if row["task"] == "streets"]
+    most = max(len(row["members"]) for row in own)
+    wanted = (method, "" if method == "float" else bits, fold, way, most)
+    return {
+        row["seed"]: statistics.fmean(row["harmonic_means"])
+        for row in own
+        if (row["parents"], row["bits"], row["fold"], row["way"], len(row["members"])) == wanted
+    }
 
+
+def less_seed_by_seed(first: Mapping[int, float], second: Mapping[int, float]) -> list[float]:
+    """Differences of two methods' figures, over the seeds that both have."""
+    return [first[seed] - second[seed] for seed in first if seed in second]
+
+
+def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str, Any]]) -> str:
+    """What the streets' rows say of all domains, and how the rates were found."""
     merged = "regression-compensated"
     scaled, fitted = f"{merged}-statistics", f"{merged}-fitted-floats"
 
-    def of(parents: str, way: str, fold: str = "weights") -> dict[int, float]:
-        """The harmonic mean of one way, by calibration seed."""
-        wanted = (parents, "" if parents == "float" else "w4a4", fold, way)
-        return {
-            row["seed"]: statistics.fmean(row["harmonic_means"])
-            for row in rows
-            if (row["parents"], row["bits"], row["fold"], row["way"]) == wanted
-        }
-
-    def told(parents: str, way: str, fold: str = "weights") -> str:
-        found = list(of(parents, way, fold).values())
+    def told(parents: str, way: str, bits: str = "w4a4", fold: str = "weights") -> str:
+        found = list(streets_by_seed(rows, way, parents, bits, fold).values())
         return with_spread(found) if found else "not run"
 
-    def each(way: str) -> str:
+    def each(way: str, bits: str = "w4a4") -> str:
         """The figures of all methods that were merged in this way."""
         methods = ("hdrq", "qdrop", "rtn", "rtn-corrected")
-        return ", ".join(f"`{name}` {told(name, way)}" for name in methods if of(name, way))
+        return ", ".join(
+            f"`{name}` {told(name, way, bits)}"
+            for name in methods
+            if streets_by_seed(rows, way, name, bits)
+        )
 
-    def less_qdrop(way: str) -> str:
+    def less_qdrop(way: str, bits: str = "w4a4") -> str:
         """HDRQ's figure less QDrop's, seed by seed."""
-        ours, theirs = of("hdrq", way), of("qdrop", way)
-        return with_spread([ours[seed] - theirs[seed] for seed in ours if seed in theirs], "+")
+        ours, theirs = (streets_by_seed(rows, way, name, bits) for name in ("hdrq", "qdrop"))
+        return with_spread(less_seed_by_seed(ours, theirs), "+")
 
-    domains = ", ".join(rows[0]["members"])
+    domains = ", ".join(max((row["members"] for row in rows), key=len))
     searched = "; ".join(_rates_of(method, tried) for method in ("qdrop", "hdrq") if tried)
+    wide = [
+        f"{bits.upper()} {each(merged, bits)} (HDRQ's less QDrop's {less_qdrop(merged, bits)})"
+        for bits in ("w8a8", "w4a8", "w3a3")
+        if streets_by_seed(rows, merged, "hdrq", bits)
+    ]
+    narrow = [
+        f"to {width.upper()} {each(f'{merged}-{width}', 'w8a8')}"
+        for width in ("w4", "w3")
+        if streets_by_seed(rows, f"{merged}-{width}", "hdrq", "w8a8")
+    ]
     return (
         f"Mean intersection over union, harmonic mean over {domains}, with the standard deviation "
-        "over calibration seeds; methods that learn nothing have one. Float models merged by "
+        "over calibration seeds; methods that learn nothing have one, and pairs were merged at the "
+        "first seed alone. Float models merged by "
         f"regression reach {told('float', 'regression-nearest')}. Merges by regression with "
         "compensated rounding at W4A4, BatchNorm in the weights, from bundles alone: "
         f"{each(merged)}; with searched activation scales {each(scaled)}. HDRQ's with BatchNorm in "
-        f"the scales: {told('hdrq', merged, 'steps')}, re-estimated on 16 images a domain "
-        f"{told('hdrq', f'{merged}-renewed', 'steps')}. With BatchNorm in the weights and every "
-        f"layer fitted on 32 images a domain to the float models, in two sweeps: {each(fitted)}. "
+        f"the scales: {told('hdrq', merged, fold='steps')}, re-estimated on 16 images a domain "
+        f"{told('hdrq', f'{merged}-renewed', fold='steps')}. With BatchNorm in the weights and "
+        "every layer fitted on 32 images a domain to the float models, in two sweeps: "
+        f"{each(fitted)}. "
         f"HDRQ's less QDrop's, seed by seed: {less_qdrop(merged)}, with searched activation scales "
         f"{less_qdrop(scaled)}, fitted {less_qdrop(fitted)}."
+        + (f"\n\nAt other widths, from bundles alone: {'; '.join(wide)}." if wide else "")
+        + (f" Parents at W8A8, rounded by the merge {'; '.join(narrow)}." if narrow else "")
         + (
             "\n\nRates were searched by the protocol of `hdrq reproduce --tune` on calibration "
             f"images, at W4A4. Rates and nats: {searched}."

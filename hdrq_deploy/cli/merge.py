@@ -238,16 +238,11 @@ def _merge(args: argparse.Namespace) -> int:
         images = _images(args.fit, merger.parents[0], args.fit_images, args.seed)
         guiding = Guidance(images, guides, sweeps)
     options: dict[str, Any] = {}
-    if auto:
-        chosen = _chosen_weights(args, merger, renewed)
-        merge_weights, options["auto"] = list(chosen.weights), chosen.record()
+    if auto or predicted:
+        chosen = _chosen_weights(args, merger, renewed) if auto else _predicted_weights(merger)
+        merge_weights, options[chosen.entry] = list(chosen.weights), chosen.record()
         print("weights " + " ".join(f"{w:g}" for w in merge_weights))
         print(f"chosen from {chosen.summary}")
-    if predicted:
-        found = _predicted_weights(merger)
-        merge_weights, options["from_statistics"] = list(found.weights), found.record()
-        print("weights " + " ".join(f"{w:g}" for w in merge_weights))
-        print(f"from statistics: {found.summary}")
     target = Path(args.output).absolute()
     check_parent(target)
     bundle = write_merge(merger, target, merge_weights, options, renewed, guiding, watch=_progress)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -54,17 +54,20 @@ class PredictedWeights:
         tried: Every point with its score, a share of variance.
         layers: Weights of the layers that were looked at.
         seconds: Time that it took.
+        entry: The name of its record in the manifest.
     """
 
     weights: Point
     tried: tuple[tuple[Point, float], ...]
     layers: tuple[str, ...]
     seconds: float
+    entry: ClassVar[str] = "from_statistics"
 
     @property
     def summary(self) -> str:
         """Mixes, layers and seconds, for people."""
-        return f"{len(self.tried)} mixes, {len(self.layers)} layers in {self.seconds:.1f} s"
+        looked = f"{len(self.tried)} mixes, {len(self.layers)} layers"
+        return f"statistics: {looked} in {self.seconds:.1f} s"
 
     def record(self) -> dict[str, Any]:
         """The entry of the manifest: all but the seconds, so that equal merges have equal bytes."""

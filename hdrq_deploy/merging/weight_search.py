@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from math import comb
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError
+from ..errors import DataError, MergeError
 from ..formats.bundle import Bundle
 from ..numerics.spec import check_seed
 from ..typing import Array, StepProgress
@@ -167,6 +167,7 @@ class ChosenWeights:
             number in each domain.
         runs: Images run, summed over the points.
         seconds: Time that the search took.
+        entry: The name of its record in the manifest.
     """
 
     weights: Point
@@ -175,6 +176,7 @@ class ChosenWeights:
     left: tuple[tuple[Point, float, int], ...]
     runs: int
     seconds: float
+    entry: ClassVar[str] = "auto"
 
     @property
     def summary(self) -> str:
@@ -208,8 +210,9 @@ def choose_weights(
     """The merge weights of the lowest score.
 
     Every second point of the grid is run on more and more images first, then the neighbours of
-    those that are not clearly worse. The weights that are chosen were run on all images, and so
-    were their neighbours on the grid, but those that were clearly worse.
+    those that are not clearly worse. Where no point of the grid mixes all parents, as from five
+    parents on, equal weights are run beside them. The weights that are chosen were run on all
+    images, and so were their neighbours on the grid, but those that were clearly worse.
 
     Args:
         merger: The merger whose parents are merged at the points of the grid.
@@ -227,7 +230,8 @@ def choose_weights(
     Raises:
         DataError: No images, images that the graph does not take, or the criterion agreement
             where a name is no parent's domain.
-        MergeError: Images for new moments, and bundles that keep no BatchNorm separately.
+        MergeError: Images for new moments, and bundles that keep no BatchNorm separately; or more
+            than 100 parents.
         SpecError: A seed that NumPy does not take.
     """
     if not images or not all(len(rows) for rows in images.values()):
@@ -235,7 +239,10 @@ def choose_weights(
     check_seed(seed)
     began = time.monotonic()
     name = _criterion_of(criterion, merger.parents, images)
-    grid = list(simplex(len(merger.parents)))
+    count = len(merger.parents)
+    grid = list(simplex(count))
+    if count > _parts_of(grid):
+        also = (*also, (1 / count,) * count)
     points = list(dict.fromkeys([*grid, *also]))
     race = Race(
         points,
@@ -350,7 +357,15 @@ def simplex(parents: int) -> Iterator[tuple[float, ...]]:
 
     >>> len(list(simplex(2))), len(list(simplex(3)))
     (21, 66)
+
+    Raises:
+        MergeError: More parents than ``_MOST_POINTS``.
     """
+    if parents > _MOST_POINTS:
+        raise MergeError(
+            f"found {parents} bundles; merge weights are searched for {_MOST_POINTS} at most: give "
+            "numbers"
+        )
     fitting = [n for n in range(1, 21) if comb(n + parents - 1, parents - 1) <= _MOST_POINTS]
     parts = max(n for n in fitting if n in {1, 2, 3, 4, 5, 10, 20})
 

@@ -18,10 +18,12 @@ from ..formats.bundle import Bundle
 from ..formats.file_kinds import ADAPTED, ADAPTING, BUNDLE, CELL_INPUTS, PARTIAL, partial_of
 from ..formats.staleness import code_of, plain, stamp, versions_of
 from ..merging import Merger, choose_weights, weights_from_statistics
+from ..merging.statistics_weights import PredictedWeights
 from ..merging.ways import way_of
+from ..merging.weight_search import ChosenWeights
 from ..merging.written import Guidance, write_merge
 from ..typing import Array
-from .schema import Merge
+from .schema import CHOSEN_WEIGHTS, Merge
 from .stage import RecordedStage, Stage
 
 __all__ = ["AdaptStage", "CalibrateStage", "MergeStage"]
@@ -205,17 +207,23 @@ class MergeStage(RecordedStage):
             images = self._read(parents[0], wanted.fit_images)
             guiding = Guidance(images, guides, wanted.fit_sweeps)
         record: dict[str, Any] = {}
-        if wanted.weights == "auto":
-            search = Merger(parents, method=method, keep=True)
-            images = self._read(parents[0], wanted.images)
-            chosen = choose_weights(search, images, wanted.criterion, renewed, seed=self.seed)
-            weights, record = list(chosen.weights), {"auto": chosen.record()}
-        elif wanted.weights == "statistics":
-            found = weights_from_statistics(merger, threads=self.threads)
-            weights, record = list(found.weights), {"from_statistics": found.record()}
+        if wanted.weights in CHOSEN_WEIGHTS:
+            chosen = self._chosen(merger, renewed)
+            weights, record[chosen.entry] = list(chosen.weights), chosen.record()
         else:
             weights = merger.check_weights(wanted.weights)
         write_merge(merger, self.output, weights, record, renewed, guiding, self.threads)
+
+    def _chosen(
+        self, merger: Merger, renewed: dict[str, Array] | None
+    ) -> ChosenWeights | PredictedWeights:
+        """The merge weights that images, or the parents' statistics, choose."""
+        wanted = self.merge
+        if wanted.weights == "statistics":
+            return weights_from_statistics(merger, threads=self.threads)
+        search = Merger(merger.parents, method=merger.method, keep=True)
+        images = self._read(merger.parents[0], wanted.images)
+        return choose_weights(search, images, wanted.criterion, renewed, seed=self.seed)
 
     def _read(self, like: Bundle, limit: int) -> dict[str, Array]:
         wanted = Wanted.like(like.manifest.preprocessing)

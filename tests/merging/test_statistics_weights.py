@@ -160,7 +160,7 @@ def test_the_command_takes_them(
     chosen = weights_from_statistics(Merger(bundles, method="regression"))
     assert "weights " + " ".join(f"{w:g}" for w in chosen.weights) in said
     assert chosen.weights[1] > 0.5
-    assert "from statistics: 21 mixes" in said
+    assert "chosen from statistics: 21 mixes" in said
     told = Bundle.open(target).manifest.options["merge"]
     assert told["from_statistics"]["weights"] == told["weights"] == list(chosen.weights)
     assert "candidates" not in told

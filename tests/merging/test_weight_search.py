@@ -10,7 +10,7 @@ import pytest
 
 from hdrq_deploy import Bundle
 from hdrq_deploy.cli import merge as merge_command
-from hdrq_deploy.errors import DataError, HdrqError
+from hdrq_deploy.errors import DataError, HdrqError, MergeError
 from hdrq_deploy.formats.bundle import WEIGHTS
 from hdrq_deploy.formats.safetensors_layout import serialize
 from hdrq_deploy.graph import reference_session
@@ -136,6 +136,31 @@ def test_without_the_bundles_own_domains_information_decides(make: Any, inputs: 
         choose_weights(merger, {"stream": inputs}, "agreement")
     with pytest.raises(HdrqError, match="do not fit the model"):
         choose_weights(merger, {"night": inputs[:, :1]})
+
+
+def test_a_grid_without_a_mix_of_all_parents_has_equal_weights_beside_it(
+    make: Any, inputs: Any
+) -> None:
+    parents = [make(domain=name) for name in ("night", "day", "night", "day", "night")]
+    found = choose_weights(Merger(parents), {"stream": inputs[:8]})
+    points = [point for point, *_ in (*found.tried, *found.left)]
+    assert all(min(point) == 0 for point in weight_search.simplex(5))
+    assert (0.2,) * 5 in [point for point, _ in found.tried] and len(set(points)) == 71
+
+
+@pytest.mark.parametrize("parents", [1, 2, 3, 4, 5, 13, 14, 100])
+def test_the_grid_lies_on_the_simplex_for_any_number_of_parents(parents: int) -> None:
+    points = list(weight_search.simplex(parents))
+    assert len(points) == len(set(points)) <= 100
+    np.testing.assert_allclose(np.sum(points, 1), 1)
+    assert {point for point in points if max(point) == 1} == {
+        tuple(row) for row in np.eye(parents).tolist()
+    }
+
+
+def test_more_parents_than_the_grid_has_points_are_refused() -> None:
+    with pytest.raises(MergeError, match="found 101 bundles.*100 at most"):
+        list(weight_search.simplex(101))
 
 
 def test_scores_know_a_sure_model_from_a_collapsed_one() -> None:

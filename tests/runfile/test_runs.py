@@ -21,7 +21,7 @@ from rich.console import Console
 
 from hdrq_deploy.calibration.loading import load_model, load_state
 from hdrq_deploy.calibration.resume import Partial
-from hdrq_deploy.calibration_data.readers import read
+from hdrq_deploy.calibration_data.readers import Wanted, read
 from hdrq_deploy.cli import clean as clean_command
 from hdrq_deploy.cli import init as init_command
 from hdrq_deploy.cli import run as run_command
@@ -29,7 +29,7 @@ from hdrq_deploy.cli import status as status_command
 from hdrq_deploy.cli.stage_table import StageTable
 from hdrq_deploy.errors import ExportError, HdrqError
 from hdrq_deploy.formats.bundle import Bundle
-from hdrq_deploy.merging import Merger, weights_from_statistics
+from hdrq_deploy.merging import Merger, choose_weights, weights_from_statistics
 from hdrq_deploy.runfile.bundles import MergeStage
 from hdrq_deploy.runfile.loading import load
 from hdrq_deploy.runfile.plan import plan, stages_of
@@ -171,11 +171,12 @@ def test_a_merge_is_measured_again_and_fitted(
     assert not [key for key in stale(file, capsys) if key.startswith("merge")]
 
 
-def test_a_merge_at_weights_from_statistics(
+def test_merges_at_weights_that_statistics_and_images_choose(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = copied(work, tmp_path)
-    file.write_text(f"{FILE}merges: {{merged: {{weights: statistics}}}}\n")
+    merges = "merged: {weights: statistics}, seen: {weights: auto, images: 16}"
+    file.write_text(f"{FILE}merges: {{{merges}}}\n")
     assert run_command.main([str(file), "--only", "merge"]) == 0
     bundles = tmp_path / "hdrq-run" / "bundles"
     told = Bundle.open(bundles / "rtn-w8a8-merged.hdrq").manifest.options["merge"]
@@ -183,6 +184,14 @@ def test_a_merge_at_weights_from_statistics(
     chosen = weights_from_statistics(Merger(parents, method="regression"))
     assert told["weights"] == list(chosen.weights)
     assert told["from_statistics"]["layers"] == list(chosen.layers)
+    options = Bundle.open(bundles / "rtn-w8a8-seen.hdrq").manifest.options["merge"]
+    assert "auto" not in told and "from_statistics" not in options
+    wanted = Wanted.like(Bundle.open(parents[0]).manifest.preprocessing)
+    data = tmp_path / "data.npz"
+    images = {name: read(data, wanted, 16, 0).x for name in ("night", "day")}
+    seen = choose_weights(Merger(parents, method="regression"), images)
+    assert options["weights"] == list(seen.weights)
+    assert options["auto"]["images_run"] == seen.runs
     assert not [key for key in stale(file, capsys) if key.startswith("merge")]
 
 
