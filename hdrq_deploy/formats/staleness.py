@@ -4,8 +4,8 @@ An artefact keeps a record of what it was made from: its inputs, its options, th
 libraries, and a hash of the code of this package that makes it. It is stale where the record of
 today differs, and :func:`first_change` says in words where. A record that is missing, or of an
 older form that lacks an entry, makes the artefact stale too. Files that are large or many are
-compared by path, size and time first (:func:`stamp`); where only those differ, and the record
-holds hashes of the contents (:func:`contents_of`), the contents decide.
+compared by the names, sizes and times of all of them first (:func:`stamp`); where only those
+differ, and the record holds hashes of the contents (:func:`contents_of`), the contents decide.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import ast
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from functools import cache
@@ -161,7 +162,8 @@ def _stamps(value: Any) -> Iterator[list[Any]]:
 
 
 def _is_stamp(value: Any) -> bool:
-    kinds = (str, int, int, int)
+    """Whether a value is a stamp; earlier versions ended theirs with the newest time alone."""
+    kinds: tuple[type | tuple[type, ...], ...] = (str, int, int, (str, int))
     return (
         isinstance(value, list)
         and len(value) == len(kinds)
@@ -170,17 +172,29 @@ def _is_stamp(value: Any) -> bool:
 
 
 @cache
-def _contents(path: str, files: int, size: int, newest: int) -> str | None:
+def _contents(path: str, files: int, size: int, state: str) -> str | None:
     """Hash of the names and contents of a file or folder that has this stamp."""
     place = Path(path)
     if size > _LARGEST_HASHED or not files:
         return None
-    inside = sorted(f for f in place.rglob("*") if f.is_file()) if place.is_dir() else [place]
     digest = hashlib.sha256()
-    for file in inside:
-        name = file.relative_to(place).as_posix() if file != place else ""
+    for name, file in _files(place):
         digest.update(f"{name}\0{sha256_file(file)}\0".encode())
     return digest.hexdigest()
+
+
+def _files(place: Path) -> list[tuple[str, Path]]:
+    """Names and places of a file, or of all files in a folder; links to folders are followed."""
+    if not place.is_dir():
+        return [("", place)] if place.exists() else []
+    found = []
+    for folder, inside, names in os.walk(place, followlinks=True):
+        real = Path(folder).resolve()
+        # A link to a folder around it leads round in a circle.
+        inside[:] = [n for n in inside if not real.is_relative_to(Path(folder, n).resolve())]
+        files = (Path(folder, name) for name in names)
+        found += [(f.relative_to(place).as_posix(), f) for f in files if f.is_file()]
+    return sorted(found)
 
 
 def plain(value: Any) -> Any:
@@ -195,14 +209,19 @@ def plain(value: Any) -> Any:
 
 
 def stamp(path: str | Path | None) -> list[Any] | None:
-    """Path, files, bytes and time of the last change of a file or of all files of a folder."""
+    """Path, files, bytes, and a hash of the name, size and time of the file or of all in a folder.
+
+    A file that moved, or whose time went back, changes it too; contents are not read.
+    """
     if path is None:
         return None
-    path = Path(path)
-    files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
-    stats = [f.stat() for f in files if f.exists()]
-    newest = max((s.st_mtime_ns for s in stats), default=0)
-    return [str(path.absolute()), len(stats), sum(s.st_size for s in stats), newest]
+    path, digest, size = Path(path), hashlib.sha256(), 0
+    files = _files(path)
+    for name, file in files:
+        found = file.stat()
+        size += found.st_size
+        digest.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode())
+    return [str(path.absolute()), len(files), size, digest.hexdigest()[:16]]
 
 
 def fingerprint(path: str | Path | None) -> str | list[Any] | None:

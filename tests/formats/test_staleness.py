@@ -371,3 +371,50 @@ def test_contents_decide_where_only_the_time_or_the_place_changed(tmp_path: Path
     # A record without hashes: the stamp decides, as ever.
     record.write_text(json.dumps({"kind": "k", **now}))
     assert change_since(record, touched) == "the images changed"
+
+
+def test_names_and_every_time_count_and_links_are_followed(tmp_path: Path) -> None:
+    folder, record = tmp_path / "images", tmp_path / "inputs.json"
+    outside = tmp_path / "elsewhere"
+    for name in ("dog", "horse"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "1.png").write_text(name[:3])
+    outside.mkdir()
+    (outside / "1.png").write_text("cat")
+    (folder / "cat").symlink_to(outside)
+    (folder / "cat" / "round").symlink_to(folder)
+    made = {"data": stamp(folder)}
+    record.write_text(json.dumps({"kind": "k", **made, "contents": contents_of(made)}))
+
+    def change() -> str:
+        return change_since(record, {"data": stamp(folder)})
+
+    assert change() == ""
+    # Two classes change their names; no file is written, and the newest time stays.
+    (folder / "dog").rename(folder / "other")
+    (folder / "horse").rename(folder / "dog")
+    (folder / "other").rename(folder / "horse")
+    assert change() == "the images changed"
+    (folder / "dog").rename(folder / "other")
+    (folder / "horse").rename(folder / "dog")
+    (folder / "other").rename(folder / "horse")
+    assert change() == ""
+    # As many bytes, and an older time than that of another file.
+    (folder / "dog" / "1.png").write_text("cow")
+    os.utime(folder / "dog" / "1.png", ns=(1, 1))
+    assert change() == "the images changed"
+    (folder / "dog" / "1.png").write_text("dog")
+    assert change() == ""
+    (outside / "1.png").write_text("cow")
+    assert change() == "the images changed"
+
+
+def test_a_record_of_an_earlier_version_is_read_by_its_contents(tmp_path: Path) -> None:
+    data, record = tmp_path / "data.npz", tmp_path / "inputs.json"
+    data.write_text("1")
+    contents = contents_of({"data": stamp(data)})
+    older = [str(data), 1, 1, data.stat().st_mtime_ns]
+    record.write_text(json.dumps({"kind": "k", "data": older, "contents": contents}))
+    assert change_since(record, {"data": stamp(data)}) == ""
+    data.write_text("2")
+    assert change_since(record, {"data": stamp(data)}) == "the images changed"
