@@ -42,7 +42,7 @@ from PIL import Image
 
 from ..errors import DataError, ModelError
 from ..typing import Array
-from .readers.decoding import decode, folders_of, images_of, loaded, opened
+from .readers.decoding import checked, decode, folders_of, images_of, loaded, opened
 from .readers.street_scenes import IGNORE
 
 __all__ = [
@@ -111,7 +111,9 @@ def label_map(file: Path) -> Array:
     """Labels (H, W) uint8 of a file in either form: 0 to 10, and 255 for pixels to leave out.
 
     A picture of colours, or a palette of CamVid's colours, is read by its colours. Numbers, and
-    palettes of other colours, are read as the SegNet copy has them: 0 to 10, and 11 for void.
+    palettes of other colours, are read as the SegNet copy has them: 0 to 10, and 11 for void. The
+    first twelve colours of a palette decide, used or not: of another palette, such as PASCAL VOC's,
+    a frame may use those colours alone that CamVid has too.
 
     Raises:
         DataError: No picture, a colour that CamVid does not have, or a number above 11.
@@ -125,11 +127,14 @@ def label_map(file: Path) -> Array:
                 f"{file}: found a picture of mode {picture.mode}; needed CamVid's colours, or one "
                 "number a pixel"
             )
-        if picture.mode == "P" and not _strange_colours(picture).any():
+        numbers, void = np.asarray(picture), len(CLASSES)
+        wrong = (numbers > void) & (numbers != IGNORE)
+        if (
+            picture.mode == "P"
+            and not _strange_colours(picture).any()
+            and (wrong.any() or _has_own_palette(picture))
+        ):
             return _by_colour(picture, file)
-        numbers = np.asarray(picture)
-    void = len(CLASSES)
-    wrong = (numbers > void) & (numbers != IGNORE)
     if wrong.any():
         raise DataError(
             f"{file}: found label {numbers[wrong].max()}; needed 0 to {void - 1}, and {void} for "
@@ -155,6 +160,13 @@ def _table() -> dict[int, int]:
 
 def _strange_colours(picture: Image.Image) -> Array:
     return ~np.isin(_codes(picture), list(_table()))
+
+
+def _has_own_palette(picture: Image.Image) -> bool:
+    """Whether the first colours of a palette, one for each class and void, are all CamVid's."""
+    colours = np.array(picture.getpalette() or [], np.int32)[: 3 * (len(CLASSES) + 1)]
+    red, green, blue = colours.reshape(-1, 3).T
+    return bool(np.isin((red << 16) | (green << 8) | blue, list(_table())).all())
 
 
 def _by_colour(picture: Image.Image, file: Path) -> Array:
@@ -205,14 +217,17 @@ def split_of(number: int) -> str | None:
 def light_folder(data: Path, domain: str) -> Path:
     """The folder that a domain's frames come from, with ``images`` and ``labels`` inside.
 
+    Capitals in the name of the light do not count.
+
     Raises:
         DataError: It is not there.
         ModelError: The package that makes fog and snow is not installed.
     """
     light = "day" if domain in CORRUPTED else domain
-    names = [folder.name for folder in folders_of(data)] if data.is_dir() else []
+    found = {folder.name.lower(): folder for folder in folders_of(data)} if data.is_dir() else {}
+    place, names = found.get(light, data / light), [folder.name for folder in found.values()]
     for kind in ("images", "labels"):
-        if not (data / light / kind).is_dir():
+        if not (place / kind).is_dir():
             raise DataError(
                 f"{data / light / kind}: not there; needed day/images, day/labels, dusk/images and "
                 f"dusk/labels (found {', '.join(names) or 'no folders'})"
@@ -222,7 +237,7 @@ def light_folder(data: Path, domain: str) -> Path:
             f"{domain} is made by corrupt-tta: pip install 'hdrq-deploy[corruptions]', or choose "
             "`targets` without fog and snow"
         )
-    return data / light
+    return place
 
 
 def write(data: Path, folder: Path, domains: Sequence[str]) -> None:
@@ -252,7 +267,8 @@ def write(data: Path, folder: Path, domains: Sequence[str]) -> None:
         if empty:
             raise DataError(
                 f"{light}: found {counts.total()} frames, of which none is for the split "
-                f"{empty[0]}; needed stretches of more than two minutes"
+                f"{empty[0]}; the number of a frame decides ({_STRETCH} frames a stretch; modulo "
+                "4, stretch 0 is for the test, 2 for calibration): add frames of other stretches"
             )
 
 
@@ -263,7 +279,9 @@ def _chosen(light: Path) -> Iterator[tuple[str, Path, Path]]:
         DataError: A name without a number, or a frame without labels.
     """
     before: tuple[str, int] | None = None
-    files = images_of(light / "images", Counter())
+    others: Counter[str] = Counter()
+    files = checked(images_of(light / "images", others), others, light / "images")
+    known = {file.name.lower(): file for file in images_of(light / "labels", Counter())}
     for frame, image in sorted((frame_of(file), file) for file in files):
         split = split_of(frame[1])
         near = before is not None and before[0] == frame[0] and frame[1] - before[1] < _NEAREST
@@ -271,12 +289,11 @@ def _chosen(light: Path) -> Iterator[tuple[str, Path, Path]]:
             continue
         before = frame
         names = (f"{image.stem}.png", f"{image.stem}_L.png")
-        labels = [light / "labels" / name for name in names]
-        label = next((file for file in labels if file.is_file()), None)
+        label = next((known[n.lower()] for n in names if n.lower() in known), None)
         if label is None:
             raise DataError(
-                f"{labels[0]}: not there; needed the labels of every frame, with its name or "
-                f"{names[1]}"
+                f"{light / 'labels' / names[0]}: not there; needed the labels of every frame, with "
+                f"its name or {names[1]}"
             )
         yield split, image, label
 

@@ -17,6 +17,7 @@ sketches ``n02103406_343-1.png`` and ``-2`` are drawn from one photo and must no
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections import Counter
@@ -24,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import DataError
-from .readers.decoding import folders_of, images_of
+from .readers.decoding import checked, decode, folders_of, images_of
 
 __all__ = ["CLASSES", "DOMAINS", "SPLITS", "domain_folder", "file_number", "split_of", "write"]
 
@@ -33,6 +34,7 @@ DOMAINS = ("photo", "art_painting", "cartoon", "sketch")
 SPLITS = ("training", "calibration", "test")
 _PERIOD = 12
 _RESIDUES = {"test": {0, 4, 8}, "calibration": {3, 9}}
+_log = logging.getLogger("hdrq_deploy")
 _NUMBER = re.compile(r"(\d+)(?:-\d+)?$")
 
 
@@ -65,7 +67,7 @@ def split_of(number: int) -> str:
 
 
 def domain_folder(data: Path, domain: str) -> Path:
-    """The folder of a domain, with a folder of every class inside.
+    """The folder of a domain, with a folder of every class inside, in capitals or small letters.
 
     Raises:
         DataError: It is not there, or a class is missing.
@@ -76,7 +78,7 @@ def domain_folder(data: Path, domain: str) -> Path:
             f"{data / domain}: not there; needed PACS as it is distributed, a folder for each of "
             f"{', '.join(DOMAINS)} (found {', '.join(found) or 'no folders'})"
         )
-    classes = {folder.name for folder in folders_of(found[domain])}
+    classes = _class_folders(found[domain])
     missing = [name for name in CLASSES if name not in classes]
     if missing:
         raise DataError(
@@ -86,8 +88,24 @@ def domain_folder(data: Path, domain: str) -> Path:
     return found[domain]
 
 
+def _class_folders(folder: Path) -> dict[str, Path]:
+    """Folders in a domain by their names in small letters.
+
+    Raises:
+        DataError: Two names differ in capitals alone.
+    """
+    found: dict[str, Path] = {}
+    for inside in folders_of(folder):
+        if (before := found.setdefault(inside.name.lower(), inside)) != inside:
+            raise DataError(f"{inside}: found {before.name} beside it; join the two folders")
+    return found
+
+
 def write(data: Path, folder: Path, domains: Sequence[str]) -> None:
-    """Copy the images to ``DOMAIN/SPLIT/CLASS`` of a new folder.
+    """Copy the images to ``DOMAIN/SPLIT/CLASS`` of a new folder, once all of them were decoded.
+
+    The logger ``hdrq_deploy`` says what is left out: other folders and files, and splits that have
+    no image of a class.
 
     Args:
         data: PACS as it is distributed.
@@ -95,21 +113,44 @@ def write(data: Path, folder: Path, domains: Sequence[str]) -> None:
         domains: Names out of ``DOMAINS``.
 
     Raises:
-        DataError: A folder is missing, a file has no number, or a split would have no image.
+        DataError: A folder is missing or has no image, a file has no number or cannot be decoded,
+            or a split would have no image.
     """
     for domain in domains:
         source = domain_folder(data, domain)
+        folders = _class_folders(source)
+        unknown = [place.name for name, place in folders.items() if name not in CLASSES]
+        if unknown:
+            _log.warning(
+                "%s: left out %s; classes are %s", source, ", ".join(unknown), ", ".join(CLASSES)
+            )
         counts: Counter[str] = Counter()
         for name in CLASSES:
             for split in SPLITS:
                 (folder / domain / split / name).mkdir(parents=True)
-            for file in images_of(source / name, Counter()):
+            others: Counter[str] = Counter()
+            own = Counter(dict.fromkeys(SPLITS, 0))
+            for file in checked(images_of(folders[name], others), others, folders[name]):
+                decode(file)
                 split = split_of(file_number(file))
-                counts[split] += 1
+                own[split] += 1
                 shutil.copyfile(file, folder / domain / split / name / file.name)
+            without = [split for split, count in own.items() if not count]
+            if without:
+                _log.warning(
+                    "%s: none of its %d images is for %s, by their numbers",
+                    folders[name], own.total(), " and ".join(without),
+                )  # fmt: skip
+            counts += own
         empty = [split for split in SPLITS if not counts[split]]
         if empty:
             raise DataError(
                 f"{source}: found {counts.total()} images, of which none is for the split "
-                f"{empty[0]}; needed images of many numbers"
+                f"{empty[0]}; the number of a file modulo {_PERIOD} decides (test "
+                f"{_listed('test')}; calibration {_listed('calibration')}; training the others): "
+                "add images of other numbers"
             )
+
+
+def _listed(split: str) -> str:
+    return ", ".join(map(str, sorted(_RESIDUES[split])))

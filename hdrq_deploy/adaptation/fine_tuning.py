@@ -35,7 +35,7 @@ from .self_training import changed_photos
 from .shot import shifted
 from .training import Training
 
-__all__ = ["FineTuning", "fine_tune", "labelled_images"]
+__all__ = ["FineTuning", "fine_tune", "labelled_images", "started"]
 
 
 class FineTuning(Training[FineTuningOptions]):
@@ -148,7 +148,7 @@ def fine_tune(
     check_output(target, TRAINED, [weights, imagenet, data])
     check_output(partial, ADAPTING, [weights, imagenet, data])
     check_seed(seed)
-    network = _started(model, weights, imagenet, seed)
+    network = started(model, weights, imagenet, seed)
     source = state_sha256(network.state_dict())
     images, y = labelled_images(data, wanted)
     if len(images.x) < chosen.batch:
@@ -171,10 +171,20 @@ def fine_tune(
     return target
 
 
-def _started(
+def started(
     model: str, weights: str | Path | None, imagenet: str | Path | None, seed: int
 ) -> nn.Module:
-    """The model with the weights that training starts from."""
+    """The model with the weights that training starts from.
+
+    Args:
+        model: As that of :func:`fine_tune`, like all others.
+        weights: Checkpoint to start from.
+        imagenet: ImageNet checkpoint of the trunk.
+        seed: Seed of what is random.
+
+    Raises:
+        ModelError: A file is no checkpoint, or does not fit.
+    """
     torch.manual_seed(seed)
     network = load_model(model)
     if weights is not None:
@@ -186,8 +196,9 @@ def _started(
                 f"found ImageNet weights for {model}, which is trained from random ones; leave "
                 "them out"
             )
+        state = load_checkpoint(imagenet)
         try:
-            take(load_checkpoint(imagenet))
+            take(state)
         except ModelError as error:
             raise ModelError(f"{imagenet}: {error}") from error
     return network

@@ -18,9 +18,10 @@ with importing("hdrq reproduce"):
     from ..calibration.settings import SETTINGS
     from ..errors import HdrqError, ModelError
     from ..experiments.bundles import inputs_of
-    from ..experiments.cells import jobs
+    from ..experiments.cells import check_finished, jobs
     from ..experiments.comparison_sheets import SCENES, draw, picture_name
     from ..experiments.grid import BITS, Grid, bundle_path, parse_bits, row_path
+    from ..experiments.rate_search import FEWEST
     from ..experiments.real_images import ADAPTATIONS, PROTOCOLS, Choice, Preparation, prepare
     from ..experiments.table import cells, header, markdown, network, notes, rows
     from ..experiments.tasks import (
@@ -53,6 +54,7 @@ with importing("hdrq reproduce"):
         TUNING_JSON,
         partial_of,
     )
+    from ..formats.staleness import fingerprint
     from ..jobs.job import run_jobs
     from ..jobs.pool import open_pool
     from ..runtime.bench.environment import environment
@@ -208,11 +210,10 @@ def _reproduce(args: argparse.Namespace) -> int:
     started = time.monotonic()
     threads = threads_of(args.threads, args.workers, args.ray, args.gpus)
     bits = parse_bits(args.bits)
-    if args.draw and (args.protocol not in _SCENES or parse_bits([args.draw])[0] not in bits):
-        raise HdrqError(
-            f"found --draw {args.draw}; needed one of --bits {' '.join(args.bits)}, and the "
-            f"{' or '.join(_SCENES)} protocol"
-        )
+    if args.draw and args.protocol not in _SCENES:
+        raise HdrqError(f"found --draw with {args.protocol}; it is of {' and '.join(_SCENES)}")
+    if args.draw and parse_bits([args.draw])[0] not in bits:
+        raise HdrqError(f"found --draw {args.draw}; needed one of --bits {' '.join(args.bits)}")
     tuned = () if args.tune is None else parse_bits(args.tune or args.bits)
     if importlib.util.find_spec("torch") is None:
         raise ModelError("calibration needs torch: pip install 'hdrq-deploy[calibrate]'")
@@ -231,10 +232,19 @@ def _reproduce(args: argparse.Namespace) -> int:
         args.pairs,
         tuple(dict.fromkeys(args.ways)),
     )
+    if tuned and grid.task.images < FEWEST:
+        raise HdrqError(
+            f"found {grid.task.images} calibration images of a domain; a search needs {FEWEST} or "
+            "more: pass --images"
+        )
     if known := _known_search(args, grid):
         grid = replace(grid, rates=chosen_rates(known), searched_on=known["task"])
     _check_outputs(args, grid, prepared)
     check_scratch()
+    if args.table:
+        check_finished(grid, out)
+    else:
+        _check_device(args.device)
     for folder in (out, out / "cells", out / "rows"):
         make_directory(folder)
     if known and args.rates:
@@ -244,9 +254,10 @@ def _reproduce(args: argparse.Namespace) -> int:
             write_made(args.protocol, out, report)
     if prepared and not args.table:
         with progress_lines("train") as report:
-            prepared.make(args.device, threads, report)
+            prepared.make(args.device, threads, report, FEWEST if tuned else 1)
         if args.prepare:
-            print(f"{out / 'checkpoints'}: the models; {out / 'data'}: their images, in splits")
+            models = args.checkpoints or out / "checkpoints"
+            print(f"{models}: the models; {out / 'data'}: their images, in splits")
             return 0
     if not args.table:
         with (
@@ -266,6 +277,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         "task": task.name,
         "model": task.model,
         "form": task.form,
+        **_origin(task),
         **({} if args.table else ran),
         **_searched(grid),
         "environment": {**environment(), "torch": version("torch")},
@@ -283,6 +295,25 @@ def _reproduce(args: argparse.Namespace) -> int:
         print(f"{len(files)} pictures in {files[0].parent}")
     print(f"{out / 'table.md'}, {out / 'results.json'}; every cell is a bundle in {out / 'cells'}")
     return 0
+
+
+def _check_device(name: str) -> None:
+    from ..calibration.devices import torch_device
+
+    torch_device(name)
+
+
+def _origin(task: Task) -> dict[str, Any]:
+    """Where the checkpoints come from, for the record."""
+    files = {"source": Path(task.source), **{d.name: Path(d.weights) for d in task.domains}}
+    hashes = {name: fingerprint(file) if file.exists() else None for name, file in files.items()}
+    return {
+        "source": task.source_domain,
+        "adaptation": task.adaptation,
+        "checkpoints_sha256": {
+            name: h if isinstance(h, str) else None for name, h in hashes.items()
+        },
+    }
 
 
 def _known_search(args: argparse.Namespace, grid: Grid) -> dict[str, Any] | None:
@@ -338,12 +369,20 @@ def _prepared(args: argparse.Namespace, out: Path) -> Preparation | None:
     if args.made or args.backbone:
         flag = "--made" if args.made else "--backbone"
         raise HdrqError(f"found {flag} with {args.protocol}; leave it out")
-    if not args.data:
+    if not args.data and not args.table:
         raise HdrqError(f"{args.protocol} needs --data, the data set as it is distributed")
     given = (args.weights, args.checkpoints)
     weights, checkpoints = (path.absolute() if path else None for path in given)
+    source = args.source or PROTOCOLS[args.protocol].source
+    if checkpoints and args.adaptation:
+        earlier = checkpoints / f"{source}-{args.adaptation}"
+        if not earlier.is_dir():
+            raise HdrqError(
+                f"found --adaptation with --checkpoints, and no folder {earlier}; leave it out: "
+                "these checkpoints are adapted already"
+            )
     choice = Choice(
-        args.data.absolute(),
+        args.data.absolute() if args.data else Path(),
         out,
         args.source or "",
         args.targets,
@@ -352,7 +391,7 @@ def _prepared(args: argparse.Namespace, out: Path) -> Preparation | None:
         args.adaptation or ADAPTATIONS[0],
         checkpoints,
     )
-    return prepare(args.protocol, choice)
+    return prepare(args.protocol, choice, runs=not args.table)
 
 
 def _task(args: argparse.Namespace, out: Path) -> Task:

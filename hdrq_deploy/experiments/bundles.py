@@ -17,11 +17,12 @@ from ..calibration.graph_cache import GraphCache
 from ..calibration.request import CalibrationRequest
 from ..calibration_data.readers import ImageSet
 from ..errors import HdrqError, SpecError
-from ..formats.atomic_files import remove_file, remove_folder, write_bytes
+from ..formats.atomic_files import read_json, remove_file, remove_folder, write_bytes
 from ..formats.bundle import Bundle
 from ..formats.file_kinds import CELL_INPUTS, PARTIAL, partial_of
 from ..formats.staleness import (
     CALIBRATION,
+    change_in,
     change_since,
     code_of,
     plain,
@@ -32,6 +33,7 @@ from ..formats.staleness import (
 
 __all__ = [
     "bundle_change",
+    "finished_change",
     "forget",
     "inputs_of",
     "is_merged",
@@ -83,6 +85,45 @@ def make_bundle(
 def bundle_change(request: CalibrationRequest) -> str:
     """Why :func:`make_bundle` would calibrate; "" where the bundle is up to date."""
     return recorded_change(Path(request.output), _ingredients(request), is_valid)
+
+
+def finished_change(request: CalibrationRequest) -> str:
+    """The first difference between a request and what a finished bundle was made from, in words.
+
+    Code, versions, the device, files of the same names that are gone and options that the bundle's
+    record does not have are not compared: what is finished stays what it is. "" where there is no
+    record.
+    """
+    before = read_json(inputs_of(Path(request.output)))
+    if not isinstance(before, dict):
+        return ""
+    now = json.loads(json.dumps(_ingredients(request)))
+    gone = {name for name in (*_READ, "data") if _is_gone(now[name], before.get(name))}
+    for name in {"versions", "code", "device", *gone}:
+        before.pop(name, None)
+    return change_in(before, _alike(now, before))
+
+
+def _is_gone(now: Any, before: Any) -> bool:
+    """Whether no file of a stamp is there any more, and an earlier stamp is of the same name.
+
+    The folder of a run may have moved, so that a name is that of a file and of the two folders
+    around it.
+    """
+    if not (isinstance(now, list) and isinstance(before, list)) or isinstance(now[0], list):
+        return False
+    return now[1] == 0 and Path(now[0]).parts[-3:] == Path(before[0]).parts[-3:]
+
+
+def _alike(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of ``now`` that ``before`` has too, at any depth."""
+    return {
+        name: _alike(value, before[name])
+        if isinstance(value, dict) and isinstance(before[name], dict)
+        else value
+        for name, value in now.items()
+        if name in before
+    }
 
 
 def recorded_change(

@@ -15,6 +15,7 @@ from ..calibration.methods import METHODS
 from ..calibration.request import CalibrationRequest
 from ..calibration.settings import SETTINGS
 from ..calibration_data.readers import Wanted, read
+from ..errors import SpecError
 from ..exporters import export
 from ..formats.atomic_files import scratch_folder, write_bytes
 from ..formats.bench_result import Accuracy
@@ -29,14 +30,27 @@ from ..runtime.bench.accuracy import Labelled, accuracy, classes_of
 from ..runtime.bench.measurement import labelled
 from ..runtime.engine import Engine
 from ..runtime.loading import open_engine
-from .bundles import is_merged, make_bundle, record_ingredients, recorded_change
+from .bundles import (
+    finished_change,
+    is_merged,
+    make_bundle,
+    record_ingredients,
+    recorded_change,
+)
 from .decisions import Decisions, packed
 from .grid import Grid, Merge, Run, bundle_path, read_row, row_path
 from .tasks import Domain, Task
 from .threads import calibration_threads
 from .ways import WAYS
 
-__all__ = ["accuracies_of", "calibrate_cell", "engine_of", "jobs", "labelled_set"]
+__all__ = [
+    "accuracies_of",
+    "calibrate_cell",
+    "check_finished",
+    "engine_of",
+    "jobs",
+    "labelled_set",
+]
 
 _log = logging.getLogger("hdrq_deploy")
 CANDIDATES = 30  # as in the paper
@@ -72,16 +86,50 @@ def calibrate_cell(
     rate: float | None = None,
 ) -> None:
     """The bundle of one domain, and its engine's accuracy there; ``rate`` was searched."""
-    cell = run.single(domain)
+    make_bundle(_request(task, out, device, run, domain, statistics, rate), graphs)
+    extra = {"setting": run.setting}
+    _measure(task, out, run.single(domain), (domain,), device, threads, extra)
+
+
+def check_finished(grid: Grid, out: Path) -> None:
+    """Refuse figures that another task or other options gave.
+
+    Raises:
+        SpecError: A cell of the grid has figures, and its bundle was made from something else.
+    """
+    for run in grid.runs():
+        for domain in grid.domains:
+            cell = run.single(domain)
+            if read_row(out, cell) is None:
+                continue
+            needed = grid.needs_statistics(run)
+            request = _request(grid.task, out, "auto", run, domain, needed, grid.rate(run))
+            if change := finished_change(request):
+                raise SpecError(
+                    f"{row_path(out, cell)}: found figures of another run ({change}); give what "
+                    "that run was given, or another `out`"
+                )
+
+
+def _request(
+    task: Task,
+    out: Path,
+    device: str,
+    run: Run,
+    domain: str,
+    statistics: bool,
+    rate: float | None,
+) -> CalibrationRequest:
+    """How the bundle of one domain is calibrated."""
     where = next(d for d in task.domains if d.name == domain)
     # Float models of no setting are the paper's, whose BatchNorm is in the weights.
     method = "float-folded" if run.setting == "float" else run.method
     codes = dict(SETTINGS[run.setting].codes) if METHODS[method].quantizes else {}
-    request = CalibrationRequest(
+    return CalibrationRequest(
         model=task.model,
         data=where.images,
         domain=domain,
-        output=bundle_path(out, cell),
+        output=bundle_path(out, run.single(domain)),
         weights=where.weights,
         base=task.source,
         method=method,
@@ -95,8 +143,6 @@ def calibrate_cell(
         device=device,
         **codes,
     )
-    make_bundle(request, graphs)
-    _measure(task, out, cell, (domain,), device, threads, {"setting": run.setting})
 
 
 def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) -> None:

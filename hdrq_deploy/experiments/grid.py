@@ -13,6 +13,7 @@ from typing import Any
 from ..calibration.methods import METHODS
 from ..calibration.settings import SETTINGS
 from ..errors import SpecError
+from ..formats.file_kinds import CELL_ROW
 from ..numerics.spec import check_bits, check_seed
 from .tasks import Task
 from .ways import WAYS
@@ -170,6 +171,9 @@ class Grid:
             raise SpecError(f"found {self.task.images} calibration images; needed 1 or more")
         if len(self.task.domains) < 2:
             raise SpecError(f"found {len(self.task.domains)} domain; a merge needs two or more")
+        for setting in self.settings:
+            for method in self.methods:
+                self.task.options(method, setting)  # raises where one is out of range
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -269,12 +273,17 @@ def bundle_path(out: Path, cell: str) -> Path:
 
 
 def read_row(out: Path, cell: str) -> dict[str, Any] | None:
-    """A cell's figures; None where there are none, or none that can be read."""
+    """A cell's figures; None where there are none, or where the file holds something else."""
     try:
-        row: dict[str, Any] = json.loads(row_path(out, cell).read_text())
-    except (OSError, ValueError):
+        row = json.loads(row_path(out, cell).read_text())
+    except (OSError, ValueError, RecursionError):
         return None
-    return row
+    # Rows of earlier versions have no kind.
+    if not isinstance(row, dict) or row.get("kind", CELL_ROW.kind) != CELL_ROW.kind:
+        return None
+    domains = row.get("domains")
+    whole = isinstance(domains, dict) and all(type(v) in (int, float) for v in domains.values())
+    return row if whole and domains and row.get("cell", cell) == cell else None
 
 
 def row_path(out: Path, cell: str) -> Path:

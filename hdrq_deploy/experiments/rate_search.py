@@ -34,6 +34,7 @@ from ..typing import Array
 __all__ = [
     "CRITERION",
     "FACTOR",
+    "FEWEST",
     "MOST",
     "START",
     "RateSearch",
@@ -51,6 +52,8 @@ CRITERION = (
 )
 # Every fourth calibration image is held out, and so many of them judge at most.
 _EVERY, _JUDGES = 4, 256
+# Calibration images of a domain that a search needs.
+FEWEST = _EVERY
 _BATCH = 16
 
 
@@ -131,8 +134,8 @@ def hold_out(images: ImageSet) -> tuple[ImageSet, ImageSet]:
     Raises:
         DataError: Fewer than four images.
     """
-    if len(images) < _EVERY:
-        raise DataError(f"found {len(images)} calibration images; a search needs {_EVERY} or more")
+    if len(images) < FEWEST:
+        raise DataError(f"found {len(images)} calibration images; a search needs {FEWEST} or more")
     places = np.arange(len(images))
     judges = places % _EVERY == _EVERY - 1
     return _part(images, places[~judges]), _part(images, places[judges][:_JUDGES])

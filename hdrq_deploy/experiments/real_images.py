@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..adaptation.options import AdaptationOptions, FineTuningOptions
 from ..calibration_data import camvid as camvid_images
 from ..calibration_data import pacs as pacs_images
 from ..calibration_data.readers import Wanted
+from ..calibration_data.readers.decoding import images_of
 from ..errors import DataError, ModelError, SpecError
 from ..formats.atomic_files import Kind, make_directory, new_directory, write_record
 from ..formats.file_kinds import ADAPTED, ADAPTING, CELL_INPUTS, SPLITS, TRAINED, partial_of
@@ -208,19 +210,30 @@ class Preparation:
             places += [(inputs_of(trained.file), CELL_INPUTS)]
         return [(str(path.relative_to(out)), kind) for path, kind in places]
 
-    def make(self, device: str, threads: int, progress: Progress = no_progress) -> None:
+    def make(
+        self,
+        device: str,
+        threads: int,
+        progress: Progress = no_progress,
+        calibration: int = 1,
+    ) -> None:
         """Write the splits and train the checkpoints, where they are missing or stale.
+
+        Weights and counts of images are looked at before anything is trained.
 
         Args:
             device: ``auto``, ``cpu`` or ``cuda``.
             threads: Threads of a training.
             progress: Called with the tenths of trainings done, those of all models, and the name
                 of the model.
+            calibration: Calibration images that every domain needs.
 
         Raises:
             HdrqError: The data set or a checkpoint does not fit, or something else is in the way.
         """
+        self._check_weights()
         self._write_splits()
+        self._check_counts(calibration)
         for done, trained in enumerate(self.checkpoints):
             report = _tenths(progress, done, len(self.checkpoints), trained.file.stem)
             make_directory(trained.file.parent)
@@ -242,6 +255,39 @@ class Preparation:
         with new_directory(self.splits, SPLITS, sync=False) as new:
             self.write(self.data, new, self.domains)
             write_record(new, SPLITS, with_contents(record))
+
+    def _check_weights(self) -> None:
+        """Read the weights that trainings start from, or the checkpoints that were brought."""
+        from ..adaptation.fine_tuning import started
+        from ..calibration.loading import load_model, load_state
+
+        if not self.checkpoints:
+            for file in dict.fromkeys((self.task.source, *(d.weights for d in self.task.domains))):
+                load_state(load_model(self.task.model), file, "checkpoints")
+        elif (imagenet := self.checkpoints[0].imagenet) is not None:
+            started(self.task.model, None, imagenet, self.seed)
+
+    def _check_counts(self, calibration: int) -> None:
+        """Refuse domains of too few images.
+
+        Raises:
+            DataError: Fewer training images than a batch, or calibration images than are needed.
+        """
+        for trained in self.checkpoints:
+            labels = isinstance(trained.options, FineTuningOptions)
+            batch = trained.options.batch if labels else 1
+            self._check_count(trained.images, batch, "training (one batch)")
+        for domain in self.task.domains:
+            self._check_count(Path(domain.images), calibration, "calibration")
+
+    def _check_count(self, folder: Path, needed: int, what: str) -> None:
+        scenes = folder / "images"
+        found = len(images_of(scenes if scenes.is_dir() else folder, Counter(), deep=True))
+        if found < needed:
+            raise DataError(
+                f"{self.data}: found {found} images of {folder.parent.name} for {what}; needed "
+                f"{needed} or more: add images"
+            )
 
     def _train(self, trained: Trained, device: str, threads: int, progress: Progress) -> None:
         ingredients = {
@@ -339,7 +385,8 @@ class Choice:
         model: Name of a network; the protocol's first by default.
         imagenet: ImageNet weights of EfficientNet-Lite0, for networks that start from them.
         adaptation: One of ``ADAPTATIONS``.
-        checkpoints: Folder of checkpoints by domain, instead of training them.
+        checkpoints: Folder of checkpoints by domain, instead of training them; or one that an
+            earlier run filled (``OUT/checkpoints/MODEL``), whose ``adaptation`` then counts.
     """
 
     data: Path
@@ -352,12 +399,13 @@ class Choice:
     checkpoints: Path | None = None
 
 
-def prepare(name: str, choice: Choice) -> Preparation:
+def prepare(name: str, choice: Choice, runs: bool = True) -> Preparation:
     """What a protocol on real images makes and runs on; nothing is written yet.
 
     Args:
         name: A key of ``PROTOCOLS``.
         choice: What the user chose.
+        runs: Whether it will be made; a table of finished cells looks at no data and no weights.
 
     Raises:
         DataError: A domain is unknown, or its folder or a checkpoint is not there.
@@ -367,14 +415,13 @@ def prepare(name: str, choice: Choice) -> Preparation:
     protocol = PROTOCOLS[name]
     source, targets = _domains(protocol, choice)
     every = tuple(dict.fromkeys((source, *targets)))
-    for domain in every:
+    for domain in every if runs else ():
         protocol.check(choice.data, domain)
-    network = _network(protocol, choice)
+    network = _network(protocol, choice, runs)
     splits = choice.out / "data" / name
     trained: tuple[Trained, ...] = ()
     if choice.checkpoints is not None:
-        folder = choice.checkpoints
-        files = {domain: checkpoint_of(folder, domain) for domain in every}
+        files = {domain: _brought(choice.checkpoints, choice, source, domain) for domain in every}
     else:
         trained = tuple(_trainings(choice, network, splits, source, targets))
         files = {training.images.parent.name: training.file for training in trained}
@@ -388,6 +435,8 @@ def prepare(name: str, choice: Choice) -> Preparation:
         form=network.form,
         source=str(files[source]),
         domains=tuple(domains),
+        source_domain=source,
+        adaptation="brought" if choice.checkpoints is not None else choice.adaptation,
     )
     return Preparation(task, choice.data, splits, every, protocol.write, protocol.needs, trained)
 
@@ -404,7 +453,13 @@ def _domains(protocol: Protocol, choice: Choice) -> tuple[str, list[str]]:
     return source, targets
 
 
-def _network(protocol: Protocol, choice: Choice) -> Network:
+def _brought(folder: Path, choice: Choice, source: str, domain: str) -> Path:
+    """The checkpoint of a domain in a folder of them, or in one that an earlier run filled."""
+    adapted = folder / f"{source}-{choice.adaptation}"
+    return checkpoint_of(adapted if domain != source and adapted.is_dir() else folder, domain)
+
+
+def _network(protocol: Protocol, choice: Choice, runs: bool) -> Network:
     networks = protocol.networks
     name = choice.model or next(iter(networks))
     if name not in networks:
@@ -414,6 +469,8 @@ def _network(protocol: Protocol, choice: Choice) -> Network:
             f"found the adaptation {choice.adaptation!r}; choose one of {', '.join(ADAPTATIONS)}"
         )
     network = networks[name]
+    if not runs:
+        return network
     if network.needs and importlib.util.find_spec(network.needs) is None:
         raise ModelError(f"{name} needs {network.needs}: pip install 'hdrq-deploy[models]'")
     if choice.checkpoints is not None or not network.imagenet:

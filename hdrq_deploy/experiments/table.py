@@ -256,6 +256,8 @@ def notes(grid: Grid, records: Sequence[dict[str, Any]] = ()) -> list[str]:
 
 
 def network(grid: Grid) -> str:
-    """What was run: the model's name, and which form of it where there are several."""
+    """What was run: the model's name, which form of it, and what its checkpoints are."""
     task = grid.task
-    return f"{task.model} ({task.form})" if task.form else task.model
+    made = f"from {task.source_domain}, {task.adaptation}" if task.adaptation else ""
+    told = "; ".join(part for part in (task.form, made) if part)
+    return f"{task.model} ({told})" if told else task.model

@@ -79,6 +79,8 @@ class Task:
     Attributes:
         model: The model as ``hdrq-calibrate --model`` takes it.
         form: What tells this model from others of its name, in words.
+        source_domain: The domain that the others are adapted from, where a protocol makes them so.
+        adaptation: How they are adapted: ``supervised``, ``unlabelled``, or ``brought``.
         source: Checkpoint that all domains started from.
         wanted: Size and normalisation of the images.
         split: Split of street scenes that is measured.
@@ -105,6 +107,8 @@ class Task:
     rates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     form: str = ""
+    source_domain: str = ""
+    adaptation: str = ""
 
     def options(self, method: str, setting: str, rate: float | None = None) -> Options:
         """How a method learns in a setting; one that quantizes nothing has none.

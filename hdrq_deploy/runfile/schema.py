@@ -31,6 +31,7 @@ from ..merging import ACTIVATION_SCALES, CRITERIA, ROUNDINGS
 from ..merging import METHODS as MERGE_METHODS
 
 __all__ = [
+    "CHOSEN_WEIGHTS",
     "SCHEMA_FILE",
     "Adapt",
     "Bench",

@@ -63,6 +63,36 @@ def test_labels_of_every_form_are_the_same(image: Image.Image, tmp_path: Path) -
     assert found.dtype == np.uint8 and np.array_equal(found, EXPECTED)
 
 
+@pytest.mark.parametrize("used", [[0, 1, 3, 7], [0, 5, 6], [1], list(range(12))])
+def test_numbers_with_the_palette_of_another_set_are_numbers(
+    used: list[int], tmp_path: Path
+) -> None:
+    """PASCAL VOC's palette has some colours of CamVid, at other places."""
+    bits = np.arange(8)
+    numbers = np.arange(256)[:, None]
+    palette = np.stack(
+        [((numbers >> (3 * bits + c) & 1) << (7 - bits)).sum(1) for c in range(3)], 1
+    )
+    assert palette[:4].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
+    values = np.resize(np.array(used, np.uint8), (4, 6))
+    picture = Image.fromarray(values)
+    picture.putpalette(palette.astype(np.uint8).ravel().tolist())
+    picture.save(tmp_path / "label.png")
+    expected = np.where(values == 11, IGNORE, values)
+    assert np.array_equal(camvid.label_map(tmp_path / "label.png"), expected)
+
+
+@pytest.mark.parametrize("name", ["car", "sky", "bicyclist"])
+def test_a_palette_of_few_colours_of_camvid_is_read_by_colour(name: str, tmp_path: Path) -> None:
+    picture = Image.new("RGB", (6, 4), camvid.COLOURS[name][0])
+    picture.putpixel((0, 0), (0, 0, 0))
+    picture.quantize(4).save(tmp_path / "label.png")
+    with Image.open(tmp_path / "label.png") as saved:
+        assert saved.mode == "P"
+    found = camvid.label_map(tmp_path / "label.png")
+    assert found[0, 0] == IGNORE and (found.ravel()[1:] == camvid.CLASSES.index(name)).all()
+
+
 def test_the_32_colours_differ() -> None:
     colours = [colour for name in camvid.CLASSES for colour in camvid.COLOURS[name]]
     assert len(set(colours)) == len(colours) == 31 and (0, 0, 0) not in colours
@@ -142,6 +172,20 @@ def test_frames_and_labels_are_those_that_were_there(tmp_path: Path) -> None:
     camvid.write(tmp_path / "large", tmp_path / "from-large", ("dusk",))
     for file in (tmp_path / "out").rglob("*.png"):
         other = tmp_path / "from-large" / file.relative_to(tmp_path / "out")
+        assert np.array_equal(np.asarray(Image.open(file)), np.asarray(Image.open(other)))
+
+
+def test_capitals_in_names_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = drive(tmp_path / "CamVid" / "day", range(0, 3600, 180)).parent
+    camvid.write(data, tmp_path / "expected", ("day",))
+    for file in (data / "day" / "labels").iterdir():
+        file.rename(file.with_name(f"{file.stem}_l.PNG"))
+    (data / "day" / "images" / "notes.txt").write_text("")
+    (data / "day").rename(data / "Day")
+    camvid.write(data, tmp_path / "out", ("day",))
+    assert "left out 1 .txt" in capsys.readouterr().err
+    for file in (tmp_path / "expected").rglob("*.png"):
+        other = tmp_path / "out" / file.relative_to(tmp_path / "expected")
         assert np.array_equal(np.asarray(Image.open(file)), np.asarray(Image.open(other)))
 
 

@@ -93,6 +93,16 @@ def one_split(root: Path) -> None:
         (without_class, "house: not there; needed a folder of images for each of dog, elephant"),
         (without_number, "first.png: found no number at the end of the name"),
         (one_split, "found 14 images, of which none is for the split training"),
+        (lambda root: [f.unlink() for f in (root / "sketch" / "dog").iterdir()], "no images"),
+        (
+            lambda root: (root / "sketch" / "dog" / "pic_001.png").write_bytes(b"cut"),
+            "pacs/sketch/dog/pic_001.png: cannot be decoded",
+        ),
+        (
+            lambda root: (root / "sketch" / "dog" / "pic_020.png").symlink_to(root / "gone.png"),
+            "pic_020.png: cannot be decoded",
+        ),
+        (lambda root: (root / "sketch" / "Dog").mkdir(), "dog: found Dog beside it; join the two"),
     ],
 )
 def test_what_is_no_pacs(spoil: Callable[[Path], None], message: str, tmp_path: Path) -> None:
@@ -105,3 +115,29 @@ def test_what_is_no_pacs(spoil: Callable[[Path], None], message: str, tmp_path: 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="photo: not there; needed PACS .*found no folders"):
         pacs.domain_folder(tmp_path / "nowhere", "photo")
+
+
+def test_capitals_do_not_count_and_what_is_left_out_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = distributed(tmp_path / "pacs", range(1, 25), ("sketch",))
+    pacs.write(root, tmp_path / "expected", ("sketch",))
+    assert not capsys.readouterr().err
+    (root / "sketch" / "dog").rename(root / "sketch" / "Dog")
+    (root / "sketch").rename(root / "Sketch")
+    (root / "Sketch" / "zebra").mkdir()
+    (root / "Sketch" / "horse" / "more").mkdir()
+    (root / "Sketch" / "horse" / "notes.txt").write_text("")
+    for n in (4, 8, 12, 16, 20, 24):
+        (root / "Sketch" / "house" / f"pic_{n:03}.png").unlink()
+    pacs.write(root, tmp_path / "out", ("sketch",))
+    said = capsys.readouterr().err
+    assert "left out zebra; classes are dog, elephant" in said
+    assert "horse: left out 1 folder, 1 .txt" in said or "horse: left out 1 .txt, 1 folder" in said
+    assert "house: none of its 18 images is for test, by their numbers" in said
+    expected, found = (splits_of(tmp_path / name / "sketch") for name in ("expected", "out"))
+    assert {s: len(files) for s, files in found.items()} == {
+        s: len(files) for s, files in expected.items()
+    }
+    assert len(list((tmp_path / "out/sketch/test/house").iterdir())) == 0
+    assert len(list((tmp_path / "out/sketch/test/dog").iterdir())) == 6

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 
 from hdrq_deploy.adaptation.options import AdaptationOptions, FineTuningOptions
+from hdrq_deploy.calibration.loading import load_model
 from hdrq_deploy.calibration_data import camvid, pacs
 from hdrq_deploy.cli import reproduce
+from hdrq_deploy.errors import ModelError
 from hdrq_deploy.experiments.real_images import (
     PROTOCOLS,
     Choice,
@@ -25,6 +30,7 @@ from hdrq_deploy.experiments.real_images import (
 )
 from hdrq_deploy.experiments.tasks import iterations
 from hdrq_deploy.formats.bundle import Bundle
+from hdrq_deploy.formats.staleness import fingerprint
 
 MODULE = """
 from torch import nn
@@ -177,7 +183,10 @@ def test_the_protocol_runs_as_a_user_would(data: Path, capsys: pytest.CaptureFix
     assert reproduce.main(argv) == 0
     assert files_of(out / "checkpoints") == before
     table = (out / "table.md").read_text()
-    assert "| ours | rtn | W8A8 |" in table and "colour_models:colours (tiny)" in table
+    assert (
+        "| ours | rtn | W8A8 |" in table
+        and "colour_models:colours (tiny; from photo, supervised)" in table
+    )
     report = json.loads((out / "results.json").read_text())
     assert report["protocol"] == report["task"] == "pacs"
     row = json.loads((out / "rows" / "ours-rtn-w8a8-s0-sketch.json").read_text())
@@ -199,10 +208,126 @@ def test_checkpoints_that_were_brought_are_not_trained(data: Path) -> None:
     for domain in ("photo", "sketch"):
         (folder / f"{domain}.pth").touch()
     made = prepared(data, targets=["sketch"], checkpoints=folder)
+    with pytest.raises(ModelError, match="photo.pth: cannot be read as a checkpoint"):
+        made.make("cpu", 1)
+    assert not (data.parent / "out").exists()
+    for domain in ("photo", "sketch"):
+        torch.save(load_model("colour_models:colours").state_dict(), folder / f"{domain}.pth")
     assert made.task.source == str(folder / "photo.pth") and not made.checkpoints
     assert made.task.domains[0].weights == str(folder / "sketch.pth")
     made.make("cpu", 1)
     assert [f.name for f in (data.parent / "out").iterdir()] == ["data"]
+    # The folder that an earlier run filled, by source and adaptation.
+    (folder / "photo-unlabelled").mkdir()
+    (folder / "sketch.pth").rename(folder / "photo-unlabelled" / "sketch.pth")
+    again = prepared(data, targets=["sketch"], checkpoints=folder, adaptation="unlabelled")
+    assert again.task.domains[0].weights == str(folder / "photo-unlabelled" / "sketch.pth")
+    assert again.task.adaptation == "brought" and again.task.source_domain == "photo"
+
+
+def spoil_picture(data: Path) -> None:
+    (data / "sketch" / "person" / "0012.png").write_bytes(b"no picture")
+
+
+def one_training_image(data: Path) -> None:
+    for file in (data / "sketch").rglob("*.png"):
+        if pacs.split_of(pacs.file_number(file)) == "training" and file.parent.name != "dog":
+            file.unlink()
+
+
+def no_dogs(data: Path) -> None:
+    shutil.rmtree(data / "sketch" / "dog")
+    (data / "sketch" / "dog").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "flags", "message"),
+    [
+        (spoil_picture, [], "PACS/sketch/person/0012.png: cannot be decoded"),
+        (no_dogs, [], "sketch/dog: found no images"),
+        (
+            one_training_image,
+            [],
+            "found 7 images of sketch for training (one batch); needed 8 or more: add images",
+        ),
+        (None, ["--iters", "0", "--methods", "qdrop"], "found iters=0"),
+        (None, ["--images", "3", "--tune"], "found 3 calibration images of a domain; a search n"),
+        (None, ["--device", "cuda"], "found no CUDA device"),
+        (None, ["--adaptation", "unlabelled", "--checkpoints", "{}"], "found --adaptation with"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_trained(
+    spoil: Callable[[Path], None] | None,
+    flags: list[str],
+    message: str,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    if spoil:
+        spoil(data)
+    out = data.parent / "out"
+    argv = ["pacs", "--data", str(data), "--out", str(out), "--bits", "w8a8", "--threads", "1"]
+    given = [flag.format(data) for flag in flags]
+    assert reproduce.main([*argv, "--methods", "rtn", *given]) == 2
+    assert message in capsys.readouterr().err
+    assert not files_of(out) and not (out / "checkpoints").exists()
+
+
+def test_a_table_is_of_the_run_that_was_made(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = data.parent / "out"
+    argv = ["pacs", "--out", str(out), "--targets", "cartoon", "sketch", "--methods", "rtn"]
+    argv += ["--bits", "w8a8", "--seeds", "0", "--rounding-seeds", "1", "--threads", "1"]
+    assert reproduce.main([*argv, "--data", str(data)]) == 0
+    kept = (out / "table.md").read_text()
+    report = json.loads((out / "results.json").read_text())
+    assert (report["source"], report["adaptation"]) == ("photo", "supervised")
+    sketch = out / "checkpoints/colours/photo-supervised/sketch.safetensors"
+    assert report["checkpoints_sha256"]["sketch"] == fingerprint(sketch)
+    assert "(tiny; from photo, supervised)" in kept
+    # Nothing is run, so that neither data nor weights are asked for.
+    assert reproduce.main([*argv, "--table"]) == 0
+    assert (out / "table.md").read_text() == kept
+    capsys.readouterr()
+    for flags, change in (
+        (["--source", "art_painting"], "the adapted checkpoint changed"),
+        (["--adaptation", "unlabelled"], "the adapted checkpoint changed"),
+        (["--images", "7"], "option images: 8, now 7"),
+    ):
+        assert reproduce.main([*argv, "--table", *flags]) == 2
+        said = capsys.readouterr().err.strip()
+        assert f"found figures of another run ({change}); give what that run was given" in said
+    assert (out / "table.md").read_text() == kept
+    assert json.loads((out / "results.json").read_text())["rows"] == report["rows"]
+    # The table of a folder that moved, and whose checkpoints and images are gone.
+    moved = out.rename(out.with_name("moved"))
+    for name in ("checkpoints", "data"):
+        shutil.rmtree(moved / name)
+    argv[2] = str(moved)
+    assert reproduce.main([*argv, "--table"]) == 0
+    assert (moved / "table.md").read_text() == kept
+    assert reproduce.main([*argv, "--table", "--adaptation", "unlabelled"]) == 2
+    # What is no row is none.
+    row = moved / "rows" / "ours-rtn-w8a8-s0-sketch.json"
+    for text in ("[1]", "{}", '{"domains": {"sketch": "x"}}', '{"domains": {}}'):
+        row.write_text(text)
+        assert reproduce.main([*argv, "--table"]) == 0
+        assert "| rtn | W8A8 |" not in (moved / "table.md").read_text()
+
+
+def test_classes_that_change_their_names_are_noticed(data: Path) -> None:
+    made = prepared(data, targets=["sketch"])
+    made.make("cpu", 1)
+    before = files_of(data.parent / "out")
+    for first, second in (("dog", "other"), ("horse", "dog"), ("other", "horse")):
+        (data / "sketch" / first).rename(data / "sketch" / second)
+    prepared(data, targets=["sketch"]).make("cpu", 1)
+    after = files_of(data.parent / "out")
+    name = "checkpoints/colours/photo-supervised/sketch.safetensors"
+    assert {n for n in after if after[n] != before[n]} == {name}
 
 
 def test_camvid_runs_as_a_user_would(
@@ -257,7 +382,7 @@ def test_camvid_runs_as_a_user_would(
     [
         (["pacs"], "pacs needs --data"),
         (["camvid", "--data", "{}"], "images: not there; needed day/images, day/labels, dusk/im"),
-        (["pacs", "--data", "{}", "--draw", "w8a8"], "and the segmentation or camvid protocol"),
+        (["pacs", "--data", "{}", "--draw", "w8a8"], "it is of segmentation and camvid"),
         (["pacs", "--data", "{}/nowhere"], "photo: not there; needed PACS as it is distributed"),
         (["pacs", "--data", "{}", "--made"], "found --made with pacs"),
         (["pacs", "--data", "{}", "--source", "film"], "found the domain film; there are photo"),
