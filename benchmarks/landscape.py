@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from evidence.records import METHOD_COLOURS
 
 from hdrq_deploy import Bundle
 from hdrq_deploy.analysis import Settings, analyze
@@ -77,7 +78,7 @@ def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    colours = {"qdrop": "#b5651d", "hdrq": "#1f6fb2"}
+    colours = {method: METHOD_COLOURS[method] for method in METHODS}
     with rc_context({"svg.hashsalt": "hdrq", "svg.fonttype": "path", "font.size": 9}):
         figure = Figure(figsize=(11, 6.4), layout="constrained")
         axes = figure.subplots(2, 3)
@@ -88,7 +89,7 @@ def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
             for axis, method in zip(line[1:], METHODS, strict=True):
                 row = next(r for r in own if r["method"] == method and r["surface"])
                 filled = _surface(axis, row["surface"])
-                axis.set_title(f"{bits.upper()}, {method}: plane of the parents")
+                axis.set_title(f"{bits.upper()}, {method} (star: the merge)")
             figure.colorbar(filled, ax=line[2], label="log10 of the loss in nats")
         figure.savefig(target, metadata={"Date": None})
 
@@ -105,9 +106,9 @@ def _barriers(axis: Any, rows: Sequence[Mapping[str, Any]], colours: Mapping[str
         place = np.linspace(0, 1, len(curves[0]))
         axis.fill_between(place, np.min(curves, 0), np.max(curves, 0), color=colour, alpha=0.15)
         axis.plot(place, np.mean(curves, 0), color=colour, label=method)
-    axis.set_xlabel("share of the second model")
-    axis.set_ylabel("nats above the ends")
-    axis.legend()
+    axis.set_xlabel("share of the second of two models")
+    axis.set_ylabel("nats above the line between the ends")
+    axis.legend(frameon=False, loc="upper left")
 
 
 def _surface(axis: Any, surface: Mapping[str, Any]) -> Any:

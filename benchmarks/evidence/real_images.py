@@ -558,8 +558,8 @@ def real_weights(record: Mapping[str, Any]) -> str:
             "float model does not make, in %. Intervals are of the test images (95%, Wilson); "
             f"`hdrq` learns {learned.get('iters', 0)} iterations of {learned.get('batch', 0)} "
             "images a block, with the published distance, at the rate that the search on PACS "
-            "chose; nothing was tuned here. With one scale per tensor at W8A8, round to nearest is "
-            "saved by BatchNorm in the scales or by learning. 4-bit weights beside real "
+            "chose; nothing was tuned here. With one scale per tensor at W8A8 rounding to nearest "
+            "loses most; BatchNorm in the scales, or learning, avoids it. 4-bit weights with float "
             "activations have no row: engines take them for linear layers only, and this network "
             "has one.",
             "",

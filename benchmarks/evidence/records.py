@@ -17,6 +17,13 @@ GROUPS = (
     ("photo", "night"),
     ("handwriting", "photo", "night"),
 )
+METHOD_COLOURS = {
+    "float": "#4a5568",
+    "rtn": "#9aa5b1",
+    "rtn-corrected": "#b7791f",
+    "qdrop": "#2b6cb0",
+    "hdrq": "#b83256",
+}
 NAMES = {"handwriting": "hw", "photo": "photo", "night": "night"}
 
 
