@@ -10,9 +10,11 @@ from typing import Any
 from evidence.merging import (
     comparisons,
     digits_by_seed,
+    digits_hdrq_less_qdrop,
     less_seed_by_seed,
     spread_of_four,
     streets_by_seed,
+    streets_hdrq_less_qdrop,
 )
 from evidence.real_images import best_float_merges, protocol_means, protocol_rows
 from evidence.records import needed, table, with_spread
@@ -363,12 +365,7 @@ def _broken(rows: Sequence[Mapping[str, Any]], photos: Sequence[Mapping[str, Any
 def _better(rows: Sequence[Mapping[str, Any]], photos: Sequence[Mapping[str, Any]]) -> list[str]:
     """Merges of HDRQ's bundles beside those of QDrop's."""
     told = [f"{b.upper()} {_less(rows, 'mean-advanced', b)}" for b in _BITS]
-    streets = {
-        b: less_seed_by_seed(
-            *(streets_by_seed(rows, "mean-advanced", m, b) for m in ("hdrq", "qdrop"))
-        )
-        for b in _BITS
-    }
+    streets = {b: streets_hdrq_less_qdrop(rows, "mean-advanced", b) for b in _BITS}
     drawn = "; ".join(f"{b.upper()} {with_spread(d, '+')}" for b, d in streets.items() if d)
     intervals = {
         way: [
@@ -407,8 +404,7 @@ _BITS = ("w8a8", "w4a8", "w4a4", "w3a3")
 
 def _less(rows: Sequence[Mapping[str, Any]], way: str, bits: str) -> str:
     """HDRQ's figures on the digits less QDrop's, seed by seed."""
-    both = list(zip(*(digits_by_seed(rows, way, m, bits) for m in ("hdrq", "qdrop")), strict=True))
-    return " and ".join(with_spread([a[i] - b[i] for a, b in both], "+") for i in range(2))
+    return " and ".join(with_spread(d, "+") for d in digits_hdrq_less_qdrop(rows, way, bits))
 
 
 def _level(rows: Sequence[Mapping[str, Any]], photos: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -187,6 +187,19 @@ def less_seed_by_seed(first: Mapping[int, float], second: Mapping[int, float]) -
     return [first[seed] - second[seed] for seed in first if seed in second]
 
 
+def digits_hdrq_less_qdrop(
+    rows: Sequence[Mapping[str, Any]], way: str, bits: str
+) -> tuple[list[float], list[float]]:
+    """HDRQ's figures on the digits less QDrop's, seed by seed: mean of pairs, and triple."""
+    both = list(zip(*(digits_by_seed(rows, way, m, bits) for m in ("hdrq", "qdrop")), strict=True))
+    return [a[0] - b[0] for a, b in both], [a[1] - b[1] for a, b in both]
+
+
+def streets_hdrq_less_qdrop(rows: Sequence[Mapping[str, Any]], way: str, bits: str) -> list[float]:
+    """HDRQ's merge of all streets less QDrop's, over the seeds that both have."""
+    return less_seed_by_seed(*(streets_by_seed(rows, way, m, bits) for m in ("hdrq", "qdrop")))
+
+
 def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str, Any]]) -> str:
     """What the streets' rows say of all domains, and how the rates were found."""
     merged = "regression-compensated"
@@ -207,8 +220,7 @@ def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str
 
     def less_qdrop(way: str, bits: str = "w4a4") -> str:
         """HDRQ's figure less QDrop's, seed by seed."""
-        ours, theirs = (streets_by_seed(rows, way, name, bits) for name in ("hdrq", "qdrop"))
-        return with_spread(less_seed_by_seed(ours, theirs), "+")
+        return with_spread(streets_hdrq_less_qdrop(rows, way, bits), "+")
 
     domains = ", ".join(max((row["members"] for row in rows), key=len))
     searched = "; ".join(_rates_of(method, tried) for method in ("qdrop", "hdrq") if tried)

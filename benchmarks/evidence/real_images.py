@@ -189,19 +189,6 @@ def _beside(rows: Sequence[Mapping[str, Any]], way: str) -> str:
     return "; ".join(told)
 
 
-def difference(rows: Sequence[Mapping[str, Any]], bits: str, way: str, members: int) -> str:
-    """Merges from bundles of ``hdrq`` less those of ``qdrop``, with its 95% interval."""
-    (found,) = (
-        other
-        for row in rows
-        if (row["method"], row["bits"], row["way"]) == ("hdrq", bits, way)
-        and len(row["members"]) == members
-        for other in row["against"]
-        if other["method"] == "qdrop"
-    )
-    return f"{found['difference']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
-
-
 _PROTOCOL_BITS = ("w8a8", "w8a4", "w6a6", "w4a8", "w4a4", "w3a3")
 
 

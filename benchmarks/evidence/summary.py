@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence.merging import digits_by_seed, less_seed_by_seed, streets_by_seed
+from evidence.merging import digits_by_seed, digits_hdrq_less_qdrop, streets_hdrq_less_qdrop
 from evidence.real_images import protocol_means, protocol_rows, way_label
 from evidence.records import METHOD_COLOURS, needed, table, with_spread
 
@@ -255,13 +255,8 @@ def _beside_qdrop() -> Iterator[str]:
         ("regression-compensated", "regression, compensated"),
     ):
         for bits in ("w8a8", "w4a8", "w4a4", "w3a3"):
-            digits = list(
-                zip(*(digits_by_seed(rows, way, m, bits) for m in ("hdrq", "qdrop")), strict=True)
-            )
-            cells = [with_spread([a[i] - b[i] for a, b in digits], "+") for i in range(2)]
-            streets = less_seed_by_seed(
-                *(streets_by_seed(rows, way, m, bits) for m in ("hdrq", "qdrop"))
-            )
+            cells = [with_spread(d, "+") for d in digits_hdrq_less_qdrop(rows, way, bits)]
+            streets = streets_hdrq_less_qdrop(rows, way, bits)
             drawn.append([bits.upper(), label, *cells, with_spread(streets, "+") or "-"])
     header = ["bits", "merge", "digits, pairs", "digits, all domains", "streets, all domains"]
     yield table(header, drawn)
@@ -283,7 +278,7 @@ def _with_images() -> str:
 
 
 def _not_run() -> str:
-    """What issue after issue asked for and no record has; each leaves when its record comes."""
+    """What no record has; an entry leaves the list when its record comes."""
     photos, streets = needed("pacs")["rows"], needed("camvid")["rows"]
     wide = needed("pacs_wide")["rows"]
     every = [*photos, *wide]

@@ -306,13 +306,12 @@ def _check_device(name: str) -> None:
 def _origin(task: Task) -> dict[str, Any]:
     """Where the checkpoints come from, for the record."""
     files = {"source": Path(task.source), **{d.name: Path(d.weights) for d in task.domains}}
-    hashes = {name: fingerprint(file) if file.exists() else None for name, file in files.items()}
+    # Files that are gone or beyond 4 GB have no hash.
+    hashes = {name: fingerprint(file) for name, file in files.items()}
     return {
         "source": task.source_domain,
         "adaptation": task.adaptation,
-        "checkpoints_sha256": {
-            name: h if isinstance(h, str) else None for name, h in hashes.items()
-        },
+        "checkpoints_sha256": {n: h if isinstance(h, str) else None for n, h in hashes.items()},
     }
 
 
