@@ -25,7 +25,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import DataError, HdrqError
-from .temporary import abandoned, held, sibling_folder, temporary_file, temporary_folder
+from .temporary import (
+    abandoned,
+    held,
+    result_of,
+    sibling_folder,
+    temporary_file,
+    temporary_folder,
+)
 
 __all__ = [
     "FileKind",
@@ -96,6 +103,8 @@ def sha256_file(path: Path) -> str:
 class FolderKind:
     """A folder that one command writes whole.
 
+    Temporaries of its files are ours too: a process that was killed while it wrote leaves them.
+
     Attributes:
         kind: Value of ``kind`` in its record.
         marker: The record: a JSON file that names the kind and, as ``files``, all other files.
@@ -123,6 +132,8 @@ class FolderKind:
                 return ""
             record = read_json(folder / self.marker)
             if not isinstance(record, dict):
+                if all(result_of(name) == self.marker for name, _ in [first, *entries]):
+                    return ""  # its writer was killed before the record was there
                 return f"other content ({first[0]}, and no {self.marker} of ours)"
             kind = record.get("kind")
             if kind != self.kind and not (kind is None and self.keys and self.keys <= set(record)):
@@ -140,10 +151,16 @@ class FolderKind:
         named = {name for name in named if isinstance(name, str)} | {self.marker}
         folders = {name[:i] for name in named for i, c in enumerate(name) if c == "/"}
         folders.update(self.places)
+        beside = {name for name, _ in self.beside}
         for name, what in entries:
             if what == "file" and (name in named or re.fullmatch(self.more, name)):
                 continue
             if what == "folder" and name in folders:
+                continue
+            result = _result_of(name)
+            if what == "file" and (
+                result in named | beside or (result and re.fullmatch(self.more, result))
+            ):
                 continue
             if what == "file" and any(
                 name == known and not kind.stranger(folder / name) for known, kind in self.beside
@@ -176,6 +193,13 @@ class FileKind:
 
 
 Kind = FolderKind | FileKind
+
+
+def _result_of(name: str) -> str | None:
+    """:func:`result_of` of a name with folders before it."""
+    folder, slash, last = name.rpartition("/")
+    result = result_of(last)
+    return result and f"{folder}{slash}{result}"
 
 
 def _entries(folder: Path, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -530,7 +554,8 @@ def _swap(new: Path, path: Path, kind: FolderKind) -> None:
         _replace(new, path, kind)
     for old in abandoned(path, _OLD):
         if not kind.stranger(old):
-            shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _remove(old, kind)
 
 
 def _replace(new: Path, path: Path, kind: FolderKind) -> None:
@@ -548,13 +573,23 @@ def _replace(new: Path, path: Path, kind: FolderKind) -> None:
     except BaseException:
         if not path.exists():
             old.rename(path)
-        elif ours:  # stopped when the new folder was in its place
-            shutil.rmtree(old, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
-                old.rmdir()
+                # Stopped when the new folder was in its place, or somebody made it meanwhile.
+                _remove(old, kind) if ours else old.rmdir()
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        _remove(old, kind)
+
+
+def _remove(folder: Path, kind: FolderKind) -> None:
+    """Remove a folder, its record last: what a killed process leaves of it is known as ours."""
+    for entry in sorted(folder.iterdir(), key=lambda entry: (entry.name == kind.marker, entry)):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def remove_folder(path: Path, kind: FolderKind) -> None:
@@ -566,7 +601,7 @@ def remove_folder(path: Path, kind: FolderKind) -> None:
     if os.path.lexists(path):
         _check_free(path, kind)
         with explained(path):
-            shutil.rmtree(path)
+            _remove(path, kind)
 
 
 def remove_file(path: Path, kind: FileKind) -> None:

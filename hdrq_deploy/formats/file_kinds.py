@@ -100,11 +100,11 @@ EMITTED = {
 }
 
 
-# Blocks are written one by one; a killed process leaves a temporary file beside them.
 PARTIAL = FolderKind(
     "hdrq-partial",
     "run.json",
     keys=frozenset({"model", "method", "fold", "seed", "versions", "wbits", "source_sha256"}),
+    # Earlier versions named temporaries without an ending.
     more=r"block-\d{4}\.safetensors|\.(run\.json|block-\d{4}\.safetensors)\.\w{8}",
 )
 DIGITS = FolderKind("hdrq-digits", "hdrq-data.json")

@@ -18,9 +18,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["abandoned", "held", "sibling_folder", "temporary_file", "temporary_folder"]
+__all__ = [
+    "abandoned",
+    "held",
+    "result_of",
+    "sibling_folder",
+    "temporary_file",
+    "temporary_folder",
+]
 
 _SUFFIX = ".hdrq-tmp"
+_DRAWN = r"[a-z0-9_]{8}"
 
 
 @contextmanager
@@ -88,9 +96,19 @@ def held(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def result_of(name: str) -> str | None:
+    """Name of the result that a temporary stands for; None for what is no temporary.
+
+    >>> result_of(".run.json.ab12_xyz.hdrq-tmp"), result_of("run.json")
+    ('run.json', None)
+    """
+    found = re.fullmatch(rf"\.(.+)\.{_DRAWN}{_SUFFIX}", name)
+    return found[1] if found else None
+
+
 def abandoned(path: Path, prefix: str = "") -> Iterator[Path]:
     """Temporary siblings of ``path`` that nobody locks; each is locked while it is yielded."""
-    pattern = re.compile(rf"\.{re.escape(path.name + '.' + prefix)}[a-z0-9_]{{8}}{_SUFFIX}")
+    pattern = re.compile(rf"\.{re.escape(path.name + '.' + prefix)}{_DRAWN}{_SUFFIX}")
     for temporary in path.parent.iterdir():
         if not pattern.fullmatch(temporary.name):
             continue

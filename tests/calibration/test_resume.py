@@ -103,6 +103,74 @@ def test_kills_at_random_moments_leave_the_bytes_of_an_undisturbed_run(
     assert not (tmp_path / "killed.hdrq.partial").exists()
 
 
+# Writes, resumes and ends an unfinished calibration in children that kill themselves before the
+# Nth change of a file, for every N; after each one another child goes on to the end.
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from hdrq_deploy.calibration.resume import Partial
+from hdrq_deploy.errors import HdrqError
+from hdrq_deploy.formats.staleness import CALIBRATION, code_of
+code_of(*CALIBRATION)  # once for all children
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+RUN, BLOCKS = {"seed": 0}, 3
+
+def run(output, kill_at=None):
+    changes = 0
+    def hook(event, args):
+        nonlocal changes
+        makes = event == "open" and isinstance(args[2], int) and args[2] & os.O_CREAT
+        if not makes and event not in CHANGES:
+            return
+        changes += 1
+        if changes == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+    partial = Partial.open(output, RUN, resume=True, blocks=BLOCKS)
+    found = [i for i in range(BLOCKS) if partial.load(i)]
+    for i in set(range(BLOCKS)) - set(found):
+        partial.save(i, {"codes": torch.full((4,), i)}, {"loss": i})
+    partial.close()
+    return found
+
+for kill_at in range(1, 1000):
+    output = Path(sys.argv[1], f"{kill_at}.hdrq")
+    child = os.fork()
+    if child == 0:
+        run(output, kill_at)
+        os._exit(0)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    child = os.fork()
+    if child == 0:
+        try:
+            said = run(output)
+        except HdrqError as error:
+            said = error
+        print(kill_at, ended, said, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+    if ended == 0:
+        break
+"""
+
+
+def test_a_kill_before_any_change_of_a_file_leaves_what_resume_goes_on_from(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    ends = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    assert [int(moment) for moment, *_ in ends] == list(range(1, len(ends) + 1))
+    assert [int(end) for _, end, _ in ends] == [-signal.SIGKILL] * (len(ends) - 1) + [0]
+    kept = [said for *_, said in ends]
+    # Whole blocks are found again; the last runs were killed when all was removed, in order.
+    assert list(dict.fromkeys(kept)) == ["[]", "[0]", "[0, 1]", "[0, 1, 2]", "[1, 2]", "[2]"]
+    assert list(tmp_path.iterdir()) == []
+
+
 def tiny(
     work: Path, output: Path, seed: int = 0, resume: bool = True, method: str = "hdrq"
 ) -> Bundle:

@@ -691,8 +691,18 @@ def test_unfinished_work_that_is_not_ours_stays(
         (partial / "run.json").write_text(json.dumps(fields))
         (partial / "block-0003.safetensors").write_text("x")
         (partial / ".block-0004.safetensors.ab12_xyz").write_text("x")
+        (partial / ".block-0004.safetensors.ab12_xyz.hdrq-tmp").write_text("x")
         assert "absent" in refused(calibrate.main, argv, capsys)
+        (partial / ".thesis.txt.ab12_xyz.hdrq-tmp").write_text("x")
+        assert "file .thesis.txt.ab12" in refused(calibrate.main, argv, capsys)
         shutil.rmtree(partial)
+    # Killed before its record was there.
+    partial.mkdir()
+    (partial / ".run.json.ab12_xyz.hdrq-tmp").write_text("x")
+    assert "absent" in refused(calibrate.main, argv, capsys)
+    (partial / ".block-0004.safetensors.ab12_xyz.hdrq-tmp").write_text("x")
+    assert "no run.json of ours" in refused(calibrate.main, argv, capsys)
+    shutil.rmtree(partial)
     target = tmp_path / "a.safetensors"
     (tmp_path / "a.safetensors.partial").write_text("mine")
     line = ["--model", "absent:M", "--weights", "w", "--data", "d.npz", "-o", str(target), *resume]

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from hdrq_deploy.formats.atomic_files import FolderKind, new_directory, replaced, write_record
+from hdrq_deploy.formats.atomic_files import (
+    FileKind,
+    FolderKind,
+    new_directory,
+    remove_folder,
+    replaced,
+    write_record,
+)
 from hdrq_deploy.formats.temporary import abandoned, temporary_file, temporary_folder
 
 KIND = FolderKind("hdrq-test", "record.json")
@@ -43,10 +50,22 @@ def renamed(self, goal):
 Path.rename = renamed
 write(target)
 """
+# In the middle of the removal of an old folder: aside, and where it lies.
+HALF_REMOVED = """
+write(target)
+unlink = Path.unlink
+def unlinked(self, missing_ok=False):
+    unlink(self, missing_ok)
+    if self.suffix != ".hdrq-tmp": stop()
+Path.unlink = unlinked
+{action}
+"""
 START = """
 import os, signal, sys
 from pathlib import Path
-from hdrq_deploy.formats.atomic_files import FolderKind, new_directory, replaced, write_record
+from hdrq_deploy.formats.atomic_files import (
+    FolderKind, new_directory, remove_folder, replaced, write_record
+)
 from hdrq_deploy.formats.temporary import temporary_folder
 KIND = FolderKind("hdrq-test", "record.json")
 target = Path(sys.argv[1])
@@ -84,8 +103,9 @@ def write_file(target: Path) -> None:
         (SCRATCH, write_folder),
         (OLD_ASIDE.format(when="True"), write_folder),
         (OLD_ASIDE.format(when="False"), write_folder),
+        (HALF_REMOVED.format(action="write(target)"), write_folder),
     ],
-    ids=["folder", "file", "scratch", "old aside", "old left"],
+    ids=["folder", "file", "scratch", "old aside", "old left", "old half removed"],
 )
 def test_the_next_write_removes_what_a_killed_one_left(
     program: str, write: Callable[[Path], None], tmp_path: Path
@@ -96,6 +116,42 @@ def test_the_next_write_removes_what_a_killed_one_left(
     write(target)
     write(target)  # an old folder that was aside goes when its successor is in place
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_that_was_half_removed_is_still_ours(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    killed(HALF_REMOVED.format(action="remove_folder(target, KIND)"), target)
+    assert [path.name for path in target.iterdir()] == [KIND.marker]
+    write_folder(target)
+    assert (target / "a.txt").read_text() == "whole"
+    remove_folder(target, KIND)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_temporaries_of_what_a_folder_may_hold_are_ours(tmp_path: Path) -> None:
+    kind = FolderKind(
+        "hdrq-test",
+        "record.json",
+        more=r"cache/\w+\.blob",
+        places=("cache",),
+        beside=(("README.md", FileKind("card", lambda _: True)),),
+    )
+    with new_directory(tmp_path / "out", kind) as new:
+        (new / "deep").mkdir()
+        (new / "deep" / "a.txt").write_text("a")
+        write_record(new, kind, {})
+    (tmp_path / "out" / "cache").mkdir()
+    for name in ("record.json", "README.md", "deep/a.txt", "cache/b.blob"):
+        place = tmp_path / "out" / name
+        temporary = place.with_name(f".{place.name}.ab12_xyz.hdrq-tmp")
+        temporary.write_text("half")
+        assert kind.stranger(tmp_path / "out") == ""
+    for name in ("b.txt", "deep/README.md", "deep/record.json", "cache/b.txt"):
+        place = tmp_path / "out" / name
+        temporary = place.with_name(f".{place.name}.ab12_xyz.hdrq-tmp")
+        temporary.write_text("mine")
+        assert temporary.name in kind.stranger(tmp_path / "out")
+        temporary.unlink()
 
 
 def test_a_living_writers_temporary_stays(tmp_path: Path) -> None:
