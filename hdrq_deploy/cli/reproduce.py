@@ -118,7 +118,11 @@ def _input_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--made", action="store_true", help="on the data that the project makes")
     group.add_argument("--data", type=Path, help="folder of the data set(s)")
-    group.add_argument("--checkpoints", type=Path, help="folder of source and adapted checkpoints")
+    group.add_argument(
+        "--checkpoints",
+        type=Path,
+        help="folder of checkpoints, or OUT of an earlier run",
+    )
     group.add_argument(
         "--out", type=Path, required=True, help="folder of cells, rows, table.md, results.json"
     )
@@ -372,14 +376,6 @@ def _prepared(args: argparse.Namespace, out: Path) -> Preparation | None:
         raise HdrqError(f"{args.protocol} needs --data, the data set as it is distributed")
     given = (args.weights, args.checkpoints)
     weights, checkpoints = (path.absolute() if path else None for path in given)
-    source = args.source or PROTOCOLS[args.protocol].source
-    if checkpoints and args.adaptation:
-        earlier = checkpoints / f"{source}-{args.adaptation}"
-        if not earlier.is_dir():
-            raise HdrqError(
-                f"found --adaptation with --checkpoints, and no folder {earlier}; leave it out: "
-                "these checkpoints are adapted already"
-            )
     choice = Choice(
         args.data.absolute() if args.data else Path(),
         out,
@@ -387,7 +383,7 @@ def _prepared(args: argparse.Namespace, out: Path) -> Preparation | None:
         args.targets,
         args.model or "",
         weights,
-        args.adaptation or ADAPTATIONS[0],
+        args.adaptation or "",
         checkpoints,
     )
     return prepare(args.protocol, choice, runs=not args.table)

@@ -384,9 +384,9 @@ class Choice:
             source model.
         model: Name of a network; the protocol's first by default.
         imagenet: ImageNet weights of EfficientNet-Lite0, for networks that start from them.
-        adaptation: One of ``ADAPTATIONS``.
-        checkpoints: Folder of checkpoints by domain, instead of training them; or one that an
-            earlier run filled (``OUT/checkpoints/MODEL``), whose ``adaptation`` then counts.
+        adaptation: One of ``ADAPTATIONS``; the first by default.
+        checkpoints: Folder of checkpoints by domain, instead of training them; or the ``out`` of
+            an earlier run (or its ``checkpoints/MODEL``), whose ``adaptation`` then counts.
     """
 
     data: Path
@@ -395,7 +395,7 @@ class Choice:
     targets: Sequence[str] = ()
     model: str = ""
     imagenet: Path | None = None
-    adaptation: str = ADAPTATIONS[0]
+    adaptation: str = ""
     checkpoints: Path | None = None
 
 
@@ -421,7 +421,7 @@ def prepare(name: str, choice: Choice, runs: bool = True) -> Preparation:
     splits = choice.out / "data" / name
     trained: tuple[Trained, ...] = ()
     if choice.checkpoints is not None:
-        files = {domain: _brought(choice.checkpoints, choice, source, domain) for domain in every}
+        files = _brought(choice.checkpoints, choice.adaptation, network, source, every)
     else:
         trained = tuple(_trainings(choice, network, splits, source, targets))
         files = {training.images.parent.name: training.file for training in trained}
@@ -436,7 +436,7 @@ def prepare(name: str, choice: Choice, runs: bool = True) -> Preparation:
         source=str(files[source]),
         domains=tuple(domains),
         source_domain=source,
-        adaptation="brought" if choice.checkpoints is not None else choice.adaptation,
+        adaptation=(choice.adaptation or ADAPTATIONS[0]) if trained else "brought",
     )
     return Preparation(task, choice.data, splits, every, protocol.write, protocol.needs, trained)
 
@@ -453,10 +453,32 @@ def _domains(protocol: Protocol, choice: Choice) -> tuple[str, list[str]]:
     return source, targets
 
 
-def _brought(folder: Path, choice: Choice, source: str, domain: str) -> Path:
-    """The checkpoint of a domain in a folder of them, or in one that an earlier run filled."""
-    adapted = folder / f"{source}-{choice.adaptation}"
-    return checkpoint_of(adapted if domain != source and adapted.is_dir() else folder, domain)
+def _brought(
+    given: Path, adaptation: str, network: Network, source: str, domains: Sequence[str]
+) -> dict[str, Path]:
+    """The checkpoints in a folder of them, in the folder of an earlier run, or in its part."""
+    made = _models_folder(given, network)
+    folder = made if made.is_dir() else given
+    adapted = _adapted_folder(folder, source, adaptation)
+    if adaptation and not adapted.is_dir():
+        raise SpecError(
+            f"found `adaptation` with `checkpoints`, and no folder {adapted}; leave it out: these "
+            "checkpoints are adapted already"
+        )
+    return {
+        domain: checkpoint_of(adapted if domain != source and adapted.is_dir() else folder, domain)
+        for domain in domains
+    }
+
+
+def _models_folder(out: Path, network: Network) -> Path:
+    """Where a run keeps the models that it trains."""
+    return out / "checkpoints" / network.model.partition(":")[2]
+
+
+def _adapted_folder(models: Path, source: str, adaptation: str) -> Path:
+    """Where the adapted ones of them lie."""
+    return models / f"{source}-{adaptation or ADAPTATIONS[0]}"
 
 
 def _network(protocol: Protocol, choice: Choice, runs: bool) -> Network:
@@ -464,7 +486,7 @@ def _network(protocol: Protocol, choice: Choice, runs: bool) -> Network:
     name = choice.model or next(iter(networks))
     if name not in networks:
         raise ModelError(f"found the network {name!r}; choose one of {', '.join(networks)}")
-    if choice.adaptation not in ADAPTATIONS:
+    if choice.adaptation and choice.adaptation not in ADAPTATIONS:
         raise SpecError(
             f"found the adaptation {choice.adaptation!r}; choose one of {', '.join(ADAPTATIONS)}"
         )
@@ -490,14 +512,13 @@ def _network(protocol: Protocol, choice: Choice, runs: bool) -> Network:
 def _trainings(
     choice: Choice, network: Network, splits: Path, source: str, targets: Sequence[str]
 ) -> Iterator[Trained]:
-    name = network.model.partition(":")[2]
-    folder = choice.out / "checkpoints" / name
+    folder = _models_folder(choice.out, network)
     first = folder / f"{source}.safetensors"
     images = splits / source / "training"
     yield Trained(first, images, None, choice.imagenet, network.source)
-    supervised = choice.adaptation == ADAPTATIONS[0]
+    supervised = choice.adaptation in {"", ADAPTATIONS[0]}
     options = network.supervised if supervised else network.unlabelled
     for target in targets:
         if target != source:
-            file = folder / f"{source}-{choice.adaptation}" / f"{target}.safetensors"
+            file = _adapted_folder(folder, source, choice.adaptation) / f"{target}.safetensors"
             yield Trained(file, splits / target / "training", first, None, options)

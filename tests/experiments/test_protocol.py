@@ -333,45 +333,6 @@ def test_ray_writes_the_same_bytes_though_a_worker_is_killed(
     assert after == {name: before[name] for name in after}
 
 
-def test_a_killed_process_is_replaced(tmp_path: Path) -> None:
-    work = [Job(str(i), suicide, {"mark": tmp_path / str(i), "kills": i == 1}) for i in range(3)]
-    with open_pool(2, 1, None, tmp_path) as pool:
-        run_jobs(work, pool)
-    assert all((tmp_path / str(i)).read_text() == "done" for i in range(3))
-
-
-def test_workers_that_are_killed_again_and_again_are_given_up(tmp_path: Path) -> None:
-    work = [Job("a", suicide, {"mark": tmp_path / "none" / "a", "kills": True})]
-    killed = pytest.raises(HdrqError, match="4 workers killed.*fewer `workers`")
-    with killed, open_pool(2, 1, None, tmp_path) as pool:
-        run_jobs(work, pool)
-
-
-def suicide(mark: Path, kills: bool) -> None:
-    """Killed the first time, where asked to."""
-    if kills and not mark.exists():
-        if mark.parent.is_dir():
-            mark.write_text("begun")
-        os.kill(os.getpid(), signal.SIGKILL)
-    mark.write_text("done")
-
-
-def fail(message: str) -> None:
-    raise DataError(message)
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_failing_job_ends_the_run_with_its_line(workers: int, tmp_path: Path) -> None:
-    work = [
-        Job("good", suicide, {"mark": tmp_path / "good", "kills": False}),
-        Job("bad", fail, {"message": "no images"}, ("good",)),
-        Job("after", suicide, {"mark": tmp_path / "after", "kills": False}, ("bad",)),
-    ]
-    with pytest.raises(DataError, match="no images"), open_pool(workers, 1, None, tmp_path) as p:
-        run_jobs(work, p)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["good"]
-
-
 @pytest.mark.parametrize(
     ("address", "message"),
     [
@@ -472,6 +433,10 @@ def test_grids_that_make_no_sense(task: Task) -> None:
     narrowed = {m.run.name for run in wide.runs() for m in wide.merges(run) if "-w" in m.way}
     assert narrowed == {f"ours-rtn-w8a4-s{seed}" for seed in wide.seeds}
     assert Run("paper", "hdrq", 4, 8, 1).single("night") == "paper-hdrq-w4a8-s1-night"
+
+
+def fail(message: str) -> None:
+    raise DataError(message)
 
 
 def test_a_grid_of_some_ways(task: Task, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from hdrq_deploy.adaptation.options import AdaptationOptions, FineTuningOptions
 from hdrq_deploy.calibration.loading import load_model
 from hdrq_deploy.calibration_data import camvid, pacs
 from hdrq_deploy.cli import reproduce
-from hdrq_deploy.errors import ModelError
+from hdrq_deploy.errors import HdrqError, ModelError
 from hdrq_deploy.experiments.real_images import (
     PROTOCOLS,
     Choice,
@@ -223,6 +223,18 @@ def test_checkpoints_that_were_brought_are_not_trained(data: Path) -> None:
     again = prepared(data, targets=["sketch"], checkpoints=folder, adaptation="unlabelled")
     assert again.task.domains[0].weights == str(folder / "photo-unlabelled" / "sketch.pth")
     assert again.task.adaptation == "brought" and again.task.source_domain == "photo"
+    # Or that run's folder, where they lie deeper.
+    deep = data.parent / "earlier" / "checkpoints" / "colours"
+    deep.parent.mkdir(parents=True)
+    folder.rename(deep)
+    earlier = data.parent / "earlier"
+    with pytest.raises(HdrqError, match="sketch: found no checkpoint"):
+        prepared(data, targets=["sketch"], checkpoints=earlier)
+    found = prepared(data, targets=["sketch"], checkpoints=earlier, adaptation="unlabelled")
+    assert found.task.source == str(deep / "photo.pth")
+    assert found.task.domains[0].weights == str(deep / "photo-unlabelled" / "sketch.pth")
+    with pytest.raises(HdrqError, match="found `adaptation` with `checkpoints`, and no folder"):
+        prepared(data, targets=["sketch"], checkpoints=earlier, adaptation="supervised")
 
 
 def spoil_picture(data: Path) -> None:
@@ -253,7 +265,11 @@ def no_dogs(data: Path) -> None:
         (None, ["--iters", "0", "--methods", "qdrop"], "found iters=0"),
         (None, ["--images", "3", "--tune"], "found 3 calibration images of a domain; a search n"),
         (None, ["--device", "cuda"], "found no CUDA device"),
-        (None, ["--adaptation", "unlabelled", "--checkpoints", "{}"], "found --adaptation with"),
+        (
+            None,
+            ["--adaptation", "unlabelled", "--checkpoints", "{}"],
+            "found --adaptation with --checkpoints",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_trained(
