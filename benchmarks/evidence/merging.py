@@ -170,16 +170,20 @@ def streets_by_seed(
     method: str,
     bits: str = "w4a4",
     fold: str = "weights",
+    members: int = 3,
 ) -> dict[int, float]:
-    """The merge of all domains of the streets, for every calibration seed."""
-    own = [row for row in rows if row["task"] == "streets"]
-    most = max(len(row["members"]) for row in own)
-    wanted = (method, "" if method == "float" else bits, fold, way, most)
-    return {
-        row["seed"]: statistics.fmean(row["harmonic_means"])
-        for row in own
-        if (row["parents"], row["bits"], row["fold"], row["way"], len(row["members"])) == wanted
-    }
+    """The merge of all domains of the streets, or the mean of its pairs, for every seed.
+
+    A seed counts where all groups of so many ``members`` were merged.
+    """
+    own = [row for row in rows if row["task"] == "streets" and len(row["members"]) == members]
+    groups = {tuple(row["members"]) for row in own}
+    wanted = (method, "" if method == "float" else bits, fold, way)
+    found: dict[int, list[float]] = {}
+    for row in own:
+        if (row["parents"], row["bits"], row["fold"], row["way"]) == wanted:
+            found.setdefault(row["seed"], []).append(statistics.fmean(row["harmonic_means"]))
+    return {s: statistics.fmean(f) for s, f in sorted(found.items()) if len(f) == len(groups)}
 
 
 def less_seed_by_seed(first: Mapping[int, float], second: Mapping[int, float]) -> list[float]:
@@ -195,9 +199,13 @@ def digits_hdrq_less_qdrop(
     return [a[0] - b[0] for a, b in both], [a[1] - b[1] for a, b in both]
 
 
-def streets_hdrq_less_qdrop(rows: Sequence[Mapping[str, Any]], way: str, bits: str) -> list[float]:
-    """HDRQ's merge of all streets less QDrop's, over the seeds that both have."""
-    return less_seed_by_seed(*(streets_by_seed(rows, way, m, bits) for m in ("hdrq", "qdrop")))
+def streets_hdrq_less_qdrop(
+    rows: Sequence[Mapping[str, Any]], way: str, bits: str, members: int = 3
+) -> list[float]:
+    """HDRQ's figure of the streets less QDrop's, over the seeds that both have."""
+    return less_seed_by_seed(
+        *(streets_by_seed(rows, way, m, bits, members=members) for m in ("hdrq", "qdrop"))
+    )
 
 
 def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str, Any]]) -> str:
@@ -205,39 +213,34 @@ def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str
     merged = "regression-compensated"
     scaled, fitted = f"{merged}-statistics", f"{merged}-fitted-floats"
 
-    def told(parents: str, way: str, bits: str = "w4a4", fold: str = "weights") -> str:
-        found = list(streets_by_seed(rows, way, parents, bits, fold).values())
+    def told(parents: str, way: str, fold: str = "weights") -> str:
+        found = list(streets_by_seed(rows, way, parents, fold=fold).values())
         return with_spread(found) if found else "not run"
 
-    def each(way: str, bits: str = "w4a4") -> str:
+    def each(way: str) -> str:
         """The figures of all methods that were merged in this way."""
         methods = ("hdrq", "qdrop", "rtn", "rtn-corrected")
         return ", ".join(
-            f"`{name}` {told(name, way, bits)}"
-            for name in methods
-            if streets_by_seed(rows, way, name, bits)
+            f"`{name}` {told(name, way)}" for name in methods if streets_by_seed(rows, way, name)
         )
 
-    def less_qdrop(way: str, bits: str = "w4a4") -> str:
+    def less_qdrop(way: str) -> str:
         """HDRQ's figure less QDrop's, seed by seed."""
-        return with_spread(streets_hdrq_less_qdrop(rows, way, bits), "+")
+        return with_spread(streets_hdrq_less_qdrop(rows, way, "w4a4"), "+")
 
     domains = ", ".join(max((row["members"] for row in rows), key=len))
     searched = "; ".join(_rates_of(method, tried) for method in ("qdrop", "hdrq") if tried)
-    wide = [
-        f"{bits.upper()} {each(merged, bits)} (HDRQ's less QDrop's {less_qdrop(merged, bits)})"
-        for bits in ("w8a8", "w4a8", "w3a3")
-        if streets_by_seed(rows, merged, "hdrq", bits)
-    ]
-    narrow = [
-        f"to {width.upper()} {each(f'{merged}-{width}', 'w8a8')}"
-        for width in ("w4", "w3")
-        if streets_by_seed(rows, f"{merged}-{width}", "hdrq", "w8a8")
+    fewer = [
+        bits.upper()
+        for bits in ("w8a8", "w4a8", "w4a4", "w3a3")
+        if len(streets_hdrq_less_qdrop(rows, merged, bits, 2))
+        < len(streets_hdrq_less_qdrop(rows, merged, bits))
     ]
     return (
         f"Mean intersection over union, harmonic mean over {domains}, with the standard deviation "
-        "over calibration seeds; methods that learn nothing have one, and pairs were merged at the "
-        "first seed alone. Float models merged by "
+        "over calibration seeds; methods that learn nothing have one"
+        + (f", and so have pairs at {', '.join(fewer)}" if fewer else "")
+        + ". Float models merged by "
         f"regression reach {told('float', 'regression-nearest')}. Merges by regression with "
         "compensated rounding at W4A4, BatchNorm in the weights, from bundles alone: "
         f"{each(merged)}; with searched activation scales {each(scaled)}. HDRQ's with BatchNorm in "
@@ -247,8 +250,8 @@ def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str
         f"{each(fitted)}. "
         f"HDRQ's less QDrop's, seed by seed: {less_qdrop(merged)}, with searched activation scales "
         f"{less_qdrop(scaled)}, fitted {less_qdrop(fitted)}."
-        + (f"\n\nAt other widths, from bundles alone: {'; '.join(wide)}." if wide else "")
-        + (f" Parents at W8A8, rounded by the merge {'; '.join(narrow)}." if narrow else "")
+        + "\n\nBy regression with compensated rounding, from bundles alone, at all widths:\n\n"
+        + _streets_by_bits(rows, merged)
         + (
             "\n\nRates were searched by the protocol of `hdrq reproduce --tune` on calibration "
             f"images, at W4A4. Rates and nats: {searched}."
@@ -256,6 +259,25 @@ def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str
             else ""
         )
     )
+
+
+def _streets_by_bits(rows: Sequence[Mapping[str, Any]], way: str) -> str:
+    """Bits down and methods across, of all domains and of the mean of their pairs."""
+    methods = ("hdrq", "qdrop", "rtn", "rtn-corrected")
+    widths = [(bits, "") for bits in ("w8a8", "w4a8", "w4a4", "w3a3")]
+    widths[1:1] = [("w8a8", "-w4"), ("w8a8", "-w3")]
+    lines = []
+    for members, name in ((3, "all three"), (2, "mean of pairs")):
+        for bits, narrowed in widths:
+            found = [
+                streets_by_seed(rows, way + narrowed, m, bits, members=members) for m in methods
+            ]
+            less = streets_hdrq_less_qdrop(rows, way + narrowed, bits, members)
+            shown = bits.upper() + narrowed.replace("-w", ", rounded to W")
+            figures = [with_spread(list(seeds.values())) for seeds in found]
+            lines.append([shown, name, *figures, with_spread(less, "+")])
+    heads = [f"`{method}`" for method in methods]
+    return table(["bits", "merged", *heads, "HDRQ less QDrop, seed by seed"], lines)
 
 
 def _rates_of(method: str, tried: Sequence[Mapping[str, Any]]) -> str:
