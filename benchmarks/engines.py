@@ -5,7 +5,7 @@
 Weights are random (no downloads). For each model: TensorRT-RTX builds (time, memory, size,
 layers in INT8); ONNX Runtime at batch 1 against FP32 and against
 ``onnxruntime.quantization.quantize_static`` with its defaults and with its best setting
-(unsigned activations, one weight step a channel), on one thread interleaved call by call, on
+(unsigned activations, one weight scale a channel), on one thread interleaved call by call, on
 two threads one session at a time. All ratios are of one run. Finished models are kept.
 """
 

@@ -99,7 +99,7 @@ def engines(record: Mapping[str, Any]) -> str:
         [
             "## What engines execute",
             "",
-            "Random weights, one weight step a channel (`benchmarks/engines.py`; all ratios of a "
+            "Random weights, one weight scale a channel (`benchmarks/engines.py`; all ratios of a "
             f"row's model from one run; {record['environment']['cpu']}, ONNX Runtime "
             f"{record['environment']['onnxruntime']}, TensorRT-RTX "
             f"{record['environment']['tensorrt-rtx']}).",
@@ -112,7 +112,7 @@ def engines(record: Mapping[str, Any]) -> str:
             ),
             "",
             "ONNX Runtime, batch 1. Ratios are for 1 / 2 threads; the best peer is "
-            "`quantize_static` with unsigned activations and a weight step a channel:",
+            "`quantize_static` with unsigned activations and a weight scale a channel:",
             "",
             table(
                 ["model", "graph", "p50 ms, 1 thread", "times as fast as FP32",
