@@ -23,6 +23,9 @@ _PROTOCOL_WAYS = {
 }
 
 
+_METHODS = ("rtn", "rtn-corrected", "qdrop", "hdrq")
+
+
 def protocol_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of our setting in a ``results.json``, float models among them.
 
@@ -115,35 +118,32 @@ def _protocol_read(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the rows say: merges less the best float merge, and methods beside each other."""
     best = best_float_merges(rows)
     fitted = protocol_means(rows, "float", "", "fitted")
+    kinds = [(way, "best float merge", best) for way in ("renewed", "renewed-w4", "renewed-w3")]
     told = (
         f"The best merge of float models without a fit reaches {best[0]:.1f} on the mean of pairs "
-        f"and {best[1]:.1f} on all domains. Merges by regression with BatchNorm re-estimated less "
-        f"these, in points: {_away(rows, ('renewed', 'renewed-w4', 'renewed-w3'), best)}. `hdrq` "
-        "beside the other methods on all domains, "
-        "merged in this way, with the 95% interval of the difference on the same images: "
-        f"{_beside(rows, 'renewed')}. The same, averaged and rounded to nearest: "
-        f"{_beside(rows, 'nearest')}."
+        f"and {best[1]:.1f} on all domains."
     )
-    if fitted is None:
-        return told
-    guided = ""
-    if any(row["way"] == "guided" for row in rows):
-        guided = (
-            "\n\nFitted to the float models instead, in two sweeps (`--fit-to`, `--fit-sweeps 2`), "
-            "merges of bundles less the best float merge that is not fitted, in points: "
-            f"{_away(rows, ('guided',), best)}; less the fitted float merge: "
-            f"{_away(rows, ('guided',), fitted)}. `hdrq` beside the other methods, fitted to the "
-            f"float models, on all domains: {_beside(rows, 'guided')}."
+    if fitted is not None:
+        told += (
+            " Fitted merges (`hdrq-merge --fit`) go further: every layer is solved for what each "
+            "domain's own model puts out on 256 unlabelled images of its domain, for float models "
+            "the float model and for bundles the bundle. The float merge rises to "
+            f"{fitted[0]:.1f} and {fitted[1]:.1f}. Bundles may be fitted to the float models "
+            "instead, in two sweeps (`--fit-to`, `--fit-sweeps 2`)."
         )
-    return (
-        f"{told}\n\nFitted merges (`hdrq-merge --fit`) go further: every layer is solved for what "
-        "each domain's own model puts out on 256 unlabelled images of its domain, for float models "
-        "the float model and for bundles the bundle. The float merge rises to "
-        f"{fitted[0]:.1f} and {fitted[1]:.1f}. Fitted merges of bundles less the best float merge "
-        f"that is not fitted, in points: {_away(rows, ('fitted',), best)}; less the fitted float "
-        f"merge: {_away(rows, ('fitted',), fitted)}. `hdrq` beside the other methods, fitted, on "
-        f"all domains: {_beside(rows, 'fitted')}."
-        f"{guided}"
+        for way in ("fitted", "guided"):
+            kinds += [(way, "best float merge", best), (way, "fitted float merge", fitted)]
+    return "\n".join(
+        [
+            told,
+            "",
+            "Merges less those of the float models, in points (mean of pairs, all domains); the "
+            "best float merge is the best that is not fitted:",
+            "",
+            _away_table(rows, kinds),
+            "",
+            *_beside_section(rows),
+        ]
     )
 
 
@@ -154,39 +154,56 @@ def best_float_merges(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     return max(m[0] for m in merged), max(m[1] for m in merged)
 
 
-def _away(rows: Sequence[Mapping[str, Any]], ways: Sequence[str], best: tuple[float, float]) -> str:
-    """Merges of every method and bit-width less two figures, those of pairs and of all domains."""
-    told = []
+def _way_in_full(way: str) -> str:
+    """A way to merge in words that need no row above them."""
+    narrowed = way.partition("-w")[2]
+    return f"{_PROTOCOL_WAYS['renewed']}, 8 bits to {narrowed}" if narrowed else _PROTOCOL_WAYS[way]
+
+
+def _away_table(
+    rows: Sequence[Mapping[str, Any]], kinds: Sequence[tuple[str, str, tuple[float, float]]]
+) -> str:
+    """Bits and ways down, methods across: figures of pairs and of all domains less two others.
+
+    ``kinds`` are ways, what is taken off in words, and its two figures.
+    """
+    lines = []
     for bits in dict.fromkeys(row["bits"] for row in rows if row["bits"]):
-        for way in ways:
-            cells = {
-                m: protocol_means(rows, m, bits, way)
-                for m in ("rtn", "rtn-corrected", "qdrop", "hdrq")
-            }
-            away = ", ".join(
-                f"`{m}` {cell[0] - best[0]:+.1f} and {cell[1] - best[1]:+.1f}"
-                for m, cell in cells.items()
-                if cell
-            )
-            if away:
-                to = way.partition("-w")[2]
-                told.append(f"{bits.upper()}{f' to W{to}' if to else ''}: {away}")
-    return "; ".join(told)
+        for way, less, best in kinds:
+            cells = [protocol_means(rows, method, bits, way) for method in _METHODS]
+            if any(cells):
+                away = (
+                    f"{cell[0] - best[0]:+.1f}, {cell[1] - best[1]:+.1f}" if cell else "-"
+                    for cell in cells
+                )
+                lines.append([bits.upper(), _way_in_full(way), less, *away])
+    return table(["bits", "merge", "less the", *_METHODS], lines)
 
 
-def _beside(rows: Sequence[Mapping[str, Any]], way: str) -> str:
+def _beside_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Merges of all domains from bundles of ``hdrq``, less those of the other methods."""
-    told, every = [], max(len(row["members"]) for row in rows)
-    for row in rows:
-        if row["method"] != "hdrq" or row["way"] != way or len(row["members"]) < every:
-            continue
+    every, lines = max(len(row["members"]) for row in rows), []
+    own = [r for r in rows if r["method"] == "hdrq" and len(r["members"]) == every]
+    for row in own:
         for other in row["against"]:
-            of = ", of one calibration each" if other["of_one_run_each"] else ""
-            told.append(
-                f"{row['bits'].upper()}, less `{other['method']}`: {other['difference']:+.1f} "
-                f"({other['low']:+.1f} to {other['high']:+.1f}, p {other['p']:.2g}{of})"
+            lines.append(
+                [
+                    row["bits"].upper(),
+                    _way_in_full(row["way"]),
+                    f"`{other['method']}`",
+                    f"{other['difference']:+.1f}",
+                    f"{other['low']:+.1f} to {other['high']:+.1f}",
+                    f"{other['p']:.2g}",
+                    "one each" if other["of_one_run_each"] else "several",
+                ]
             )
-    return "; ".join(told)
+    head = ["bits", "merge", "`hdrq` less", "points", "95% interval", "p", "calibrations"]
+    return [
+        "Merges of all domains from bundles of `hdrq` less those from bundles of the other "
+        "methods, on the same images:",
+        "",
+        table(head, lines),
+    ]
 
 
 _PROTOCOL_BITS = ("w8a8", "w8a4", "w6a6", "w4a8", "w4a4", "w3a3")
@@ -269,24 +286,26 @@ def _sweeps() -> list[str]:
     record = load("fit_sweeps")
     if record is None:
         return []
-    told = []
+    counts = sorted({row["sweeps"] for row in record["rows"] if row["targets"]})
+    kinds = [("", 0, "not fitted")]
+    for targets, name in (("parents", "bundles"), ("floats", "float models")):
+        kinds += [(targets, n, f"to the {name}, {n} sweep{'s' * (n > 1)}") for n in counts]
+    lines = []
     for method in dict.fromkeys(row["parents"] for row in record["rows"]):
         found = {
-            (row["targets"], row["sweeps"]): (row["score"], row["decisions"])
+            (row["targets"], row["sweeps"]): _near(row["score"], row["decisions"])
             for row in record["rows"]
             if row["parents"] == method
         }
-        ways = [f"`{method}` not fitted {_near(*found['', 0])}"]
-        for targets, name in (("parents", "the bundles' own outputs"), ("floats", "the floats'")):
-            figures = [_near(*values) for (to, _), values in sorted(found.items()) if to == targets]
-            ways.append(f"to {name} {', '.join(figures)}")
-        told.append(", ".join(ways))
+        lines.append([f"`{method}`", *(found.get(kind[:2], "-") for kind in kinds)])
     return [
         "",
         "To whose outputs merges are fitted, and how often all layers, was tried on every fourth "
         "calibration image, held out of the fit: cross entropy with each domain's float model in "
         "nats, and decisions that are that model's (`benchmarks/fit_sweeps.py`; W4A4, all domains, "
-        f"calibration seed 0; one, two and three sweeps): {'; '.join(told)}.",
+        "calibration seed 0):",
+        "",
+        table(["parents", *(name for *_, name in kinds)], lines),
     ]
 
 
@@ -385,7 +404,6 @@ def pacs_wide(record: Mapping[str, Any]) -> str:
     alone = protocol_means(rows, "float", "", "single")
     assert alone is not None
     ways = dict.fromkeys(row["way"] for row in record["rows"] if row["method"] in ("qdrop", "hdrq"))
-    away = _away([row for row in rows if row["way"] == "single"], ("single",), alone)
     return "\n".join(
         [
             "## PACS at 8 bits",
@@ -395,12 +413,19 @@ def pacs_wide(record: Mapping[str, Any]) -> str:
             "same command, so that its rows stand beside its own float rows only. One calibration "
             "seed; rates are those that were searched at W4A4.",
             "",
-            f"Single models less float ones, in points (pairs, all domains): {away}. Merges by "
-            "regression with BatchNorm re-estimated less the best float merge "
-            f"({best[0]:.1f} and {best[1]:.1f}): "
-            f"{_away(rows, ('renewed', 'renewed-w4', 'renewed-w3'), best)}. `hdrq` beside the "
-            f"other methods on all domains, re-estimated: {_beside(rows, 'renewed')}; averaged: "
-            f"{_beside(rows, 'nearest')}.",
+            f"The best merge of float models reaches {best[0]:.1f} on the mean of pairs and "
+            f"{best[1]:.1f} on all domains. Merges less it, and single models less the float ones, "
+            "in points (mean of pairs, all domains):",
+            "",
+            _away_table(
+                rows,
+                [
+                    ("single", "float models", alone),
+                    *((w, "best float merge", best) for w in ways if w.startswith("renewed")),
+                ],
+            ),
+            "",
+            *_beside_section(rows),
             "",
             _protocol_table(rows),
         ]
@@ -469,42 +494,34 @@ def _camvid_read(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
     plain = [row for row in floats if row["way"] not in ("fitted", "guided")]
     best = max(plain, key=lambda row: row["merged"]["harmonic mean"]["mean"])
     kinds = {
-        "nearest": ("single", "Single models less float ones"),
-        "regression": ("merged", "Merges by regression less the best float merge"),
-        "renewed": ("merged", "The same with BatchNorm re-estimated on 16 images a domain"),
-        "fitted": ("merged", "Merges by regression, fitted on 32 images a domain (20 of dusk)"),
-        "guided": ("merged", "Fitted to the float models on the same images"),
+        "nearest": ("single", "single models, less the float ones"),
+        "regression": ("merged", _PROTOCOL_WAYS["regression"]),
+        "renewed": ("merged", f"{_PROTOCOL_WAYS['renewed']} on 16 images a domain"),
+        "fitted": ("merged", f"{_PROTOCOL_WAYS['fitted']} on 32 images a domain (20 of dusk)"),
+        "guided": ("merged", f"{_PROTOCOL_WAYS['guided']} on the same images"),
     }
-    told = [
-        "The best merge of float models reaches "
-        f"{' and '.join(format(best['merged'][name]['mean'], '.1f') for name in names)} "
-        f"({' and '.join(names)})."
-    ]
-    for way, (kind, what) in kinds.items():
-        away = [
-            f"`{row['method']}` {row['bits'].upper()}".strip()
-            + " "
-            + " and ".join(
-                f"{row[kind][name]['mean'] - best[kind][name]['mean']:+.1f}" for name in names
+    best_of = " and ".join(f"{best['merged'][name]['mean']:.1f}" for name in names)
+    lines = []
+    for bits in (bits for bits in ("", *_PROTOCOL_BITS) if any(r["bits"] == bits for r in rows)):
+        for way, (kind, what) in kinds.items():
+            own = {r["method"]: r[kind] for r in rows if (r["bits"], r["way"]) == (bits, way)}
+            if not own or (not bits and way != "fitted"):
+                continue
+            cells = (
+                ", ".join(f"{own[m][n]['mean'] - best[kind][n]['mean']:+.1f}" for n in names)
+                if m in own
+                else "-"
+                for m in ("float", *_METHODS)
             )
-            for row in rows
-            if row["way"] == way and (row["method"] != "float" or way == "fitted")
-        ]
-        if away:
-            told.append(f"{what}, in points: {', '.join(away)}.")
-    beside = {
-        "averaged and rounded to nearest": "nearest",
-        "by regression": "regression",
-        "re-estimated": "renewed",
-        "fitted": "fitted",
-        "fitted to the float models": "guided",
-    }
-    tests = [f"{what}: {found}" for what, way in beside.items() if (found := _beside(rows, way))]
+            shown = what if bits else what.replace(", compensated", "")
+            lines.append([bits.upper() or "FP32", shown, *cells])
     return [
-        " ".join(told),
+        f"The best merge of float models reaches {best_of} ({' and '.join(names)}). Merges less "
+        f"it, in points ({', '.join(names)}):",
         "",
-        "`hdrq` beside the other methods, harmonic means of merges with the 95% interval of the "
-        f"difference on the same images: {'. '.join(tests)}.",
+        table(["bits", "merge", "float", *_METHODS], lines),
+        "",
+        *_beside_section(rows),
         "",
     ]
 
