@@ -2,9 +2,10 @@
 
     python benchmarks/merge_rivals.py --out build/merge_statistics --results benchmarks/results
 
-The digits' checkpoints are merged in float, by the mean and by regression, and the merge is
-quantized with the images of all its domains: by ``gptq``, by ``qdrop``, and by ``gptq`` with the
-experts' outputs as targets (:mod:`hdrq_deploy.calibration.expert_targets`). Merges of bundles are
+The digits' checkpoints are merged in float, by the mean and, with BatchNorm folded into the
+weights, by regression. The merge is quantized with the images of all its domains: by ``gptq``, by
+``qdrop``, and by ``gptq`` with the experts' outputs as targets
+(:mod:`hdrq_deploy.calibration.expert_targets`). Merges of bundles are
 measured in the same way, on the same images and with the same iterations, by
 ``merge_statistics.py``; their parents are quantized once and for all, whereas here every group of
 domains is quantized anew, with all its images at hand. Rows that are there are not made again, so a
@@ -24,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from merge_statistics import (
     ITERS,
     RATES,
@@ -55,6 +57,7 @@ TARGETS, ANCHOR = "network", 1e-2
 TARGETS_TRIED, ANCHORS_TRIED = ("network", "layer"), (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 TUNING_IMAGES = 128
 FLOATS = Parents(TASK, "float", 8, 8, "weights", 0)
+FOLDED = Parents(TASK, "float-folded", 8, 8, "weights", 0)
 
 
 @dataclass(frozen=True)
@@ -100,19 +103,52 @@ def domains_of(rival: Rival, out: Path) -> list[Domain]:
 def merged(rival: Rival, out: Path) -> Path:
     """The checkpoint that the members' checkpoints were merged into, made where it is missing.
 
-    Regression needs statistics of the layers' inputs: those that float bundles of the members keep.
+    Regression needs statistics of the layers' inputs: those that folded float bundles of the
+    members keep.
     """
-    target = out / "merged" / f"{'+'.join(rival.members)}-{rival.merge}.safetensors"
+    start = "regression-folded" if rival.merge == "regression" else rival.merge
+    target = out / "merged" / f"{'+'.join(rival.members)}-{start}.safetensors"
     if target.exists():
         return target
     target.parent.mkdir(exist_ok=True)
     if rival.merge == "mean":
         return merge_checkpoints([d.weights for d in domains_of(rival, out)], target)
-    bundles = [Bundle.open(calibrated(FLOATS, name, out)) for name in rival.members]
+    bundles = [Bundle.open(calibrated(FOLDED, name, out)) for name in rival.members]
     with tempfile.TemporaryDirectory() as folder:
         bundle = merge(bundles, Path(folder) / "merged.hdrq", method=rival.merge, threads=1)
-        save_file(bundle.tensors(), target)
+        save_file(unfolded(bundle, out), target)
     return target
+
+
+def unfolded(bundle: Bundle, out: Path) -> dict[str, Any]:
+    """A folded bundle's weights as a checkpoint, whose BatchNorm changes nothing but adds biases.
+
+    Every BatchNorm of this network comes right after its convolution, which has no bias.
+    """
+    import torch
+    from torch import nn
+
+    from hdrq_deploy.calibration.loading import load_model
+
+    network, own = load_model(task_of(TASK, out).model).eval(), bundle.tensors()
+    before = ""
+    with torch.no_grad():
+        for name, module in network.named_modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None and module.running_var is not None
+                module.weight.fill_(1)
+                module.bias.copy_(torch.from_numpy(own[f"{before}.bias"]))
+                module.running_mean.fill_(0)
+                module.running_var.fill_(1 - module.eps)
+            elif isinstance(module, (nn.Conv2d, nn.Linear)):
+                before = name
+                module.weight.copy_(torch.from_numpy(own[f"{name}.weight"]))
+                if module.bias is not None:
+                    module.bias.copy_(torch.from_numpy(own[f"{name}.bias"]))
+        images = images_of(TASK, "night", "calibration")[0][:32]
+        found = network(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(found, logits_of(bundle, images), rtol=1e-3, atol=1e-3)
+    return {name: value.numpy() for name, value in network.state_dict().items()}
 
 
 @cache

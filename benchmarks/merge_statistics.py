@@ -59,6 +59,8 @@ BITS = ((4, 8), (3, 3), (8, 8), (4, 4))
 # BatchNorm in the scales; and parents of 8-bit weights on narrow activations.
 STEPS = {"digits": ((4, 8), (4, 4), (3, 3)), "streets": ((4, 4),)}
 NARROW = {"digits": ((8, 3), (8, 4)), "streets": ()}
+# Float models as they are, and with BatchNorm folded into the weights, as in the bundles.
+FLOATS = ("float", "float-folded")
 # Parents whose statistics are whole covariances.
 FULL = {"digits": ((4, 8),), "streets": ()}
 ROUNDING_SEEDS = 2
@@ -84,12 +86,12 @@ class Parents:
     @property
     def bits(self) -> str:
         """``w4a8``; nothing where the weights are float."""
-        return "" if self.method == "float" else _bits(self.wbits, self.abits)
+        return "" if self.method in FLOATS else _bits(self.wbits, self.abits)
 
     @property
     def name(self) -> str:
         """The start of the cells' names."""
-        bits = "" if self.method == "float" else f"-{self.bits}-{self.fold}"
+        bits = "" if self.method in FLOATS else f"-{self.bits}-{self.fold}"
         kept = "" if self.statistics == "auto" else f"-{self.statistics}"
         return f"{self.task}-{self.method}{bits}{kept}-s{self.seed}"
 
@@ -131,6 +133,9 @@ def ways(parents: Parents) -> Iterator[Way]:
     if parents.method == "float":
         yield from (Way(method, "nearest") for method in ("mean", "regression"))
         return
+    if parents.method == "float-folded":  # their mean is computed without bundles
+        yield Way("regression", "nearest")
+        return
     for rounding in ("nearest", "advanced", "compensated"):
         yield Way("mean", rounding)
     for rounding in ("nearest", "compensated"):
@@ -157,7 +162,10 @@ def ways(parents: Parents) -> Iterator[Way]:
 def grid(task: str, seed: int) -> Iterator[Parents]:
     """All parents of a task at one calibration seed, the most telling ones first."""
     if seed == 0:
-        yield Parents(task, "float", 8, 8, "weights", 0)
+        for method in FLOATS:
+            yield Parents(task, method, 8, 8, "weights", 0)
+        for _ in FULL[task]:
+            yield Parents(task, "float-folded", 8, 8, "weights", 0, "full")
     for wbits, abits in BITS:
         yield Parents(task, "hdrq", wbits, abits, "weights", seed)
     for wbits, abits in BITS:
