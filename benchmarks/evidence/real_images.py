@@ -12,6 +12,7 @@ from evidence.records import load, needed, table
 _PROTOCOL_WAYS = {
     "single": "a model per domain",
     "folded": "mean, BatchNorm folded",
+    "regression-folded": "regression, BatchNorm folded",
     "nearest": "mean, nearest",
     "regression": "regression, compensated",
     "renewed": "regression, compensated, re-estimated",
@@ -41,7 +42,7 @@ def protocol_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         found.append(
             {
                 **keys,
-                "way": "folded" if row["setting"] == "float" else row["way"],
+                "way": _way_of(row),
                 "figure": row["merged"]["harmonic mean"],
                 "against": row["against"],
             }
@@ -50,6 +51,13 @@ def protocol_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
             single = {"figure": row["single"]["harmonic mean"], "against": []}
             found.append({**keys, "way": "single", **single})
     return found
+
+
+def _way_of(row: Mapping[str, Any]) -> str:
+    """The way of a row, as ``_PROTOCOL_WAYS`` calls it; of no setting are folded float models."""
+    if row["setting"] != "float":
+        return str(row["way"])
+    return "folded" if row["way"] == "nearest" else f"{row['way']}-folded"
 
 
 def protocol_means(
@@ -451,7 +459,7 @@ def pacs_earlier(record: Mapping[str, Any]) -> str:
 def camvid(record: Mapping[str, Any]) -> str:
     """The section on street scenes by day and at dusk: one pair of domains, each by itself."""
     own = [row for row in record["rows"] if row["setting"] == "ours"]
-    folded = [{**row, "way": "folded"} for row in record["rows"] if row["setting"] == "float"]
+    folded = [{**row, "way": _way_of(row)} for row in record["rows"] if row["setting"] == "float"]
     names = own[0]["members"]
     lines = []
     for row in sorted([*folded, *own], key=lambda r: ("", *_PROTOCOL_BITS).index(r["bits"])):

@@ -90,16 +90,16 @@ def bundle_change(request: CalibrationRequest) -> str:
 def finished_change(request: CalibrationRequest) -> str:
     """The first difference between a request and what a finished bundle was made from, in words.
 
-    Code, versions, the device, files of the same names that are gone and options that the bundle's
-    record does not have are not compared: what is finished stays what it is. "" where there is no
-    record.
+    Code, versions, the device, files of the same names that are gone, options that the bundle's
+    record does not have, and statistics, which change no figure, are not compared: what is finished
+    stays what it is. "" where there is no record.
     """
     before = read_json(inputs_of(Path(request.output)))
     if not isinstance(before, dict):
         return ""
     now = json.loads(json.dumps(_ingredients(request)))
     gone = {name for name in (*_READ, "data") if _is_gone(now[name], before.get(name))}
-    for name in {"versions", "code", "device", *gone}:
+    for name in {"versions", "code", "device", "statistics", *gone}:
         before.pop(name, None)
     return change_in(before, _alike(now, before))
 

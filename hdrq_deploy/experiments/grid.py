@@ -232,7 +232,7 @@ class Grid:
     def ways(self, run: Run, members: Sequence[str]) -> Sequence[str]:
         """Those of :meth:`every_way` that ``only_ways`` leaves.
 
-        Float models with folded BatchNorm are averaged whatever it says: all rows are compared with
+        Float models with folded BatchNorm are merged whatever it says: all rows are compared with
         them.
         """
         every = self.every_way(run, members)
@@ -243,7 +243,8 @@ class Grid:
     def every_way(self, run: Run, members: Sequence[str]) -> Sequence[str]:
         """Names of the ways in which bundles of a run are merged in its setting, of ``WAYS``.
 
-        Float models with folded BatchNorm are averaged, where any setting merges these members.
+        Float models with folded BatchNorm are averaged, where any setting merges these members, and
+        merged by regression where one does so.
         """
         if run.setting != "float":
             is_wide = run.method != "float" and run.wbits == 8
@@ -254,7 +255,8 @@ class Grid:
                 # Float models are fitted to themselves.
                 and not (run.method == "float" and WAYS[way].fits_floats)
             ]
-        return ["nearest"] * any(self._ways_in(setting, members) for setting in self.settings)
+        merged = [way for setting in self.settings for way in self._ways_in(setting, members)]
+        return ["nearest"] * bool(merged) + ["regression"] * ("regression" in merged)
 
     def _groups(self) -> Iterator[tuple[str, ...]]:
         """All pairs of domains, and all domains."""

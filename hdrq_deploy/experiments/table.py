@@ -214,9 +214,11 @@ def cells(grid: Grid, record: dict[str, Any]) -> list[str]:
 
 def _way(record: Mapping[str, Any]) -> str:
     """How models were merged; float ones are not rounded."""
-    if (record["method"], record["way"]) != ("float", "nearest"):
-        return str(record["way"])
-    return "mean of folded weights" if record["setting"] == "float" else "mean"
+    way = str(record["way"])
+    if record["method"] == "float":
+        way = "mean" if way == "nearest" else way
+        return f"{way} of folded weights" if record["setting"] == "float" else way
+    return way
 
 
 def _figure(summary: dict[str, Any]) -> str:

@@ -124,10 +124,10 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
 ) -> None:
     made = local(grid, tmp_path, expected)
     bundles = {name.split("/")[1] for name in made if ".hdrq/" in name}
-    # Float, of no setting: three, the pairs and all; of ours: three, and all merged in five
-    # ways. Twice two seeds: three, and of each pair nearest and two draws, of all nearest; or of
-    # all six ways.
-    assert len(bundles) == 3 + 3 + 1 + 3 + 5 + 2 * (3 + 3 * 3 + 1) + 2 * (3 + 6)
+    # Float, of no setting: three, the pairs, and all in two ways; of ours: three, and all merged
+    # in five ways. Twice two seeds: three, and of each pair nearest and two draws, of all nearest;
+    # or of all six ways.
+    assert len(bundles) == 3 + 3 + 2 + 3 + 5 + 2 * (3 + 3 * 3 + 1) + 2 * (3 + 6)
     merged = Bundle.open(bundle_path(tmp_path, "ours-hdrq-w4a4-s1-night+day+snow-auto-r0"))
     made_by = merged.manifest.options["merge"]
     assert made_by["auto"]["criterion"] == "agreement"
@@ -144,6 +144,7 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     assert [(r["setting"], r["method"], len(r["members"]), r["way"]) for r in records] == [
         *[("float", "float", 2, "nearest") for _ in range(3)],
         ("float", "float", 3, "nearest"),
+        ("float", "float", 3, "regression"),
         *[("ours", "float", 3, way) for way in FLOAT_WAYS],
         *[("paper", "hdrq", 2, way) for _ in range(3) for way in ("nearest", "advanced")],
         ("paper", "hdrq", 3, "nearest"),
@@ -158,7 +159,7 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     folded = Bundle.open(bundle_path(tmp_path, "float-night")).manifest
     assert (folded.method, floats[0].manifest.method) == ("float-folded", "float")
     check_settings(tmp_path)
-    advanced, triple = records[10], records[15]
+    advanced, triple = records[11], records[16]
     assert advanced["members"] == ("night", "day")
     assert advanced["images"] == {"night": 48, "day": 48}
     assert (triple["options"]["distance_form"], triple["options"]["distance"]) == ("norm", 0.05)
@@ -176,8 +177,9 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     assert [cells(grid, r)[-1] for r in records].count("63.00") == 1
     text = markdown(grid, records)
     assert f" |\n\n{grid.task.model}\n±: half of the 95% interval" in text
-    assert text.count("\n") == 5 + 22
+    assert text.count("\n") == 5 + 23
     assert text.count("| mean of folded weights |") == 4
+    assert text.count("| regression of folded weights |") == 1
     # What a cell decided of every image is in its row.
     row = json.loads(row_path(tmp_path, names[0]).read_text())
     kept = unpacked(row["decisions"])
@@ -444,15 +446,15 @@ def test_a_grid_of_some_ways(task: Task, tmp_path: Path) -> None:
     some = replace(every, only_ways=("renewed", "nearest"))
     assert list(some.runs()) == list(every.runs())
     for run in every.runs():
-        expected = [m for m in every.merges(run) if m.way in {"renewed", "nearest"}]
+        # Folded float models, which all rows are compared with, are always merged.
+        kept = {"renewed", "nearest", *(["regression"] if run.setting == "float" else [])}
+        expected = [m for m in every.merges(run) if m.way in kept]
         assert list(some.merges(run)) == expected
         # Bundles keep what another run's ways need.
         assert some.needs_statistics(run) == every.needs_statistics(run)
     one = replace(every, only_ways=("renewed",))
-    # The average of float models, which all rows are compared with, is always there.
-    assert {m.way for run in one.runs() for m in one.merges(run)} == {"renewed", "nearest"}
-    assert {m.run.name for run in one.runs() for m in one.merges(run) if m.way == "nearest"} == {
-        "float"
+    assert {m.way for run in one.runs() if run.setting != "float" for m in one.merges(run)} == {
+        "renewed"
     }
     # Float models are not fitted to themselves: a run without merges has no picture.
     guided = replace(every, settings=("ours",), only_ways=("guided",))
