@@ -189,7 +189,7 @@ def our_calibrate(
     """This project's procedure; seconds of every iteration, as it reports them."""
     seconds: list[float] = []
     last = time.perf_counter()
-    learn = ours._learn
+    learn: Any = ours._learn
 
     def timed(run: Any, *rest: Any) -> None:
         nonlocal last
