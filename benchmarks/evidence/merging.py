@@ -152,7 +152,10 @@ def merge_statistics(record: Mapping[str, Any]) -> str:
         "",
         _merges_read(rows),
         "",
-        not_run(record["missing"]),
+        not_run(record["missing"])
+        + " Three calibration seeds have the grid's four widths by `hdrq` and `qdrop`; BatchNorm "
+        "in the scales, 3 and 4-bit activations beside 8-bit weights, and what learns nothing have "
+        "one.",
     ]
     for task, title in (("digits", "Digits, ResNet-14"), ("streets", "Drawn streets, StreetNet")):
         own = [row for row in rows if row["task"] == task]
@@ -178,7 +181,7 @@ def streets_by_seed(
     """
     own = [row for row in rows if row["task"] == "streets" and len(row["members"]) == members]
     groups = {tuple(row["members"]) for row in own}
-    wanted = (method, "" if method == "float" else bits, fold, way)
+    wanted = (method, "" if method.startswith("float") else bits, fold, way)
     found: dict[int, list[float]] = {}
     for row in own:
         if (row["parents"], row["bits"], row["fold"], row["way"]) == wanted:
@@ -240,8 +243,10 @@ def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str
         f"Mean intersection over union, harmonic mean over {domains}, with the standard deviation "
         "over calibration seeds; methods that learn nothing have one"
         + (f", and so have pairs at {', '.join(fewer)}" if fewer else "")
-        + ". Float models merged by "
-        f"regression reach {told('float', 'regression-nearest')}. Merges by regression with "
+        + ". Float models merged by regression reach "
+        f"{told('float-folded', 'regression-nearest')} with BatchNorm in the weights, as in the "
+        f"bundles, and {told('float', 'regression-nearest')} with BatchNorm apart. Merges by "
+        "regression with "
         "compensated rounding at W4A4, BatchNorm in the weights, from bundles alone: "
         f"{each(merged)}; with searched activation scales {each(scaled)}. HDRQ's with BatchNorm in "
         f"the scales: {told('hdrq', merged, fold='steps')}, re-estimated on 16 images a domain "
@@ -333,11 +338,16 @@ def _merges_read(rows: Sequence[Mapping[str, Any]]) -> str:
         return " and ".join(with_spread(column, "+") for column in map(list, columns))
 
     average = seeds("mean-folded", "float", "")
+    exact = seeds("regression-nearest", "float-folded", "")
     full = seeds(best, "hdrq (full statistics)", "w4a8")
     whole = f", {gains(full, average)} with whole covariances (`--statistics full`)" if full else ""
     told = [
         f"{bits.upper()} {gains(seeds(best, 'hdrq', bits), average)}"
         + (whole if bits == "w4a8" else "")
+        for bits in ("w8a8", "w4a8", "w4a4", "w3a3")
+    ]
+    behind = [
+        f"{bits.upper()} {gains(seeds(best, 'hdrq', bits), exact)}"
         for bits in ("w8a8", "w4a8", "w4a4", "w3a3")
     ]
     mean = [
@@ -351,7 +361,9 @@ def _merges_read(rows: Sequence[Mapping[str, Any]]) -> str:
     return (
         "Differences in points on the digits, mean of pairs and triple, with the standard "
         "deviation over calibration seeds. HDRQ's bundles merged by regression with compensated "
-        f"rounding, less the folded float average: {'; '.join(told)}. Less the published merge "
+        f"rounding, less the folded float average: {'; '.join(told)}. Less float models merged by "
+        f"the same regression, with the same rank and BatchNorm folded: {'; '.join(behind)}. Less "
+        "the published merge "
         f"(mean, `advanced`): {'; '.join(mean)}. Less QDrop's bundles merged in the same way: "
         f"{'; '.join(ours)}."
     )
@@ -368,6 +380,8 @@ def _merges_table(rows: Sequence[Mapping[str, Any]]) -> str:
         way = row["way"]
         if way == "mean-folded":
             way, parents = "mean of folded weights", "float"
+        elif parents.startswith("float-folded"):
+            way, parents = "regression of folded weights", parents.replace("-folded", "")
         for narrow in ("3", "4"):
             if way.endswith(f"-w{narrow}"):
                 way, bits = way.removesuffix(f"-w{narrow}"), f"{bits}, W8 to W{narrow}"
