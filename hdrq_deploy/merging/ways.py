@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from ..errors import MergeError
@@ -11,6 +12,8 @@ from .methods import method_of
 from .rounding import ROUNDINGS
 
 __all__ = ["check_grid", "check_way", "way_of"]
+
+_log = logging.getLogger("hdrq_deploy")
 
 
 def way_of(
@@ -35,6 +38,8 @@ def way_of(
     draws = rounding is not None and ROUNDINGS[rounding].tosses
     if method is None:
         method = "regression" if not draws and _have_statistics(parents) else "mean"
+        if method == "mean" and not draws:
+            _tell_missing(parents)
     seen = method_of(method).needs_statistics or (requantizes and _have_statistics(parents))
     if rounding is None and floating:
         rounding = "nearest"
@@ -46,6 +51,17 @@ def way_of(
     check_way(method, rounding, requantizes)
     check_grid("e4m3" if floating else None, rounding, requantizes)
     return method, rounding
+
+
+def _tell_missing(parents: Sequence[Bundle]) -> None:
+    """Say why bundles with statistics are averaged all the same."""
+    without = [parent.path for parent in parents if parent.statistics() is None]
+    if not without:
+        _log.warning("averaged: the statistics of these bundles are of no common layers")
+    elif len(without) < len(parents):
+        _log.warning(
+            "averaged: regression needs the statistics of all bundles, and %s has none", without[0]
+        )
 
 
 def _have_statistics(parents: Sequence[Bundle]) -> bool:

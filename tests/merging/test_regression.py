@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,26 @@ def test_what_a_merge_with_statistics_refuses(
         assert command.main([*paths, *flags, "-o", str(tmp_path / "no.hdrq")]) == 2
         assert text in capsys.readouterr().err
     assert not (tmp_path / "no.hdrq").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--wbits", "4"]])
+def test_bundles_of_which_one_has_no_statistics_are_averaged_with_a_note(
+    make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    seen, plain = make(domain="night", statistics="full"), make(domain="day", statistics="off")
+    target = tmp_path / "m.hdrq"
+
+    def said(*bundles: Bundle, flags: Sequence[str] = ()) -> str:
+        line = [*(str(b.path) for b in bundles), *more, *flags, "-o", str(target)]
+        assert command.main(line) == 0
+        return capsys.readouterr().err
+
+    note = f"averaged: regression needs the statistics of all bundles, and {plain.path} has none"
+    assert note in said(seen, plain)
+    assert "method" not in Bundle.open(target).manifest.options["merge"]
+    # Nobody is told who asked for the mean, or has no statistics anywhere.
+    assert "averaged" not in said(seen, plain, flags=["--method", "mean"])
+    assert "averaged" not in said(plain, make(domain="night", statistics="off"))
 
 
 def test_bundles_without_statistics_are_averaged_as_before(make: Any, tmp_path: Path) -> None:
