@@ -60,6 +60,10 @@ def mixing(record: Mapping[str, Any]) -> str:
                 speed,
             ),
             "",
+            "Compensated rounding starts from the merged weights, so that nothing of it can be "
+            "prepared: it is made anew at every swap, which costs as much as a merge by "
+            "`hdrq-merge`.",
+            "",
             f"What `adapt` picks from {record['adapt'][0]['frames']} unlabelled frames of the "
             "digits benchmark, one stream after the other, against the best mix of the grid of 66, "
             "which knows the labels (test accuracy, harmonic mean over the stream's domains):",

@@ -53,7 +53,7 @@ def write_statistics(
         data: Image folder, street scenes, .npz, or images already read.
         output: File to write.
         rank: Eigenvectors kept of every covariance: a number, ``full``, or ``auto`` for as many
-            as take no more room than the weights would at 8 bits.
+            as take no more room than the weights would at 8 bits, but 8 or more.
         images: Images at most.
         wanted: Size and normalisation of images.
         skip_corrupt: Leave out images that cannot be decoded.

@@ -66,7 +66,7 @@ class Watch:
     Args:
         capture: The prepared model.
         rank: Eigenvectors kept of every covariance: a number, ``full``, or ``auto`` for as many
-            as make the file no larger than the layers' codes at 8 bits.
+            as make the file no larger than the layers' codes at 8 bits, but 8 or more.
         images: Calibration images in all.
         seed: Seed of the rows that are drawn.
         activations: Number of activations that are quantized.

@@ -181,7 +181,7 @@ def _more_code_flags(group: argparse._ArgumentGroup) -> None:
         type=rank_or_word,
         metavar="RANK|full|off",
         help="eigenvectors kept of the covariance of every layer's inputs, for merges by "
-        "regression (default: as many as take no more room than the codes at 8 bits)",
+        "regression (default: as many as take no more room than the codes at 8 bits, 8 at least)",
     )
     group.add_argument(
         "--cache-gb",

@@ -44,7 +44,7 @@ def arguments() -> argparse.ArgumentParser:
         type=rank_or_full,
         metavar="RANK|full",
         help="eigenvectors kept of every covariance (default: as many as take no more room than "
-        "the weights would at 8 bits)",
+        "the weights would at 8 bits, 8 at least)",
     )
     run_flags.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="where torch computes"
