@@ -54,13 +54,14 @@ def merge_rivals(record: Mapping[str, Any]) -> str:
             f"{len(record['experts_tried']) - 2} by how little W4A4 differs from the float models "
             "on calibration images. Merges of bundles of the same seeds stand beside them; they "
             "see no image and no float model. Harmonic means in % on test images, mean and "
-            "standard deviation over calibration seeds of what draws.",
+            "standard deviation over calibration seeds of what draws. Rows that start from a "
+            "regression were made beside other work, which lengthens their seconds.",
             "",
             table(["bits", "way", *heads, "CPU seconds a merge"], lines),
             "",
             _rivals_read(rows, bundles["rows"]),
             "",
-            not_run([name.removeprefix("digits-") for name in record["missing"]]),
+            _rivals_missing(record["missing"]),
         ]
     )
 
@@ -174,6 +175,16 @@ def _rivals_read(rows: Sequence[Mapping[str, Any]], merged: Sequence[Mapping[str
         "bit-width. Merged by regression in float and then quantized, less HDRQ's bundles, in "
         f"points (mean of pairs and all domains): {'; '.join(told)}."
     )
+
+
+def _rivals_missing(names: Sequence[str]) -> str:
+    """Ways whose rows of some seeds are missing; names are those of ``Rival.name``."""
+    seeds: dict[str, set[str]] = {}
+    for name in names:
+        _, _, start, method, *_, seed = name.split("-")
+        seeds.setdefault(f"{start} in float, then {_RIVALS[method]}", set()).add(seed[1:])
+    told = [f"{way} (seeds {', '.join(sorted(own))})" for way, own in seeds.items()]
+    return f"Not run yet: {'; '.join(told)}." if told else not_run([])
 
 
 def _by_group(rows: Sequence[Mapping[str, Any]], groups: Sequence[tuple[str, ...]]) -> list[str]:
