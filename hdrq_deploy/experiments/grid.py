@@ -217,8 +217,11 @@ class Grid:
     def needs_statistics(self, run: Run) -> bool:
         """Whether a merge of this run reads statistics of its bundles, in any way of its setting.
 
-        Bundles are the same whatever ``only_ways`` leaves out: another run may merge the rest.
+        Bundles are the same whatever ``only_ways`` leaves out, and folded float models whatever the
+        settings are: another run may merge the rest.
         """
+        if run.setting == "float":
+            return True
         groups = self._groups()
         return any(WAYS[way].needs_statistics for g in groups for way in self.every_way(run, g))
 
