@@ -90,7 +90,7 @@ def grid(out: Path, seeds: Sequence[int]) -> Iterator[Rival]:
                 continue  # nothing is drawn
             for start in FLOAT_MERGES:
                 for wbits, abits in BITS:
-                    for members in groups_of(task_of(TASK, out), 0):
+                    for members in groups_of(task_of(TASK, out)):
                         yield Rival(members, start, method, wbits, abits, seed)
 
 

@@ -279,10 +279,10 @@ def scored(logits: Array, labels: Array) -> float:
     return float(np.mean(hits[counted > 0] / counted[counted > 0]))
 
 
-def groups_of(task: Task, seed: int) -> list[tuple[str, ...]]:
-    """All pairs of domains, and all domains; of the streets, whose images are large, pairs once."""
+def groups_of(task: Task) -> list[tuple[str, ...]]:
+    """All pairs of domains, and all domains."""
     names = tuple(domain.name for domain in task.domains)
-    return [names] if task.name == "streetscape" and seed else [*combinations(names, 2), names]
+    return [*combinations(names, 2), names]
 
 
 def evaluate(parents: Parents, out: Path) -> list[dict[str, Any]]:
@@ -292,7 +292,7 @@ def evaluate(parents: Parents, out: Path) -> list[dict[str, Any]]:
     bundles = {name: Bundle.open(calibrated(parents, name, out)) for name in names}
     single = {name: accuracy(bundles[name], parents.task, name) for name in names}
     rows = []
-    for group in groups_of(task, parents.seed):
+    for group in groups_of(task):
         own = {name: single[name] for name in group}
         rows.append(record(parents, group, "single", [own]))
         for way in ways(parents):
@@ -377,7 +377,7 @@ def folded_float(task: str, out: Path) -> list[dict[str, Any]]:
         network = load_model(task_of(task, out).model)
         put_state(network, load_state(network, place.weights, "weights"))
         models[name] = folded(network, torch.from_numpy(images_of(task, name, "test")[0][:2]))
-    for group, model in averages(models, groups_of(task_of(task, out), 0)):
+    for group, model in averages(models, groups_of(task_of(task, out))):
         measured = {}
         for name in group:
             images, labels = images_of(task, name, "test")
