@@ -164,7 +164,7 @@ def grid(task: str, seed: int) -> Iterator[Parents]:
     if seed == 0:
         for method in FLOATS:
             yield Parents(task, method, 8, 8, "weights", 0)
-        for _ in FULL[task]:
+        if FULL[task]:
             yield Parents(task, "float-folded", 8, 8, "weights", 0, "full")
     for wbits, abits in BITS:
         yield Parents(task, "hdrq", wbits, abits, "weights", seed)

@@ -17,7 +17,7 @@ from evidence.merging import (
     streets_hdrq_less_qdrop,
 )
 from evidence.real_images import best_float_merges, protocol_means, protocol_rows
-from evidence.records import needed, table, with_spread
+from evidence.records import WIDTHS, needed, table, with_spread
 
 _SOLVED = "regression-compensated"
 _SCALED = f"{_SOLVED}-statistics"
@@ -366,8 +366,8 @@ def _broken(rows: Sequence[Mapping[str, Any]], photos: Sequence[Mapping[str, Any
 
 def _better(rows: Sequence[Mapping[str, Any]], photos: Sequence[Mapping[str, Any]]) -> list[str]:
     """Merges of HDRQ's bundles beside those of QDrop's."""
-    told = [f"{b.upper()} {_less(rows, 'mean-advanced', b)}" for b in _BITS]
-    streets = {b: streets_hdrq_less_qdrop(rows, "mean-advanced", b) for b in _BITS}
+    told = [f"{b.upper()} {_less(rows, 'mean-advanced', b)}" for b in WIDTHS]
+    streets = {b: streets_hdrq_less_qdrop(rows, "mean-advanced", b) for b in WIDTHS}
     drawn = "; ".join(f"{b.upper()} {with_spread(d, '+')}" for b, d in streets.items() if d)
     intervals = {
         way: [
@@ -401,9 +401,6 @@ def _better(rows: Sequence[Mapping[str, Any]], photos: Sequence[Mapping[str, Any
     ]
 
 
-_BITS = ("w8a8", "w4a8", "w4a4", "w3a3")
-
-
 def _less(rows: Sequence[Mapping[str, Any]], way: str, bits: str) -> str:
     """HDRQ's figures on the digits less QDrop's, seed by seed."""
     return " and ".join(with_spread(d, "+") for d in digits_hdrq_less_qdrop(rows, way, bits))
@@ -412,10 +409,10 @@ def _less(rows: Sequence[Mapping[str, Any]], way: str, bits: str) -> str:
 def _level(rows: Sequence[Mapping[str, Any]], photos: Sequence[Mapping[str, Any]]) -> list[str]:
     """Single models of both methods."""
     digits = ", ".join(
-        f"{b.upper()} {_less(rows, 'single', b).partition(' and ')[2]}" for b in _BITS
+        f"{b.upper()} {_less(rows, 'single', b).partition(' and ')[2]}" for b in WIDTHS
     )
     real, away = [], list[float]()
-    for bits in _BITS:
+    for bits in WIDTHS:
         ours, theirs = (digits_by_seed(rows, "single", m, bits) for m in ("hdrq", "qdrop"))
         away.append(
             statistics.fmean(triple for _, triple in ours)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from evidence.records import GROUPS, NAMES, needed, not_run, table, with_spread
+from evidence.records import GROUPS, NAMES, WIDTHS, needed, not_run, table, with_spread
 
 _SETTINGS_OF_DISTANCE = {
     "qdrop": "`qdrop`",
@@ -233,17 +233,10 @@ def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str
 
     domains = ", ".join(max((row["members"] for row in rows), key=len))
     searched = "; ".join(_rates_of(method, tried) for method in ("qdrop", "hdrq") if tried)
-    fewer = [
-        bits.upper()
-        for bits in ("w8a8", "w4a8", "w4a4", "w3a3")
-        if len(streets_hdrq_less_qdrop(rows, merged, bits, 2))
-        < len(streets_hdrq_less_qdrop(rows, merged, bits))
-    ]
     return (
         f"Mean intersection over union, harmonic mean over {domains}, with the standard deviation "
-        "over calibration seeds; methods that learn nothing have one"
-        + (f", and so have pairs at {', '.join(fewer)}" if fewer else "")
-        + ". Float models merged by regression reach "
+        "over calibration seeds; methods that learn nothing have one. Float models merged by "
+        "regression reach "
         f"{told('float-folded', 'regression-nearest')} with BatchNorm in the weights, as in the "
         f"bundles, and {told('float', 'regression-nearest')} with BatchNorm apart. Merges by "
         "regression with "
@@ -269,7 +262,7 @@ def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str
 def _streets_by_bits(rows: Sequence[Mapping[str, Any]], way: str) -> str:
     """Bits down and methods across, of all domains and of the mean of their pairs."""
     methods = ("hdrq", "qdrop", "rtn", "rtn-corrected")
-    widths = [(bits, "") for bits in ("w8a8", "w4a8", "w4a4", "w3a3")]
+    widths = [(bits, "") for bits in WIDTHS]
     widths[1:1] = [("w8a8", "-w4"), ("w8a8", "-w3")]
     lines = []
     for members, name in ((3, "all three"), (2, "mean of pairs")):
@@ -341,31 +334,23 @@ def _merges_read(rows: Sequence[Mapping[str, Any]]) -> str:
     exact = seeds("regression-nearest", "float-folded", "")
     full = seeds(best, "hdrq (full statistics)", "w4a8")
     whole = f", {gains(full, average)} with whole covariances (`--statistics full`)" if full else ""
-    told = [
-        f"{bits.upper()} {gains(seeds(best, 'hdrq', bits), average)}"
-        + (whole if bits == "w4a8" else "")
-        for bits in ("w8a8", "w4a8", "w4a4", "w3a3")
-    ]
-    behind = [
-        f"{bits.upper()} {gains(seeds(best, 'hdrq', bits), exact)}"
-        for bits in ("w8a8", "w4a8", "w4a4", "w3a3")
-    ]
-    mean = [
-        f"{bits.upper()} {gains(seeds(best, 'hdrq', bits), seeds('mean-advanced', 'hdrq', bits))}"
-        for bits in ("w8a8", "w4a8", "w4a4", "w3a3")
-    ]
-    ours = [
-        f"{bits.upper()} {gains(seeds(best, 'hdrq', bits), seeds(best, 'qdrop', bits))}"
-        for bits in ("w8a8", "w4a8", "w4a4", "w3a3")
-    ]
+
+    def less(other: Callable[[str], Sequence[Any]], w4a8: str = "") -> str:
+        """HDRQ's merges less others, at every width."""
+        return "; ".join(
+            f"{bits.upper()} {gains(seeds(best, 'hdrq', bits), other(bits))}"
+            + (w4a8 if bits == "w4a8" else "")
+            for bits in WIDTHS
+        )
+
     return (
         "Differences in points on the digits, mean of pairs and triple, with the standard "
         "deviation over calibration seeds. HDRQ's bundles merged by regression with compensated "
-        f"rounding, less the folded float average: {'; '.join(told)}. Less float models merged by "
-        f"the same regression, with the same rank and BatchNorm folded: {'; '.join(behind)}. Less "
-        "the published merge "
-        f"(mean, `advanced`): {'; '.join(mean)}. Less QDrop's bundles merged in the same way: "
-        f"{'; '.join(ours)}."
+        f"rounding, less the folded float average: {less(lambda _: average, whole)}. Less float "
+        "models merged by the same regression, with the same rank and BatchNorm folded: "
+        f"{less(lambda _: exact)}. Less the published merge (mean, `advanced`): "
+        f"{less(lambda bits: seeds('mean-advanced', 'hdrq', bits))}. Less QDrop's bundles merged "
+        f"in the same way: {less(lambda bits: seeds(best, 'qdrop', bits))}."
     )
 
 

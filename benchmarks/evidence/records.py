@@ -17,6 +17,8 @@ GROUPS = (
     ("photo", "night"),
     ("handwriting", "photo", "night"),
 )
+# Bits of the grids on drawn images.
+WIDTHS = ("w8a8", "w4a8", "w4a4", "w3a3")
 METHOD_COLOURS = {
     "float": "#4a5568",
     "rtn": "#9aa5b1",

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evidence.merging import digits_by_seed
 from evidence.real_images import protocol_rows, with_interval
 from evidence.records import GROUPS, NAMES, load, not_run, table, with_spread
 
@@ -135,33 +136,23 @@ _RIVALS = {
 def _rivals_read(rows: Sequence[Mapping[str, Any]], merged: Sequence[Mapping[str, Any]]) -> str:
     """What the table says: ways that start from a float regression, less merges of bundles."""
 
-    def means(own: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    def means(
+        some: Sequence[Mapping[str, Any]], way: str, method: str, bits: str
+    ) -> tuple[float, float]:
         """The mean of pairs, and the figure of all domains."""
-        pairs, triple = (
-            [x for row in own if (len(row["members"]) == 2) == pair for x in row["harmonic_means"]]
-            for pair in (True, False)
-        )
-        return statistics.fmean(pairs), statistics.fmean(triple)
+        pairs, triples = zip(*digits_by_seed(some, way, method, bits), strict=True)
+        return statistics.fmean(pairs), statistics.fmean(triples)
 
     told = []
     for bits in dict.fromkeys(row["bits"] for row in rows):
-        own = [row for row in rows if row["bits"] == bits]
         found = {
-            (row["parents"], row["way"]): means(
-                [r for r in own if (r["parents"], r["way"]) == (row["parents"], row["way"])]
-            )
-            for row in own
+            (row["parents"], row["way"]): means(rows, row["way"], row["parents"], bits)
+            for row in rows
+            if row["bits"] == bits
         }
         best = max(found, key=lambda key: sum(found[key]))
         assert best[0] == "experts", "the sentence says so"
-        bundles = means(
-            [
-                row
-                for row in merged
-                if (row["task"], row["parents"], row["bits"]) == ("digits", "hdrq", bits)
-                and (row["fold"], row["way"]) == ("weights", "regression-compensated")
-            ]
-        )
+        bundles = means(merged, "regression-compensated", "hdrq", bits)
         away = ", ".join(
             f"`{m}` {found[m, 'regression-first'][0] - bundles[0]:+.1f} and "
             f"{found[m, 'regression-first'][1] - bundles[1]:+.1f}"

@@ -153,14 +153,13 @@ class FolderKind:
         folders.update(self.places)
         beside = {name for name, _ in self.beside}
         for name, what in entries:
-            if what == "file" and (name in named or re.fullmatch(self.more, name)):
+            result = _result_of(name)
+            own = result or name
+            if what == "file" and (own in named or re.fullmatch(self.more, own)):
+                continue
+            if what == "file" and result in beside:
                 continue
             if what == "folder" and name in folders:
-                continue
-            result = _result_of(name)
-            if what == "file" and (
-                result in named | beside or (result and re.fullmatch(self.more, result))
-            ):
                 continue
             if what == "file" and any(
                 name == known and not kind.stranger(folder / name) for known, kind in self.beside
@@ -573,10 +572,12 @@ def _replace(new: Path, path: Path, kind: FolderKind) -> None:
     except BaseException:
         if not path.exists():
             old.rename(path)
+        elif ours:  # stopped when the new folder was in its place
+            with contextlib.suppress(OSError):
+                _remove(old, kind)
         else:
             with contextlib.suppress(OSError):
-                # Stopped when the new folder was in its place, or somebody made it meanwhile.
-                _remove(old, kind) if ours else old.rmdir()
+                old.rmdir()
         raise
     with contextlib.suppress(OSError):
         _remove(old, kind)

@@ -34,6 +34,7 @@ from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.formats.file_kinds import REPRODUCE_TABLE
 from hdrq_deploy.jobs.job import Job, run_jobs
 from hdrq_deploy.jobs.pool import open_pool
+from tests.jobs.test_processes import fail
 
 ROOT = Path(__file__).resolve().parents[2]
 # Rates that 20 iterations multiply by 1000, and one that they leave alone.
@@ -435,10 +436,6 @@ def test_grids_that_make_no_sense(task: Task) -> None:
     narrowed = {m.run.name for run in wide.runs() for m in wide.merges(run) if "-w" in m.way}
     assert narrowed == {f"ours-rtn-w8a4-s{seed}" for seed in wide.seeds}
     assert Run("paper", "hdrq", 4, 8, 1).single("night") == "paper-hdrq-w4a8-s1-night"
-
-
-def fail(message: str) -> None:
-    raise DataError(message)
 
 
 def test_a_grid_of_some_ways(task: Task, tmp_path: Path) -> None:
