@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hdrq_deploy import Bundle, merge
+from hdrq_deploy.calibration.methods import PUBLISHED_ITERS
 from hdrq_deploy.calibration_data.readers import ImageSet, read
 from hdrq_deploy.experiments.rate_search import RateSearch, hold_out, judge
 from hdrq_deploy.experiments.tasks import Task, made, write_made
@@ -63,6 +64,13 @@ NARROW = {"digits": ((8, 3), (8, 4)), "streets": ()}
 FLOATS = ("float", "float-folded")
 # Parents whose statistics are whole covariances.
 FULL = {"digits": ((4, 8),), "streets": ()}
+# Parents learned in the published number of iterations, at rates that are smaller in proportion
+# (those of QDrop are the published ones then), and HDRQ's at the published rate.
+FULL_LENGTH = {
+    "digits": (("hdrq", "searched"), ("qdrop", "searched"), ("hdrq", "published")),
+    "streets": (),
+}
+FULL_LENGTH_BITS = (3, 3)
 ROUNDING_SEEDS = 2
 RENEW_IMAGES = {"digits": 64, "streets": 16}
 
@@ -82,6 +90,8 @@ class Parents:
     fold: str
     seed: int
     statistics: Literal["auto", "full"] = "auto"
+    iters: int = ITERS
+    rate: Literal["searched", "published"] = "searched"
 
     @property
     def bits(self) -> str:
@@ -93,14 +103,16 @@ class Parents:
         """The start of the cells' names."""
         bits = "" if self.method in FLOATS else f"-{self.bits}-{self.fold}"
         kept = "" if self.statistics == "auto" else f"-{self.statistics}"
-        return f"{self.task}-{self.method}{bits}{kept}-s{self.seed}"
+        long = "" if self.iters == ITERS else f"-i{self.iters}-{self.rate}"
+        return f"{self.task}-{self.method}{bits}{kept}{long}-s{self.seed}"
 
     @property
     def label(self) -> str:
-        """The method, and which statistics its bundles hold where that is no default."""
-        if self.statistics == "auto":
-            return self.method
-        return f"{self.method} ({self.statistics} statistics)"
+        """The method, and in brackets which statistics and iterations where they are not usual."""
+        said = [] if self.statistics == "auto" else [f"{self.statistics} statistics"]
+        if self.iters != ITERS:
+            said.append(f"{self.iters:,} iterations, {self.rate} rate")
+        return self.method + (f" ({', '.join(said)})" if said else "")
 
 
 @dataclass(frozen=True)
@@ -182,6 +194,10 @@ def grid(task: str, seed: int) -> Iterator[Parents]:
             yield Parents(task, "hdrq", wbits, abits, "weights", seed)
     for wbits, abits in FULL[task]:
         yield Parents(task, "hdrq", wbits, abits, "weights", seed, "full")
+    for method, rate in FULL_LENGTH[task]:
+        if seed == 0:
+            long = {"iters": PUBLISHED_ITERS, "rate": rate}
+            yield Parents(task, method, *FULL_LENGTH_BITS, "weights", seed, **long)
 
 
 @cache
@@ -227,7 +243,9 @@ def calibrated(
         return path
     learning = dict(task.learning.get(parents.method, {}))
     if rate is not None:
-        learning |= {"iters": ITERS, "lr": rate}
+        learning |= {"iters": parents.iters, "lr": rate * ITERS / parents.iters}
+    if parents.rate == "published":
+        del learning["lr"]
     place = next(d for d in task.domains if d.name == domain)
     request = CalibrationRequest(
         model=task.model,
