@@ -12,9 +12,12 @@ if TYPE_CHECKING:
 
 __all__ = ["GraphCache"]
 
+# A grid alternates between settings and bits.
+_GRAPHS = 8
+
 
 class GraphCache:
-    """The last captured graph and the last ONNX graph.
+    """The last captured graph, and the last ONNX graphs (without weights, so small).
 
     Whoever calibrates several domains makes one and passes it to every calibration; without it
     a calibration shares nothing. A worker process has one copy of it, which begins empty and stays
@@ -24,7 +27,7 @@ class GraphCache:
     def __init__(self, owner: str | None = None) -> None:
         self._owner = owner or uuid.uuid4().hex
         self._captured: tuple[str, Capture] | None = None
-        self._written: tuple[str, tuple[bytes, list[Layer]]] | None = None
+        self._written: dict[str, tuple[bytes, list[Layer]]] = {}
 
     def __reduce__(self) -> Any:
         return _copy_in_this_process, (self._owner,)
@@ -41,10 +44,11 @@ class GraphCache:
         self, key: str, write: Callable[[], tuple[bytes, list[Layer]]]
     ) -> tuple[bytes, list[Layer]]:
         """The ONNX graph of ``key`` and its layers; ``write`` makes them where they are new."""
-        if self._written is None or self._written[0] != key:
-            self._written = None
-            self._written = (key, write())
-        return self._written[1]
+        found = self._written.pop(key, None) or write()
+        self._written[key] = found  # to the end: the first was not asked for longest
+        if len(self._written) > _GRAPHS:
+            del self._written[next(iter(self._written))]
+        return found
 
 
 # Of a worker process only: the copy of the cache whose owner sends the jobs.

@@ -71,8 +71,21 @@ def test_a_cache_in_another_process_begins_empty(work: Path, tmp_path: Path) -> 
     run_calibration(request(work, tmp_path), graphs)
     sent = copy.copy(graphs)  # by __reduce__, as a job is sent to a worker
     assert isinstance(sent, GraphCache) and sent is not graphs
-    assert sent._captured is sent._written is None
-    assert graphs._captured is not None and graphs._written is not None
+    assert sent._captured is None and not sent._written
+    assert graphs._captured is not None and graphs._written
+
+
+def test_graphs_that_were_asked_for_last_are_kept() -> None:
+    graphs, made = GraphCache(), []
+
+    def graph(key: str) -> bytes:
+        return graphs.written(key, lambda: (made.append(key), (key.encode(), []))[1])[0]
+
+    keys = [f"{i}" for i in range(8)]
+    assert [graph(key) for key in [*keys, *keys]] == [key.encode() for key in [*keys, *keys]]
+    assert made == keys
+    graph("0"), graph("new"), graph("0"), graph("1")  # 1 had been asked for longest ago
+    assert made == [*keys, "new", "1"]
 
 
 def test_a_bundle_is_made_again_only_where_its_inputs_changed(
