@@ -64,13 +64,14 @@ NARROW = {"digits": ((8, 3), (8, 4)), "streets": ()}
 FLOATS = ("float", "float-folded")
 # Parents whose statistics are whole covariances.
 FULL = {"digits": ((4, 8),), "streets": ()}
-# Parents learned in the published number of iterations, at rates that are smaller in proportion
-# (those of QDrop are the published ones then), and HDRQ's at the published rate.
+# Parents learned in the published number of iterations, half an hour each, at rates that are
+# smaller in proportion (QDrop's is the published one then), and HDRQ at its published rate.
 FULL_LENGTH = {
     "digits": (("hdrq", "searched"), ("qdrop", "searched"), ("hdrq", "published")),
     "streets": (),
 }
 FULL_LENGTH_BITS = (3, 3)
+FULL_LENGTH_DOMAINS = ("handwriting", "night")
 ROUNDING_SEEDS = 2
 RENEW_IMAGES = {"digits": 64, "streets": 16}
 
@@ -303,14 +304,20 @@ def groups_of(task: Task) -> list[tuple[str, ...]]:
     return [*combinations(names, 2), names]
 
 
+def groups_with(parents: Parents, task: Task) -> list[tuple[str, ...]]:
+    """Groups of domains whose bundles are merged."""
+    return groups_of(task) if parents.iters == ITERS else [FULL_LENGTH_DOMAINS]
+
+
 def evaluate(parents: Parents, out: Path) -> list[dict[str, Any]]:
     """All merges of some parents on the test images, in %."""
     task = task_of(parents.task, out)
-    names = [domain.name for domain in task.domains]
+    groups = groups_with(parents, task)
+    names = max(groups, key=len)
     bundles = {name: Bundle.open(calibrated(parents, name, out)) for name in names}
     single = {name: accuracy(bundles[name], parents.task, name) for name in names}
     rows = []
-    for group in groups_of(task):
+    for group in groups:
         own = {name: single[name] for name in group}
         rows.append(record(parents, group, "single", [own]))
         for way in ways(parents):
