@@ -31,7 +31,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hdrq_deploy import Bundle, merge
-from hdrq_deploy.calibration.methods import PUBLISHED_ITERS
 from hdrq_deploy.calibration_data.readers import ImageSet, read
 from hdrq_deploy.experiments.rate_search import RateSearch, hold_out, judge
 from hdrq_deploy.experiments.tasks import Task, made, write_made
@@ -64,14 +63,9 @@ NARROW = {"digits": ((8, 3), (8, 4)), "streets": ()}
 FLOATS = ("float", "float-folded")
 # Parents whose statistics are whole covariances.
 FULL = {"digits": ((4, 8),), "streets": ()}
-# Parents learned in the published number of iterations, half an hour each, at rates that are
-# smaller in proportion (QDrop's is the published one then), and HDRQ at its published rate.
-FULL_LENGTH = {
-    "digits": (("hdrq", "searched"), ("qdrop", "searched"), ("hdrq", "published")),
-    "streets": (),
-}
-FULL_LENGTH_BITS = (3, 3)
-FULL_LENGTH_DOMAINS = ("handwriting", "night")
+# Parents that learn ten times longer, at rates that are smaller in proportion.
+LONGER = 10 * ITERS
+LONGER_BITS = {"digits": ((3, 3),), "streets": ()}
 ROUNDING_SEEDS = 2
 RENEW_IMAGES = {"digits": 64, "streets": 16}
 
@@ -92,7 +86,6 @@ class Parents:
     seed: int
     statistics: Literal["auto", "full"] = "auto"
     iters: int = ITERS
-    rate: Literal["searched", "published"] = "searched"
 
     @property
     def bits(self) -> str:
@@ -104,7 +97,7 @@ class Parents:
         """The start of the cells' names."""
         bits = "" if self.method in FLOATS else f"-{self.bits}-{self.fold}"
         kept = "" if self.statistics == "auto" else f"-{self.statistics}"
-        long = "" if self.iters == ITERS else f"-i{self.iters}-{self.rate}"
+        long = "" if self.iters == ITERS else f"-i{self.iters}"
         return f"{self.task}-{self.method}{bits}{kept}{long}-s{self.seed}"
 
     @property
@@ -112,7 +105,7 @@ class Parents:
         """The method, and in brackets which statistics and iterations where they are not usual."""
         said = [] if self.statistics == "auto" else [f"{self.statistics} statistics"]
         if self.iters != ITERS:
-            said.append(f"{self.iters:,} iterations, {self.rate} rate")
+            said.append(f"{self.iters:,} iterations")
         return self.method + (f" ({', '.join(said)})" if said else "")
 
 
@@ -195,10 +188,10 @@ def grid(task: str, seed: int) -> Iterator[Parents]:
             yield Parents(task, "hdrq", wbits, abits, "weights", seed)
     for wbits, abits in FULL[task]:
         yield Parents(task, "hdrq", wbits, abits, "weights", seed, "full")
-    for method, rate in FULL_LENGTH[task]:
+    for wbits, abits in LONGER_BITS[task]:
         if seed == 0:
-            long = {"iters": PUBLISHED_ITERS, "rate": rate}
-            yield Parents(task, method, *FULL_LENGTH_BITS, "weights", seed, **long)
+            for method in TUNED:
+                yield Parents(task, method, wbits, abits, "weights", seed, iters=LONGER)
 
 
 @cache
@@ -245,8 +238,6 @@ def calibrated(
     learning = dict(task.learning.get(parents.method, {}))
     if rate is not None:
         learning |= {"iters": parents.iters, "lr": rate * ITERS / parents.iters}
-    if parents.rate == "published":
-        del learning["lr"]
     place = next(d for d in task.domains if d.name == domain)
     request = CalibrationRequest(
         model=task.model,
@@ -304,20 +295,14 @@ def groups_of(task: Task) -> list[tuple[str, ...]]:
     return [*combinations(names, 2), names]
 
 
-def groups_with(parents: Parents, task: Task) -> list[tuple[str, ...]]:
-    """Groups of domains whose bundles are merged."""
-    return groups_of(task) if parents.iters == ITERS else [FULL_LENGTH_DOMAINS]
-
-
 def evaluate(parents: Parents, out: Path) -> list[dict[str, Any]]:
     """All merges of some parents on the test images, in %."""
     task = task_of(parents.task, out)
-    groups = groups_with(parents, task)
-    names = max(groups, key=len)
+    names = [domain.name for domain in task.domains]
     bundles = {name: Bundle.open(calibrated(parents, name, out)) for name in names}
     single = {name: accuracy(bundles[name], parents.task, name) for name in names}
     rows = []
-    for group in groups:
+    for group in groups_of(task):
         own = {name: single[name] for name in group}
         rows.append(record(parents, group, "single", [own]))
         for way in ways(parents):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from evidence.records import GROUPS, NAMES, WIDTHS, needed, not_run, table, with_spread
@@ -163,54 +163,45 @@ def merge_statistics(record: Mapping[str, Any]) -> str:
             tried = [row for row in record["rates_tried"] if row["task"] == task]
             lines += ["", f"### {title}", "", _streets_read(own, tried), "", _merges_table(own)]
         elif own:
-            usual = [row for row in own if _LONG not in row["parents"]]
-            lines += ["", f"### {title}", "", *_full_length(own), _merges_table(usual)]
+            usual = [row for row in own if not _is_longer(row)]
+            longer = _longer(own, record["iterations_per_block"])
+            lines += ["", f"### {title}", "", *longer, _merges_table(usual)]
     return "\n".join(lines)
 
 
-_LONG = "20,000 iterations"
-
-
-def has_full_length(rows: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether some bundles learned over the published number of iterations."""
-    return any(_LONG in row["parents"] for row in rows)
-
-
-def _full_length(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The digits at the published number of iterations, beside the 200 of all other figures."""
-    if not has_full_length(rows):
+def _longer(rows: Sequence[Mapping[str, Any]], usual: int) -> Iterator[str]:
+    """Parents that learned longer, beside those of the same seed with the ``usual`` iterations."""
+    long = [row for row in rows if _is_longer(row)]
+    if not long:
         return
-    long = [row for row in rows if _LONG in row["parents"]]
-    ((bits, seed, members),) = {(r["bits"], r["seed"], tuple(r["members"])) for r in long}
-    figures = {
-        (row["parents"], row["way"]): statistics.fmean(row["harmonic_means"])
-        for row in rows
-        if (row["bits"], row["seed"], tuple(row["members"])) == (bits, seed, members)
-        and row["fold"] == "weights"
-    }
+    ((bits, seed, said),) = {(r["bits"], r["seed"], r["parents"].partition(" ")[2]) for r in long}
+    own = [row for row in rows if row["seed"] == seed]
+    ways = ("single", "mean-nearest", "mean-advanced", "regression-compensated")
+    lines = []
+    for count, suffix in ((f"{usual}", ""), (said.strip("()").split()[0], f" {said}")):
+        figures = {
+            method: [digits_by_seed(own, way, method + suffix, bits)[0] for way in ways]
+            for method in ("qdrop", "hdrq")
+        }
+        for method, found in figures.items():
+            cells = [f"{pairs:.1f} / {triple:.1f}" for pairs, triple in found]
+            lines.append([f"`{method}`", count, *cells])
+        both = zip(figures["hdrq"], figures["qdrop"], strict=True)
+        less = [f"{a[0] - b[0]:+.1f} / {a[1] - b[1]:+.1f}" for a, b in both]
+        lines.append(["`hdrq` less `qdrop`, points", count, *less])
     yield (
-        f"At {bits.upper()} {' and '.join(NAMES[name] for name in members)} were also learned over "
-        "the published 20,000 iterations a block, with one calibration seed: at the searched "
-        "rates, smaller in proportion to the iterations (QDrop's is the published one then), and "
-        "HDRQ at its published rate. Harmonic means of that seed in %; rows of differences are in "
-        "points:"
+        f"At {bits.upper()} bundles of one calibration seed also learned longer, at the searched "
+        "rates, smaller in proportion to the iterations. That seed's figures, mean of pairs / all "
+        "three domains:"
     )
     yield ""
-    ways = ("single", "mean-nearest", "mean-advanced", "regression-compensated")
-    lines, learned = [], {"200": "", "20,000": f" ({_LONG}, searched rate)"}
-    for label, suffix in learned.items():
-        for method in ("qdrop", "hdrq"):
-            cells = [f"{figures[method + suffix, way]:.1f}" for way in ways]
-            lines.append([f"`{method}`", label, *cells])
-    published = f"hdrq ({_LONG}, published rate)"
-    if (published, ways[0]) in figures:
-        cells = [f"{figures[published, way]:.1f}" for way in ways]
-        lines.append(["`hdrq`, published rate", "20,000", *cells])
-    for label, suffix in learned.items():
-        less = [figures["hdrq" + suffix, way] - figures["qdrop" + suffix, way] for way in ways]
-        lines.append(["`hdrq` less `qdrop`", label, *(f"{points:+.1f}" for points in less)])
-    yield table(["parents", "iterations", *(_WAYS[way] for way in ways)], lines)
+    yield table(["parents", "iterations a block", *(_WAYS[way] for way in ways)], lines)
     yield ""
+
+
+def _is_longer(row: Mapping[str, Any]) -> bool:
+    """Whether the row's parents learned longer than the record's iterations."""
+    return bool(row["parents"].endswith("iterations)"))
 
 
 def streets_by_seed(

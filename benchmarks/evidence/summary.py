@@ -7,12 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence.merging import (
-    digits_by_seed,
-    digits_hdrq_less_qdrop,
-    has_full_length,
-    streets_hdrq_less_qdrop,
-)
+from evidence.merging import digits_by_seed, digits_hdrq_less_qdrop, streets_hdrq_less_qdrop
 from evidence.real_images import protocol_means, protocol_rows, way_label
 from evidence.records import METHOD_COLOURS, needed, table, with_spread
 
@@ -297,12 +292,9 @@ def _not_run() -> str:
     def there(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> bool:
         return any(all(row.get(key) == value for key, value in wanted.items()) for row in rows)
 
-    long = "20,000 iterations a block (all figures are of 200)"
-    if has_full_length(needed("merge_statistics")["rows"]):
-        long = "20,000 iterations a block, but for a pair of digits at W3A3 (the rest is of 200)"
     candidates = {
         "the paper's own data sets and networks": False,
-        long: False,
+        "20,000 iterations a block (all figures are of 200)": False,
         "PACS and CamVid in the setting `paper`": there([*every, *streets], setting="paper"),
         "BRECQ on PACS and CamVid": there([*every, *streets], method="brecq"),
         "PACS at W8A4": there(every, bits="w8a4"),
