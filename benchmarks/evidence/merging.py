@@ -199,6 +199,14 @@ def _longer(rows: Sequence[Mapping[str, Any]], usual: int) -> Iterator[str]:
     yield ""
 
 
+def iterations_said() -> str:
+    """How many iterations a block the figures of all pages are of, for a sentence."""
+    record = needed("merge_statistics")
+    longer = {row["parents"].split("(")[1].split()[0] for row in record["rows"] if _is_longer(row)}
+    said = f"{record['iterations_per_block']}"
+    return said + "".join(f", one comparison on digits of {count}" for count in sorted(longer))
+
+
 def _is_longer(row: Mapping[str, Any]) -> bool:
     """Whether the row's parents learned longer than the record's iterations."""
     return bool(row["parents"].endswith("iterations)"))

@@ -7,7 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence.merging import digits_by_seed, digits_hdrq_less_qdrop, streets_hdrq_less_qdrop
+from evidence.merging import (
+    digits_by_seed,
+    digits_hdrq_less_qdrop,
+    iterations_said,
+    streets_hdrq_less_qdrop,
+)
 from evidence.real_images import protocol_means, protocol_rows, way_label
 from evidence.records import METHOD_COLOURS, needed, table, with_spread
 
@@ -294,7 +299,7 @@ def _not_run() -> str:
 
     candidates = {
         "the paper's own data sets and networks": False,
-        "20,000 iterations a block (all figures are of 200)": False,
+        f"20,000 iterations a block (figures are of {iterations_said()})": False,
         "PACS and CamVid in the setting `paper`": there([*every, *streets], setting="paper"),
         "BRECQ on PACS and CamVid": there([*every, *streets], method="brecq"),
         "PACS at W8A4": there(every, bits="w8a4"),
