@@ -316,13 +316,24 @@ class GraphTap:
         scale = node.input[1]
         self._codes[scale], self._points[scale] = codes, point
         self.named |= dict.fromkeys((node.name, node.output[0]), scale)
-        self._before[scale] = node.input[0]
+        self._before[scale] = self._unrounded(node.input[0])
         self._values.kinds[scale] = kind
+
+    def _unrounded(self, value: str) -> str:
+        """What a quantizer's value was before a Round of its own, that OpenVINO is given."""
+        multiply = self._producers.get(value)
+        rounded = self._producers.get(multiply.input[0]) if multiply is not None else None
+        if multiply is None or multiply.op_type != "Mul" or rounded is None:
+            return value
+        divide = self._producers.get(rounded.input[0]) if rounded.op_type == "Round" else None
+        if divide is None or divide.op_type != "Div" or divide.input[1] != multiply.input[1]:
+            return value
+        return str(divide.input[0])
 
     def _bias_steps(self, node: onnx.NodeProto, scale: float) -> tuple[Array | float, bool]:
         """Half of s_x * s_w of the layer in front, in codes; whether its bias is in integers."""
-        layer = self._producers.get(node.input[0])
-        while layer is not None and layer.op_type in CLAMPS:
+        layer = self._producers.get(self._unrounded(node.input[0]))
+        while layer is not None and (layer.op_type in CLAMPS or self._is_total(layer)):
             layer = self._producers.get(layer.input[0])
         if layer is None or layer.op_type not in _LAYERS or len(layer.input) < 3:
             return 0.0, False
@@ -331,6 +342,11 @@ class GraphTap:
             return 0.0, False
         codes: Array = np.abs(unit) / 2 / np.float32(scale)
         return codes, layer.input[2] in self._producers
+
+    def _is_total(self, node: onnx.NodeProto) -> bool:
+        """Whether it adds up the two layers that OpenVINO is given in place of one."""
+        half = self._producers.get(node.input[0]) if node.op_type == "Add" else None
+        return half is not None and node.name == f"{half.name}/total"
 
     def _unit(self, layer: onnx.NodeProto) -> Array | None:
         """s_x * s_w, () or one per output channel; None where an operand is no codes."""

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from hdrq_deploy import calibrate
 from hdrq_deploy.checks import verify
 from hdrq_deploy.cli import export as export_command
-from hdrq_deploy.comparison import openvino_tap
+from hdrq_deploy.comparison import golden, openvino_tap
 from hdrq_deploy.comparison.taps import GraphTap
 from hdrq_deploy.errors import CheckFailed, EngineError
 from hdrq_deploy.exporters import GraphOptions, export, lowering_openvino, precision
@@ -121,6 +122,27 @@ def test_without_a_round_of_its_own_a_residual_sum_is_wrong_and_is_caught(
     with pytest.raises(CheckFailed, match=r"computed from the same codes|no tie explains it"):
         export(bundle, tmp_path / "wrong", "openvino")
     assert not (tmp_path / "wrong").exists()
+
+
+def test_values_in_front_of_a_round_of_its_own_are_those_that_ties_are_judged_by(
+    make: Any, inputs: Any, tmp_path: Path
+) -> None:
+    """Behind the Round all of them are whole, and a code at a tie would have no tie near it."""
+    bundle = make("Tiny", wbits=8)
+    path = export(bundle, tmp_path / "graph", "openvino", only_graph=True) / "model.onnx"
+    assert "Round" in {node.op_type for node in onnx.load(str(path)).graph.node}
+    nodes = [layer.node for layer in bundle.manifest.layers]
+    whole, lowered = golden.bundle_tap(bundle), golden.file_tap(path, "lowered graph", nodes)
+    codes = whole.run(inputs[:4]).codes
+    before = [tap.replay(inputs[:4], codes, tuple(codes)).before for tap in (whole, lowered)]
+    for name, code in codes.items():
+        # What a quantizer cuts off, a Clip in front of it need not.
+        ends = code.min(), code.max()
+        wanted, found = (values[name].clip(*ends) for values in before)
+        np.testing.assert_allclose(found, wanted, atol=1e-3, err_msg=name)
+        # The layer in front may be two halves and their sum.
+        least, step = (np.max(tap.sites[name].bias_steps) for tap in (whole, lowered))
+        assert step >= least * (1 - 1e-5), name
 
 
 def test_codes_are_shown_only_where_the_copy_computes_what_the_engine_does(
