@@ -200,10 +200,10 @@ def _longer(rows: Sequence[Mapping[str, Any]], usual: int) -> Iterator[str]:
 
 
 def iterations_said() -> str:
-    """How many iterations a block the figures of all pages are of, for a sentence."""
+    """How many iterations a block the figures of all pages are of, for brackets."""
     record = needed("merge_statistics")
     longer = {row["parents"].split("(")[1].split()[0] for row in record["rows"] if _is_longer(row)}
-    said = f"{record['iterations_per_block']}"
+    said = f"figures are of {record['iterations_per_block']}"
     return said + "".join(f", one comparison on digits of {count}" for count in sorted(longer))
 
 

@@ -334,7 +334,7 @@ def _trainings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     here, single, merged, places = floats(rows), list[float](), list[float](), []
     for name, place, read in (
         ("pacs_earlier", "[earlier figures](earlier-figures.md)", _earlier_rows),
-        ("pacs_wide", "[8 bits](#pacs-at-8-bits)", protocol_rows),
+        ("pacs_wide", "[8 and 6 bits](#pacs-at-8-and-6-bits)", protocol_rows),
     ):
         record = load(name)
         if record is None:
@@ -406,17 +406,18 @@ def _bits_of(name: str) -> set[str]:
 
 
 def pacs_wide(record: Mapping[str, Any]) -> str:
-    """The section on 8-bit weights, on checkpoints of a training of their own."""
+    """The section on wider bits, on checkpoints of a training of their own."""
     rows = protocol_rows(record)
     best = best_float_merges(rows)
     alone = protocol_means(rows, "float", "", "single")
     assert alone is not None
-    ways = dict.fromkeys(row["way"] for row in record["rows"] if row["method"] in ("qdrop", "hdrq"))
+    learned = [row for row in record["rows"] if row["method"] in ("qdrop", "hdrq")]
+    ways, bits = (dict.fromkeys(row[key] for row in learned) for key in ("way", "bits"))
     return "\n".join(
         [
-            "## PACS at 8 bits",
+            "## PACS at 8 and 6 bits",
             "",
-            "`hdrq reproduce pacs --pairs --rates pacs_tuning.json --bits w8a8 --ways "
+            f"`hdrq reproduce pacs --pairs --rates pacs_tuning.json --bits {' '.join(bits)} --ways "
             f"{' '.join(ways)}`, as the table above but on checkpoints of another training by the "
             "same command, so that its rows stand beside its own float rows only. One calibration "
             "seed; rates are those that were searched at W4A4.",

@@ -299,7 +299,7 @@ def _not_run() -> str:
 
     candidates = {
         "the paper's own data sets and networks": False,
-        f"20,000 iterations a block (figures are of {iterations_said()})": False,
+        f"20,000 iterations a block ({iterations_said()})": False,
         "PACS and CamVid in the setting `paper`": there([*every, *streets], setting="paper"),
         "BRECQ on PACS and CamVid": there([*every, *streets], method="brecq"),
         "PACS at W8A4": there(every, bits="w8a4"),
