@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import re
 import shlex
@@ -21,6 +22,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hdrq_deploy.calibration.methods import METHODS
+from hdrq_deploy.cli import reproduce
 from hdrq_deploy.cli.main import COMMANDS, main
 from hdrq_deploy.runfile.document import Document
 from hdrq_deploy.runfile.schema import RunFile
@@ -124,6 +127,22 @@ def check_command(words: list[str]) -> None:
         script = ROOT / given[0].removeprefix("HDRQ-DEPLOY/")
         source = script.read_text()
         assert all(f'"{word}"' in source for word in given[1:] if word.startswith("--")), words
+
+
+def test_commands_of_the_evidence_are_whole() -> None:
+    """What makes the figures of a page is accepted as it stands, and its search has all methods."""
+    page = (ROOT / "docs" / "evidence" / "real-images.md").read_text()
+    found = re.findall(r"`(hdrq reproduce (?:pacs|camvid) --data [^`]+)`", page)
+    assert len(found) == 3
+    for text in found:
+        words = shlex.split(text)
+        check_command(words)
+        given = reproduce.arguments().parse_args(words[2:])
+        searched = {
+            row["method"] for row in json.loads((ROOT / given.rates).read_text())["searches"]
+        }
+        learning = {name for name in given.methods if METHODS[name].options.iterates}
+        assert learning and learning <= searched
 
 
 @pytest.mark.parametrize("block", of("sh"), ids=str)

@@ -188,8 +188,11 @@ def _away_table(
     return table(["bits", "merge", "less the", *_METHODS], lines)
 
 
-def _beside_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Merges of all domains from bundles of ``hdrq``, less those of the other methods."""
+def _beside_section(rows: Sequence[Mapping[str, Any]], tested: bool = True) -> list[str]:
+    """Merges of all domains from bundles of ``hdrq``, less those of the other methods.
+
+    Without ``tested`` no test is shown: frames of one drive are no independent samples.
+    """
     every, lines = max(len(row["members"]) for row in rows), []
     own = [r for r in rows if r["method"] == "hdrq" and len(r["members"]) == every]
     for row in own:
@@ -201,11 +204,12 @@ def _beside_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                     f"`{other['method']}`",
                     f"{other['difference']:+.1f}",
                     f"{other['low']:+.1f} to {other['high']:+.1f}",
-                    f"{other['p']:.2g}",
-                    "one each" if other["of_one_run_each"] else "several",
+                    *([f"{other['p']:.2g}"] if tested else []),
+                    str(other["calibrations"]),
                 ]
             )
-    head = ["bits", "merge", "`hdrq` less", "points", "95% interval", "p", "calibrations"]
+    test = ["p"] if tested else []
+    head = ["bits", "merge", "`hdrq` less", "points", "95% interval", *test, "seeds of the fewer"]
     return [
         "Merges of all domains from bundles of `hdrq` less those from bundles of the other "
         "methods, on the same images:",
@@ -285,8 +289,16 @@ def _protocol_distances(tuning: Mapping[str, Any]) -> list[str]:
         "",
         "That search ran with the distance that was our setting's then (relative, λ = 0.3). At the "
         f"rate that it chose, `hdrq` scores on the same held-out images {tried} ({beside}; "
-        "`benchmarks/pacs_distance.py`); the rows below have the best of these.",
+        "`benchmarks/pacs_distance.py`); the rows below have the best of these"
+        f"{', the smallest relative one that was tried' if _is_smallest(record) else ''}.",
     ]
+
+
+def _is_smallest(record: Mapping[str, Any]) -> bool:
+    """Whether the best relative distance is at the lower edge of those that were tried."""
+    own = [row for row in record["rows"] if row["distance_form"] == "relative" and row["distance"]]
+    best = min(record["rows"], key=lambda row: row["score"])
+    return bool(best["distance"] == min(row["distance"] for row in own))
 
 
 def _sweeps() -> list[str]:
@@ -362,6 +374,18 @@ def _earlier_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [row for row in protocol_rows(record) if row["way"] != "folded"]
 
 
+def _command(record: Mapping[str, Any]) -> str:
+    """The command that makes the rows of PACS, with all seeds that some of them have."""
+    rows = [row for row in record["rows"] if row["bits"]]
+    methods, bits = (dict.fromkeys(row[key] for row in rows) for key in ("method", "bits"))
+    seeds = max(row["merged"]["harmonic mean"].get("calibrations", 1) for row in rows)
+    return (
+        "hdrq reproduce pacs --data PACS --weights lite0.pth --out OUT --pairs --methods "
+        f"{' '.join(methods)} --bits {' '.join(bits)} --seeds {' '.join(map(str, range(seeds)))} "
+        "--rates benchmarks/results/pacs_tuning.json"
+    )
+
+
 def pacs(record: Mapping[str, Any]) -> str:
     """The section on real images."""
     rows, tuning = protocol_rows(record), needed("pacs_tuning")
@@ -373,7 +397,7 @@ def pacs(record: Mapping[str, Any]) -> str:
         [
             "## Real images: PACS",
             "",
-            "`hdrq reproduce pacs --pairs --rates pacs_tuning.json`: EfficientNet-Lite0 cut after "
+            f"`{_command(record)}`: EfficientNet-Lite0 cut after "
             "its 112-channel stage, 96x96, trained on photos from ImageNet weights and then on "
             "every domain with labels. "
             "Our setting: one scale per channel with BatchNorm in it, a relative distance to the "
@@ -381,8 +405,8 @@ def pacs(record: Mapping[str, Any]) -> str:
             f"{options['images']} images a domain; re-estimated merges see 64 unlabelled images a "
             "domain, fitted ones 256. Harmonic means of top-1 accuracies in % on the "
             f"test images ({tests}), of ONNX Runtime engines, with half of the 95% interval over "
-            "test images, rounding seeds and calibration seeds (of one seed without the "
-            "spread of calibrations). The images are not part of this project.",
+            "test images and calibration seeds (of one seed without the spread of calibrations). "
+            "The images are not part of this project.",
             "",
             _protocol_read(rows),
             *_trainings(rows),
@@ -412,15 +436,15 @@ def pacs_wide(record: Mapping[str, Any]) -> str:
     alone = protocol_means(rows, "float", "", "single")
     assert alone is not None
     learned = [row for row in record["rows"] if row["method"] in ("qdrop", "hdrq")]
-    ways, bits = (dict.fromkeys(row[key] for row in learned) for key in ("way", "bits"))
+    ways = dict.fromkeys(row["way"] for row in learned)
     return "\n".join(
         [
             "## PACS at 8 and 6 bits",
             "",
-            f"`hdrq reproduce pacs --pairs --rates pacs_tuning.json --bits {' '.join(bits)} --ways "
-            f"{' '.join(ways)}`, as the table above but on checkpoints of another training by the "
-            "same command, so that its rows stand beside its own float rows only. One calibration "
-            "seed; rates are those that were searched at W4A4.",
+            f"`{_command(record)} --ways {' '.join(ways)}`, as the table above but on "
+            "checkpoints of another training by the same command, so that its rows stand beside "
+            "its own float rows only. One calibration seed; rates are those that were searched at "
+            "W4A4.",
             "",
             f"The best merge of float models reaches {best[0]:.1f} on the mean of pairs and "
             f"{best[1]:.1f} on all domains. Merges less it, and single models less the float ones, "
@@ -448,7 +472,7 @@ def pacs_earlier(record: Mapping[str, Any]) -> str:
         [
             "## PACS at W4A4",
             "",
-            "`hdrq reproduce pacs --tune w4a4`, as the table of [PACS](real-images.md) but on "
+            "`hdrq reproduce pacs --tune w4a4 ...`, as the table of [PACS](real-images.md) but on "
             "checkpoints of an earlier training, those of the search of rates, and with the "
             "distance that was our setting's then (relative, λ = 0.3). One calibration seed.",
             "",
@@ -471,10 +495,13 @@ def camvid(record: Mapping[str, Any]) -> str:
             head = [row["method"], row["bits"].upper() or "FP32", way_label(row["method"], way)]
             lines.append([*head, *cells])
     tests = ", ".join(f"{count} of {name}" for name, count in own[0]["images"].items())
+    methods, widths = (
+        dict.fromkeys(row[key] for row in own if row["bits"]) for key in ("method", "bits")
+    )
     learned = next((r["options"] for r in own if r["method"] in ("hdrq", "qdrop")), None)
     how = (
         f"`qdrop` and `hdrq` learn {learned['iters']} iterations of {learned['batch']} images a "
-        "block, at the rates that were searched on PACS (`--rates pacs_tuning.json`)"
+        "block, at the rates that were searched on PACS"
         if learned
         else "rounded to nearest; methods that learn were not run"
     )
@@ -482,12 +509,15 @@ def camvid(record: Mapping[str, Any]) -> str:
         [
             "## Real images: CamVid",
             "",
-            f"`hdrq reproduce camvid --targets {' '.join(names)}`: {record['form']}, trained by "
+            f"`hdrq reproduce camvid --data CamVid --weights lite0.pth --out OUT --targets "
+            f"{' '.join(names)} --methods {' '.join(methods)} --bits {' '.join(widths)} --seeds 0 "
+            f"--rates benchmarks/results/pacs_tuning.json`: {record['form']}, trained by "
             f"day from ImageNet weights and then at dusk with labels; {how}. Mean "
             "intersection over union in % on contiguous stretches of the drives that no training "
             f"saw ({tests}), of ONNX Runtime engines; harmonic means with half of the 95% interval "
-            "as above. Neighbouring frames are alike, so that the interval is narrower than that "
-            "of other drives. The images are not part of this project.",
+            "as above. Neighbouring frames are alike, and all those of dusk are one stretch of one "
+            "drive: the intervals are of these frames, not of other drives, and no test between "
+            "methods is shown. The images are not part of this project.",
             "",
             *_camvid_read([*folded, *own], names),
             table(["parents", "bits", "merge", *names, "harmonic mean"], lines),
@@ -530,7 +560,7 @@ def _camvid_read(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
         "",
         table(["bits", "merge", "float", *_METHODS], lines),
         "",
-        *_beside_section(rows),
+        *_beside_section(rows, tested=False),
         "",
     ]
 

@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +41,7 @@ with importing("hdrq reproduce"):
         check_container,
         check_scratch,
         make_directory,
+        read_json,
         write_bytes,
     )
     from ..formats.file_kinds import (
@@ -246,11 +247,13 @@ def _reproduce(args: argparse.Namespace) -> int:
     _check_outputs(args, grid, prepared)
     check_scratch()
     if args.table:
+        if not (out / "rows").is_dir():
+            raise HdrqError(f"{out}: found no run; needed the OUT of one, with its rows")
         check_finished(grid, out)
     else:
         _check_device(args.device)
-    for folder in (out, out / "cells", out / "rows"):
-        make_directory(folder)
+        for folder in (out, out / "cells", out / "rows"):
+            make_directory(folder)
     if known and args.rates:
         keep_search(known, out)
     if args.made:
@@ -273,16 +276,23 @@ def _reproduce(args: argparse.Namespace) -> int:
                 grid = replace(grid, rates=chosen_rates(record), searched_on=task.name)
             run_jobs(list(jobs(grid, out, args.device, threads)), pool, report)
     ran = {"threads": threads, "seconds_of_this_run": round(time.monotonic() - started)}
+    return _write_results(args, grid, out, {} if args.table else ran)
+
+
+def _write_results(args: argparse.Namespace, grid: Grid, out: Path, ran: Mapping[str, Any]) -> int:
+    """Table and figures of all finished cells, written and printed; the exit code."""
     records = rows(grid, out)
+    if args.table:
+        _check_rows(out, records)
     record = {
         "schema_version": 1,
         "kind": REPRODUCE_JSON.kind,
         "protocol": args.protocol,
-        "task": task.name,
-        "model": task.model,
-        "form": task.form,
-        **_origin(task),
-        **({} if args.table else ran),
+        "task": grid.task.name,
+        "model": grid.task.model,
+        "form": grid.task.form,
+        **_origin(grid.task),
+        **ran,
         **_searched(grid),
         "environment": {**environment(), "torch": version("torch")},
         "rows": records,
@@ -299,6 +309,41 @@ def _reproduce(args: argparse.Namespace) -> int:
         print(f"{len(files)} pictures in {files[0].parent}")
     print(f"{out / 'table.md'}, {out / 'results.json'}; every cell is a bundle in {out / 'cells'}")
     return 0
+
+
+def _check_rows(out: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a table without rows, or without some or with fewer seeds than the results have.
+
+    Raises:
+        HdrqError: Nothing is written then.
+    """
+    if not records:
+        raise HdrqError(
+            f"{out}: found no finished cell of these methods, bits, seeds and domains; pass the "
+            "flags of the run that made them"
+        )
+    target = out / "results.json"
+    if not target.exists():
+        return
+
+    def runs(some: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], int]:
+        """How many cells each row is of."""
+        return {
+            (r["setting"], r["method"], r["bits"], r["way"], *r["members"]): r["merged"][
+                "harmonic mean"
+            ]["count"]
+            for r in some
+        }
+
+    there, now = runs(read_json(target)["rows"]), runs(records)
+    lost = sorted(key for key, count in there.items() if now.get(key, 0) < count)
+    if lost:
+        setting, method, bits, way, *members = lost[0]
+        raise HdrqError(
+            f"{target}: found {len(there)} rows, {len(lost)} of which would be lost or be of fewer "
+            f"seeds, such as {method} {bits} of {', '.join(members)} ({setting}, {way}); name all "
+            "methods, bits, seeds and domains, or move the file"
+        )
 
 
 def _check_device(name: str) -> None:

@@ -152,15 +152,20 @@ def known_search(path: Path, grid: Grid) -> dict[str, Any]:
         raise SpecError(f"{path}: found no search of rates; needed a {TUNING} of hdrq reproduce")
     try:
         searched = {(r["setting"], r["method"]): r["iterations"] for r in record["searches"]}
-        fits = isinstance(record["task"], str) and all(
-            0 < float(rate) < math.inf for rate in chosen_rates(record).values()
+        rates = chosen_rates(record)
+        fits = (
+            isinstance(record["task"], str)
+            and len(rates) == len(record["searches"])
+            and all(0 < rate < math.inf for rate in rates.values())
+            and all(r["chosen"] in [t["rate"] for t in r["tried"]] for r in record["searches"])
         )
     except (KeyError, TypeError, ValueError):
         fits = False
     if not fits:
         raise SpecError(
             f"{path}: found a search without task, setting, method, bits, iterations or a chosen "
-            "rate above 0; needed the file as hdrq reproduce wrote it"
+            "rate above 0 among those tried, or two of one kind; needed the file as hdrq reproduce "
+            "wrote it"
         )
     learning = [name for name in grid.methods if METHODS[name].options.iterates]
     for setting, method in product(grid.settings, learning):

@@ -327,10 +327,18 @@ def test_a_table_is_of_the_run_that_was_made(
     assert (moved / "table.md").read_text() == kept
     assert reproduce.main([*argv, "--table", "--adaptation", "unlabelled"]) == 2
     # What is no row is none.
-    row = moved / "rows" / "ours-rtn-w8a8-s0-sketch.json"
+    row, results = moved / "rows" / "ours-rtn-w8a8-s0-sketch.json", moved / "results.json"
+    whole = results.read_bytes()
+    assert reproduce.main([*argv, "--table", "--out", str(moved / "other")]) == 2
+    assert "found no run" in capsys.readouterr().err and not (moved / "other").exists()
     for text in ("[1]", "{}", '{"domains": {"sketch": "x"}}', '{"domains": {}}'):
         row.write_text(text)
+        capsys.readouterr()
+        assert reproduce.main([*argv, "--table"]) == 2  # the results had that row
+        assert "of which would be lost or be of fewer seeds" in capsys.readouterr().err
+        results.unlink()
         assert reproduce.main([*argv, "--table"]) == 0
+        results.write_bytes(whole)
         assert "| rtn | W8A8 |" not in (moved / "table.md").read_text()
 
 

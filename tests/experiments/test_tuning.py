@@ -188,7 +188,14 @@ def test_rates_of_another_run_fit_or_are_refused(task: Task, tmp_path: Path) -> 
         "kind": "hdrq-tuning",
         "task": "tiny",
         "searches": [
-            {"setting": "ours", "method": name, "bits": "w4a4", "iterations": 3, "chosen": rate}
+            {
+                "setting": "ours",
+                "method": name,
+                "bits": "w4a4",
+                "iterations": 3,
+                "tried": [{"rate": 0.1}, {"rate": 0.2}],
+                "chosen": rate,
+            }
             for name, rate in (("hdrq", 0.1), ("qdrop", 0.2))
         ],
     }
@@ -215,7 +222,10 @@ def test_rates_of_another_run_fit_or_are_refused(task: Task, tmp_path: Path) -> 
     )
     assert "calibration images of pacs, in tuning.json" in notes(of_other)[0]
     assert "found no search of rates" in refused({"kind": "hdrq-reproduce"}, grid)
-    for broken in ({"chosen": 0.0}, {"chosen": "fast"}, {"bits": None, "chosen": None}):
+    twice = [*record["searches"], {**record["searches"][0], "chosen": 0.2}]
+    assert "needed the file as" in refused({**record, "searches": twice}, grid)
+    strange = ({"chosen": 0.0}, {"chosen": "fast"}, {"bits": None, "chosen": None}, {"chosen": 0.3})
+    for broken in strange:
         rows = [{**record["searches"][0], **broken}]
         assert "needed the file as" in refused({**record, "searches": rows}, grid)
     assert "needed the file as" in refused({"kind": "hdrq-tuning", "task": "tiny"}, grid)
