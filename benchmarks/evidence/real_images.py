@@ -376,7 +376,8 @@ def _earlier_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _command(record: Mapping[str, Any]) -> str:
     """The command that makes the rows of PACS, with all seeds that some of them have."""
-    rows = [row for row in record["rows"] if row["bits"]]
+    widths = {row["bits"] for row in record["rows"] if row["method"] in ("qdrop", "hdrq")}
+    rows = [row for row in record["rows"] if row["bits"] in widths]
     methods, bits = (dict.fromkeys(row[key] for row in rows) for key in ("method", "bits"))
     seeds = max(row["merged"]["harmonic mean"].get("calibrations", 1) for row in rows)
     return (
@@ -429,6 +430,16 @@ def _bits_of(name: str) -> set[str]:
     return {row["bits"] for row in rows if row["method"] in ("qdrop", "hdrq")}
 
 
+def _only_rounded(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Methods and bits without a method that learns beside them."""
+    learned = {row["bits"] for row in rows if row["method"] in ("qdrop", "hdrq")}
+    told = []
+    for bits in sorted({row["bits"] for row in rows if row["bits"]} - learned):
+        methods = dict.fromkeys(f"`{row['method']}`" for row in rows if row["bits"] == bits)
+        told.append(f" At {bits.upper()} {', '.join(methods)} alone was run here.")
+    return "".join(told)
+
+
 def pacs_wide(record: Mapping[str, Any]) -> str:
     """The section on wider bits, on checkpoints of a training of their own."""
     rows = protocol_rows(record)
@@ -444,7 +455,7 @@ def pacs_wide(record: Mapping[str, Any]) -> str:
             f"`{_command(record)} --ways {' '.join(ways)}`, as the table above but on "
             "checkpoints of another training by the same command, so that its rows stand beside "
             "its own float rows only. One calibration seed; rates are those that were searched at "
-            "W4A4.",
+            f"W4A4.{_only_rounded(rows)}",
             "",
             f"The best merge of float models reaches {best[0]:.1f} on the mean of pairs and "
             f"{best[1]:.1f} on all domains. Merges less it, and single models less the float ones, "
@@ -569,7 +580,14 @@ def real_weights(record: Mapping[str, Any]) -> str:
     """EfficientNet-Lite0 with its ImageNet weights."""
     images, learned = record["images"], record["methods"].get("hdrq", {})
     order = [*dict.fromkeys(row["scheme"] for row in record["rows"])]
-    methods = ["float", "rtn", "hdrq", "quantize_static defaults", "quantize_static best"]
+    methods = [
+        "float",
+        "rtn",
+        "rtn-corrected",
+        "hdrq",
+        "quantize_static defaults",
+        "quantize_static best",
+    ]
     lines = []
     for row in sorted(
         record["rows"],
