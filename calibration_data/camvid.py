@@ -1,8 +1,11 @@
 """CamVid (Brostow et al., 2009): its labels in both forms, its splits, and day with fog and snow.
 
-``LIGHT/images`` and ``LIGHT/labels`` hold frames by ``day`` and at ``dusk``. A frame is called by
-its drive and its number there (30 a second): ``0016E5_07959.png``, ``0001TP_006690.jpg``. Labels
-have its name, or the same with ``_L`` behind it, as in the original distribution.
+Three layouts are read: ``LIGHT/images`` and ``LIGHT/labels`` with frames by ``day`` and at
+``dusk``; the original ``701_StillsRaw_full`` and ``LabeledApproved_full``; and SegNet's ``train``
+and ``trainannot`` (``val``, ``test``). In the last two the drive tells the light: ``0001TP`` is at
+dusk, all others are by day. A frame is called by its drive and its number there (30 a second):
+``0016E5_07959.png``, ``0001TP_006690.jpg``. Labels have its name, or the same with ``_L`` behind
+it, as in the original distribution. Splits are those below in every layout.
 
 Neighbouring frames are nearly equal, so that a split holds whole stretches of a drive. Stretch
 number ``frame // 900`` lasts 30 seconds, and decides alone:
@@ -34,7 +37,7 @@ import re
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +58,7 @@ __all__ = [
     "corrupted",
     "frame_of",
     "label_map",
-    "light_folder",
+    "light_folders",
     "split_of",
     "write",
 ]
@@ -104,6 +107,12 @@ SIZE = (240, 320)
 _SEVERITY = 3
 _STRETCH, _GAP, _NEAREST = 900, 60, 15
 _SPLIT_OF_STRETCH = ("test", "training", "calibration", "training")
+# Folders of frames and of their labels, as they are distributed, in small letters.
+_LAYOUTS = (
+    (("701_stillsraw_full", "labeledapproved_full"),),
+    (("train", "trainannot"), ("val", "valannot"), ("test", "testannot")),
+)
+_DRIVE_AT_DUSK = "0001tp"
 _FRAME = re.compile(r"(.*?)(\d+)$")
 
 
@@ -214,30 +223,49 @@ def split_of(number: int) -> str | None:
     return _SPLIT_OF_STRETCH[number // _STRETCH % len(_SPLIT_OF_STRETCH)]
 
 
-def light_folder(data: Path, domain: str) -> Path:
-    """The folder that a domain's frames come from, with ``images`` and ``labels`` inside.
+def light_folders(data: Path, domain: str) -> list[tuple[Path, Path]]:
+    """The folders that a domain's frames come from, and those of their labels.
 
-    Capitals in the name of the light do not count.
+    Capitals in the names do not count.
 
     Raises:
         DataError: It is not there.
         ModelError: The package that makes fog and snow is not installed.
     """
-    light = "day" if domain in CORRUPTED else domain
+    light = _light_of(domain)
     found = {folder.name.lower(): folder for folder in folders_of(data)} if data.is_dir() else {}
-    place, names = found.get(light, data / light), [folder.name for folder in found.values()]
-    for kind in ("images", "labels"):
-        if not (place / kind).is_dir():
-            raise DataError(
-                f"{data / light / kind}: not there; needed day/images, day/labels, dusk/images and "
-                f"dusk/labels (found {', '.join(names) or 'no folders'})"
-            )
+    pairs = _distributed(found)
+    if light in found or not pairs:
+        place, names = found.get(light, data / light), [folder.name for folder in found.values()]
+        for kind in ("images", "labels"):
+            if not (place / kind).is_dir():
+                raise DataError(
+                    f"{data / light / kind}: not there; needed day/images, day/labels, dusk/images "
+                    "and dusk/labels, or the folders as they are distributed (701_StillsRaw_full "
+                    "and LabeledApproved_full, or train and trainannot; found "
+                    f"{', '.join(names) or 'no folders'})"
+                )
+        pairs = [(place / "images", place / "labels")]
     if domain in CORRUPTED and importlib.util.find_spec("corrupt_tta") is None:
         raise ModelError(
             f"{domain} is made by corrupt-tta: pip install 'hdrq-deploy[corruptions]', or choose "
             "`targets` without fog and snow"
         )
-    return place
+    return pairs
+
+
+def _light_of(domain: str) -> str:
+    """By what light the frames of a domain were taken."""
+    return "day" if domain in CORRUPTED else domain
+
+
+def _distributed(found: Mapping[str, Path]) -> list[tuple[Path, Path]]:
+    """Folders of frames and labels of the first layout that is there whole."""
+    for layout in _LAYOUTS:
+        pairs = [(found[a], found[b]) for a, b in layout if a in found and b in found]
+        if pairs:
+            return pairs
+    return []
 
 
 def write(data: Path, folder: Path, domains: Sequence[str]) -> None:
@@ -251,12 +279,11 @@ def write(data: Path, folder: Path, domains: Sequence[str]) -> None:
     Raises:
         DataError: A folder or the labels of a frame are missing, a label is none of CamVid, sizes
             differ, or a split would have no frame.
-        ModelError: As :func:`light_folder`.
+        ModelError: As :func:`light_folders`.
     """
     for domain in domains:
-        light = light_folder(data, domain)
         counts: Counter[str] = Counter()
-        for split, image, label in _chosen(light):
+        for split, image, label in _chosen(light_folders(data, domain), _light_of(domain)):
             counts[split] += 1
             target = folder / domain / split
             for kind in ("images", "labels"):
@@ -266,33 +293,40 @@ def write(data: Path, folder: Path, domains: Sequence[str]) -> None:
         empty = [split for split in SPLITS if not counts[split]]
         if empty:
             raise DataError(
-                f"{light}: found {counts.total()} frames, of which none is for the split "
-                f"{empty[0]}; the number of a frame decides ({_STRETCH} frames a stretch; modulo "
-                "4, stretch 0 is for the test, 2 for calibration): add frames of other stretches"
+                f"{data}: found {counts.total()} frames of {domain}, of which none is for the "
+                f"split {empty[0]}; the number of a frame decides ({_STRETCH} frames a stretch; "
+                "modulo 4, stretch 0 is for the test, 2 for calibration): add frames of other stretches"
             )
 
 
-def _chosen(light: Path) -> Iterator[tuple[str, Path, Path]]:
-    """Split, image and labels of the frames that are taken, drive by drive.
+def _chosen(folders: Sequence[tuple[Path, Path]], light: str) -> Iterator[tuple[str, Path, Path]]:
+    """Split, image and labels of the frames of a light that are taken, drive by drive.
 
     Raises:
         DataError: A name without a number, or a frame without labels.
     """
     before: tuple[str, int] | None = None
-    others: Counter[str] = Counter()
-    files = checked(images_of(light / "images", others), others, light / "images")
-    known = {file.name.lower(): file for file in images_of(light / "labels", Counter())}
-    for frame, image in sorted((frame_of(file), file) for file in files):
+    frames, known = list[tuple[tuple[str, int], Path, Path]](), dict[tuple[Path, str], Path]()
+    for images, labels in folders:
+        others: Counter[str] = Counter()
+        files = checked(images_of(images, others), others, images)
+        frames += [(frame_of(file), file, labels) for file in files]
+        known |= {(labels, file.name.lower()): file for file in images_of(labels, Counter())}
+    if folders[0][0].name.lower() != "images":  # all drives are in one folder
+        at_dusk = light == "dusk"
+        frames = [row for row in frames if row[0][0].lower().startswith(_DRIVE_AT_DUSK) == at_dusk]
+    for frame, image, labels in sorted(frames):
         split = split_of(frame[1])
         near = before is not None and before[0] == frame[0] and frame[1] - before[1] < _NEAREST
         if split is None or near:
             continue
         before = frame
         names = (f"{image.stem}.png", f"{image.stem}_L.png")
-        label = next((known[n.lower()] for n in names if n.lower() in known), None)
+        kept = ((labels, name.lower()) for name in names)
+        label = next((known[key] for key in kept if key in known), None)
         if label is None:
             raise DataError(
-                f"{light / 'labels' / names[0]}: not there; needed the labels of every frame, with "
+                f"{labels / names[0]}: not there; needed the labels of every frame, with "
                 f"its name or {names[1]}"
             )
         yield split, image, label

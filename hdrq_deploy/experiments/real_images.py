@@ -146,7 +146,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
                 needs="timm",
             ),
         },
-        camvid_images.light_folder,
+        camvid_images.light_folders,
         camvid_images.write,
         ("corrupt-tta", "numpy"),
     ),

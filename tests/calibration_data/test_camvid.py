@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,6 +190,46 @@ def test_capitals_in_names_do_not_count(tmp_path: Path, capsys: pytest.CaptureFi
         assert np.array_equal(np.asarray(Image.open(file)), np.asarray(Image.open(other)))
 
 
+@pytest.mark.parametrize(
+    ("folders", "suffix"),
+    [
+        ({"": ("701_StillsRaw_full", "LabeledApproved_full")}, "_L"),
+        ({s: (s, f"{s}annot") for s in ("train", "val", "test")}, ""),
+    ],
+    ids=["original", "segnet"],
+)
+def test_layouts_as_they_are_distributed(
+    folders: dict[str, tuple[str, str]], suffix: str, tmp_path: Path
+) -> None:
+    """The drive tells the light; every layout gives the same splits and bytes."""
+    sorted_by_light = tmp_path / "sorted"
+    drive(sorted_by_light / "day", range(0, 3600, 180))
+    drive(sorted_by_light / "dusk", range(60, 3660, 180), "0001TP_")
+    whole = tmp_path / "whole"
+    places = list(folders.values())
+    files = [f for light in ("day", "dusk") for f in (sorted_by_light / light / "images").iterdir()]
+    for i, file in enumerate(sorted(files)):
+        images, labels = (whole / name for name in places[i % len(places)])
+        for folder in (images, labels):
+            folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, images / file.name)
+        label = file.parent.with_name("labels") / f"{file.stem}.png"
+        shutil.copy(label, labels / f"{file.stem}{suffix}.png")
+    for data, out in ((sorted_by_light, "expected"), (whole, "found")):
+        camvid.write(data, tmp_path / out, ("day", "dusk"))
+    expected, found = (
+        {f.relative_to(tmp_path / out): f.read_bytes() for f in (tmp_path / out).rglob("*.png")}
+        for out in ("expected", "found")
+    )
+    assert len(expected) > 20 and found == expected
+    # What is at dusk is not by day.
+    for folder in places:
+        for file in (whole / folder[0]).glob("0001TP*"):
+            file.unlink()
+    with pytest.raises(DataError, match="found 0 frames of dusk"):
+        camvid.write(whole, tmp_path / "none", ("dusk",))
+
+
 def without_label(root: Path) -> None:
     (root / "day" / "labels" / "0016E5_00090.png").unlink()
 
@@ -232,8 +273,9 @@ def test_fog_and_snow_need_their_package(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     message = r"fog is made by corrupt-tta: pip install 'hdrq-deploy\[corruptions\]', or choose"
     with pytest.raises(ModelError, match=message):
-        camvid.light_folder(data, "fog")
-    assert camvid.light_folder(data, "day") == data / "day"
+        camvid.light_folders(data, "fog")
+    day = data / "day"
+    assert camvid.light_folders(data, "day") == [(day / "images", day / "labels")]
 
 
 def test_weather_is_that_of_the_frame(tmp_path: Path) -> None:
