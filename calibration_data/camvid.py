@@ -295,7 +295,8 @@ def write(data: Path, folder: Path, domains: Sequence[str]) -> None:
             raise DataError(
                 f"{data}: found {counts.total()} frames of {domain}, of which none is for the "
                 f"split {empty[0]}; the number of a frame decides ({_STRETCH} frames a stretch; "
-                "modulo 4, stretch 0 is for the test, 2 for calibration): add frames of other stretches"
+                "modulo 4, stretch 0 is for the test, 2 for calibration): add frames of other "
+                "stretches"
             )
 
 
