@@ -643,6 +643,6 @@ def test_the_segmentation_protocol_runs_on_drawn_streets(
         assert picture.size == (4 * 260 - 4, 128 + 14)
     row = json.loads(row_path(tmp_path, "paper-rtn-w4a4-s0-dusk+brick-advanced-r0").read_text())
     assert row["metric"] == "miou" and set(row["domains"]) == {"dusk", "brick"}
-    other = [*argv, "--out", str(tmp_path), "--table", "--draw", "w3a3", "--bits", "w3a3"]
+    other = [*argv, "--out", str(tmp_path), "--table", "--draw", "w3a3", "--bits", "w4a4", "w3a3"]
     assert reproduce.main(other) == 2
     assert "found no merged cells of w3a3" in capsys.readouterr().err
