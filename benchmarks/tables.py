@@ -41,7 +41,7 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
             Section(
                 "merge_statistics",
                 aims,
-                ("merge_speed", "weight_search", "pacs", "pacs_wide", "camvid"),
+                ("distance", "merge_speed", "weight_search", "pacs", "pacs_wide", "camvid"),
             ),
             Section("landscape", claims, ("merge_statistics", "distance", "pacs")),
         ),
