@@ -315,7 +315,7 @@ def _check_rows(out: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Refuse a table without rows, or without some or with fewer seeds than the results have.
 
     Raises:
-        HdrqError: Nothing is written then.
+        HdrqError: Neither table nor results are written then.
     """
     if not records:
         raise HdrqError(
@@ -328,14 +328,21 @@ def _check_rows(out: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
     def runs(some: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], int]:
         """How many cells each row is of."""
+        names = ("setting", "method", "bits", "way")
         return {
-            (r["setting"], r["method"], r["bits"], r["way"], *r["members"]): r["merged"][
-                "harmonic mean"
-            ]["count"]
-            for r in some
+            (*(row[name] for name in names), *row["members"]): row["merged"]["harmonic mean"][
+                "count"
+            ]
+            for row in some
         }
 
-    there, now = runs(read_json(target)["rows"]), runs(records)
+    try:
+        there = runs(read_json(target)["rows"])
+    except (KeyError, TypeError) as error:
+        raise HdrqError(
+            f"{target}: found no rows of this version ({error}); move the file"
+        ) from error
+    now = runs(records)
     lost = sorted(key for key, count in there.items() if now.get(key, 0) < count)
     if lost:
         setting, method, bits, way, *members = lost[0]

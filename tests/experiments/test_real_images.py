@@ -338,6 +338,10 @@ def test_a_table_is_of_the_run_that_was_made(
         assert "of which would be lost or be of fewer seeds" in capsys.readouterr().err
         results.unlink()
         assert reproduce.main([*argv, "--table"]) == 0
+        results.write_text(json.dumps({**json.loads(whole), "rows": [{}]}))
+        capsys.readouterr()
+        assert reproduce.main([*argv, "--table"]) == 2
+        assert "found no rows of this version ('setting')" in capsys.readouterr().err
         results.write_bytes(whole)
         assert "| rtn | W8A8 |" not in (moved / "table.md").read_text()
 
