@@ -17,7 +17,7 @@ from evidence.merging import (
     streets_by_seed,
     streets_hdrq_less_qdrop,
 )
-from evidence.real_images import best_float_merges, protocol_means, protocol_rows
+from evidence.real_images import against_qdrop, best_float_merges, protocol_means, protocol_rows
 from evidence.records import WIDTHS, needed, table, with_spread
 
 _SOLVED = "regression-compensated"
@@ -77,10 +77,11 @@ def _at_eight_bits() -> list[str]:
     def told(setting: str) -> str:
         return ", ".join(f"{points:+.1f}" for points in less_qdrop(setting))
 
+    seeds = len({row["seed"] for row in rows})
     return [
         "digits, W8A8: HDRQ with the scale-free distance no longer behind QDrop",
         f"{', '.join(keys)}: relative, λ = 0.1 {told('relative-0.1')}; as published "
-        f"{told('norm-0.05')} (one seed)",
+        f"{told('norm-0.05')} ({seeds} seed{'s' * (seeds > 1)})",
         _reached(less_qdrop("relative-0.1"), 0),
         "",
     ]
@@ -395,31 +396,18 @@ def _better(rows: Sequence[Mapping[str, Any]], photos: Sequence[Mapping[str, Any
     told = [f"{b.upper()} {_less(rows, 'mean-advanced', b)}" for b in WIDTHS]
     streets = {b: streets_hdrq_less_qdrop(rows, "mean-advanced", b) for b in WIDTHS}
     drawn = "; ".join(f"{b.upper()} {with_spread(d, '+')}" for b, d in streets.items() if d)
-    intervals = {
-        way: [
-            (row["bits"], len(row["members"]), other)
-            for row in photos
-            for other in row["against"]
-            if (row["method"], row["way"], other["method"]) == ("hdrq", way, "qdrop")
-        ]
-        for way in ("nearest", "renewed")
-    }
+    both = [(r, o) for r in photos if r["method"] == "hdrq" and (o := against_qdrop(r))]
     words = {"nearest": "averaged", "renewed": "regression, re-estimated"}
     real = "; ".join(
-        f"{words[way]} "
+        f"{told_as} "
         + ", ".join(
-            f"{bits.upper()} {o['difference']:+.1f} ({o['low']:+.1f} to {o['high']:+.1f})"
-            for bits, members, o in found
-            if members > 2
+            f"{row['bits'].upper()} {o['difference']:+.1f} ({o['low']:+.1f} to {o['high']:+.1f})"
+            for row, o in both
+            if row["way"] == way and len(row["members"]) > 2
         )
-        for way, found in intervals.items()
+        for way, told_as in words.items()
     )
-    every = [
-        other
-        for row in photos
-        for other in row["against"]
-        if (row["method"], other["method"]) == ("hdrq", "qdrop") and row["way"] != "single"
-    ]
+    every = [other for _, other in both]
     several = [other for other in every if other["calibrations"] > 2]
     above = sum(other["low"] > 0 for other in every)
     below = sum(other["high"] < 0 for other in every)

@@ -163,7 +163,7 @@ def merge_statistics(record: Mapping[str, Any]) -> str:
             tried = [row for row in record["rates_tried"] if row["task"] == task]
             lines += ["", f"### {title}", "", _streets_read(own, tried), "", _merges_table(own)]
         elif own:
-            usual = [row for row in own if not _is_longer(row)]
+            usual = [row for row in own if not _iterations(row)]
             longer = _longer(own, record["iterations_per_block"])
             lines += ["", f"### {title}", "", *longer, _merges_table(usual)]
     return "\n".join(lines)
@@ -171,14 +171,14 @@ def merge_statistics(record: Mapping[str, Any]) -> str:
 
 def _longer(rows: Sequence[Mapping[str, Any]], usual: int) -> Iterator[str]:
     """Parents that learned longer, beside those of the same seed with the ``usual`` iterations."""
-    long = [row for row in rows if _is_longer(row)]
+    long = [row for row in rows if _iterations(row)]
     if not long:
         return
     ((bits, seed, said),) = {(r["bits"], r["seed"], r["parents"].partition(" ")[2]) for r in long}
     own = [row for row in rows if row["seed"] == seed]
     ways = ("single", "mean-nearest", "mean-advanced", "regression-compensated")
     lines = []
-    for count, suffix in ((f"{usual}", ""), (said.strip("()").split()[0], f" {said}")):
+    for count, suffix in ((f"{usual}", ""), (_iterations(long[0]), f" {said}")):
         figures = {
             method: [digits_by_seed(own, way, method + suffix, bits)[0] for way in ways]
             for method in ("qdrop", "hdrq")
@@ -202,14 +202,18 @@ def _longer(rows: Sequence[Mapping[str, Any]], usual: int) -> Iterator[str]:
 def iterations_said() -> str:
     """How many iterations a block the figures of all pages are of, for brackets."""
     record = needed("merge_statistics")
-    longer = {row["parents"].split("(")[1].split()[0] for row in record["rows"] if _is_longer(row)}
+    longer = sorted({_iterations(row) for row in record["rows"]} - {""})
     said = f"figures are of {record['iterations_per_block']}"
-    return said + "".join(f", one comparison on digits of {count}" for count in sorted(longer))
+    return said + "".join(f", one comparison on digits of {count}" for count in longer)
 
 
-def _is_longer(row: Mapping[str, Any]) -> bool:
-    """Whether the row's parents learned longer than the record's iterations."""
-    return bool(row["parents"].endswith("iterations)"))
+def _iterations(row: Mapping[str, Any]) -> str:
+    """How many iterations a row's parents learned where that is not the record's number, or ``""``.
+
+    Their label says so: ``hdrq (2,000 iterations)``.
+    """
+    name = str(row["parents"])
+    return name.split("(")[1].split()[0] if name.endswith(" iterations)") else ""
 
 
 def streets_by_seed(

@@ -374,17 +374,34 @@ def _earlier_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [row for row in protocol_rows(record) if row["way"] != "folded"]
 
 
-def _command(record: Mapping[str, Any]) -> str:
-    """The command that makes the rows of PACS, with all seeds that some of them have."""
-    widths = {row["bits"] for row in record["rows"] if row["method"] in ("qdrop", "hdrq")}
-    rows = [row for row in record["rows"] if row["bits"] in widths]
+def _command(protocol: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The command that makes ``rows``, all with the seeds that some of them have.
+
+    ``protocol`` is its name with the data and the domains.
+    """
     methods, bits = (dict.fromkeys(row[key] for row in rows) for key in ("method", "bits"))
     seeds = max(row["merged"]["harmonic mean"].get("calibrations", 1) for row in rows)
     return (
-        "hdrq reproduce pacs --data PACS --weights lite0.pth --out OUT --pairs --methods "
-        f"{' '.join(methods)} --bits {' '.join(bits)} --seeds {' '.join(map(str, range(seeds)))} "
+        f"hdrq reproduce {protocol} --weights lite0.pth --out OUT --methods {' '.join(methods)} "
+        f"--bits {' '.join(bits)} --seeds {' '.join(map(str, range(seeds)))} "
         "--rates benchmarks/results/pacs_tuning.json"
     )
+
+
+def _on_pacs(record: Mapping[str, Any]) -> str:
+    """The command of the bits at which methods that learn were run on PACS."""
+    bits = _learned_bits(record["rows"])
+    return _command("pacs --data PACS --pairs", [r for r in record["rows"] if r["bits"] in bits])
+
+
+def _learned_bits(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Bits of the methods that learn."""
+    return {row["bits"] for row in rows if row["method"] in ("qdrop", "hdrq")}
+
+
+def against_qdrop(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The row's difference to QDrop's, where both were run."""
+    return next((other for other in row["against"] if other["method"] == "qdrop"), None)
 
 
 def pacs(record: Mapping[str, Any]) -> str:
@@ -398,7 +415,7 @@ def pacs(record: Mapping[str, Any]) -> str:
         [
             "## Real images: PACS",
             "",
-            f"`{_command(record)}`: EfficientNet-Lite0 cut after "
+            f"`{_on_pacs(record)}`: EfficientNet-Lite0 cut after "
             "its 112-channel stage, 96x96, trained on photos from ImageNet weights and then on "
             "every domain with labels. "
             "Our setting: one scale per channel with BatchNorm in it, a relative distance to the "
@@ -426,15 +443,13 @@ def pacs(record: Mapping[str, Any]) -> str:
 def _bits_of(name: str) -> set[str]:
     """Bits of the methods that learn in a record, none where there is no record."""
     record = load(name)
-    rows = record["rows"] if record else []
-    return {row["bits"] for row in rows if row["method"] in ("qdrop", "hdrq")}
+    return _learned_bits(record["rows"]) if record else set()
 
 
 def _only_rounded(rows: Sequence[Mapping[str, Any]]) -> str:
     """Methods and bits without a method that learns beside them."""
-    learned = {row["bits"] for row in rows if row["method"] in ("qdrop", "hdrq")}
     told = []
-    for bits in sorted({row["bits"] for row in rows if row["bits"]} - learned):
+    for bits in sorted({row["bits"] for row in rows if row["bits"]} - _learned_bits(rows)):
         methods = dict.fromkeys(f"`{row['method']}`" for row in rows if row["bits"] == bits)
         told.append(f" At {bits.upper()} {', '.join(methods)} alone was run here.")
     return "".join(told)
@@ -446,13 +461,12 @@ def pacs_wide(record: Mapping[str, Any]) -> str:
     best = best_float_merges(rows)
     alone = protocol_means(rows, "float", "", "single")
     assert alone is not None
-    learned = [row for row in record["rows"] if row["method"] in ("qdrop", "hdrq")]
-    ways = dict.fromkeys(row["way"] for row in learned)
+    ways = dict.fromkeys(row["way"] for row in record["rows"] if row["method"] in ("qdrop", "hdrq"))
     return "\n".join(
         [
             "## PACS at 8 and 6 bits",
             "",
-            f"`{_command(record)} --ways {' '.join(ways)}`, as the table above but on "
+            f"`{_on_pacs(record)} --ways {' '.join(ways)}`, as the table above but on "
             "checkpoints of another training by the same command, so that its rows stand beside "
             "its own float rows only. One calibration seed; rates are those that were searched at "
             f"W4A4.{_only_rounded(rows)}",
@@ -506,8 +520,8 @@ def camvid(record: Mapping[str, Any]) -> str:
             head = [row["method"], row["bits"].upper() or "FP32", way_label(row["method"], way)]
             lines.append([*head, *cells])
     tests = ", ".join(f"{count} of {name}" for name, count in own[0]["images"].items())
-    methods, widths = (
-        dict.fromkeys(row[key] for row in own if row["bits"]) for key in ("method", "bits")
+    command = _command(
+        f"camvid --data CamVid --targets {' '.join(names)}", [row for row in own if row["bits"]]
     )
     learned = next((r["options"] for r in own if r["method"] in ("hdrq", "qdrop")), None)
     how = (
@@ -520,9 +534,7 @@ def camvid(record: Mapping[str, Any]) -> str:
         [
             "## Real images: CamVid",
             "",
-            f"`hdrq reproduce camvid --data CamVid --weights lite0.pth --out OUT --targets "
-            f"{' '.join(names)} --methods {' '.join(methods)} --bits {' '.join(widths)} --seeds 0 "
-            f"--rates benchmarks/results/pacs_tuning.json`: {record['form']}, trained by "
+            f"`{command}`: {record['form']}, trained by "
             f"day from ImageNet weights and then at dusk with labels; {how}. Mean "
             "intersection over union in % on contiguous stretches of the drives that no training "
             f"saw ({tests}), of ONNX Runtime engines; harmonic means with half of the 95% interval "

@@ -13,7 +13,7 @@ from evidence.merging import (
     iterations_said,
     streets_hdrq_less_qdrop,
 )
-from evidence.real_images import protocol_means, protocol_rows, way_label
+from evidence.real_images import against_qdrop, protocol_means, protocol_rows, way_label
 from evidence.records import METHOD_COLOURS, needed, table, with_spread
 
 __all__ = ["headline", "plot_headline", "summary"]
@@ -229,12 +229,12 @@ def _intervals() -> str:
 
 def _against_qdrop(row: Mapping[str, Any]) -> str:
     """HDRQ's merges less QDrop's, bold where the interval of several seeds leaves out zero."""
-    for other in row["against"]:
-        if other["method"] == "qdrop":
-            text = f"{other['difference']:+.1f} ({other['low']:+.1f} to {other['high']:+.1f})"
-            bold = other["calibrations"] > 1 and not other["low"] <= 0 <= other["high"]
-            return f"**{text}**" if bold else text
-    return "-"
+    other = against_qdrop(row)
+    if other is None:
+        return "-"
+    text = f"{other['difference']:+.1f} ({other['low']:+.1f} to {other['high']:+.1f})"
+    bold = other["calibrations"] > 1 and not other["low"] <= 0 <= other["high"]
+    return f"**{text}**" if bold else text
 
 
 def _beside_qdrop() -> Iterator[str]:
@@ -253,8 +253,9 @@ def _beside_qdrop() -> Iterator[str]:
             if row["method"] == "hdrq" and row["way"] != "single":
                 cell = found.setdefault((row["bits"], row["way"]), {})
                 cell[tuple(row["members"])] = _against_qdrop(row)
-                counts = {o["calibrations"] for o in row["against"] if o["method"] == "qdrop"}
-                seeds.setdefault((row["bits"], row["way"]), set()).update(counts)
+                counts = seeds.setdefault((row["bits"], row["way"]), set())
+                if other := against_qdrop(row):
+                    counts.add(other["calibrations"])
         if name == "pacs":
             groups = sorted({g for cell in found.values() for g in cell}, key=lambda g: (len(g), g))
         for (bits, way), cell in found.items():
