@@ -26,11 +26,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from hdrq_deploy.calibration import pipeline
 from hdrq_deploy.calibration.graph_cache import GraphCache
 from hdrq_deploy.calibration.pipeline import run_calibration
 from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.calibration.request import CalibrationRequest
+from hdrq_deploy.experiments import cells, tuning
 from hdrq_deploy.formats.bundle import Bundle
+from hdrq_deploy.runfile import plan
 
 # What torch's exporters read again at every export of a process: the sources and signatures of all
 # operators, and the names of those that are composites. Half of the time of a small network's.
@@ -207,6 +210,19 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module", autouse=True)
+def shared_graphs() -> Iterator[None]:
+    """Calibrations of one file share graphs where they are given none to share.
+
+    Their results do not depend on it, and to capture a small network again takes half of its time.
+    """
+    graphs = GraphCache()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (pipeline, cells, tuning, plan):
+            patch.setattr(module, "GraphCache", lambda: graphs)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
 def own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Modules that a file of tests wrote end with it: another file may write one of that name."""
     before = set(sys.modules)
@@ -237,12 +253,12 @@ LEARNING: dict[str, Any] = {"iters": 100, "lr": 1e-3, "batch": 16, "distance": 0
 
 
 class Maker:
-    """Calibrates the small models, each combination once; domains share an exported graph."""
+    """Calibrates the small models, each combination once; those of one model share its graphs."""
 
     def __init__(self, work: Path) -> None:
         self.work = work
         self._made: dict[Any, Bundle] = {}
-        self._graphs: dict[Any, GraphCache] = {}
+        self._graphs: dict[str, GraphCache] = {}
 
     def __call__(
         self, name: str = "Tiny", domain: str = "night", method: str = "rtn", **options: Any
@@ -261,7 +277,7 @@ class Maker:
                 options=Options.of(method, **(LEARNING if method not in {"float", "rtn"} else {})),
                 **settings,
             )
-            graphs = self._graphs.setdefault(scheme, GraphCache())
+            graphs = self._graphs.setdefault(name, GraphCache())
             self._made[scheme, domain] = run_calibration(request, graphs)
         return self._made[scheme, domain]
 

@@ -31,6 +31,11 @@ def request(work: Path, output: Path, domain: str = "night") -> CalibrationReque
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shared_graphs() -> None:
+    """No graphs here but those that a test shares."""
+
+
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was captured and written as ONNX, one entry each time."""

@@ -20,12 +20,10 @@ import pytest
 import torch
 from PIL import Image
 
-from hdrq_deploy.calibration.graph_cache import GraphCache
 from hdrq_deploy.calibration.methods import Options
 from hdrq_deploy.calibration.settings import SETTINGS
 from hdrq_deploy.cli import reproduce
 from hdrq_deploy.errors import DataError, HdrqError, ModelError, SpecError
-from hdrq_deploy.experiments import cells as experiment_cells
 from hdrq_deploy.experiments.cells import jobs
 from hdrq_deploy.experiments.comparison_sheets import draw
 from hdrq_deploy.experiments.decisions import unpacked
@@ -75,17 +73,6 @@ EVERY_WAY = ("nearest", "regression", "renewed", "fitted", "guided", "auto")
 @pytest.fixture(autouse=True)
 def _workers_import_this_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT)
-
-
-@pytest.fixture(autouse=True)
-def _runs_share_graphs(monkeypatch: pytest.MonkeyPatch, graphs: GraphCache) -> None:
-    """Results do not depend on it, and capturing anew takes half of the time."""
-    monkeypatch.setattr(experiment_cells, "GraphCache", lambda: graphs)
-
-
-@pytest.fixture(scope="module")
-def graphs() -> GraphCache:
-    return GraphCache()
 
 
 @pytest.fixture
