@@ -34,7 +34,14 @@ with importing("hdrq reproduce"):
         segmentation,
         write_made,
     )
-    from ..experiments.tuning import TUNING, chosen_rates, keep_search, known_search, tune
+    from ..experiments.tuning import (
+        TUNING,
+        chosen_rates,
+        keep_search,
+        known_search,
+        searched_on,
+        tune,
+    )
     from ..experiments.ways import WAYS
     from ..formats.atomic_files import (
         Kind,
@@ -243,7 +250,7 @@ def _reproduce(args: argparse.Namespace) -> int:
             "more: pass --images"
         )
     if known := _known_search(args, grid):
-        grid = replace(grid, rates=chosen_rates(known), searched_on=known["task"])
+        grid = replace(grid, rates=chosen_rates(known), searched_on=searched_on(known))
     _check_outputs(args, grid, prepared)
     check_scratch()
     if args.table:
@@ -273,7 +280,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         ):
             if tuned:
                 record = tune(grid, tuned, out, args.device, threads, pool, report)
-                grid = replace(grid, rates=chosen_rates(record), searched_on=task.name)
+                grid = replace(grid, rates=chosen_rates(record), searched_on=searched_on(record))
             run_jobs(list(jobs(grid, out, args.device, threads)), pool, report)
     ran = {"threads": threads, "seconds_of_this_run": round(time.monotonic() - started)}
     return _write_results(args, grid, out, {} if args.table else ran)

@@ -126,7 +126,8 @@ class Grid:
         pairs: Whether all pairs of domains are merged in settings that do not say it themselves.
         only_ways: Names of ``WAYS``; merges in other ways are left out. Empty: all of the settings.
         rates: Searched learning rates, by ``SETTING-METHOD-BITS`` (:mod:`.tuning`).
-        searched_on: Name of the task on whose calibration images they were searched.
+        searched_on: Name of the task on whose calibration images they were searched, and the
+            network's behind a comma where the search names it.
     """
 
     task: Task

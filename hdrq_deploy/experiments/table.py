@@ -249,7 +249,8 @@ def notes(grid: Grid, records: Sequence[dict[str, Any]] = ()) -> list[str]:
             "over two calibration seeds or more."
         )
     if grid.rates:
-        other = grid.searched_on not in ("", grid.task.name)
+        task = grid.task
+        other = grid.searched_on not in ("", task.name, f"{task.name}, {task.model}")
         of = f" of {grid.searched_on}" if other else ""
         lines.append(
             f"Learning rates: one search for all methods on calibration images{of}, in tuning.json."

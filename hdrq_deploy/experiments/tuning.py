@@ -48,6 +48,7 @@ __all__ = [
     "chosen_rates",
     "keep_search",
     "known_search",
+    "searched_on",
     "trial_path",
     "try_rate",
     "tune",
@@ -121,6 +122,7 @@ def tune(
         "schema_version": 1,
         "kind": TUNING_JSON.kind,
         "task": grid.task.name,
+        "model": grid.task.model,
         "protocol": protocol(),
         "versions": versions_of("torch", "onnx", "onnxruntime", "numpy"),
         "searches": [_record(grid.task, run, out) for run in runs],
@@ -137,7 +139,7 @@ def keep_search(record: Mapping[str, Any], out: Path) -> None:
 def known_search(path: Path, grid: Grid) -> dict[str, Any]:
     """The record of an earlier search, which a grid takes its rates from instead of searching.
 
-    The search may have been made on another task; the record names it.
+    The search may have been made on another task or network; the record names them.
 
     Args:
         path: A file that :func:`tune` wrote, of any run.
@@ -155,6 +157,7 @@ def known_search(path: Path, grid: Grid) -> dict[str, Any]:
         rates = chosen_rates(record)
         fits = (
             isinstance(record["task"], str)
+            and isinstance(record.get("model", ""), str)
             and len(rates) == len(record["searches"])
             and all(0 < rate < math.inf for rate in rates.values())
             and all(r["chosen"] in [t["rate"] for t in r["tried"]] for r in record["searches"])
@@ -189,6 +192,11 @@ def chosen_rates(record: Mapping[str, Any]) -> dict[str, float]:
         f"{row['setting']}-{row['method']}-{row['bits']}": row["chosen"]
         for row in record["searches"]
     }
+
+
+def searched_on(record: Mapping[str, Any]) -> str:
+    """Task and network of a record that :func:`tune` made; earlier ones name the task alone."""
+    return ", ".join((record["task"], *([record["model"]] if "model" in record else [])))
 
 
 def trial_path(out: Path, trial: Trial) -> Path:

@@ -27,6 +27,7 @@ from hdrq_deploy.experiments.tuning import (
     Trial,
     chosen_rates,
     known_search,
+    searched_on,
     trial_path,
     try_rate,
     tune,
@@ -216,11 +217,19 @@ def test_rates_of_another_run_fit_or_are_refused(task: Task, tmp_path: Path) -> 
     assert "found no search of qdrop (ours)" in refused(one, grid)
     longer = replace(grid, task=task.calibrated_with(iters=7, batch=None))
     assert "for 3 iterations a block; needed 7: take 3 `iters`" in refused(record, longer)
-    file.write_text(json.dumps({**record, "task": "pacs"}))
-    of_other = replace(
-        grid, rates=chosen_rates(record), searched_on=known_search(file, grid)["task"]
+    own = f", {task.model}"
+    said = (
+        ({"task": "pacs"}, " of pacs, in"),
+        ({"model": task.model}, ", in"),
+        ({"model": "m:net"}, " of tiny, m:net, in"),
+        ({"task": "pacs", "model": task.model}, f" of pacs{own}, in"),
     )
-    assert "calibration images of pacs, in tuning.json" in notes(of_other)[0]
+    for named, words in said:
+        file.write_text(json.dumps({**record, **named}))
+        where = searched_on(known_search(file, grid))
+        of_other = replace(grid, rates=chosen_rates(record), searched_on=where)
+        assert f"calibration images{words} tuning.json" in notes(of_other)[0]
+    assert "needed the file as" in refused({**record, "model": 3}, grid)
     assert "found no search of rates" in refused({"kind": "hdrq-reproduce"}, grid)
     twice = [*record["searches"], {**record["searches"][0], "chosen": 0.2}]
     assert "needed the file as" in refused({**record, "searches": twice}, grid)
