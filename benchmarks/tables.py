@@ -22,7 +22,7 @@ from evidence.engines import (
 )
 from evidence.merging import distance, landscape, merge_statistics, statistics_weights
 from evidence.mixing import adaptation, mixing
-from evidence.real_images import camvid, pacs, pacs_earlier, pacs_wide, real_weights
+from evidence.real_images import camvid, pacs, pacs_earlier, pacs_wide, parents, real_weights
 from evidence.records import ROOT, Section, load, needed
 from evidence.rivals import merge_rivals, pacs_rivals
 from evidence.summary import headline, plot_headline, summary
@@ -64,6 +64,7 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
         (
             Section("pacs", pacs, ("pacs_tuning", "pacs_distance", "fit_sweeps")),
             Section("pacs_wide", pacs_wide),
+            Section("parents", parents),
             Section("camvid", camvid),
             Section("real_weights", real_weights),
         ),

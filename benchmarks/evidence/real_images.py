@@ -346,7 +346,11 @@ def _trainings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     here, single, merged, places = floats(rows), list[float](), list[float](), []
     for name, place, read in (
         ("pacs_earlier", "[earlier figures](earlier-figures.md)", _earlier_rows),
-        ("pacs_wide", "[8 and 6 bits](#pacs-at-8-and-6-bits)", protocol_rows),
+        (
+            "pacs_wide",
+            "[another training](#pacs-on-another-training-of-the-checkpoints)",
+            protocol_rows,
+        ),
     ):
         record = load(name)
         if record is None:
@@ -456,7 +460,7 @@ def _only_rounded(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def pacs_wide(record: Mapping[str, Any]) -> str:
-    """The section on wider bits, on checkpoints of a training of their own."""
+    """The section on bundles of checkpoints of another training."""
     rows = protocol_rows(record)
     best = best_float_merges(rows)
     alone = protocol_means(rows, "float", "", "single")
@@ -464,12 +468,12 @@ def pacs_wide(record: Mapping[str, Any]) -> str:
     ways = dict.fromkeys(row["way"] for row in record["rows"] if row["method"] in ("qdrop", "hdrq"))
     return "\n".join(
         [
-            "## PACS at 8 and 6 bits",
+            "## PACS on another training of the checkpoints",
             "",
             f"`{_on_pacs(record)} --ways {' '.join(ways)}`, as the table above but on "
             "checkpoints of another training by the same command, so that its rows stand beside "
             "its own float rows only. One calibration seed; rates are those that were searched at "
-            f"W4A4.{_only_rounded(rows)}",
+            f"W4A4.{_only_rounded(rows)}{_rounded_by_the_merge(rows)}",
             "",
             f"The best merge of float models reaches {best[0]:.1f} on the mean of pairs and "
             f"{best[1]:.1f} on all domains. Merges less it, and single models less the float ones, "
@@ -487,6 +491,100 @@ def pacs_wide(record: Mapping[str, Any]) -> str:
             "",
             _protocol_table(rows),
         ]
+    )
+
+
+def _rounded_by_the_merge(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Bundles of 8-bit weights whose merge has 4 bits, less bundles calibrated with 4."""
+    told = []
+    for method in ("qdrop", "hdrq"):
+        late = protocol_means(rows, method, "w8a8", "renewed-w4")
+        early = protocol_means(rows, method, "w4a8", "renewed")
+        if late and early:
+            told.append(f"`{method}` {late[0] - early[0]:+.1f} and {late[1] - early[1]:+.1f}")
+    if not told:
+        return ""
+    return (
+        " Re-estimated merges with 4-bit weights of bundles calibrated at W8A8, less those of "
+        f"bundles calibrated at W4A8, in points (mean of pairs, all domains): {', '.join(told)}."
+    )
+
+
+def parents(record: Mapping[str, Any]) -> str:
+    """The section on what averages of quantized models lose, layer by layer."""
+    rows = record["rows"]
+    (real,) = (row for row in rows if row["method"] == "float")
+    lines = []
+    for row in rows:
+        moved = f"{100 * statistics.fmean(row['moved']):.1f}" if row["moved"] else "-"
+        between = [f"{statistics.fmean(row[name]):.2f}" for name in ("distance", "correlation")]
+        errors = [_errors(row["single"])]
+        for way in ("nearest", "regression"):
+            errors += [_errors(_merge_errors(row, way, count)) for count in (2, 3)]
+        lines.append([row["method"], row["bits"].upper() or "FP32", moved, *between, *errors])
+    ways = ("averaged", "averaged, all", "regression", "regression, all")
+    header = ["models", "bits", "moved codes, %", "distance", "correlation", "alone", *ways]
+    return "\n".join(
+        [
+            "## What averaging breaks, layer by layer",
+            "",
+            "`benchmarks/parents.py`, on PACS, checkpoints of the section above, calibration seed "
+            "0. *Moved codes* are not those nearest to the float weights. *Distance* is that of "
+            "two models over that of their float models, *correlation* that of two models' errors: "
+            "an average halves independent ones. The last columns are noise / shift, in % of the "
+            "variance of a layer's outputs: the variance, and the square of the mean, of the "
+            "difference to the domain's own float layer, on what that layer sees of its domain. "
+            "Medians over layers; means over models, pairs, and domains.",
+            "",
+            table(header, lines),
+            "",
+            _parents_read(real, [row for row in rows if row["method"] != "float"]),
+        ]
+    )
+
+
+def _merge_errors(row: Mapping[str, Any], way: str, count: int) -> dict[str, float]:
+    """Noise and shift of a row's merges of ``count`` models, the mean over them."""
+    own = [m for m in row["merges"] if m["way"] == way and len(m["members"]) == count]
+    return {name: statistics.fmean(m[name] for m in own) for name in ("noise", "shift")}
+
+
+def _errors(found: Mapping[str, float]) -> str:
+    return f"{100 * found['noise']:.2f} / {100 * found['shift']:.2f}"
+
+
+def _parents_read(real: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the table says."""
+    averaged, told = _merge_errors(real, "nearest", 2), []
+    for bits in dict.fromkeys(row["bits"] for row in rows):
+        own = {row["method"]: row for row in rows if row["bits"] == bits}
+        times = []
+        for method, row in own.items():
+            plain, solved = (_merge_errors(row, way, 2) for way in ("nearest", "regression"))
+            times.append(
+                f"`{method}` noise {plain['noise'] / averaged['noise']:.1f}, "
+                f"shift {plain['shift'] / averaged['shift']:.1f} "
+                f"(by regression {solved['shift'] / averaged['shift']:.1f})"
+            )
+        told.append(f"{bits.upper()} {', '.join(times)}")
+    both = []
+    for bits in dict.fromkeys(row["bits"] for row in rows):
+        own = {row["method"]: row for row in rows if row["bits"] == bits}
+        if {"qdrop", "hdrq"} <= own.keys():
+            names = ("moved", "correlation", "distance")
+            pairs = [[statistics.fmean(own[m][n]) for m in ("hdrq", "qdrop")] for n in names]
+            assert all(a > b for a, b in pairs), "the last sentence says so"
+            (moved, shared, apart) = (f"{a:.2f} and {b:.2f}" for a, b in pairs)
+            both.append(f"{bits.upper()} {moved}, {shared}, {apart}")
+    return (
+        f"Averaged pairs, as multiples of the float average's noise and shift: {'; '.join(told)}. "
+        "What fewer bits add is above all a shift of the layers' mean outputs. A regression with "
+        "corrected biases takes it back in part, and new BatchNorm moments for all domains "
+        "together: merges that averages had broken are near those of float models then. "
+        "HDRQ and QDrop, share of moved codes, correlation and distance: "
+        f"{'; '.join(both)}. Learned latent weights leave more of the nearest codes than roundings "
+        "up or down, in directions that domains share more, and their models are no closer to each "
+        "other."
     )
 
 
