@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from .start import importing, run
 
@@ -17,6 +19,11 @@ with importing("hdrq inspect"):
     from .common import parser
 
 __all__ = ["arguments", "main"]
+
+# Characters of a list that is shown whole.
+_LONG = 40
+# Names and numbers stay in one piece when lines are filled.
+_WHOLE: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -47,6 +54,40 @@ def _statistics(bundle: Bundle) -> str:
     )
 
 
+def _options(options: Mapping[str, Any]) -> dict[str, str]:
+    """How a bundle was calibrated, or its parents where it is a merge, and how they were merged."""
+    learned = list(dict.fromkeys(_calibrations(options)))
+    facts = {
+        f"options {i}" if len(learned) > 1 else "options": line for i, line in enumerate(learned, 1)
+    }
+    if "merge" not in options:
+        return facts
+    merge = {name: value for name, value in options["merge"].items() if name != "weights"}
+    return {"merge": _said(merge), **facts}
+
+
+def _calibrations(options: Mapping[str, Any]) -> Iterator[str]:
+    """Options of the calibrations that a bundle comes from."""
+    if "parents" not in options:
+        yield _said(options)
+    for parent in options.get("parents", ()):
+        yield from _calibrations(parent)
+
+
+def _said(options: Mapping[str, Any], prefix: str = "") -> str:
+    """``name=value, ...``; ``outer.name=value`` of nested ones, how many entries of long lists."""
+    parts = []
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            parts.append(_said(value, f"{prefix}{name}."))
+            continue
+        text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+        if isinstance(value, list) and len(text) > _LONG:
+            text = f"{len(value)} entries"
+        parts.append(f"{prefix}{name}={text}")
+    return ", ".join(parts)
+
+
 def _inspect(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     manifest = bundle.manifest
@@ -64,12 +105,12 @@ def _inspect(args: argparse.Namespace) -> int:
         "source": manifest.source_sha256[:16],
         "size": f"{bundle.size_bytes:,} bytes in {len(manifest.tensors)} tensors",
         "statistics": _statistics(bundle),
-        "options": json.dumps(manifest.options),
+        **_options(manifest.options),
         "parents": ", ".join(f"{p.weight:.3g} x {'+'.join(p.domains)}" for p in manifest.parents)
         or "none: calibrated",
     }
     for name, value in facts.items():
-        print(f"{name:<11}{value}")
+        print(textwrap.fill(f"{name:<11}{value}", 100, subsequent_indent=" " * 11, **_WHOLE))
     print()
     rows = []
     for layer in manifest.layers:

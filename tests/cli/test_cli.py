@@ -20,6 +20,7 @@ from hdrq_deploy.calibration.methods import Options
 from hdrq_deploy.cli import bench, calibrate, export, inspect, merge, verify
 from hdrq_deploy.cli import main as umbrella
 from hdrq_deploy.formats.bundle import Bundle
+from hdrq_deploy.merging import merge as merge_bundles
 from hdrq_deploy.runtime.bench import BenchResult, harmonic_mean
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +81,25 @@ def test_the_path_from_checkpoints_to_a_report(
     assert umbrella.main(["inspect", merged]) == 0
     shown = capsys.readouterr().out
     assert "conv1" in shown and "W4A8" in shown
+
+
+def test_inspect_says_how_a_merge_was_made(
+    make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(*parents: Bundle, **options: Any) -> str:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.hdrq"
+        merge_bundles([parent.path for parent in parents], path, [0.25, 0.75], options=options)
+        assert inspect.main([str(path)]) == 0
+        return capsys.readouterr().out
+
+    alike = [make(domain=domain) for domain in ("night", "day")]
+    once = shown(*alike, auto={"criterion": "entropy", "tried": [[0.5, 0.5]] * 9})
+    assert "auto.criterion=entropy, auto.tried=9 entries" in once
+    assert once.count("\noptions ") == 1 and "rounding=" in once
+    assert "weights=" not in once and "0.25 x night, 0.75 x day" in once
+    assert max(map(len, once.splitlines())) <= 100
+    two = shown(alike[0], make(domain="day", method="hdrq"))
+    assert "\noptions 1  images=" in two and "\noptions 2  images=" in two and "iters=100" in two
 
 
 def test_accuracy_is_what_numpy_counts(make: Any, work: Path, inputs: Any, tmp_path: Path) -> None:
