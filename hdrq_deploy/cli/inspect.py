@@ -60,18 +60,20 @@ def _options(options: Mapping[str, Any]) -> dict[str, str]:
     facts = {
         f"options {i}" if len(learned) > 1 else "options": line for i, line in enumerate(learned, 1)
     }
-    if "merge" not in options:
+    merge = options.get("merge")
+    if not isinstance(merge, Mapping):
         return facts
-    merge = {name: value for name, value in options["merge"].items() if name != "weights"}
-    return {"merge": _said(merge), **facts}
+    return {"merge": _said({n: value for n, value in merge.items() if n != "weights"}), **facts}
 
 
 def _calibrations(options: Mapping[str, Any]) -> Iterator[str]:
     """Options of the calibrations that a bundle comes from."""
-    if "parents" not in options:
+    parents = options.get("parents")
+    if not isinstance(parents, list):
         yield _said(options)
-    for parent in options.get("parents", ()):
-        yield from _calibrations(parent)
+        return
+    for parent in parents:
+        yield from _calibrations(parent if isinstance(parent, Mapping) else {"parent": parent})
 
 
 def _said(options: Mapping[str, Any], prefix: str = "") -> str:
@@ -81,11 +83,17 @@ def _said(options: Mapping[str, Any], prefix: str = "") -> str:
         if isinstance(value, Mapping):
             parts.append(_said(value, f"{prefix}{name}."))
             continue
-        text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+        text = _text(value)
         if isinstance(value, list) and len(text) > _LONG:
             text = f"{len(value)} entries"
-        parts.append(f"{prefix}{name}={text}")
+        parts.append(f"{_text(prefix + name)}={text}")
     return ", ".join(parts)
+
+
+def _text(value: Any) -> str:
+    """JSON, so that nothing in a bundle steers a terminal; a string without its quotes."""
+    text = json.dumps(value, separators=(",", ":"))
+    return text[1:-1] if isinstance(value, str) else text
 
 
 def _inspect(args: argparse.Namespace) -> int:

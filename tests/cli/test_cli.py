@@ -99,6 +99,8 @@ def test_inspect_says_how_a_merge_was_made(
     assert "weights=" not in once and "0.25 x night, 0.75 x day" in once
     assert max(map(len, once.splitlines())) <= 100
     two = shown(alike[0], make(domain="day", method="hdrq"))
+    odd = shown(*alike, said={"odd\x1b[2J": "a\x1b[2Jb"})
+    assert "\x1b" not in odd and "a\\u001b[2Jb" in odd
     assert "\noptions 1  images=" in two and "\noptions 2  images=" in two and "iters=100" in two
 
 
