@@ -39,7 +39,8 @@ from hdrq_deploy.merging.batchnorm_correction import norm_behind, parameters_of
 from hdrq_deploy.merging.layers import statistics_of
 from hdrq_deploy.numerics.layer_matrix import LayerMatrix, rows_of
 from hdrq_deploy.numerics.layer_statistics import InputStatistics
-from hdrq_deploy.numerics.quantization import along
+from hdrq_deploy.numerics.moments import covariance
+from hdrq_deploy.numerics.quantization import along, quantize
 from hdrq_deploy.runtime.bench.environment import environment
 
 Floats = npt.NDArray[np.float64]
@@ -94,13 +95,11 @@ def moved(bundle: Bundle, floats: Mapping[str, Layer]) -> float:
     counted = total = 0
     for layer in bundle.manifest.layers:
         entry = bundle.manifest.tensors[layer.weight or ""]
-        assert layer.weight and entry.scale and entry.spec
-        scale = bundle.tensor(entry.scale)
-        nearest = np.rint(floats[layer.module].weight / along(scale, len(entry.shape), entry.axis))
-        codes = bundle.tensor(layer.weight)
-        counted += int(np.sum(codes != nearest.clip(entry.spec.lo, entry.spec.hi)))
-        total += codes.size
-    return float(counted / total)
+        assert layer.weight and entry.scale
+        nearest = quantize(floats[layer.module].weight, bundle.tensor(entry.scale), entry.spec)
+        counted += int(np.sum(bundle.tensor(layer.weight) != nearest))
+        total += nearest.size
+    return counted / total
 
 
 def output_errors(
@@ -123,16 +122,12 @@ def output_errors(
 def _output_error(
     layer: Layer, own: Layer, record: LayerMatrix, seen: InputStatistics
 ) -> tuple[float, float]:
-    off = rows_of(layer.weight - own.weight, record)  # (groups, features, outputs of a group)
-    variance = _variance(rows_of(own.weight, record), seen)
+    spread = covariance([seen], [1.0])
+    rows = rows_of(own.weight, record)  # (groups, features, outputs of a group)
+    off = rows_of(layer.weight - own.weight, record)
+    variance = (rows * spread.times(rows)).sum()
     mean = np.einsum("gf,gfo->go", seen.mean, off).reshape(-1) + layer.bias - own.bias
-    return _variance(off, seen) / variance, float((mean**2).sum()) / variance
-
-
-def _variance(rows: Floats, seen: InputStatistics) -> float:
-    """Variance of the outputs of ``rows``, summed over them."""
-    kept = np.einsum("grf,gfo->gro", seen.factor, rows)
-    return float((kept**2).sum() + (seen.diagonal[:, :, None] * rows**2).sum())
+    return float((off * spread.times(off)).sum() / variance), float((mean**2).sum() / variance)
 
 
 def compared(a: Mapping[str, Layer], b: Mapping[str, Layer], f: Any, g: Any) -> tuple[float, float]:

@@ -17,7 +17,13 @@ from evidence.merging import (
     streets_by_seed,
     streets_hdrq_less_qdrop,
 )
-from evidence.real_images import against_qdrop, best_float_merges, protocol_means, protocol_rows
+from evidence.real_images import (
+    against_qdrop,
+    best_float_merges,
+    difference_told,
+    protocol_means,
+    protocol_rows,
+)
 from evidence.records import WIDTHS, needed, table, with_spread
 
 _SOLVED = "regression-compensated"
@@ -401,7 +407,7 @@ def _better(rows: Sequence[Mapping[str, Any]], photos: Sequence[Mapping[str, Any
     real = "; ".join(
         f"{told_as} "
         + ", ".join(
-            f"{row['bits'].upper()} {o['difference']:+.1f} ({o['low']:+.1f} to {o['high']:+.1f})"
+            f"{row['bits'].upper()} {difference_told(o)}"
             for row, o in both
             if row["way"] == way and len(row["members"]) > 2
         )

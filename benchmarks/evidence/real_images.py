@@ -408,6 +408,11 @@ def against_qdrop(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return next((other for other in row["against"] if other["method"] == "qdrop"), None)
 
 
+def difference_told(other: Mapping[str, Any]) -> str:
+    """A difference in points and its interval."""
+    return f"{other['difference']:+.1f} ({other['low']:+.1f} to {other['high']:+.1f})"
+
+
 def pacs(record: Mapping[str, Any]) -> str:
     """The section on real images."""
     rows, tuning = protocol_rows(record), needed("pacs_tuning")
@@ -555,7 +560,8 @@ def _errors(found: Mapping[str, float]) -> str:
 
 def _parents_read(real: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """What the table says."""
-    averaged, told = _merge_errors(real, "nearest", 2), []
+    averaged = _merge_errors(real, "nearest", 2)
+    told, both, closer = [], [], []
     for bits in dict.fromkeys(row["bits"] for row in rows):
         own = {row["method"]: row for row in rows if row["bits"] == bits}
         times = []
@@ -567,9 +573,6 @@ def _parents_read(real: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
                 f"(by regression {solved['shift'] / averaged['shift']:.1f})"
             )
         told.append(f"{bits.upper()} {', '.join(times)}")
-    both, closer = [], []
-    for bits in dict.fromkeys(row["bits"] for row in rows):
-        own = {row["method"]: row for row in rows if row["bits"] == bits}
         if {"qdrop", "hdrq"} <= own.keys():
             names = ("moved", "correlation", "distance")
             pairs = [[statistics.fmean(own[m][n]) for m in ("hdrq", "qdrop")] for n in names]

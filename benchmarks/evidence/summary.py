@@ -13,7 +13,13 @@ from evidence.merging import (
     iterations_said,
     streets_hdrq_less_qdrop,
 )
-from evidence.real_images import against_qdrop, protocol_means, protocol_rows, way_label
+from evidence.real_images import (
+    against_qdrop,
+    difference_told,
+    protocol_means,
+    protocol_rows,
+    way_label,
+)
 from evidence.records import METHOD_COLOURS, needed, table, with_spread
 
 __all__ = ["headline", "plot_headline", "summary"]
@@ -232,7 +238,7 @@ def _against_qdrop(row: Mapping[str, Any]) -> str:
     other = against_qdrop(row)
     if other is None:
         return "-"
-    text = f"{other['difference']:+.1f} ({other['low']:+.1f} to {other['high']:+.1f})"
+    text = difference_told(other)
     bold = other["calibrations"] > 1 and not other["low"] <= 0 <= other["high"]
     return f"**{text}**" if bold else text
 

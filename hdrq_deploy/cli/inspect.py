@@ -22,8 +22,9 @@ __all__ = ["arguments", "main"]
 
 # Characters of a list that is shown whole.
 _LONG = 40
-# Names and numbers stay in one piece when lines are filled.
-_WHOLE: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+_LINES = textwrap.TextWrapper(
+    100, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False
+)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -118,7 +119,7 @@ def _inspect(args: argparse.Namespace) -> int:
         or "none: calibrated",
     }
     for name, value in facts.items():
-        print(textwrap.fill(f"{name:<11}{value}", 100, subsequent_indent=" " * 11, **_WHOLE))
+        print(_LINES.fill(f"{name:<11}{value}"))
     print()
     rows = []
     for layer in manifest.layers:

@@ -27,6 +27,7 @@ __all__ = [
     "parse_bits",
     "read_row",
     "row_path",
+    "search_name",
 ]
 
 # Weights and activations, as the paper has them; first and last layers keep 8 bits.
@@ -49,6 +50,11 @@ def parse_bits(words: Sequence[str]) -> tuple[tuple[int, int], ...]:
         check_bits(abits, "abits")
         pairs.append((wbits, abits))
     return tuple(dict.fromkeys(pairs))
+
+
+def search_name(task: str, model: str = "") -> str:
+    """How a search of rates is called: by its task, and its network where that is known."""
+    return f"{task}, {model}" if model else task
 
 
 @dataclass(frozen=True)
@@ -126,8 +132,7 @@ class Grid:
         pairs: Whether all pairs of domains are merged in settings that do not say it themselves.
         only_ways: Names of ``WAYS``; merges in other ways are left out. Empty: all of the settings.
         rates: Searched learning rates, by ``SETTING-METHOD-BITS`` (:mod:`.tuning`).
-        searched_on: Name of the task on whose calibration images they were searched, and the
-            network's behind a comma where the search names it.
+        searched_on: Task and network of that search (:func:`search_name`).
     """
 
     task: Task

@@ -12,7 +12,7 @@ from ..formats.bundle import Bundle
 from ..numerics.intervals import Bootstrap, Difference, Sample
 from ..typing import Array
 from .decisions import unpacked
-from .grid import Grid, Merge, Run, bundle_path, read_row
+from .grid import Grid, Merge, Run, bundle_path, read_row, search_name
 
 __all__ = ["cells", "header", "markdown", "network", "notes", "rows"]
 
@@ -250,7 +250,8 @@ def notes(grid: Grid, records: Sequence[dict[str, Any]] = ()) -> list[str]:
         )
     if grid.rates:
         task = grid.task
-        other = grid.searched_on not in ("", task.name, f"{task.name}, {task.model}")
+        own = (search_name(task.name), search_name(task.name, task.model))
+        other = grid.searched_on not in ("", *own)
         of = f" of {grid.searched_on}" if other else ""
         lines.append(
             f"Learning rates: one search for all methods on calibration images{of}, in tuning.json."

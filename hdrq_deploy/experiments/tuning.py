@@ -37,7 +37,7 @@ from ..jobs.job import Job, Pool, run_jobs
 from ..typing import Progress
 from .bundles import forget, make_bundle
 from .cells import calibrate_cell
-from .grid import Grid, Run, bundle_path
+from .grid import Grid, Run, bundle_path, search_name
 from .rate_search import RateSearch, hold_out, judge, protocol
 from .tasks import Domain, Task
 from .threads import calibration_threads
@@ -196,7 +196,7 @@ def chosen_rates(record: Mapping[str, Any]) -> dict[str, float]:
 
 def searched_on(record: Mapping[str, Any]) -> str:
     """Task and network of a record that :func:`tune` made; earlier ones name the task alone."""
-    return ", ".join((record["task"], *([record["model"]] if "model" in record else [])))
+    return search_name(record["task"], record.get("model", ""))
 
 
 def trial_path(out: Path, trial: Trial) -> Path:
