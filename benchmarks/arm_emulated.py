@@ -118,7 +118,8 @@ def run(setting: str, x: Array, work: Path, out: Path) -> dict[str, Any]:
         if codes[name]:
             return {"exit_codes": codes, "said": said.getvalue().strip().splitlines()[-1:]}
     ran = ort_engine(Path(engine) / GRAPH).run(x)
-    np.savez(out / f"{setting}.npz", output=ran.output, **ran.codes)
+    arrays: dict[str, Any] = {"output": ran.output, **ran.codes}
+    np.savez(out / f"{setting}.npz", **arrays)
     report = PrecisionReport.read(Path(engine))
     held = [tensor.data_type for tensor in onnx.load(str(Path(engine) / GRAPH)).graph.initializer]
     return {

@@ -177,8 +177,10 @@ def _plain_learn(
         for optimizer, _ in optimizers:
             optimizer.step()
         with torch.no_grad():  # a step must stay positive
-            for quantizer in (*module.weights, *module.activations):
+            for quantizer in module.weights:
                 quantizer.scale.clamp_(min=1e-6)
+            for activation in module.activations:
+                activation.scale.clamp_(min=1e-6)
         seconds.append(time.perf_counter() - began)
     return seconds
 
@@ -203,7 +205,7 @@ def our_calibrate(
 
         learn(run, *rest[:-1], report)
 
-    ours._learn = timed
+    ours._learn = timed  # type: ignore[assignment]
     try:
         ours.reconstruct(Preparation(found, plan, find_blocks(found), base), images, options)
     finally:

@@ -52,7 +52,7 @@ def compare(engine: OrtEngine, side: int) -> dict[str, Any]:
             times[kind].append(statistics.median(measure(call, CALLS)))
 
     def added(kind: str) -> float:
-        return round(1000 * statistics.median(np.subtract(times[kind], times["bare"])), 1)
+        return round(1000 * float(np.median(np.subtract(times[kind], times["bare"]))), 1)
 
     return {
         "input": list(x.shape),

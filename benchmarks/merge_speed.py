@@ -62,8 +62,8 @@ def brute_force(codes: list[Any], scales: list[Any], redraw: bool) -> Any:
     mask = rounding.ambiguous(codes, [0.5, 0.5])
     floor = np.floor(scaled[mask])
     widths = [0.5 * float(s) / step for s in scales]
-    chances = rounding.round_up_share(scaled[mask] - floor, widths)
-    chances = np.rint(chances * 65536).clip(0, 65535).astype(np.uint16)
+    shares = rounding.round_up_share(scaled[mask] - floor, widths)
+    chances = np.rint(shares * 65536).clip(0, 65535).astype(np.uint16)
     stream, rng = np.random.Generator(np.random.SFC64(0)), np.random.default_rng(0)
     aims = [(middle - r).ravel() for r in real]
     best, highest = None, [0.0, 0.0]
@@ -133,14 +133,14 @@ def whole_pair() -> dict[str, Any]:
     def ours() -> None:
         in_parallel(one, layers)
 
-    seconds = {
-        "ours": [timed(ours)],
+    own = [timed(ours)]
+    others = {
         "brute force": timed(lambda: [brute_force(c, s, False) for c, s in layers]),
         "reference draws": timed(lambda: [brute_force(c, s, True) for c, s in layers]),
     }
-    seconds["ours"] += [timed(ours), timed(ours)]
-    own = statistics.median(seconds["ours"])
-    ratio = {way: seconds[way] / own for way in ("brute force", "reference draws")}
+    own += [timed(ours), timed(ours)]
+    ratio = {way: seconds / statistics.median(own) for way, seconds in others.items()}
+    seconds = {"ours": own, **others}
     row = {"weights": sum(c[0].size for c, _ in layers), "seconds": seconds, "ratio": ratio}
     print(row, flush=True)
     return row
@@ -211,16 +211,17 @@ def write_pair(folder: Path) -> None:
 
 def drawn_statistics(shapes: list[tuple[int, ...]]) -> Any:
     """Statistics of every layer, of a rank whose factors take as many bytes as the codes."""
-    from hdrq_deploy.formats.statistics import Statistics
+    from hdrq_deploy.formats.statistics import Layout, Statistics
     from hdrq_deploy.numerics.layer_statistics import InputStatistics
 
-    rng, layers, layouts = np.random.default_rng(1), {}, {}
+    rng, layers = np.random.default_rng(1), dict[str, InputStatistics]()
+    layouts: dict[str, tuple[str | None, Layout]] = {}
     for i, shape in enumerate(shapes):
         features = int(np.prod(shape[1:]))
         rank = min(features, shape[0])
-        factor = rng.standard_normal((1, rank, features), np.float32) / np.sqrt(rank)
-        ones = np.ones((1, features), np.float32)
-        layers[f"w{i}_codes"] = InputStatistics(1e4, ones / 2, ones / 4, factor)
+        factor = rng.standard_normal((1, rank, features), np.float32) / np.float32(rank**0.5)
+        half = np.full((1, features), 0.5, np.float32)
+        layers[f"w{i}_codes"] = InputStatistics(1e4, half, half / np.float32(2), factor)
         layouts[f"w{i}_codes"] = (None, "conv" if len(shape) == 4 else "linear")
     return Statistics("auto", layouts, layers, {})
 

@@ -332,7 +332,7 @@ def merged(
             Path(folder) / "merged.hdrq",
             method=way.method,
             rounding=way.rounding,
-            **({} if way.wbits is None else {"wbits": way.wbits}),
+            wbits=way.wbits,
             activation_scales=way.scales,
             candidates=30,  # as in the paper
             seed=draw,
@@ -392,7 +392,7 @@ def folded_float(task: str, out: Path) -> list[dict[str, Any]]:
         for name in group:
             images, labels = images_of(task, name, "test")
             with torch.no_grad():
-                parts = torch.from_numpy(images).split(32)
+                parts = torch.split(torch.from_numpy(images), 32)
                 logits = torch.cat([model(part) for part in parts]).numpy()
             measured[name] = scored(logits, labels)
         parents = Parents(task, "float", 32, 32, "weights", 0)
@@ -508,7 +508,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         """What was found of other tasks."""
         return [r for r in before.get(key, []) if _task_of_entry(r) not in args.tasks]
 
-    result = {
+    result: dict[str, Any] = {
         "schema_version": 1,
         "iterations_per_block": ITERS,
         "rates": RATES,

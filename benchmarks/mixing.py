@@ -164,7 +164,7 @@ def adapting(folder: Path, setting: Setting) -> dict[str, Any]:
 
     table = {point: accuracies(point) for point in simplex(len(DOMAINS))}
     frames = {d: split(d, "calibration")[0][:FRAMES] for d in DOMAINS}
-    streams = {d: ((d,), frames[d]) for d in DOMAINS}
+    streams: dict[str, tuple[tuple[str, ...], Array]] = {d: ((d,), frames[d]) for d in DOMAINS}
     streams["all"] = (DOMAINS, np.concatenate([f[: FRAMES // 3] for f in frames.values()]))
     rows = []
     with DomainMixer(paths, threads=1) as mixer:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -163,15 +164,18 @@ def calls(out: Path, x: Array) -> Iterator[tuple[str, str, str, Callable[[], Any
             export(made, folder, name)
         return load_engine(folder)
 
+    def peer(name: str) -> Callable[[Array], Array]:
+        return in_onnx_runtime(peers(out, graph, x)[name])
+
     for scheme in SCHEMES:
         for method in METHODS:
             for name in ENGINES:
                 if name == "ort" or find_spec(name):
-                    yield method, scheme, name, lambda m=method, s=scheme, n=name: engine(m, s, n)
+                    yield method, scheme, name, partial(engine, method, scheme, name)
     for name in ("defaults", "best"):
         key = f"quantize_static {name}"
         scheme = "W8A8 per channel" if name == "best" else "W8A8 per tensor"
-        yield key, scheme, "ort", lambda k=key: in_onnx_runtime(peers(out, graph, x)[k])
+        yield key, scheme, "ort", partial(peer, key)
     if find_spec("nncf") and find_spec("openvino"):
         yield "NNCF mixed", "W8A8 per channel", "openvino", lambda: in_nncf(graph, x)
 

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -116,10 +117,8 @@ def compare(case: Case, seeds: int) -> Iterator[dict[str, Any]]:
                 merger, case.images, criterion, seed=seed, exhaustive=whole, renewed=case.renewed
             )
 
-        found = [
-            timed(lambda seed=seed, search=search: search(seed, False)) for seed in range(seeds)
-        ]
-        grid, grid_cost = timed(lambda search=search: search(0, True))
+        found = [timed(partial(search, seed, False)) for seed in range(seeds)]
+        grid, grid_cost = timed(partial(search, 0, True))
         scores = dict(grid.tried)
         searches = []
         for chosen, cost in found:

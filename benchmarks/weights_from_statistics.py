@@ -129,7 +129,7 @@ def shares_of(bundles: Sequence[Bundle], mixes: Sequence[Sequence[float]]) -> Fl
     return output_errors(merging, layers_in_order(merging), mixes)
 
 
-def ranks(values: Sequence[float]) -> Floats:
+def ranks(values: npt.ArrayLike) -> Floats:
     """Places in ascending order, ties by their mean."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)

@@ -1,4 +1,4 @@
-"""mypy over the package as it looks once installed.
+"""mypy over the package as it looks once installed, and over what makes the evidence.
 
 ``exporters/``, ``runtime/`` and ``calibration_data/`` are mapped into the package by the build
 backend, which no type checker reads; a tree of links in ``build/typing`` shows them the result.
@@ -33,6 +33,11 @@ def main() -> int:
     link_tree(tree)
     config = str(ROOT / "pyproject.toml")
     command = [sys.executable, "-m", "mypy", "--config-file", config, "-p", "hdrq_deploy"]
+    for entry in sorted((ROOT / "benchmarks").iterdir()):  # scripts, and packages of theirs
+        if entry.suffix == ".py":
+            command += ["-m", entry.stem]
+        elif (entry / "__init__.py").is_file():
+            command += ["-p", entry.name]
     return subprocess.run(command, cwd=tree, check=False).returncode
 
 

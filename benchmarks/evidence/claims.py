@@ -149,7 +149,7 @@ def _on_digits(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
 
     solved = [risen(_SOLVED, pair) for pair in _NARROW_PAIRS]
     scaled = [risen(_SCALED, pair) for pair in _NARROW_PAIRS]
-    wide = [
+    eight = [
         _digits(rows, parents="hdrq", bits="w8a3", fold="weights", members=list(pair), way=_SCALED)
         - _digits(
             rows, parents="hdrq", bits="w3a3", fold="weights", members=list(pair),
@@ -161,7 +161,7 @@ def _on_digits(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
         "digits, W3A3: 8 above nearest on hw+night and photo+night",
         f"{_two(solved)}; with searched activation scales {_two(scaled)}",
         _reached(scaled, 8),
-        f"3-bit activations: with 8-bit weights the same merge is at {_two(wide)}",
+        f"3-bit activations: with 8-bit weights the same merge is at {_two(eight)}",
     ]
 
 

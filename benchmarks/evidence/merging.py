@@ -280,12 +280,12 @@ def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str
         """HDRQ's figure less QDrop's, seed by seed."""
         return with_spread(streets_hdrq_less_qdrop(rows, way, "w4a4"), "+")
 
-    domains = ", ".join(max((row["members"] for row in rows), key=len))
+    domains: Sequence[str] = max((row["members"] for row in rows), key=len)
     searched = "; ".join(_rates_of(method, tried) for method in ("qdrop", "hdrq") if tried)
     return (
-        f"Mean intersection over union, harmonic mean over {domains}, with the standard deviation "
-        "over calibration seeds; methods that learn nothing have one. Float models merged by "
-        "regression reach "
+        f"Mean intersection over union, harmonic mean over {', '.join(domains)}, with the standard "
+        "deviation over calibration seeds; methods that learn nothing have one. Float models "
+        "merged by regression reach "
         f"{told('float-folded', 'regression-nearest')} with BatchNorm in the weights, as in the "
         f"bundles, and {told('float', 'regression-nearest')} with BatchNorm apart. Merges by "
         "regression with "
