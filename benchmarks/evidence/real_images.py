@@ -24,7 +24,7 @@ _PROTOCOL_WAYS = {
 }
 
 
-_METHODS = ("rtn", "rtn-corrected", "qdrop", "hdrq")
+_METHODS = ("rtn", "rtn-corrected", "brecq", "qdrop", "latent", "hdrq")
 
 
 def protocol_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -175,17 +175,23 @@ def _away_table(
 
     ``kinds`` are ways, what is taken off in words, and its two figures.
     """
-    lines = []
+    lines, methods = [], _methods_of(rows)
     for bits in dict.fromkeys(row["bits"] for row in rows if row["bits"]):
         for way, less, best in kinds:
-            cells = [protocol_means(rows, method, bits, way) for method in _METHODS]
+            cells = [protocol_means(rows, method, bits, way) for method in methods]
             if any(cells):
                 away = (
                     f"{cell[0] - best[0]:+.1f}, {cell[1] - best[1]:+.1f}" if cell else "-"
                     for cell in cells
                 )
                 lines.append([bits.upper(), _way_in_full(way), less, *away])
-    return table(["bits", "merge", "less the", *_METHODS], lines)
+    return table(["bits", "merge", "less the", *methods], lines)
+
+
+def _methods_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Methods that quantize, in the order of the tables."""
+    there = {row["method"] for row in rows}
+    return [method for method in _METHODS if method in there]
 
 
 def _beside_section(rows: Sequence[Mapping[str, Any]], tested: bool = True) -> list[str]:
@@ -249,8 +255,8 @@ def _protocol_missing(rows: Sequence[Mapping[str, Any]], elsewhere: Collection[s
     return f"Not run yet: {', '.join(missing)}." if missing else "The whole grid was run."
 
 
-def _protocol_rates(record: Mapping[str, Any]) -> str:
-    """How learning rates were searched, from a ``tuning.json``."""
+def _protocol_rates(record: Mapping[str, Any], on: str) -> str:
+    """How learning rates were searched, from a ``tuning.json``; ``on`` which checkpoints."""
     searches, steps = [], list[float]()
     for search in record["searches"]:
         tried = ", ".join(f"{t['rate']:.3g} ({t['score']:.3f})" for t in search["tried"])
@@ -260,8 +266,7 @@ def _protocol_rates(record: Mapping[str, Any]) -> str:
     protocol, bits = record["protocol"], record["searches"][0]["bits"].upper()
     edges = [search["method"] for search in record["searches"] if search["is_at_edge"]]
     return (
-        "Learning rates were searched in the same way for every method (`--tune w4a4`, on "
-        "checkpoints that the same command had trained before on another machine): "
+        f"Learning rates were searched in the same way for every method (`--tune w4a4`, on {on}): "
         f"{protocol['rates_at_first']} rates, each {protocol['factor']:.2f} times the next, more "
         f"of them while the best is the last one; at {bits}, by {protocol['criterion']} "
         f"({protocol['held_out']}). Rates and nats: {'; '.join(searches)}. Neighbouring rates are "
@@ -438,7 +443,9 @@ def pacs(record: Mapping[str, Any]) -> str:
             _protocol_read(rows),
             *_trainings(rows),
             "",
-            _protocol_rates(tuning),
+            _protocol_rates(
+                tuning, "checkpoints that the same command had trained before on another machine"
+            ),
             *_protocol_distances(tuning),
             *_sweeps(),
             "",
@@ -675,7 +682,7 @@ def _camvid_read(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
                 ", ".join(f"{own[m][n]['mean'] - best[kind][n]['mean']:+.1f}" for n in names)
                 if m in own
                 else "-"
-                for m in ("float", *_METHODS)
+                for m in ("float", *_methods_of(rows))
             )
             shown = what if bits else what.replace(", compensated", "")
             lines.append([bits.upper() or "FP32", shown, *cells])
@@ -683,7 +690,7 @@ def _camvid_read(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
         f"The best merge of float models reaches {best_of} ({' and '.join(names)}). Merges less "
         f"it, in points ({', '.join(names)}):",
         "",
-        table(["bits", "merge", "float", *_METHODS], lines),
+        table(["bits", "merge", "float", *_methods_of(rows)], lines),
         "",
         *_beside_section(rows, tested=False),
         "",

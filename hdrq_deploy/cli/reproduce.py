@@ -261,7 +261,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         _check_device(args.device)
         for folder in (out, out / "cells", out / "rows"):
             make_directory(folder)
-    if known and args.rates:
+    if known and args.rates and not args.table:
         keep_search(known, out)
     if args.made:
         with progress_lines("train") as report:
@@ -283,14 +283,23 @@ def _reproduce(args: argparse.Namespace) -> int:
                 grid = replace(grid, rates=chosen_rates(record), searched_on=searched_on(record))
             run_jobs(list(jobs(grid, out, args.device, threads)), pool, report)
     ran = {"threads": threads, "seconds_of_this_run": round(time.monotonic() - started)}
-    return _write_results(args, grid, out, {} if args.table else ran)
-
-
-def _write_results(args: argparse.Namespace, grid: Grid, out: Path, ran: Mapping[str, Any]) -> int:
-    """Table and figures of all finished cells, written and printed; the exit code."""
+    if not args.table:
+        return _write_results(args, grid, out, rows(grid, out), ran)
     records = rows(grid, out)
-    if args.table:
-        _check_rows(out, records)
+    _check_rows(out, records)
+    if known and args.rates:
+        keep_search(known, out)
+    return _write_results(args, grid, out, records, {})
+
+
+def _write_results(
+    args: argparse.Namespace,
+    grid: Grid,
+    out: Path,
+    records: Sequence[dict[str, Any]],
+    ran: Mapping[str, Any],
+) -> int:
+    """Table and figures of all finished cells, written and printed; the exit code."""
     record = {
         "schema_version": 1,
         "kind": REPRODUCE_JSON.kind,

@@ -30,6 +30,7 @@ from hdrq_deploy.experiments.real_images import (
 )
 from hdrq_deploy.experiments.tasks import iterations
 from hdrq_deploy.formats.bundle import Bundle
+from hdrq_deploy.formats.file_kinds import TUNING_JSON
 from hdrq_deploy.formats.staleness import fingerprint
 
 MODULE = """
@@ -316,6 +317,17 @@ def test_a_table_is_of_the_run_that_was_made(
         assert reproduce.main([*argv, "--table", *flags]) == 2
         said = capsys.readouterr().err.strip()
         assert f"found figures of another run ({change}); give what that run was given" in said
+    # Nor does a search of rates take the place of the run's own before the refusal.
+    other = out.with_name("other.json")
+    record = {"kind": TUNING_JSON.kind, "task": "pacs", "searches": []}
+    other.write_text(json.dumps(record))
+    assert reproduce.main([*argv, "--table", "--rates", str(other), "--bits", "w4a4"]) == 2
+    assert "would be lost or be of fewer seeds" in capsys.readouterr().err
+    assert not (out / "tuning.json").exists()
+    assert reproduce.main([*argv, "--table", "--rates", str(other)]) == 0
+    assert json.loads((out / "tuning.json").read_text()) == record
+    (out / "tuning.json").unlink()
+    assert reproduce.main([*argv, "--table"]) == 0
     assert (out / "table.md").read_text() == kept
     assert json.loads((out / "results.json").read_text())["rows"] == report["rows"]
     # The table of a folder that moved, and whose checkpoints and images are gone.
