@@ -22,7 +22,15 @@ from evidence.engines import (
 )
 from evidence.merging import distance, landscape, merge_statistics, statistics_weights
 from evidence.mixing import adaptation, mixing
-from evidence.real_images import camvid, pacs, pacs_earlier, pacs_wide, parents, real_weights
+from evidence.real_images import (
+    camvid,
+    camvid_weather,
+    pacs,
+    pacs_earlier,
+    pacs_wide,
+    parents,
+    real_weights,
+)
 from evidence.records import ROOT, Section, load, needed
 from evidence.rivals import merge_rivals, pacs_rivals
 from evidence.summary import headline, plot_headline, summary
@@ -41,7 +49,15 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
             Section(
                 "merge_statistics",
                 aims,
-                ("distance", "merge_speed", "weight_search", "pacs", "pacs_wide", "camvid"),
+                (
+                    "distance",
+                    "merge_speed",
+                    "weight_search",
+                    "pacs",
+                    "pacs_wide",
+                    "camvid",
+                    "camvid_weather",
+                ),
             ),
             Section("landscape", claims, ("merge_statistics", "distance", "pacs")),
         ),
@@ -66,6 +82,7 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
             Section("pacs_wide", pacs_wide),
             Section("parents", parents),
             Section("camvid", camvid),
+            Section("camvid_weather", camvid_weather),
             Section("real_weights", real_weights),
         ),
     ),

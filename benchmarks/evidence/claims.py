@@ -24,7 +24,7 @@ from evidence.real_images import (
     protocol_means,
     protocol_rows,
 )
-from evidence.records import WIDTHS, needed, table, with_spread
+from evidence.records import WIDTHS, listed, needed, table, with_spread
 
 _SOLVED = "regression-compensated"
 _SCALED = f"{_SOLVED}-statistics"
@@ -117,7 +117,7 @@ def _on_digits(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
         else f"{_reached(by_rank['default'], 0)}; with `--statistics full` "
         + _reached(by_rank["full"], 0),
         "the rank of the statistics, on all three domains; float models merged by the same "
-        f"regression reach {_two([exact[0] - average[0], exact[1] - average[1]])}",
+        f"regression reach {_signed([exact[0] - average[0], exact[1] - average[1]])}",
     ]
     falls, streets = {}, {}
     for method in ("hdrq", "qdrop"):
@@ -159,14 +159,14 @@ def _on_digits(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     ]  # fmt: skip
     yield [
         "digits, W3A3: 8 above nearest on hw+night and photo+night",
-        f"{_two(solved)}; with searched activation scales {_two(scaled)}",
+        f"{_signed(solved)}; with searched activation scales {_signed(scaled)}",
         _reached(scaled, 8),
-        f"3-bit activations: with 8-bit weights the same merge is at {_two(eight)}",
+        f"3-bit activations: with 8-bit weights the same merge is at {_signed(eight)}",
     ]
 
 
-def _two(values: Sequence[float]) -> str:
-    return " and ".join(f"{value:+.1f}" for value in values)
+def _signed(values: Sequence[float]) -> str:
+    return listed([f"{value:+.1f}" for value in values])
 
 
 def _on_streets(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
@@ -252,7 +252,7 @@ def _on_photos() -> Iterator[list[str]]:
                 if reached
                 else "no"
             ),
-            bound.format(_two(lost)),
+            bound.format(_signed(lost)),
         ]
     yield _narrowed()
     apart = protocol_means(rows, "float", "", "nearest")
@@ -263,7 +263,8 @@ def _on_photos() -> Iterator[list[str]]:
     }
     yield [
         "PACS, pairs, W4A8: 5 above float models averaged with BatchNorm apart",
-        f"re-estimated {_two(risen['renewed'])} (`qdrop`, `hdrq`), fitted {_two(risen['fitted'])}",
+        f"re-estimated {_signed(risen['renewed'])} (`qdrop`, `hdrq`), "
+        f"fitted {_signed(risen['fitted'])}",
         f"re-estimated {_reached(risen['renewed'], 5)}, fitted {_reached(risen['fitted'], 5)}",
         f"re-estimated, the float merge itself is at {best[0] - apart[0]:+.1f}",
     ]
@@ -278,7 +279,7 @@ def _away(
 
 
 def _told(away: Mapping[str, tuple[float, float]]) -> str:
-    return ", ".join(f"`{method}` {_two(both)}" for method, both in away.items())
+    return ", ".join(f"`{method}` {_signed(both)}" for method, both in away.items())
 
 
 def _within(away: Mapping[str, tuple[float, float]], least: float) -> str:
@@ -322,23 +323,37 @@ def _on_camvid() -> Iterator[list[str]]:
     how = {"guided": "fitted to the floats", "fitted": "fitted", "renewed": "re-estimated"}
     yield [
         "CamVid, W4A8: within 1 mIoU of the best float merge by day and at dusk",
-        f"`{nearest[0]}`, {how.get(nearest[1], nearest[1])}: {_two(merged[nearest])}",
+        f"`{nearest[0]}`, {how.get(nearest[1], nearest[1])}: {_signed(merged[nearest])}",
         _reached(merged[nearest], -1),
-        f"few frames: the float merge, fitted on the same ones, is at {_two(fit)}; and rounding to "
-        "4 bits: single models are at "
-        + ", ".join(f"`{m}` {_two(values)}" for m, values in single.items()),
+        f"few frames: the float merge, fitted on the same ones, is at {_signed(fit)}; and rounding "
+        "to 4 bits: single models are at "
+        + ", ".join(f"`{m}` {_signed(values)}" for m, values in single.items()),
     ]
-    wide = {
-        row["method"]: away(row, "single")
-        for row in rows
-        if row["way"] == "nearest" and row["bits"] == "w8a8"
+    yield _alone_at_eight_bits("camvid", "CamVid")
+    yield _alone_at_eight_bits("camvid_weather", "CamVid in fog and snow")
+
+
+def _alone_at_eight_bits(record: str, images: str) -> list[str]:
+    """Single W8A8 models less their float models, on every domain."""
+    own = {
+        (row["method"], row["bits"]): row["single"]
+        for row in needed(record)["rows"]
+        if row["setting"] == "ours" and row["way"] == "nearest"
     }
-    yield [
-        "CamVid, W8A8: every single engine within 1 mIoU of its float model",
-        ", ".join(f"`{m}` {_two(values)}" for m, values in wide.items())
-        + "".join(f", `{m}` not run" for m in ("qdrop", "hdrq") if m not in wide),
+    real = own["float", ""]
+    wide = {
+        method: [
+            figures[name]["mean"] - real[name]["mean"] for name in real if name != "harmonic mean"
+        ]
+        for (method, bits), figures in own.items()
+        if bits == "w8a8"
+    }
+    return [
+        f"{images}, W8A8: every single engine within 1 mIoU of its float model",
+        ", ".join(f"`{m}` {_signed(values)}" for m, values in wide.items())
+        + "".join(f", `{m}` not run" for m in _TUNED if m not in wide),
         _reached([value for values in wide.values() for value in values], -1)
-        + ("" if {"qdrop", "hdrq"} <= set(wide) else ", of those that were run"),
+        + ("" if set(_TUNED) <= set(wide) else ", of those that were run"),
         "",
     ]
 

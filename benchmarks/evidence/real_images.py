@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from evidence.records import load, needed, table
+from evidence.records import listed, load, needed, table
 
 _PROTOCOL_WAYS = {
     "single": "a model per domain",
@@ -199,7 +199,7 @@ def _beside_section(rows: Sequence[Mapping[str, Any]], tested: bool = True) -> l
 
     Without ``tested`` no test is shown: frames of one drive are no independent samples.
     """
-    every, lines = max(len(row["members"]) for row in rows), []
+    every, lines = max(len(row["members"]) for row in rows), list[list[str]]()
     own = [r for r in rows if r["method"] == "hdrq" and len(r["members"]) == every]
     for row in own:
         for other in row["against"]:
@@ -214,6 +214,8 @@ def _beside_section(rows: Sequence[Mapping[str, Any]], tested: bool = True) -> l
                     str(other["calibrations"]),
                 ]
             )
+    if not lines:
+        return []
     test = ["p"] if tested else []
     head = ["bits", "merge", "`hdrq` less", "points", "95% interval", *test, "seeds of the fewer"]
     return [
@@ -370,7 +372,7 @@ def _trainings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         "",
         f"The checkpoints are one training of each domain. {which} by the same command on other "
-        f"machines ({' and '.join(places)}) gave "
+        f"machines ({listed(places)}) gave "
         f"single float models whose harmonic means are within {max(single):.1f} points of these, "
         f"and merges of float models up to {max(merged):.1f} points away: more than lies between "
         "the methods. No interval below has this spread in it; what counts are differences on the "
@@ -617,21 +619,7 @@ def pacs_earlier(record: Mapping[str, Any]) -> str:
 
 def camvid(record: Mapping[str, Any]) -> str:
     """The section on street scenes by day and at dusk: one pair of domains, each by itself."""
-    own = [row for row in record["rows"] if row["setting"] == "ours"]
-    folded = [{**row, "way": _way_of(row)} for row in record["rows"] if row["setting"] == "float"]
-    names = own[0]["members"]
-    lines = []
-    for row in sorted([*folded, *own], key=lambda r: ("", *_PROTOCOL_BITS).index(r["bits"])):
-        kinds = {"single": row["single"]} if row["way"] == "nearest" else {}
-        for way, figures in {**kinds, row["way"]: row["merged"]}.items():
-            cells = [f"{figures[name]['mean']:.1f}" for name in names]
-            cells.append(with_interval(figures["harmonic mean"]))
-            head = [row["method"], row["bits"].upper() or "FP32", way_label(row["method"], way)]
-            lines.append([*head, *cells])
-    tests = ", ".join(f"{count} of {name}" for name, count in own[0]["images"].items())
-    command = _command(
-        f"camvid --data CamVid --targets {' '.join(names)}", [row for row in own if row["bits"]]
-    )
+    own, names, lines = _camvid_rows(record)
     learned = next((r["options"] for r in own if r["method"] in ("hdrq", "qdrop")), None)
     how = (
         f"`qdrop` and `hdrq` learn {learned['iters']} iterations of {learned['batch']} images a "
@@ -643,20 +631,69 @@ def camvid(record: Mapping[str, Any]) -> str:
         [
             "## Real images: CamVid",
             "",
-            f"`{command}`: {record['form']}, trained by "
+            f"`{_on_camvid(own, names)}`: {record['form']}, trained by "
             f"day from ImageNet weights and then at dusk with labels; {how}. Mean "
             "intersection over union in % on contiguous stretches of the drives that no training "
-            f"saw ({tests}), of ONNX Runtime engines; harmonic means with half of the 95% interval "
-            "as above. Neighbouring frames are alike, and all those of dusk are one stretch of one "
-            "drive: the intervals are of these frames, not of other drives, and no test between "
-            "methods is shown. The images are not part of this project.",
+            f"saw ({_tests(own)}), of ONNX Runtime engines; harmonic means with half of the 95% "
+            "interval as above. Neighbouring frames are alike, and all those of dusk are one "
+            "stretch of one drive: the intervals are of these frames, not of other drives, and no "
+            "test between methods is shown. The images are not part of this project.",
             "",
-            *_camvid_read([*folded, *own], names),
+            *_camvid_read(own, names),
             table(["parents", "bits", "merge", *names, "harmonic mean"], lines),
             "",
-            f"{_protocol_missing(protocol_rows(record))} Fog and snow were not run either.",
+            _protocol_missing(protocol_rows(record)),
         ]
     )
+
+
+def camvid_weather(record: Mapping[str, Any]) -> str:
+    """The section on the same streets by day, in fog and in snow: three domains, one merge."""
+    own, names, lines = _camvid_rows(record)
+    return "\n".join(
+        [
+            "## CamVid in fog and snow",
+            "",
+            f"`{_on_camvid(own, names)}`: as above on checkpoints of another training, the weather "
+            "made by `corrupt-tta` (ImageNet-C's fog and snow, severity 3) from frames by day, in "
+            f"training and in test ({_tests(own)}).",
+            "",
+            *_camvid_read(own, names),
+            table(["parents", "bits", "merge", *names, "harmonic mean"], lines),
+            "",
+            _protocol_missing(protocol_rows(record)),
+        ]
+    )
+
+
+def _camvid_rows(
+    record: Mapping[str, Any],
+) -> tuple[list[dict[str, Any]], list[str], list[list[str]]]:
+    """Rows of our setting with folded float models first; domains; the lines of the table."""
+    folded = [{**row, "way": _way_of(row)} for row in record["rows"] if row["setting"] == "float"]
+    own = [*folded, *(row for row in record["rows"] if row["setting"] == "ours")]
+    names = own[0]["members"]
+    lines = []
+    for row in sorted(own, key=lambda r: ("", *_PROTOCOL_BITS).index(r["bits"])):
+        kinds = {"single": row["single"]} if row["way"] == "nearest" else {}
+        for way, figures in {**kinds, row["way"]: row["merged"]}.items():
+            cells = [f"{figures[name]['mean']:.1f}" for name in names]
+            cells.append(with_interval(figures["harmonic mean"]))
+            head = [row["method"], row["bits"].upper() or "FP32", way_label(row["method"], way)]
+            lines.append([*head, *cells])
+    return own, names, lines
+
+
+def _on_camvid(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """The command of the rows."""
+    return _command(
+        f"camvid --data CamVid --targets {' '.join(names)}", [row for row in rows if row["bits"]]
+    )
+
+
+def _tests(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many test images of every domain."""
+    return ", ".join(f"{count} of {name}" for name, count in rows[0]["images"].items())
 
 
 def _camvid_read(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
@@ -671,7 +708,7 @@ def _camvid_read(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
         "fitted": ("merged", f"{_PROTOCOL_WAYS['fitted']} on 32 images a domain (20 of dusk)"),
         "guided": ("merged", f"{_PROTOCOL_WAYS['guided']} on the same images"),
     }
-    best_of = " and ".join(f"{best['merged'][name]['mean']:.1f}" for name in names)
+    best_of = listed([f"{best['merged'][name]['mean']:.1f}" for name in names])
     lines = []
     for bits in (bits for bits in ("", *_PROTOCOL_BITS) if any(r["bits"] == bits for r in rows)):
         for way, (kind, what) in kinds.items():
@@ -686,14 +723,15 @@ def _camvid_read(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
             )
             shown = what if bits else what.replace(", compensated", "")
             lines.append([bits.upper() or "FP32", shown, *cells])
+    beside = _beside_section(rows, tested=False)
     return [
-        f"The best merge of float models reaches {best_of} ({' and '.join(names)}). Merges less "
+        f"The best merge of float models reaches {best_of} ({listed(names)}). Merges less "
         f"it, in points ({', '.join(names)}):",
         "",
         table(["bits", "merge", "float", *_methods_of(rows)], lines),
         "",
-        *_beside_section(rows, tested=False),
-        "",
+        *beside,
+        *([""] if beside else []),
     ]
 
 

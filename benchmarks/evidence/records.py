@@ -51,6 +51,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
+def listed(words: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
 def load(name: str) -> dict[str, Any] | None:
     """A result, where it is there."""
     path = RESULTS / f"{name}.json"
