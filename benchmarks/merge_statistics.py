@@ -65,7 +65,7 @@ FLOATS = ("float", "float-folded")
 FULL = {"digits": ((4, 8),), "streets": ()}
 # Parents that learn longer, at rates that are smaller in proportion, and the domains of each; all
 # where there are none. A bundle of 20,000 iterations a block takes an hour of one core.
-LONGER: dict[int, tuple[str, ...]] = {10 * ITERS: (), 100 * ITERS: ("handwriting", "photo")}
+LONGER: dict[int, tuple[str, ...]] = {10 * ITERS: (), 100 * ITERS: ("handwriting", "night")}
 LONGER_BITS = {"digits": ((3, 3),), "streets": ()}
 ROUNDING_SEEDS = 2
 RENEW_IMAGES = {"digits": 64, "streets": 16}

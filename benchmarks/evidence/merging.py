@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from evidence.records import GROUPS, NAMES, WIDTHS, needed, not_run, table, with_spread
+from evidence.records import GROUPS, NAMES, WIDTHS, listed, needed, not_run, table, with_spread
 
 _SETTINGS_OF_DISTANCE = {
     "qdrop": "`qdrop`",
@@ -174,37 +174,84 @@ def _longer(rows: Sequence[Mapping[str, Any]], usual: int) -> Iterator[str]:
     long = [row for row in rows if _iterations(row)]
     if not long:
         return
-    ((bits, seed, said),) = {(r["bits"], r["seed"], r["parents"].partition(" ")[2]) for r in long}
-    own = [row for row in rows if row["seed"] == seed]
-    ways = ("single", "mean-nearest", "mean-advanced", "regression-compensated")
-    lines = []
-    for count, suffix in ((f"{usual}", ""), (_iterations(long[0]), f" {said}")):
-        figures = {
-            method: [digits_by_seed(own, way, method + suffix, bits)[0] for way in ways]
-            for method in ("qdrop", "hdrq")
-        }
-        for method, found in figures.items():
-            cells = [f"{pairs:.1f} / {triple:.1f}" for pairs, triple in found]
-            lines.append([f"`{method}`", count, *cells])
-        both = zip(figures["hdrq"], figures["qdrop"], strict=True)
-        less = [f"{a[0] - b[0]:+.1f} / {a[1] - b[1]:+.1f}" for a, b in both]
-        lines.append(["`hdrq` less `qdrop`, points", count, *less])
+    ((bits, seed),) = {(row["bits"], row["seed"]) for row in long}
+    own = [row for row in rows if (row["bits"], row["seed"]) == (bits, seed)]
+    counts = sorted({_iterations(row) for row in long}, key=_number)
+    suffixes = {f"{usual}": "", **{count: f" ({count} iterations)" for count in counts}}
+    groups = {
+        count: {tuple(r["members"]) for r in long if _iterations(r) == count} for count in counts
+    }
+    whole = [f"{usual}", *(count for count in counts if groups[count] == set(GROUPS))]
+    lines = list[list[str]]()
+    for count in whole:
+        lines += _longer_lines(own, count, suffixes[count], GROUPS)
+    for part in dict.fromkeys(tuple(sorted(groups[c])) for c in counts if c not in whole):
+        for count in suffixes:
+            lines += _longer_lines(own, count, suffixes[count], part)
+    ways = (_WAYS[way] for way in _LONGER_WAYS)
     yield (
         f"At {bits.upper()} bundles of one calibration seed also learned longer, at the searched "
-        "rates, smaller in proportion to the iterations. That seed's figures, mean of pairs / all "
-        "three domains:"
+        "rates, smaller in proportion to the iterations. That seed's figures, of all domains "
+        "the mean of pairs / the merge of all three:"
     )
     yield ""
-    yield table(["parents", "iterations a block", *(_WAYS[way] for way in ways)], lines)
+    yield table(["parents", "iterations a block", "domains", *ways], lines)
     yield ""
+
+
+_LONGER_WAYS = ("single", "mean-nearest", "mean-advanced", "regression-compensated")
+
+
+def _longer_lines(
+    rows: Sequence[Mapping[str, Any]],
+    count: str,
+    suffix: str,
+    groups: Sequence[tuple[str, ...]],
+) -> Iterator[list[str]]:
+    """Lines of both methods and of their difference: means over groups of as many domains."""
+    figures = {}
+    for method in ("qdrop", "hdrq"):
+        figures[method] = [
+            [
+                statistics.fmean(
+                    statistics.fmean(row["harmonic_means"])
+                    for row in rows
+                    if (row["parents"], row["fold"], row["way"])
+                    == (method + suffix, "weights", way)
+                    and tuple(row["members"]) in groups
+                    and len(row["members"]) == size
+                )
+                for size in sorted({len(group) for group in groups})
+            ]
+            for way in _LONGER_WAYS
+        ]
+    domains = "all" if groups == GROUPS else "; ".join(", ".join(group) for group in groups)
+    for method, found in figures.items():
+        cells = (" / ".join(f"{value:.1f}" for value in values) for values in found)
+        yield [f"`{method}`", count, domains, *cells]
+    less = (
+        " / ".join(f"{a - b:+.1f}" for a, b in zip(*both, strict=True))
+        for both in zip(figures["hdrq"], figures["qdrop"], strict=True)
+    )
+    yield ["`hdrq` less `qdrop`, points", count, domains, *less]
 
 
 def iterations_said() -> str:
-    """How many iterations a block the figures of all pages are of, for brackets."""
+    """How many iterations a block the figures of all pages are of."""
     record = needed("merge_statistics")
-    longer = sorted({_iterations(row) for row in record["rows"]} - {""})
-    said = f"figures are of {record['iterations_per_block']}"
-    return said + "".join(f", one comparison on digits of {count}" for count in longer)
+    said = f"figures are of {record['iterations_per_block']} iterations a block"
+    longer = longer_iterations()
+    return said + (f", but for comparisons on digits of {listed(longer)}" if longer else "")
+
+
+def longer_iterations() -> list[str]:
+    """Iterations a block of parents of the digits that learned longer: ``2,000``, ``20,000``."""
+    rows = needed("merge_statistics")["rows"]
+    return sorted({_iterations(row) for row in rows} - {""}, key=_number)
+
+
+def _number(count: str) -> int:
+    return int(count.replace(",", ""))
 
 
 def _iterations(row: Mapping[str, Any]) -> str:

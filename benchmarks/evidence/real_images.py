@@ -385,7 +385,12 @@ def _earlier_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [row for row in protocol_rows(record) if row["way"] != "folded"]
 
 
-def _command(protocol: str, rows: Sequence[Mapping[str, Any]]) -> str:
+def _command(
+    protocol: str,
+    rows: Sequence[Mapping[str, Any]],
+    weights: str = " --weights lite0.pth",
+    rates: str = "--rates benchmarks/results/pacs_tuning.json",
+) -> str:
     """The command that makes ``rows``, all with the seeds that some of them have.
 
     ``protocol`` is its name with the data and the domains.
@@ -393,9 +398,8 @@ def _command(protocol: str, rows: Sequence[Mapping[str, Any]]) -> str:
     methods, bits = (dict.fromkeys(row[key] for row in rows) for key in ("method", "bits"))
     seeds = max(row["merged"]["harmonic mean"].get("calibrations", 1) for row in rows)
     return (
-        f"hdrq reproduce {protocol} --weights lite0.pth --out OUT --methods {' '.join(methods)} "
-        f"--bits {' '.join(bits)} --seeds {' '.join(map(str, range(seeds)))} "
-        "--rates benchmarks/results/pacs_tuning.json"
+        f"hdrq reproduce {protocol}{weights} --out OUT --methods {' '.join(methods)} "
+        f"--bits {' '.join(bits)} --seeds {' '.join(map(str, range(seeds)))} {rates}"
     )
 
 
@@ -476,10 +480,7 @@ def _only_rounded(rows: Sequence[Mapping[str, Any]]) -> str:
 def pacs_wide(record: Mapping[str, Any]) -> str:
     """The section on bundles of checkpoints of another training."""
     rows = protocol_rows(record)
-    best = best_float_merges(rows)
-    alone = protocol_means(rows, "float", "", "single")
-    assert alone is not None
-    ways = dict.fromkeys(row["way"] for row in record["rows"] if row["method"] in ("qdrop", "hdrq"))
+    ways = _learned_ways(record)
     return "\n".join(
         [
             "## PACS on another training of the checkpoints",
@@ -489,23 +490,57 @@ def pacs_wide(record: Mapping[str, Any]) -> str:
             "its own float rows only. One calibration seed; rates are those that were searched at "
             f"W4A4.{_only_rounded(rows)}{_rounded_by_the_merge(rows)}",
             "",
-            f"The best merge of float models reaches {best[0]:.1f} on the mean of pairs and "
-            f"{best[1]:.1f} on all domains. Merges less it, and single models less the float ones, "
-            "in points (mean of pairs, all domains):",
-            "",
-            _away_table(
-                rows,
-                [
-                    ("single", "float models", alone),
-                    *((w, "best float merge", best) for w in ways if w.startswith("renewed")),
-                ],
-            ),
-            "",
-            *_beside_section(rows),
-            "",
-            _protocol_table(rows),
+            *_beside_floats(rows, ways),
         ]
     )
+
+
+def pacs_resnet(record: Mapping[str, Any]) -> str:
+    """The section on a network without depthwise kernels, whose checkpoints start at random."""
+    rows, ways = protocol_rows(record), _learned_ways(record)
+    own = [row for row in record["rows"] if row["bits"]]
+    command = _command(
+        "pacs --data PACS --model resnet --pairs", own, weights="", rates="--tune w4a4"
+    )
+    return "\n".join(
+        [
+            "## PACS with a plain residual network",
+            "",
+            f"`{command} --ways {' '.join(ways)}`: {record['form']}, trained on photos and then on "
+            "every domain with labels; all else as for the network above. `latent` is `hdrq` "
+            "without noise and without distance: it learns the weights alone. One calibration "
+            "seed.",
+            "",
+            _protocol_rates(needed("pacs_resnet_tuning"), "the same checkpoints"),
+            "",
+            *_beside_floats(rows, ways),
+        ]
+    )
+
+
+def _learned_ways(record: Mapping[str, Any]) -> list[str]:
+    """In which ways bundles of methods that learn were merged."""
+    learned = (row["way"] for row in record["rows"] if row["method"] in ("qdrop", "hdrq"))
+    return list(dict.fromkeys(learned))
+
+
+def _beside_floats(rows: Sequence[Mapping[str, Any]], ways: Sequence[str]) -> list[str]:
+    """Merges less the best one of float models, methods beside each other, and all figures."""
+    best = best_float_merges(rows)
+    alone = protocol_means(rows, "float", "", "single")
+    assert alone is not None
+    renewed = [(way, "best float merge", best) for way in ways if way.startswith("renewed")]
+    return [
+        f"The best merge of float models reaches {best[0]:.1f} on the mean of pairs and "
+        f"{best[1]:.1f} on all domains. Merges less it, and single models less the float ones, "
+        "in points (mean of pairs, all domains):",
+        "",
+        _away_table(rows, [("single", "float models", alone), *renewed]),
+        "",
+        *_beside_section(rows),
+        "",
+        _protocol_table(rows),
+    ]
 
 
 def _rounded_by_the_merge(rows: Sequence[Mapping[str, Any]]) -> str:
