@@ -144,7 +144,8 @@ _SOFTWARE = ("hdrq-deploy", "torch", "onnxruntime", "openvino")
 
 def _record_of(section: Section, record: Any) -> str:
     """Where the figures of a section stand, and what they were measured with."""
-    files = ", ".join(f"`{name}.json`" for name in (section.record, *section.beside))
+    there = (name for name in (section.record, *section.beside) if load(name) is not None)
+    files = ", ".join(f"`{name}.json`" for name in there)
     found = record.get("environment", {}) if isinstance(record, dict) else {}
     versions = [f"{name} {found[name]}" for name in _SOFTWARE if found.get(name)]
     made_with = "; ".join(part for part in (", ".join(versions), found.get("cpu")) if part)

@@ -226,6 +226,11 @@ def _beside_section(rows: Sequence[Mapping[str, Any]], tested: bool = True) -> l
     ]
 
 
+def _with_end(lines: Sequence[str]) -> list[str]:
+    """The lines and, where there are any, an empty one behind them."""
+    return [*lines, ""] if lines else []
+
+
 _PROTOCOL_BITS = ("w8a8", "w8a4", "w6a6", "w4a8", "w4a4", "w3a3")
 
 
@@ -389,7 +394,7 @@ def _command(
     protocol: str,
     rows: Sequence[Mapping[str, Any]],
     weights: str = " --weights lite0.pth",
-    rates: str = "--rates benchmarks/results/pacs_tuning.json",
+    rates: str = " --rates benchmarks/results/pacs_tuning.json",
 ) -> str:
     """The command that makes ``rows``, all with the seeds that some of them have.
 
@@ -399,7 +404,7 @@ def _command(
     seeds = max(row["merged"]["harmonic mean"].get("calibrations", 1) for row in rows)
     return (
         f"hdrq reproduce {protocol}{weights} --out OUT --methods {' '.join(methods)} "
-        f"--bits {' '.join(bits)} --seeds {' '.join(map(str, range(seeds)))} {rates}"
+        f"--bits {' '.join(bits)} --seeds {' '.join(map(str, range(seeds)))}{rates}"
     )
 
 
@@ -480,7 +485,7 @@ def _only_rounded(rows: Sequence[Mapping[str, Any]]) -> str:
 def pacs_wide(record: Mapping[str, Any]) -> str:
     """The section on bundles of checkpoints of another training."""
     rows = protocol_rows(record)
-    ways = _learned_ways(record)
+    ways = _quantized_ways(record)
     return "\n".join(
         [
             "## PACS on another training of the checkpoints",
@@ -497,31 +502,30 @@ def pacs_wide(record: Mapping[str, Any]) -> str:
 
 def pacs_resnet(record: Mapping[str, Any]) -> str:
     """The section on a network without depthwise kernels, whose checkpoints start at random."""
-    rows, ways = protocol_rows(record), _learned_ways(record)
+    rows, ways, tuning = protocol_rows(record), _quantized_ways(record), load("pacs_resnet_tuning")
     own = [row for row in record["rows"] if row["bits"]]
-    command = _command(
-        "pacs --data PACS --model resnet --pairs", own, weights="", rates="--tune w4a4"
-    )
+    searched = "" if tuning is None else " --tune w4a4"
+    command = _command("pacs --data PACS --model resnet --pairs", own, weights="", rates=searched)
+    latent = any(row["method"] == "latent" for row in own)
     return "\n".join(
         [
             "## PACS with a plain residual network",
             "",
             f"`{command} --ways {' '.join(ways)}`: {record['form']}, trained on photos and then on "
-            "every domain with labels; all else as for the network above. `latent` is `hdrq` "
-            "without noise and without distance: it learns the weights alone. One calibration "
-            "seed.",
+            "every domain with labels; all else as for the network above. One calibration seed."
+            + (" `latent` is `hdrq` without noise and without distance." if latent else ""),
             "",
-            _protocol_rates(needed("pacs_resnet_tuning"), "the same checkpoints"),
-            "",
+            *([_protocol_rates(tuning, "the same checkpoints"), ""] if tuning else []),
             *_beside_floats(rows, ways),
+            "",
+            _protocol_missing(rows),
         ]
     )
 
 
-def _learned_ways(record: Mapping[str, Any]) -> list[str]:
-    """In which ways bundles of methods that learn were merged."""
-    learned = (row["way"] for row in record["rows"] if row["method"] in ("qdrop", "hdrq"))
-    return list(dict.fromkeys(learned))
+def _quantized_ways(record: Mapping[str, Any]) -> list[str]:
+    """In which ways bundles of quantized models were merged."""
+    return list(dict.fromkeys(row["way"] for row in record["rows"] if row["bits"]))
 
 
 def _beside_floats(rows: Sequence[Mapping[str, Any]], ways: Sequence[str]) -> list[str]:
@@ -537,8 +541,7 @@ def _beside_floats(rows: Sequence[Mapping[str, Any]], ways: Sequence[str]) -> li
         "",
         _away_table(rows, [("single", "float models", alone), *renewed]),
         "",
-        *_beside_section(rows),
-        "",
+        *_with_end(_beside_section(rows)),
         _protocol_table(rows),
     ]
 
@@ -758,15 +761,13 @@ def _camvid_read(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
             )
             shown = what if bits else what.replace(", compensated", "")
             lines.append([bits.upper() or "FP32", shown, *cells])
-    beside = _beside_section(rows, tested=False)
     return [
         f"The best merge of float models reaches {best_of} ({listed(names)}). Merges less "
         f"it, in points ({', '.join(names)}):",
         "",
         table(["bits", "merge", "float", *_methods_of(rows)], lines),
         "",
-        *beside,
-        *([""] if beside else []),
+        *_with_end(_beside_section(rows, tested=False)),
     ]
 
 
