@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from evidence.records import listed, load, needed, table
+from hdrq_deploy.calibration.methods import METHODS
 
 _PROTOCOL_WAYS = {
     "single": "a model per domain",
@@ -398,13 +399,15 @@ def _command(
 ) -> str:
     """The command that makes ``rows``, all with the seeds that some of them have.
 
-    ``protocol`` is its name with the data and the domains.
+    ``protocol`` is its name with the data and the domains; ``rates`` are those of methods that
+    learn.
     """
     methods, bits = (dict.fromkeys(row[key] for row in rows) for key in ("method", "bits"))
     seeds = max(row["merged"]["harmonic mean"].get("calibrations", 1) for row in rows)
     return (
         f"hdrq reproduce {protocol}{weights} --out OUT --methods {' '.join(methods)} "
-        f"--bits {' '.join(bits)} --seeds {' '.join(map(str, range(seeds)))}{rates}"
+        f"--bits {' '.join(bits)} --seeds {' '.join(map(str, range(seeds)))}"
+        + (rates if any(METHODS[name].options.iterates for name in methods) else "")
     )
 
 
