@@ -32,7 +32,7 @@ from evidence.real_images import (
     parents,
     real_weights,
 )
-from evidence.records import ROOT, Section, load, needed
+from evidence.records import RESULTS, ROOT, Section, load, needed
 from evidence.rivals import merge_rivals, pacs_rivals
 from evidence.summary import headline, plot_headline, summary
 from landscape import draw as draw_landscape
@@ -144,8 +144,8 @@ _SOFTWARE = ("hdrq-deploy", "torch", "onnxruntime", "openvino")
 
 def _record_of(section: Section, record: Any) -> str:
     """Where the figures of a section stand, and what they were measured with."""
-    there = (name for name in (section.record, *section.beside) if load(name) is not None)
-    files = ", ".join(f"`{name}.json`" for name in there)
+    names = (f"{name}.json" for name in (section.record, *section.beside))
+    files = ", ".join(f"`{name}`" for name in names if (RESULTS / name).exists())
     found = record.get("environment", {}) if isinstance(record, dict) else {}
     versions = [f"{name} {found[name]}" for name in _SOFTWARE if found.get(name)]
     made_with = "; ".join(part for part in (", ".join(versions), found.get("cpu")) if part)

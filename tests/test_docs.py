@@ -134,15 +134,18 @@ def test_commands_of_the_evidence_are_whole() -> None:
     page = (ROOT / "docs" / "evidence" / "real-images.md").read_text()
     found = re.findall(r"`(hdrq reproduce (?:pacs|camvid) --data [^`]+)`", page)
     assert len(found) == 5
+    learned = 0
     for text in found:
         words = shlex.split(text)
         check_command(words)
         given = reproduce.arguments().parse_args(words[2:])
         learning = {name for name in given.methods if METHODS[name].options.iterates}
         assert bool(learning) == (given.rates is not None or given.tune is not None), text
+        learned += bool(learning)
         if given.rates is not None:
             record = json.loads((ROOT / given.rates).read_text())
             assert learning <= {row["method"] for row in record["searches"]}
+    assert learned == 3
 
 
 @pytest.mark.parametrize("block", of("sh"), ids=str)

@@ -212,18 +212,7 @@ def _longer_lines(
     figures = {}
     for method in ("qdrop", "hdrq"):
         figures[method] = [
-            [
-                statistics.fmean(
-                    statistics.fmean(row["harmonic_means"])
-                    for row in rows
-                    if (row["parents"], row["fold"], row["way"])
-                    == (method + suffix, "weights", way)
-                    and tuple(row["members"]) in groups
-                    and len(row["members"]) == size
-                )
-                for size in sorted({len(group) for group in groups})
-            ]
-            for way in _LONGER_WAYS
+            _means_by_size(_digits_rows(rows, way, method + suffix), groups) for way in _LONGER_WAYS
         ]
     domains = "all" if groups == GROUPS else "; ".join(", ".join(group) for group in groups)
     for method, found in figures.items():
@@ -387,24 +376,34 @@ def digits_by_seed(
     rows: Sequence[Mapping[str, Any]], way: str, method: str, bits: str
 ) -> list[tuple[float, float]]:
     """Mean of the pairs and the triple of the digits, for every calibration seed."""
-    own = [
-        row
-        for row in rows
-        if (row["task"], row["parents"], row["bits"]) == ("digits", method, bits)
-        and (row["fold"], row["way"]) == ("weights", way)
-    ]
+    own = [row for row in _digits_rows(rows, way, method) if row["bits"] == bits]
     found = []
     for seed in sorted({row["seed"] for row in own}):
-        means = {
-            len(group): statistics.fmean(
-                statistics.fmean(row["harmonic_means"])
-                for row in own
-                if row["seed"] == seed and len(row["members"]) == len(group)
-            )
-            for group in GROUPS
-        }
-        found.append((means[2], means[3]))
+        pairs, triple = _means_by_size([row for row in own if row["seed"] == seed], GROUPS)
+        found.append((pairs, triple))
     return found
+
+
+def _digits_rows(
+    rows: Sequence[Mapping[str, Any]], way: str, method: str
+) -> list[Mapping[str, Any]]:
+    """Rows of the digits of one method and one way, BatchNorm in the weights."""
+    wanted = ("digits", method, "weights", way)
+    return [r for r in rows if (r["task"], r["parents"], r["fold"], r["way"]) == wanted]
+
+
+def _means_by_size(
+    rows: Sequence[Mapping[str, Any]], groups: Sequence[tuple[str, ...]]
+) -> list[float]:
+    """The mean over the merges of as many domains, for every size among ``groups``."""
+    return [
+        statistics.fmean(
+            statistics.fmean(row["harmonic_means"])
+            for row in rows
+            if tuple(row["members"]) in groups and len(row["members"]) == size
+        )
+        for size in sorted({len(group) for group in groups})
+    ]
 
 
 def _merges_read(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -438,7 +438,6 @@ def pacs(record: Mapping[str, Any]) -> str:
     options = next(r["options"] for r in record["rows"] if r["method"] == "hdrq")
     (distance,) = {r["options"]["distance"] for r in record["rows"] if r["method"] == "hdrq"}
     largest = max(record["rows"], key=lambda row: len(row["members"]))
-    tests = ", ".join(f"{count} of {name}" for name, count in largest["images"].items())
     return "\n".join(
         [
             "## Real images: PACS",
@@ -450,9 +449,9 @@ def pacs(record: Mapping[str, Any]) -> str:
             f"source for `hdrq` (λ = {distance:g}), {options['iters']} iterations a block on "
             f"{options['images']} images a domain; re-estimated merges see 64 unlabelled images a "
             "domain, fitted ones 256. Harmonic means of top-1 accuracies in % on the "
-            f"test images ({tests}), of ONNX Runtime engines, with half of the 95% interval over "
-            "test images and calibration seeds (of one seed without the spread of calibrations). "
-            "The images are not part of this project.",
+            f"test images ({_tests(largest)}), of ONNX Runtime engines, with half of the 95% "
+            "interval over test images and calibration seeds (of one seed without the spread of "
+            "calibrations). The images are not part of this project.",
             "",
             _protocol_read(rows),
             *_trainings(rows),
@@ -687,7 +686,7 @@ def pacs_earlier(record: Mapping[str, Any]) -> str:
 
 def camvid(record: Mapping[str, Any]) -> str:
     """The section on street scenes by day and at dusk: one pair of domains, each by itself."""
-    own, names, lines = _camvid_rows(record)
+    own, names = _camvid_rows(record)
     learned = next((r["options"] for r in own if r["method"] in ("hdrq", "qdrop")), None)
     how = (
         f"`qdrop` and `hdrq` learn {learned['iters']} iterations of {learned['batch']} images a "
@@ -702,45 +701,43 @@ def camvid(record: Mapping[str, Any]) -> str:
             f"`{_on_camvid(own, names)}`: {record['form']}, trained by "
             f"day from ImageNet weights and then at dusk with labels; {how}. Mean "
             "intersection over union in % on contiguous stretches of the drives that no training "
-            f"saw ({_tests(own)}), of ONNX Runtime engines; harmonic means with half of the 95% "
+            f"saw ({_tests(own[0])}), of ONNX Runtime engines; harmonic means with half of the 95% "
             "interval as above. Neighbouring frames are alike, and all those of dusk are one "
             "stretch of one drive: the intervals are of these frames, not of other drives, and no "
             "test between methods is shown. The images are not part of this project.",
             "",
-            *_camvid_read(own, names),
-            table(["parents", "bits", "merge", *names, "harmonic mean"], lines),
-            "",
-            _protocol_missing(protocol_rows(record)),
+            *_camvid_figures(record, own, names),
         ]
     )
 
 
 def camvid_weather(record: Mapping[str, Any]) -> str:
     """The section on the same streets by day, in fog and in snow: three domains, one merge."""
-    own, names, lines = _camvid_rows(record)
+    own, names = _camvid_rows(record)
     return "\n".join(
         [
             "## CamVid in fog and snow",
             "",
             f"`{_on_camvid(own, names)}`: as above on checkpoints of another training, the weather "
             "made by `corrupt-tta` (ImageNet-C's fog and snow, severity 3) from frames by day, in "
-            f"training and in test ({_tests(own)}).",
+            f"training and in test ({_tests(own[0])}).",
             "",
-            *_camvid_read(own, names),
-            table(["parents", "bits", "merge", *names, "harmonic mean"], lines),
-            "",
-            _protocol_missing(protocol_rows(record)),
+            *_camvid_figures(record, own, names),
         ]
     )
 
 
-def _camvid_rows(
-    record: Mapping[str, Any],
-) -> tuple[list[dict[str, Any]], list[str], list[list[str]]]:
-    """Rows of our setting with folded float models first; domains; the lines of the table."""
+def _camvid_rows(record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of our setting with folded float models first; domains."""
     folded = [{**row, "way": _way_of(row)} for row in record["rows"] if row["setting"] == "float"]
     own = [*folded, *(row for row in record["rows"] if row["setting"] == "ours")]
-    names = own[0]["members"]
+    return own, own[0]["members"]
+
+
+def _camvid_figures(
+    record: Mapping[str, Any], own: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> list[str]:
+    """What the rows of :func:`_camvid_rows` say, all of them, and what is missing."""
     lines = []
     for row in sorted(own, key=lambda r: ("", *_PROTOCOL_BITS).index(r["bits"])):
         kinds = {"single": row["single"]} if row["way"] == "nearest" else {}
@@ -749,7 +746,12 @@ def _camvid_rows(
             cells.append(with_interval(figures["harmonic mean"]))
             head = [row["method"], row["bits"].upper() or "FP32", way_label(row["method"], way)]
             lines.append([*head, *cells])
-    return own, names, lines
+    return [
+        *_camvid_read(own, names),
+        table(["parents", "bits", "merge", *names, "harmonic mean"], lines),
+        "",
+        _protocol_missing(protocol_rows(record)),
+    ]
 
 
 def _on_camvid(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
@@ -759,9 +761,9 @@ def _on_camvid(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     )
 
 
-def _tests(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How many test images of every domain."""
-    return ", ".join(f"{count} of {name}" for name, count in rows[0]["images"].items())
+def _tests(row: Mapping[str, Any]) -> str:
+    """How many test images of every domain a row has."""
+    return ", ".join(f"{count} of {name}" for name, count in row["images"].items())
 
 
 def _camvid_read(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:

@@ -283,13 +283,13 @@ def _reproduce(args: argparse.Namespace) -> int:
                 grid = replace(grid, rates=chosen_rates(record), searched_on=searched_on(record))
             run_jobs(list(jobs(grid, out, args.device, threads)), pool, report)
     ran = {"threads": threads, "seconds_of_this_run": round(time.monotonic() - started)}
-    if not args.table:
-        return _write_results(args, grid, out, rows(grid, out), ran)
     records = rows(grid, out)
-    _check_rows(out, records)
-    if known and args.rates:
-        keep_search(known, out)
-    return _write_results(args, grid, out, records, {})
+    if args.table:
+        ran = {}
+        _check_rows(out, records)
+        if known and args.rates:
+            keep_search(known, out)
+    return _write_results(args, grid, out, records, ran)
 
 
 def _write_results(
