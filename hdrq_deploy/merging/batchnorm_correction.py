@@ -1,40 +1,153 @@
-"""BatchNorm's moments of a merged layer, corrected for what its merged weight makes of its inputs.
+"""The BatchNorm behind a merged layer: its gain, and moments that fit the merged weight.
 
 Matched moments are those of a mixture of the parents' outputs. The merged weight, rounded or not,
 gives others. With the statistics of the inputs both are known up to what the statistics leave out,
-which parents and merge share: the mean moves by the difference, the variance by the ratio.
+which parents and merge share. A weight that was averaged in front of BatchNorm moves its mean by
+the difference, its variance by the ratio. A weight that was merged for what leaves BatchNorm is
+divided by the merged gain, which therefore stays; its mean is placed so that the merge's outputs
+have the mean of the parents' outputs behind BatchNorm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from ..formats.bundle import Bundle
+from ..formats.bundle_manifest import FoldRecord
 from ..formats.statistics import LayerRecord
+from ..graph.qdq import batch_norm_epsilon
 from ..numerics.layer_matrix import rows_of
 from ..numerics.layer_statistics import InputStatistics
 from ..numerics.moments import covariance, mean_of
 from ..typing import Array
+from .methods.mean import matched_variance, weighted_mean
 
-__all__ = ["Correction", "NormMoments", "correction", "norm_behind", "norms_of", "parameters_of"]
+__all__ = [
+    "Correction",
+    "Norm",
+    "NormAtMix",
+    "correction",
+    "fold_norm",
+    "norm_behind",
+    "norm_of",
+    "norms_of",
+    "output_mean",
+    "parameters_of",
+]
 
 # A channel whose outputs do not vary keeps its variance.
 _SMALLEST = 1e-20
+# A merged gain of less than this share of the parents' largest is none.
+_HIDDEN = 1e-3
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class NormMoments:
-    """Tensors with the running mean and variance of the BatchNorm behind a layer."""
+class Norm:
+    """The BatchNorm behind a layer.
 
+    Attributes:
+        gamma, beta, mean, variance: Names of its tensors.
+        eps: Added to the variance.
+        raw_bias: Name of the layer's own bias, in front of it; None where there is none.
+        constants: Gamma and beta, by name, of a norm that trains none of its own.
+    """
+
+    gamma: str
+    beta: str
     mean: str
     variance: str
+    eps: float
+    raw_bias: str | None = None
+    constants: Mapping[str, Array] = field(default_factory=dict)
+
+    def gain(self, tensors: Mapping[str, Array]) -> Floats:
+        """What it multiplies each channel by; a node's gamma may be negative, a fold's is not."""
+        spread = np.sqrt(tensors[self.variance].astype(np.float64) + self.eps)
+        return np.asarray(tensors[self.gamma] / spread)
+
+    def summand(self, tensors: Mapping[str, Array]) -> Floats:
+        """What each channel is given behind the gain, the layer's own bias with it."""
+        away = tensors[self.mean].astype(np.float64)
+        if self.raw_bias is not None:
+            away = away - tensors[self.raw_bias]
+        return np.asarray(tensors[self.beta] - self.gain(tensors) * away)
+
+    def read(self, bundle: Bundle) -> dict[str, Array]:
+        """Its tensors in a bundle."""
+        return {**self.constants, **{name: bundle.tensor(name) for name in self.stored}}
+
+    @property
+    def stored(self) -> list[str]:
+        """Names of those of its tensors that are a bundle's."""
+        names = (self.gamma, self.beta, self.mean, self.variance, self.raw_bias)
+        return [name for name in names if name is not None and name not in self.constants]
+
+
+class NormAtMix:
+    """A BatchNorm in every parent, and in their merge.
+
+    Args:
+        norm: Its tensors' names.
+        parents: Bundles that it is in.
+        merge_weights: One per parent, sum 1.
+
+    Attributes:
+        norm: The same.
+        merge_weights: The same.
+        tensors: Of the merge: means, and the matched variance.
+        gains: What it multiplies each channel by in each parent, (outputs,).
+        gain: In the merge.
+        shows: Where the merged gain is one; gains of two signs may leave nothing of a channel.
+    """
+
+    def __init__(
+        self, norm: Norm, parents: Sequence[Bundle], merge_weights: Sequence[float]
+    ) -> None:
+        self.norm, self.merge_weights = norm, merge_weights
+        own = [norm.read(parent) for parent in parents]
+        self.tensors = {
+            name: weighted_mean([tensors[name] for tensors in own], merge_weights)
+            for name in own[0]
+        }
+        variances, means = ([t[name] for t in own] for name in (norm.variance, norm.mean))
+        self.tensors[norm.variance] = matched_variance(variances, means, merge_weights)
+        self.gains = [norm.gain(tensors) for tensors in own]
+        self.gain = norm.gain(self.tensors)
+        self.shows = np.abs(self.gain) > _HIDDEN * np.abs(self.gains).max(0)
+        self._summands = [norm.summand(tensors) for tensors in own]
+
+    def in_front(self, behind: Floats, averaged: Floats) -> Floats:
+        """The merged rows in front of the norm, (groups, features, outputs of a group).
+
+        Args:
+            behind: They times the merged gain.
+            averaged: What a channel of which nothing shows is given.
+        """
+        shape = (behind.shape[0], 1, -1)
+        shows, gain = self.shows.reshape(shape), self.gain.reshape(shape)
+        return np.where(shows, behind / np.where(shows, gain, 1.0), averaged)
+
+    def placed(self, mean: Floats, parents: Sequence[Floats]) -> dict[str, Array]:
+        """The norm's mean, with which outputs behind it have the mean of the parents' outputs.
+
+        Args:
+            mean: Of the merged weight's outputs over all parents' inputs, no bias, (outputs,).
+            parents: Means of each parent's weight's outputs, no bias, (outputs,).
+        """
+        norm, tensors = self.norm, self.tensors
+        terms = zip(self.merge_weights, self.gains, parents, self._summands, strict=True)
+        wanted = sum(w * (gain * own + summand) for w, gain, own, summand in terms)
+        away = (wanted - tensors[norm.beta]) / np.where(self.shows, self.gain, 1.0)
+        bias = 0.0 if norm.raw_bias is None else tensors[norm.raw_bias]
+        found = np.where(self.shows, mean + bias - away, tensors[norm.mean])
+        return {norm.mean: found.astype(np.float32)}
 
 
 @dataclass(frozen=True)
@@ -49,32 +162,58 @@ class Correction:
     shift: Floats
     ratio: Floats
 
-    def applied(self, norm: NormMoments, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    def applied(self, norm: NormAtMix) -> dict[str, Array]:
         """The corrected moments, float32, by the names of their tensors."""
+        names, tensors = norm.norm, norm.tensors
         return {
-            norm.mean: (tensors[norm.mean] + self.shift).astype(np.float32),
-            norm.variance: (tensors[norm.variance] * self.ratio).astype(np.float32),
+            names.mean: (tensors[names.mean] + self.shift).astype(np.float32),
+            names.variance: (tensors[names.variance] * self.ratio).astype(np.float32),
         }
 
 
-def norms_of(bundle: Bundle) -> dict[str, NormMoments]:
+def norms_of(bundle: Bundle) -> dict[str, Norm]:
     """BatchNorms that a bundle keeps apart, by the weight of the layer before each.
 
     They are carried by scales, or, of a float bundle, nodes behind a layer that nothing else reads.
     """
     folds = bundle.manifest.folds
-    found = {name: NormMoments(fold.mean, fold.variance) for name, fold in folds.items()}
     if folds:
-        return found
+        return {name: fold_norm(fold) for name, fold in folds.items()}
+    known, found = set(bundle.manifest.tensors), {}
     for node in bundle.graph_ir().graph:
-        norm = norm_behind(node) if node.op_type in {"Conv", "Gemm"} else None
-        if norm is None or node.inputs[1] is None:
+        behind = norm_behind(node) if node.op_type in {"Conv", "Gemm"} else None
+        if behind is None or node.inputs[1] is None:
             continue
-        weight = str(node.inputs[1].name)
-        _, _, mean, variance = parameters_of(norm)
-        if {weight, mean, variance} <= set(bundle.manifest.tensors):
-            found[weight] = NormMoments(mean, variance)
+        weight, bias = str(node.inputs[1].name), node.inputs[2] if len(node.inputs) > 2 else None
+        norm = norm_of(behind, known, None if bias is None else str(bias.name))
+        if {weight, *norm.stored} <= known:
+            found[weight] = norm
     return found
+
+
+def fold_norm(fold: FoldRecord) -> Norm:
+    """The BatchNorm that scales carry."""
+    names = (fold.gamma, fold.beta, fold.mean, fold.variance)
+    return Norm(*names, fold.eps, fold.raw_bias)
+
+
+def norm_of(node: ir.Node, known: Container[str], raw_bias: str | None = None) -> Norm:
+    """The BatchNorm that a node is.
+
+    Args:
+        node: A BatchNormalization.
+        known: Names of the bundle's tensors; what is none of them may be a constant.
+        raw_bias: Bias of the layer before it.
+    """
+    names = parameters_of(node)
+    constants = {
+        name: value.numpy()
+        for name, place in zip(names[:2], node.inputs[1:3], strict=True)
+        if name not in known
+        and place is not None
+        and (value := ir.convenience.get_const_tensor(place)) is not None
+    }
+    return Norm(*names, batch_norm_epsilon(node), raw_bias, constants)
 
 
 def norm_behind(layer: ir.Node) -> ir.Node | None:
@@ -121,6 +260,14 @@ def correction(
     varies = (spread > _SMALLEST) & (variance > _SMALLEST)
     ratio = np.where(varies, variance / np.where(varies, spread, 1.0), 1.0)
     return Correction((mean - centre).reshape(-1), ratio.reshape(-1))
+
+
+def output_mean(
+    weight: Array, inputs: Sequence[InputStatistics], shares: Sequence[float], layer: LayerRecord
+) -> Floats:
+    """The mean of a layer's outputs, without a bias, over inputs in these shares; (outputs,)."""
+    rows = rows_of(weight.astype(np.float64), layer)
+    return np.asarray((mean_of(inputs, shares)[:, None] @ rows).reshape(-1))
 
 
 def _outputs(

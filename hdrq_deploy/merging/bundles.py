@@ -354,18 +354,15 @@ class Merger:
             values: dict[str, Array] = {name: layer.codes.codes, scale: layer.scale}
             bias: Array | None
             bias, fallback, codes = layer.bias, layer.fallback, layer.codes
+            behind = layer.behind
             weight = dequantize(layer.codes.codes, layer.scale, self.entries[name].axis)
         else:
             real = merging.real(name, merge_weights)
             weight = real.weight.astype(np.float32)
             values = {name: weight}
-            bias, fallback, codes = real.bias, real.fallback, None
+            bias, fallback, codes, behind = real.bias, real.fallback, None, real.behind
         values |= self._bias(merging, name, bias)
-        return (
-            values | self._corrected(merging, name, weight, merge_weights, means),
-            fallback,
-            codes,
-        )
+        return values | merging.moments(name, weight, merge_weights, behind), fallback, codes
 
     @staticmethod
     def _bias(merging: LayerMerge, name: str, bias: Array | None) -> dict[str, Array]:
@@ -374,18 +371,6 @@ class Merger:
         if bias is None or record is None or record.bias is None:
             return {}
         return {record.bias: bias.astype(np.float32)}
-
-    @staticmethod
-    def _corrected(
-        merging: LayerMerge,
-        name: str,
-        weight: Array,
-        merge_weights: Sequence[float],
-        means: Mapping[str, Array],
-    ) -> dict[str, Array]:
-        """Moments of the BatchNorm behind a layer, moved as its merged weight moves them."""
-        corrected = merging.correction(name, weight, merge_weights)
-        return corrected.applied(merging.norms[name], means) if corrected else {}
 
     def codes(
         self, name: str, merge_weights: Sequence[float], floats: Mapping[str, Array]
@@ -436,14 +421,13 @@ class Merger:
                 weight = self._merged(self._dequantized(name), merge_weights)
                 real[name] = weight.astype(np.float32)
             return MergedLayers(real, merged)
-        means = dict(merged)
         for name in sorted({*self.code_names, *self._layers.weights}):
             layer = self._layers.real(name, merge_weights)
             place = real if name in self.code_names else merged
             place[name] = layer.weight.astype(np.float32)
             merged |= self._bias(self._layers, name, layer.bias)
             if corrected:
-                merged |= self._corrected(self._layers, name, layer.weight, merge_weights, means)
+                merged |= self._layers.moments(name, layer.weight, merge_weights, layer.behind)
         return MergedLayers(real, merged)
 
     def folded(self, layers: MergedLayers, moments: Mapping[str, Array]) -> dict[str, Array]:

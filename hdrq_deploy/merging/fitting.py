@@ -34,7 +34,7 @@ from ..errors import DataError, EngineError, MergeError
 from ..formats.bundle import Bundle
 from ..graph.biases import added_bias, folded_tensors
 from ..graph.operators import LAYERS
-from ..graph.qdq import batch_norm_epsilon, producer, quantizer_of, transposes_weight
+from ..graph.qdq import producer, quantizer_of, transposes_weight
 from ..graph.stepwise import Steps, Walk
 from ..numerics.batches import in_batches
 from ..numerics.batchnorm_fold import BLIND_GAIN
@@ -50,7 +50,7 @@ from ..numerics.layer_matrix import rows_of, weight_of
 from ..numerics.quantization import along, dequantize, rounded, search_scale, some_values
 from ..numerics.spec import QuantSpec, check_seed
 from ..typing import Array, StepProgress
-from .batchnorm_correction import norm_behind, parameters_of
+from .batchnorm_correction import Norm, fold_norm, norm_behind, norm_of, parameters_of
 from .compatibility import refuse_different
 from .rewriting import settled, write_again
 from .scales import searched_scale
@@ -309,23 +309,6 @@ def _guides(
 
 
 @dataclass(frozen=True)
-class _Norm:
-    """Tensors of the BatchNorm behind a layer, as a fold names them."""
-
-    gamma: str
-    beta: str
-    mean: str
-    variance: str
-    eps: float
-    raw_bias: str | None
-
-    def gain(self, tensors: Mapping[str, Array]) -> Floats:
-        """What it multiplies each channel by; a node's gamma may be negative, a fold's is not."""
-        spread = np.sqrt(tensors[self.variance].astype(np.float64) + self.eps)
-        return np.asarray(tensors[self.gamma] / spread)
-
-
-@dataclass(frozen=True)
 class _Layer:
     """A layer that can be fitted.
 
@@ -343,7 +326,7 @@ class _Layer:
     output: ir.Value
     weight: str
     bias: str | None
-    norm: _Norm | None
+    norm: Norm | None
     layout: str
     groups: int
     features: int
@@ -509,7 +492,7 @@ class _Fit:
         return rows_of(kept.astype(np.float64) * step, layer)
 
     def _put_norm(
-        self, norm: _Norm, seen: GuidedLayer, factor: Floats, rows: Floats, bias: Floats
+        self, norm: Norm, seen: GuidedLayer, factor: Floats, rows: Floats, bias: Floats
     ) -> None:
         """BatchNorm with the moments of the raw weight's outputs, and the gain that it had."""
         mean, variance = seen.output_moments(rows)
@@ -695,17 +678,16 @@ def _layer_of(
         return "its product is scaled"
     value, last = added_bias(model, node)
     fold = bundle.manifest.folds.get(name)
-    norm: _Norm | None = None
+    norm: Norm | None = None
     bias = None if value is None else str(value.name)
     if fold is not None:
-        parts = (fold.gamma, fold.beta, fold.mean, fold.variance)
-        norm, bias = _Norm(*parts, fold.eps, fold.raw_bias), None
+        norm, bias = fold_norm(fold), None
     elif bias is not None and not _is_own(model, bundle, bias):
         return "its bias is shared"
     output = last.outputs[0]
     after = norm_behind(last) if fold is None else None
     if after is not None and set(parameters_of(after)) <= set(bundle.manifest.tensors):
-        norm, bias, output = _norm_of(after, bias), None, after.outputs[0]
+        norm, bias, output = norm_of(after, bundle.manifest.tensors, bias), None, after.outputs[0]
     turned = transposed != transposes_weight(node)
     groups = node.attributes.get("group")
     layout = "conv" if node.op_type == "Conv" else "linear" if turned else "matmul"
@@ -726,7 +708,3 @@ def _is_own(model: ir.Model, bundle: Bundle, bias: str) -> bool:
     entry = bundle.manifest.tensors.get(bias)
     single = len(list(model.graph.initializers[bias].uses())) == 1
     return single and entry is not None and entry.role == "float"
-
-
-def _norm_of(node: ir.Node, raw_bias: str | None) -> _Norm:
-    return _Norm(*parameters_of(node), batch_norm_epsilon(node), raw_bias)

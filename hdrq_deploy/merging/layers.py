@@ -26,7 +26,7 @@ from ..numerics.layer_statistics import InputStatistics
 from ..numerics.moments import SingularError, covariance, mean_of, mixed, second_moments
 from ..numerics.quantization import along, dequantize
 from ..typing import Array
-from .batchnorm_correction import Correction, correction, norms_of
+from .batchnorm_correction import NormAtMix, correction, norms_of, output_mean
 from .merged_statistics import common_layers
 from .methods.base import Floats, LayerAtMix, LayerPart, MergeMethod, MethodOptions, float64
 from .rounding import ROUNDINGS, MergedCodes, round_target
@@ -41,13 +41,16 @@ class RealLayer:
 
     Attributes:
         weight: float64, of the weight's shape.
-        bias: float64; None where the layer has none of its own.
+        bias: float64; None where the layer has none of its own, or where BatchNorm's mean makes up
+            for what it does not take in.
         fallback: Why the weighted mean was taken; empty where the method was used.
+        behind: Whether it was merged for what leaves the BatchNorm behind it.
     """
 
     weight: Floats
     bias: Floats | None
     fallback: str
+    behind: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,14 @@ class RoundedLayer:
         scale: float32, of its tensor's shape.
         bias: float32, corrected for what rounding changes in the mean output; None as above.
         fallback: Why the layer was not rounded as asked; empty where it was.
+        behind: As of the real layer.
     """
 
     codes: MergedCodes
     scale: npt.NDArray[np.float32]
     bias: npt.NDArray[np.float32] | None
     fallback: str
+    behind: bool
 
 
 class LayerMerge:
@@ -99,7 +104,12 @@ class LayerMerge:
         self._records, self.missing = common_layers(self._files)
         self._bias_counts = Counter(r.bias for r in self._records.values())
         self._kept: dict[str, LayerAtMix] | None = {} if keep else None
-        self.norms = norms_of(parents[0]) if self._files else {}
+        # A transposed convolution's outputs have no mean that one row of inputs gives.
+        self.norms = {
+            name: norm
+            for name, norm in (norms_of(parents[0]) if self._files else {}).items()
+            if name in self._records and self._records[name].layout != "transposed"
+        }
 
     def of(self, parents: Sequence[Bundle]) -> LayerMerge:
         """The same, reading its parents' tensors through other objects of the same bundles."""
@@ -141,17 +151,22 @@ class LayerMerge:
         if layers is not None and record is not None:
             try:
                 rows = self._rows(name, record, merge_weights)
+            except SingularError as error:
+                fallback = str(error)
+            else:
+                if (norm := self.norm_at(name, merge_weights)) is not None:
+                    averaged = rows_of(self._averaged(name, merge_weights), record)
+                    inner = norm.in_front(rows[:, :-1], averaged)
+                    return RealLayer(weight_of(inner, record, entry.shape), None, "", behind=True)
                 bias = None if record.bias is None else bias_of(rows)
                 inner = rows if bias is None else rows[:, :-1]
                 return RealLayer(weight_of(inner, record, entry.shape), bias, "")
-            except SingularError as error:
-                fallback = str(error)
-        mean = self.method.merge(float64(self.weights_of(name)), merge_weights, None, self.options)
         bias = None
         if record is not None and record.bias is not None:
             biases = [parent.tensor(record.bias) for parent in self.parents]
             bias = self.method.merge(float64(biases), merge_weights, None, self.options)
-        return RealLayer(mean, bias, fallback if layers is not None else "")
+        averaged = self._averaged(name, merge_weights)
+        return RealLayer(averaged, bias, fallback if layers is not None else "")
 
     def rounded(
         self, name: str, merge_weights: Sequence[float], scale: Array, per_channel: bool
@@ -174,7 +189,7 @@ class LayerMerge:
             fallback = fallback or self.missing.get(name, "no statistics")
         merged = round_target(real.weight, self.weights_of(name), found, spec, codes)
         single = None if bias is None else bias.astype(np.float32)
-        return RoundedLayer(merged, found, single, fallback)
+        return RoundedLayer(merged, found, single, fallback, real.behind)
 
     def _compensated(
         self,
@@ -203,21 +218,30 @@ class LayerMerge:
             bias = bias + lost.reshape(-1)
         return weight_of(codes, record, shape), bias
 
-    def correction(
-        self, name: str, weight: Array, merge_weights: Sequence[float]
-    ) -> Correction | None:
-        """What the moments of the BatchNorm behind a layer lack; None where there is none.
+    def moments(
+        self, name: str, weight: Array, merge_weights: Sequence[float], behind: bool
+    ) -> dict[str, Array]:
+        """Moments of the BatchNorm behind a layer that fit its merged weight, by tensor name.
 
         Args:
             name: The weight's tensor.
             weight: The merged real weight that is computed with.
             merge_weights: One per parent, sum 1.
+            behind: Whether it was merged for what leaves BatchNorm.
         """
-        record = self.record(name)
-        if name not in self.norms or record is None or record.layout == "transposed":
-            return None
-        inputs = self.inputs_of(name)
-        return correction(weight, self.weights_of(name), inputs, merge_weights, record)
+        norm, record = self.norm_at(name, merge_weights), self.record(name)
+        if norm is None or record is None:
+            return {}
+        inputs, own = self.inputs_of(name), self.weights_of(name)
+        if not behind:
+            return correction(weight, own, inputs, merge_weights, record).applied(norm)
+        means = [output_mean(w, [x], [1.0], record) for w, x in zip(own, inputs, strict=True)]
+        return norm.placed(output_mean(weight, inputs, merge_weights, record), means)
+
+    def norm_at(self, name: str, merge_weights: Sequence[float]) -> NormAtMix | None:
+        """The BatchNorm behind a layer, in the parents and merged; None where there is none."""
+        norm = self.norms.get(name)
+        return None if norm is None else NormAtMix(norm, self.parents, merge_weights)
 
     def inputs_of(self, name: str) -> list[InputStatistics]:
         """What each parent saw of a layer's inputs."""
@@ -241,16 +265,26 @@ class LayerMerge:
             self._kept[name] = layers.kept(self._parts(name, record), self.options)
         return self._kept[name](merge_weights)
 
+    def _averaged(self, name: str, merge_weights: Sequence[float]) -> Floats:
+        """The weight as the method merges it without statistics."""
+        return self.method.merge(float64(self.weights_of(name)), merge_weights, None, self.options)
+
     def _parts(self, name: str, record: LayerRecord) -> list[LayerPart]:
-        """What each parent gives to a layer."""
+        """What each parent gives to a layer: with BatchNorm behind it, what leaves BatchNorm."""
         layers = self.method.layers
         assert layers is not None
-        parts = []
+        parts, norm = [], self.norms.get(name)
         weights = self.weights_of(name)
         for parent, inputs, weight in zip(self.parents, self.inputs_of(name), weights, strict=True):
+            rows = rows_of(weight.astype(np.float64), record)
             bias = None if record.bias is None else parent.tensor(record.bias)
-            rows = with_bias(rows_of(weight.astype(np.float64), record), bias)
-            parts.append(layers.prepare(rows, inputs, bias is not None, self.options))
+            if norm is not None:
+                tensors = norm.read(parent)
+                rows = rows * norm.gain(tensors).reshape(rows.shape[0], 1, -1)
+                bias = norm.summand(tensors)
+            parts.append(
+                layers.prepare(with_bias(rows, bias), inputs, bias is not None, self.options)
+            )
         return parts
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +23,13 @@ from ..formats.bundle import WEIGHTS, Bundle
 from ..formats.safetensors_layout import serialize
 from ..graph import reference_session
 from ..graph.model_files import OutsideTensors, serialized
-from ..graph.qdq import batch_norm_epsilon, chain
+from ..graph.qdq import chain
 from ..numerics.batches import in_batches
 from ..numerics.batchnorm_fold import BLIND_GAIN, gain
 from ..numerics.quantization import search_scale, some_values
 from ..numerics.spec import QuantSpec
 from ..typing import Array
-from .batchnorm_correction import parameters_of
+from .batchnorm_correction import Norm, fold_norm, norm_of
 from .rewriting import folded, settled, write_again
 from .unrounded_network import RealWeights
 
@@ -193,34 +193,31 @@ class _Probe:
 
     Attributes:
         mean, variance: The outputs.
-        names: Names of gamma, beta, mean and variance.
-        eps: Added to the variance of x.
+        norm: Names of gamma, beta, mean and variance, and what is added to the variance of x.
         is_fold: Whether a layer gives factor * (x - mean) + beta, as one with a folded BatchNorm
             does; else x itself is measured.
         at: The start of the names of its terms.
-        constants: Gamma and beta where they are none of the bundle's tensors.
     """
 
     mean: ir.Value
     variance: ir.Value
-    names: tuple[str, str, str, str]
-    eps: float
+    norm: Norm
     is_fold: bool
     at: str
-    constants: Mapping[str, Array] = field(default_factory=dict)
 
     def _values(self, tensors: Mapping[str, Array]) -> list[Array]:
         """Gamma, beta, mean and variance, each (C,)."""
-        return [self.constants[n] if n in self.constants else tensors[n] for n in self.names]
+        known, norm = {**tensors, **self.norm.constants}, self.norm
+        return [known[name] for name in (norm.gamma, norm.beta, norm.mean, norm.variance)]
 
     def _factor(self, tensors: Mapping[str, Array]) -> Array:
         gamma, _, _, variance = self._values(tensors)
-        return gain(gamma, variance, self.eps) if self.is_fold else np.ones(gamma.shape)
+        return gain(gamma, variance, self.norm.eps) if self.is_fold else np.ones(gamma.shape)
 
     def terms(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """What the nodes of :func:`_normalise` read."""
         gamma, beta, _, _ = self._values(tensors)
-        eps = self.eps * self._factor(tensors) ** 2
+        eps = self.norm.eps * self._factor(tensors) ** 2
         return dict(zip(_terms_of(self.at), (eps, gamma, beta), strict=True))
 
     def found(self, tensors: Mapping[str, Array], mean: Array, variance: Array) -> dict[str, Array]:
@@ -230,9 +227,10 @@ class _Probe:
         factor, shift = self._factor(tensors), beta if self.is_fold else old_mean
         seen = factor > BLIND_GAIN
         real = old_mean + (mean - shift) / factor
+        spread = np.where(seen, variance / factor**2, old_variance)
         return {
-            self.names[2]: np.where(seen, real, old_mean).astype(np.float32),
-            self.names[3]: np.where(seen, variance / factor**2, old_variance).astype(np.float32),
+            self.norm.mean: np.where(seen, real, old_mean).astype(np.float32),
+            self.norm.variance: spread.astype(np.float32),
         }
 
 
@@ -256,8 +254,7 @@ def _probe_folds(model: ir.Model, bundle: Bundle, terms: OutsideTensors) -> list
         for i, value in enumerate(model.graph.outputs):
             if value is output:
                 model.graph.outputs[i] = norm.result
-        names = (fold.gamma, fold.beta, fold.mean, fold.variance)
-        probes.append(_Probe(norm.mean, norm.variance, names, fold.eps, True, at))
+        probes.append(_Probe(norm.mean, norm.variance, fold_norm(fold), True, at))
     return probes
 
 
@@ -266,24 +263,17 @@ def _probe_norms(model: ir.Model, bundle: Bundle, terms: OutsideTensors) -> list
     probes = []
     for node in [n for n in model.graph if n.op_type == "BatchNormalization"]:
         x = node.inputs[0]
-        names, known = parameters_of(node), bundle.manifest.tensors
-        constants = {
-            name: value.numpy()
-            for name, place in zip(names[:2], node.inputs[1:3], strict=True)
-            if name not in known
-            and place is not None
-            and (value := ir.convenience.get_const_tensor(place)) is not None
-        }
-        if x is None or not set(names) <= {*known, *constants}:
+        known = bundle.manifest.tensors
+        own = norm_of(node, known)
+        if x is None or not set(own.stored) <= set(known):
             continue
-        at, size = f"probe/{node.name}", known[names[2]].shape[0]
+        at, size = f"probe/{node.name}", known[own.mean].shape[0]
         norm = _normalise(model, x, terms, at, size)
         model.graph.insert_before(node, norm.nodes)
         ir.convenience.replace_all_uses_with(
             node.outputs[0], norm.result, replace_graph_outputs=True
         )
-        eps = batch_norm_epsilon(node)
-        probes.append(_Probe(norm.mean, norm.variance, names, eps, False, at, constants))
+        probes.append(_Probe(norm.mean, norm.variance, own, False, at))
     return probes
 
 

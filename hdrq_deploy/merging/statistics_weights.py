@@ -165,8 +165,9 @@ def output_errors(
         threads: Layers at a time; one per core by default.
 
     Returns:
-        (points, parents, layers). Where BatchNorm follows a layer, the shift of its mean output is
-        left out. NaN where a parent's outputs hardly vary, as those of a layer that saw zeros.
+        (points, parents, layers). Where BatchNorm follows a layer, outputs are those behind it, and
+        the shift of their mean is left out. NaN where a parent's outputs hardly vary, as those of
+        a layer that saw zeros.
     """
     found: dict[str, Floats] = {}
 
@@ -192,9 +193,12 @@ def _errors(
     inputs = merging.inputs_of(name)
     spreads = [covariance([part], [1.0]) for part in inputs]
     own = [rows_of(w.astype(np.float64), record) for w in merging.weights_of(name)]
+    norm = merging.norm_at(name, points[0])
+    if norm is not None:
+        own = [_times(rows, gain) for rows, gain in zip(own, norm.gains, strict=True)]
     energies = np.asarray([(r * s.times(r)).sum() for r, s in zip(own, spreads, strict=True)])
     moments, bias = spreads, None
-    if name not in merging.norms:
+    if norm is None:
         bias = record.bias
         moments = [second_moments(part, 1.0, bias is not None) for part in inputs]
     if bias is not None:
@@ -204,6 +208,8 @@ def _errors(
     for point in points:
         real = merging.real(name, point)
         merged = with_bias(rows_of(real.weight, record), None if bias is None else real.bias)
+        if (norm := merging.norm_at(name, point)) is not None:
+            merged = _times(merged, norm.gain)
         away = [merged - rows for rows in own]
         found.append([(e * m.times(e)).sum() for e, m in zip(away, moments, strict=True)])
     errors = np.asarray(found)
@@ -213,3 +219,8 @@ def _errors(
             "again, or give numbers as weights"
         )
     return errors / np.where(energies > _NOTHING * energies.mean(), energies, np.nan)
+
+
+def _times(rows: Floats, gain: Floats) -> Floats:
+    """Rows (groups, features, outputs of a group) of outputs that BatchNorm multiplies."""
+    return np.asarray(rows * gain.reshape(rows.shape[0], 1, -1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,11 @@ def with_statistics(
     seed: int,
     rank: int = 1000,
     change: Callable[[str, InputStatistics], InputStatistics | None] = lambda name, s: s,
+    tensors: Mapping[str, Any] | None = None,
 ) -> Bundle:
     """The bundle again, with statistics of drawn inputs of every layer with a weight.
 
-    ``change`` may replace those of a layer by others, or by none.
+    ``change`` may replace those of a layer by others, or by none; ``tensors`` replace its own.
     """
     manifest, model = bundle.manifest, bundle.graph_ir()
     folded = {fold.bias for fold in manifest.folds.values()}
@@ -79,4 +80,5 @@ def with_statistics(
     }
     seen = Statistics(rank, layouts, layers, histograms)
     graph = (bundle.path / GRAPH).read_bytes()
-    return Bundle.write(path, manifest, bundle.tensors(), graph, bundle.golden(), statistics=seen)
+    own = {**bundle.tensors(), **(tensors or {})}
+    return Bundle.write(path, manifest, own, graph, bundle.golden(), statistics=seen)

@@ -168,8 +168,9 @@ def test_bundles_with_statistics_are_merged_by_regression(
     assert record is not None
     merged = merge(bundles, tmp_path / "m.hdrq", [0.4, 0.6], "nearest")
     for layer in record.layers:
-        fold = merged.manifest.folds.get(layer.weight)
-        scale = fold.raw_scale if fold else merged.manifest.tensors[layer.weight].scale
+        if layer.weight in merged.manifest.folds:
+            continue  # solved behind BatchNorm: see test_batchnorm_correction
+        scale = merged.manifest.tensors[layer.weight].scale
         axis = merged.manifest.tensors[layer.weight].axis
         real = [
             dequantize(b.tensor(layer.weight), b.tensor(scale), axis).astype(np.float64)

@@ -12,6 +12,7 @@ import pytest
 from hdrq_deploy import Bundle, merge
 from hdrq_deploy.cli import merge as command
 from hdrq_deploy.errors import MergeError
+from hdrq_deploy.formats.bundle_manifest import FoldRecord
 from hdrq_deploy.merging import METHODS, Merger, weights_from_statistics
 from hdrq_deploy.merging.layers import LayerMerge
 from hdrq_deploy.merging.methods import MethodOptions
@@ -49,6 +50,11 @@ def seen(
     ]
 
 
+def gain(fold: FoldRecord | None, tensor: Any) -> Any:
+    """What a BatchNorm carried by the scales multiplies its layer's outputs by."""
+    return 1.0 if fold is None else tensor(fold.gamma) / np.sqrt(tensor(fold.variance) + fold.eps)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [("Tiny", {}), ("Tiny", {"fold": "steps"}), ("Attention", {}), ("Net", {})],
@@ -76,14 +82,16 @@ def test_errors_are_those_of_the_rows(make: Any, tmp_path: Path, name: str, opti
         record = merging.record(weight)
         assert record is not None
         weights = [rows_of(w.astype(np.float64), record) for w in merging.weights_of(weight)]
+        fold = bundles[0].manifest.folds.get(weight)
         for parent, (own, bundle) in enumerate(zip(weights, bundles, strict=True)):
             x = drawn_rows(50 * parent + number, *own.shape[:2])
-            outputs = x @ own
+            outputs = x @ own * gain(fold, bundle.tensor)
             bias = None if record.bias is None else bundle.tensor(record.bias)
             for point, value in zip(POINTS, found[weight][:, parent], strict=True):
                 real = merging.real(weight, point)
-                away = x @ rows_of(real.weight, record) - outputs
-                if weight in bundles[0].manifest.folds:
+                merged = Merger(bundles).floats(point)
+                away = x @ rows_of(real.weight, record) * gain(fold, merged.get) - outputs
+                if fold is not None:
                     away = away - away.mean(1, keepdims=True)  # BatchNorm is behind it
                 elif bias is not None:
                     shift = with_bias(own[:, :0], real.bias - bias.astype(np.float64))
