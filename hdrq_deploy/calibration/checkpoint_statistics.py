@@ -16,6 +16,7 @@ from ..formats.file_kinds import CHECKPOINT_STATISTICS
 from ..formats.statistics import Statistics
 from .activation_cache import Caches
 from .bundle_model import emit_float
+from .fold_batch_norm import norms_behind
 from .graph_cache import GraphCache
 from .inputs import load
 from .loading import checkpoint_names, current_folder_importable
@@ -86,8 +87,9 @@ def write_statistics(
         caches = Caches(round(cache_gb * 1e9))
         observe_float(preparation, inputs.images, watch, inputs.device, caches)
         seen = watch.statistics(emit_float(preparation.capture))
+        norms = norms_behind(preparation.capture.graph)
         names = checkpoint_names(inputs.network, weights)
-    statistics = seen and _renamed(seen, names)
+    statistics = seen and _renamed(replace(seen, norms=norms), names)
     if not statistics or not statistics.layers:
         raise ModelError(
             f"found no layer of `model` {model} whose weight is a tensor of {weights}; a merge of "
@@ -109,4 +111,9 @@ def _renamed(statistics: Statistics, names: dict[str, str]) -> Statistics:
         own = None if bias is None else names.get(bias)
         layouts[names[weight]] = (own, layout)
         layers[names[weight]] = statistics.layers[weight]
-    return replace(statistics, layouts=layouts, layers=layers)
+    norms = {
+        names[weight]: norm.renamed(names)
+        for weight, norm in statistics.norms.items()
+        if {weight, *norm.tensors} <= names.keys() and weight in statistics.layers
+    }
+    return replace(statistics, layouts=layouts, layers=layers, norms=norms)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..formats.statistics import NormRecord
 from .capture import CONVOLUTIONS, LINEAR, TRANSPOSED, Capture, Fold
 from .nodes import module_path
 from .tensors import attribute, free_name, set_attribute
 
-__all__ = ["fold_batch_norm", "fold_constants", "folded", "read_once"]
+__all__ = ["fold_batch_norm", "fold_constants", "folded", "norms_behind", "read_once"]
 
 aten = torch.ops.aten
 
@@ -95,6 +96,37 @@ def fold_batch_norm(capture: Capture, into_scales: bool = False) -> list[str]:
     return unfolded
 
 
+def norms_behind(graph: fx.Graph) -> dict[str, NormRecord]:
+    """BatchNorms of their own tensors that could be folded, by the weight of the layer before each.
+
+    Transposed convolutions are left out: what leaves them is no product of one row of inputs.
+    """
+    found = {}
+    for norm in graph.nodes:
+        if norm.target not in _BATCH_NORMS or not _foldable(norm):
+            continue
+        source = norm.args[0]
+        bias = source.args[2] if len(source.args) > 2 else None
+        gamma, beta, mean, variance = (arg and str(arg.target) for arg in norm.args[1:5])
+        own = all(read_once(arg) for arg in norm.args[1:5] if arg is not None)
+        if own and source.target not in TRANSPOSED:
+            found[str(source.args[1].target)] = NormRecord(
+                gamma=gamma,
+                beta=beta,
+                mean=mean,
+                variance=variance,
+                eps=_eps(norm),
+                raw_bias=bias and str(bias.target),
+            )
+    return found
+
+
+def _eps(norm: fx.Node) -> float:
+    eps = norm.args[7 if norm.target is aten.batch_norm.default else 6]
+    assert isinstance(eps, (int, float))
+    return float(eps)
+
+
 def _foldable(norm: fx.Node) -> bool:
     source = norm.args[0]
     if not (isinstance(source, fx.Node) and _has_own_statistics(norm)):
@@ -148,9 +180,7 @@ class _Moments:
             for arg in norm.args[1:5]
         )
         assert mean is not None and variance is not None
-        eps = norm.args[7 if norm.target is aten.batch_norm.default else 6]
-        assert isinstance(eps, (int, float))
-        return cls(gamma, beta, mean, variance, float(eps))
+        return cls(gamma, beta, mean, variance, _eps(norm))
 
     @property
     def gain(self) -> Tensor:

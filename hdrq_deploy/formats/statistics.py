@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -47,6 +47,7 @@ __all__ = [
     "Histogram",
     "LayerRecord",
     "Layout",
+    "NormRecord",
     "Rank",
     "Statistics",
     "StatisticsFile",
@@ -108,6 +109,33 @@ class LayerRecord(Frozen):
         return shape[1 if self.layout == "linear" else 0] == self.features
 
 
+class NormRecord(Frozen):
+    """The BatchNorm that alone reads a layer's output; its tensors' names.
+
+    Without ``gamma`` it multiplies by 1, without ``beta`` it adds 0; ``raw_bias`` is the layer's
+    own bias, in front of it.
+    """
+
+    gamma: str | None
+    beta: str | None
+    mean: str
+    variance: str
+    eps: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    raw_bias: str | None = None
+
+    @property
+    def tensors(self) -> set[str]:
+        """The names that it holds."""
+        names = (self.gamma, self.beta, self.mean, self.variance, self.raw_bias)
+        return {name for name in names if name is not None}
+
+    def renamed(self, names: Mapping[str, str]) -> NormRecord:
+        """The same by other names."""
+        given = self.model_dump(exclude={"eps"})
+        new = {part: None if name is None else names[name] for part, name in given.items()}
+        return self.model_copy(update=new)
+
+
 class _Contents(Frozen):
     """Tensors of a file of statistics."""
 
@@ -138,13 +166,15 @@ class CheckpointStatistics(_Contents):
     """What a file of statistics of a float checkpoint says of itself.
 
     ``checkpoint_sha256`` is :func:`.checkpoints.checkpoint_sha256` of the checkpoint whose network
-    was seen; names of weights and biases are that checkpoint's.
+    was seen; names of weights and biases are that checkpoint's. ``norms`` holds the BatchNorm
+    behind each weight that has one; earlier files do not say.
     """
 
     kind: Literal["hdrq-statistics"] = "hdrq-statistics"
     model: str
     checkpoint_sha256: str
     data_sha256: str
+    norms: Mapping[str, NormRecord] = {}
 
 
 @dataclass(frozen=True)
@@ -170,12 +200,14 @@ class Statistics:
         layouts: Bias, layout and so on of every layer; see :class:`LayerRecord`.
         layers: Statistics of the inputs of every layer in ``layouts``, by its weight.
         histograms: Values of every activation, by its scale.
+        norms: The BatchNorm behind a weight; a bundle's graph says so itself.
     """
 
     rank: Rank
     layouts: Mapping[str, tuple[str | None, Layout]]
     layers: Mapping[str, InputStatistics]
     histograms: Mapping[str, Histogram]
+    norms: Mapping[str, NormRecord] = field(default_factory=dict)
 
     def serialize(self, metadata: Mapping[str, str] | None = None) -> bytes:
         """The bytes of ``statistics.safetensors``."""
@@ -217,6 +249,7 @@ class Statistics:
             model=model,
             checkpoint_sha256=checkpoint_sha256,
             data_sha256=data_sha256,
+            norms=self.norms,
         )
         return self.serialize({_METADATA: record.model_dump_json()})
 

@@ -10,7 +10,7 @@ have the mean of the parents' outputs behind BatchNorm.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from ..formats.bundle import Bundle
 from ..formats.bundle_manifest import FoldRecord
-from ..formats.statistics import LayerRecord
+from ..formats.statistics import LayerRecord, NormRecord
 from ..graph.qdq import batch_norm_epsilon
 from ..numerics.layer_matrix import rows_of
 from ..numerics.layer_statistics import InputStatistics
@@ -36,7 +36,6 @@ __all__ = [
     "norm_behind",
     "norm_of",
     "norms_of",
-    "output_mean",
     "parameters_of",
 ]
 
@@ -79,9 +78,17 @@ class Norm:
             away = away - tensors[self.raw_bias]
         return np.asarray(tensors[self.beta] - self.gain(tensors) * away)
 
-    def read(self, bundle: Bundle) -> dict[str, Array]:
-        """Its tensors in a bundle."""
-        return {**self.constants, **{name: bundle.tensor(name) for name in self.stored}}
+    def read(self, tensor: Callable[[str], Array]) -> dict[str, Array]:
+        """Its tensors, which ``tensor`` gives by their names."""
+        return {**self.constants, **{name: tensor(name) for name in self.stored}}
+
+    @classmethod
+    def recorded(cls, record: NormRecord) -> Norm:
+        """A norm as statistics of a checkpoint name it."""
+        constants = {"1": np.ones(1, np.float32), "0": np.zeros(1, np.float32)}
+        own = (record.gamma or "1", record.beta or "0", record.mean, record.variance)
+        used = {name: value for name, value in constants.items() if name in own}
+        return cls(*own, record.eps, record.raw_bias, used)
 
     @property
     def stored(self) -> list[str]:
@@ -95,7 +102,7 @@ class NormAtMix:
 
     Args:
         norm: Its tensors' names.
-        parents: Bundles that it is in.
+        parents: Its tensors in each parent, as :meth:`Norm.read` gives them.
         merge_weights: One per parent, sum 1.
 
     Attributes:
@@ -108,20 +115,22 @@ class NormAtMix:
     """
 
     def __init__(
-        self, norm: Norm, parents: Sequence[Bundle], merge_weights: Sequence[float]
+        self,
+        norm: Norm,
+        parents: Sequence[Mapping[str, Array]],
+        merge_weights: Sequence[float],
     ) -> None:
         self.norm, self.merge_weights = norm, merge_weights
-        own = [norm.read(parent) for parent in parents]
         self.tensors = {
-            name: weighted_mean([tensors[name] for tensors in own], merge_weights)
-            for name in own[0]
+            name: weighted_mean([tensors[name] for tensors in parents], merge_weights)
+            for name in parents[0]
         }
-        variances, means = ([t[name] for t in own] for name in (norm.variance, norm.mean))
+        variances, means = ([t[name] for t in parents] for name in (norm.variance, norm.mean))
         self.tensors[norm.variance] = matched_variance(variances, means, merge_weights)
-        self.gains = [norm.gain(tensors) for tensors in own]
+        self.gains = [norm.gain(tensors) for tensors in parents]
         self.gain = norm.gain(self.tensors)
         self.shows = np.abs(self.gain) > _HIDDEN * np.abs(self.gains).max(0)
-        self._summands = [norm.summand(tensors) for tensors in own]
+        self._summands = [norm.summand(tensors) for tensors in parents]
 
     def in_front(self, behind: Floats, averaged: Floats) -> Floats:
         """The merged rows in front of the norm, (groups, features, outputs of a group).
@@ -134,18 +143,35 @@ class NormAtMix:
         shows, gain = self.shows.reshape(shape), self.gain.reshape(shape)
         return np.where(shows, behind / np.where(shows, gain, 1.0), averaged)
 
-    def placed(self, mean: Floats, parents: Sequence[Floats]) -> dict[str, Array]:
+    def placed(
+        self,
+        merged: Array,
+        parents: Sequence[Array],
+        inputs: Sequence[InputStatistics],
+        layer: LayerRecord,
+    ) -> dict[str, Array]:
         """The norm's mean, with which outputs behind it have the mean of the parents' outputs.
 
         Args:
-            mean: Of the merged weight's outputs over all parents' inputs, no bias, (outputs,).
-            parents: Means of each parent's weight's outputs, no bias, (outputs,).
+            merged: The merged weight, as it will be computed with.
+            parents: Weights of the parents, of the same shape.
+            inputs: Statistics of each parent's inputs.
+            layer: Says how rows are made of the weights.
         """
+
+        def output_mean(
+            weight: Array, seen: Sequence[InputStatistics], shares: Sequence[float]
+        ) -> Floats:
+            rows = rows_of(weight.astype(np.float64), layer)
+            return np.asarray((mean_of(seen, shares)[:, None] @ rows).reshape(-1))
+
         norm, tensors = self.norm, self.tensors
-        terms = zip(self.merge_weights, self.gains, parents, self._summands, strict=True)
-        wanted = sum(w * (gain * own + summand) for w, gain, own, summand in terms)
+        own = [output_mean(w, [seen], [1.0]) for w, seen in zip(parents, inputs, strict=True)]
+        terms = zip(self.merge_weights, self.gains, own, self._summands, strict=True)
+        wanted = sum(w * (gain * mean + summand) for w, gain, mean, summand in terms)
         away = (wanted - tensors[norm.beta]) / np.where(self.shows, self.gain, 1.0)
         bias = 0.0 if norm.raw_bias is None else tensors[norm.raw_bias]
+        mean = output_mean(merged, inputs, self.merge_weights)
         found = np.where(self.shows, mean + bias - away, tensors[norm.mean])
         return {norm.mean: found.astype(np.float32)}
 
@@ -182,9 +208,13 @@ def norms_of(bundle: Bundle) -> dict[str, Norm]:
     known, found = set(bundle.manifest.tensors), {}
     for node in bundle.graph_ir().graph:
         behind = norm_behind(node) if node.op_type in {"Conv", "Gemm"} else None
-        if behind is None or node.inputs[1] is None:
+        if behind is None:
             continue
-        weight, bias = str(node.inputs[1].name), node.inputs[2] if len(node.inputs) > 2 else None
+        held, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+        # What two layers or two norms read is not moved for one of them.
+        if held is None or any(v and len(v.uses()) > 1 for v in (held, *behind.inputs[1:5])):
+            continue
+        weight = str(held.name)
         norm = norm_of(behind, known, None if bias is None else str(bias.name))
         if {weight, *norm.stored} <= known:
             found[weight] = norm
@@ -260,14 +290,6 @@ def correction(
     varies = (spread > _SMALLEST) & (variance > _SMALLEST)
     ratio = np.where(varies, variance / np.where(varies, spread, 1.0), 1.0)
     return Correction((mean - centre).reshape(-1), ratio.reshape(-1))
-
-
-def output_mean(
-    weight: Array, inputs: Sequence[InputStatistics], shares: Sequence[float], layer: LayerRecord
-) -> Floats:
-    """The mean of a layer's outputs, without a bias, over inputs in these shares; (outputs,)."""
-    rows = rows_of(weight.astype(np.float64), layer)
-    return np.asarray((mean_of(inputs, shares)[:, None] @ rows).reshape(-1))
 
 
 def _outputs(

@@ -7,19 +7,25 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from ..errors import MergeError
 from ..formats.checkpoints import Checkpoint, checkpoint_sha256
 from ..formats.statistics import (
     CheckpointStatistics,
     LayerRecord,
+    NormRecord,
     StatisticsFile,
     read_statistics,
 )
-from ..numerics.layer_matrix import bias_of, rows_of, weight_of, with_bias
+from ..numerics.layer_matrix import bias_of, rows_of, weight_of
 from ..numerics.moments import SingularError
 from ..typing import Array
+from .batchnorm_correction import Norm, NormAtMix
+from .layers import layer_part
 from .merged_statistics import common_layers
 from .methods.base import MergeMethod, MethodOptions
+from .methods.mean import weighted_mean
 
 __all__ = ["CheckpointLayers"]
 
@@ -69,35 +75,59 @@ class CheckpointLayers:
             layer = record if own else record.model_copy(update={"bias": None})
             if all({name, layer.bias or name} <= set(parent.tensors) for parent in parents):
                 self._records[name] = layer
+        self._norms = {
+            name: Norm.recorded(record)
+            for name, record in _common_norms(self._files).items()
+            if name in self._records and all(record.tensors <= {*p.tensors} for p in parents)
+        }
         self._owners = {r.bias: name for name, r in self._records.items() if r.bias is not None}
+        self._owners |= {norm.mean: name for name, norm in self._norms.items()}
         self._waiting: dict[str, Array] = {}
 
     def merged(self, name: str) -> Array | None:
-        """A merged weight or bias, float64; None where the weighted mean is to be taken."""
+        """A merged weight, bias or mean of BatchNorm; None where the mean is to be taken."""
         weight = self._owners.get(name, name)
         if name not in self._waiting and weight in self._records:
             self._waiting |= self._layer(self._records.pop(weight))
         return self._waiting.pop(name, None)
 
     def _layer(self, record: LayerRecord) -> dict[str, Array]:
-        parts = []
-        for parent, file in zip(self._parents, self._files, strict=True):
-            bias = None if record.bias is None else parent.read(record.bias)
-            rows = with_bias(rows_of(parent.read(record.weight).astype("float64"), record), bias)
-            statistics = file.layer(record.weight)
-            parts.append(self._method.prepare(rows, statistics, bias is not None, self._options))
+        name, norm = record.weight, self._norms.get(record.weight)
+        weights = [parent.read(name) for parent in self._parents]
+        inputs = [file.layer(name) for file in self._files]
+        parts = [
+            layer_part(self._method, record, weight, parent.read, norm, seen, self._options)
+            for parent, weight, seen in zip(self._parents, weights, inputs, strict=True)
+        ]
         try:
             rows = self._method.merge(parts, self._merge_weights, self._options)
         except SingularError as error:
-            _log.warning("%s gets the weighted mean: its system is %s", record.weight, error)
+            _log.warning("%s gets the weighted mean: its system is %s", name, error)
             return {}
-        shape = self._parents[0].tensors[record.weight].shape
+        shape = self._parents[0].tensors[name].shape
+        if norm is not None:
+            own = [norm.read(parent.read) for parent in self._parents]
+            mix = NormAtMix(norm, own, self._merge_weights)
+            average = weighted_mean(weights, self._merge_weights, np.float64)
+            inner = mix.in_front(rows[:, :-1], rows_of(average, record))
+            weight = weight_of(inner, record, shape)
+            return {name: weight, **mix.placed(weight, weights, inputs, record)}
         if record.bias is None:
-            return {record.weight: weight_of(rows, record, shape)}
-        return {
-            record.weight: weight_of(rows[:, :-1], record, shape),
-            record.bias: bias_of(rows),
-        }
+            return {name: weight_of(rows, record, shape)}
+        return {name: weight_of(rows[:, :-1], record, shape), record.bias: bias_of(rows)}
+
+
+def _common_norms(files: Sequence[StatisticsFile]) -> dict[str, NormRecord]:
+    """BatchNorms that all files tell alike, by the weight before each."""
+    told = []
+    for file in files:
+        assert isinstance(file.record, CheckpointStatistics)
+        told.append(file.record.norms)
+    return {
+        name: norm
+        for name, norm in told[0].items()
+        if all(other.get(name) == norm for other in told)
+    }
 
 
 def _of_checkpoint(file: StatisticsFile, parent: Checkpoint) -> StatisticsFile:

@@ -9,7 +9,7 @@ system has no solution, gets the weighted mean, and the result says so.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 
@@ -26,13 +26,21 @@ from ..numerics.layer_statistics import InputStatistics
 from ..numerics.moments import SingularError, covariance, mean_of, mixed, second_moments
 from ..numerics.quantization import along, dequantize
 from ..typing import Array
-from .batchnorm_correction import NormAtMix, correction, norms_of, output_mean
+from .batchnorm_correction import Norm, NormAtMix, correction, norms_of
 from .merged_statistics import common_layers
-from .methods.base import Floats, LayerAtMix, LayerPart, MergeMethod, MethodOptions, float64
+from .methods.base import (
+    Floats,
+    LayerAtMix,
+    LayerMethod,
+    LayerPart,
+    MergeMethod,
+    MethodOptions,
+    float64,
+)
 from .rounding import ROUNDINGS, MergedCodes, round_target
 from .scales import searched_scale
 
-__all__ = ["LayerMerge", "RealLayer", "RoundedLayer", "scale_of", "statistics_of"]
+__all__ = ["LayerMerge", "RealLayer", "RoundedLayer", "layer_part", "scale_of", "statistics_of"]
 
 
 @dataclass(frozen=True)
@@ -233,15 +241,16 @@ class LayerMerge:
         if norm is None or record is None:
             return {}
         inputs, own = self.inputs_of(name), self.weights_of(name)
-        if not behind:
-            return correction(weight, own, inputs, merge_weights, record).applied(norm)
-        means = [output_mean(w, [x], [1.0], record) for w, x in zip(own, inputs, strict=True)]
-        return norm.placed(output_mean(weight, inputs, merge_weights, record), means)
+        if behind:
+            return norm.placed(weight, own, inputs, record)
+        return correction(weight, own, inputs, merge_weights, record).applied(norm)
 
     def norm_at(self, name: str, merge_weights: Sequence[float]) -> NormAtMix | None:
         """The BatchNorm behind a layer, in the parents and merged; None where there is none."""
         norm = self.norms.get(name)
-        return None if norm is None else NormAtMix(norm, self.parents, merge_weights)
+        if norm is None:
+            return None
+        return NormAtMix(norm, [norm.read(p.tensor) for p in self.parents], merge_weights)
 
     def inputs_of(self, name: str) -> list[InputStatistics]:
         """What each parent saw of a layer's inputs."""
@@ -270,22 +279,43 @@ class LayerMerge:
         return self.method.merge(float64(self.weights_of(name)), merge_weights, None, self.options)
 
     def _parts(self, name: str, record: LayerRecord) -> list[LayerPart]:
-        """What each parent gives to a layer: with BatchNorm behind it, what leaves BatchNorm."""
-        layers = self.method.layers
+        """What each parent gives to a layer."""
+        layers, norm = self.method.layers, self.norms.get(name)
         assert layers is not None
-        parts, norm = [], self.norms.get(name)
-        weights = self.weights_of(name)
-        for parent, inputs, weight in zip(self.parents, self.inputs_of(name), weights, strict=True):
-            rows = rows_of(weight.astype(np.float64), record)
-            bias = None if record.bias is None else parent.tensor(record.bias)
-            if norm is not None:
-                tensors = norm.read(parent)
-                rows = rows * norm.gain(tensors).reshape(rows.shape[0], 1, -1)
-                bias = norm.summand(tensors)
-            parts.append(
-                layers.prepare(with_bias(rows, bias), inputs, bias is not None, self.options)
-            )
-        return parts
+        seen = zip(self.parents, self.inputs_of(name), self.weights_of(name), strict=True)
+        return [
+            layer_part(layers, record, weight, parent.tensor, norm, inputs, self.options)
+            for parent, inputs, weight in seen
+        ]
+
+
+def layer_part(
+    method: LayerMethod,
+    record: LayerRecord,
+    weight: Array,
+    tensor: Callable[[str], Array],
+    norm: Norm | None,
+    inputs: InputStatistics,
+    options: MethodOptions,
+) -> LayerPart:
+    """What a parent gives to a layer: with BatchNorm behind it, what makes the norm's outputs.
+
+    Args:
+        method: Merges the layer.
+        record: The layer.
+        weight: The parent's weight.
+        tensor: Gives the parent's tensors by name.
+        norm: The BatchNorm behind the layer.
+        inputs: Statistics of the parent's inputs.
+        options: Numbers of the method.
+    """
+    rows = rows_of(weight.astype(np.float64), record)
+    bias = None if record.bias is None else tensor(record.bias)
+    if norm is not None:
+        own = norm.read(tensor)
+        rows = rows * norm.gain(own).reshape(rows.shape[0], 1, -1)
+        bias = norm.summand(own)
+    return method.prepare(with_bias(rows, bias), inputs, bias is not None, options)
 
 
 def scale_of(codes: str, bundle: Bundle) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -233,8 +232,7 @@ def test_a_channel_whose_gains_cancel_is_averaged() -> None:
     def parent(gamma: list[float], seed: int) -> Any:
         mean = np.random.default_rng(seed).normal(size=3).astype(np.float32)
         one = np.ones(3, np.float32)
-        tensors = {"g": np.float32(gamma), "b": 0 * one, "m": mean, "v": one}
-        return SimpleNamespace(tensor=tensors.__getitem__)
+        return {"g": np.float32(gamma), "b": 0 * one, "m": mean, "v": one}
 
     parents = [parent([1, 2, 0], 0), parent([-1, 1, 0], 1)]
     norm = NormAtMix(Norm("g", "b", "m", "v", 0.0), parents, [0.5, 0.5])
@@ -243,5 +241,8 @@ def test_a_channel_whose_gains_cancel_is_averaged() -> None:
     rows = norm.in_front(behind, averaged)
     assert (rows[..., [0, 2]] == 7).all()
     np.testing.assert_allclose(rows[..., 1], 1 / norm.gain[1])
-    placed = norm.placed(np.zeros(3), [np.ones(3)] * 2)["m"]
+    layer = LAYER.model_copy(update={"layout": "linear", "groups": 1, "features": 4, "rank": 4})
+    seen, weight = [statistics_of(drawn_rows(k, 1, 4)) for k in range(2)], np.ones((3, 4))
+    placed = norm.placed(weight, [weight] * 2, seen, layer)["m"]
     np.testing.assert_array_equal(placed[[0, 2]], norm.tensors["m"][[0, 2]])
+    assert placed[1] != norm.tensors["m"][1]

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from hdrq_deploy.cli import merge as merge_command
 from hdrq_deploy.formats.checkpoints import checkpoint_sha256, open_checkpoint
-from hdrq_deploy.formats.statistics import Statistics
+from hdrq_deploy.formats.statistics import NormRecord, Statistics
 from hdrq_deploy.merging import merge_checkpoints
 from tests.merging.seen import drawn_rows, statistics_of
 
@@ -98,13 +98,67 @@ def test_checkpoints_that_do_not_fit_are_refused(
     assert not Path(out).exists()
 
 
-def seen(path: Path, checkpoint: Path, rows: Any, bias: str | None) -> Path:
+def seen(
+    path: Path, checkpoint: Path, rows: Any, bias: str | None, norm: NormRecord | None = None
+) -> Path:
     """A file of statistics of the checkpoint's convolution."""
     layers = {"conv.weight": statistics_of(rows)}
-    statistics = Statistics("full", {"conv.weight": (bias, "conv")}, layers, {})
+    norms = {} if norm is None else {"conv.weight": norm}
+    statistics = Statistics("full", {"conv.weight": (bias, "conv")}, layers, {}, norms)
     digest = checkpoint_sha256(open_checkpoint(checkpoint))
     path.write_bytes(statistics.serialize_for_checkpoint("conv", digest, "images"))
     return path
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_checkpoints_are_merged_by_least_squares_behind_batchnorm(
+    tmp_path: Path, affine: bool
+) -> None:
+    rng, shares = np.random.default_rng(6), [0.3, 0.7]
+    names = ("bn.weight", "bn.bias") if affine else (None, None)
+    norm = NormRecord(
+        gamma=names[0],
+        beta=names[1],
+        mean="bn.running_mean",
+        variance="bn.running_var",
+        eps=1e-3,
+        raw_bias="conv.bias",
+    )
+    rows = [drawn_rows(seed, 1, 27)[0] for seed in range(2)]
+    paths, files, states = [], [], []
+    for i in range(2):
+        state = {"conv.weight": rng.normal(0, 1, (4, 3, 3, 3)), "conv.bias": rng.normal(0, 1, 4)}
+        state |= {"bn.running_mean": rng.normal(0, 1, 4), "bn.running_var": rng.uniform(1, 9, 4)}
+        if affine:
+            state |= {"bn.weight": rng.uniform(0.2, 2, 4), "bn.bias": rng.normal(0, 1, 4)}
+        states.append({name: value.astype(np.float32) for name, value in state.items()})
+        paths.append(tmp_path / f"{i}.safetensors")
+        save_file(states[-1], paths[-1])
+        files.append(
+            seen(tmp_path / f"seen{i}.safetensors", paths[i], rows[i][None], "conv.bias", norm)
+        )
+    exact: dict[str, Any] = {"statistics": files, "alpha": 1.0, "ridge": 0.0}
+    got = load_file(
+        merge_checkpoints(paths, tmp_path / "m.safetensors", shares, "regression", **exact)
+    )
+
+    def behind(state: Any, x: Any) -> Any:
+        y = x @ state["conv.weight"].reshape(4, -1).T.astype(np.float64) + state["conv.bias"]
+        y = (y - state["bn.running_mean"]) / np.sqrt(state["bn.running_var"] + 1e-3)
+        return y * state["bn.weight"] + state["bn.bias"] if affine else y
+
+    sides: list[Any] = [[], []]
+    for x, state, share in zip(rows, states, shares, strict=True):
+        root = np.sqrt(share / len(x))
+        sides[0].append(root * np.hstack([x, np.ones((len(x), 1))]))
+        sides[1].append(root * behind(state, x))
+    solution = np.linalg.lstsq(np.vstack(sides[0]), np.vstack(sides[1]))[0]
+    for x, state in zip(rows, states, strict=True):
+        best = np.hstack([x, np.ones((len(x), 1))]) @ solution
+        # The file holds statistics as codes.
+        assert np.abs(behind(got, x) - best).max() < 0.05 * behind(state, x).std()
+    bias = sum(share * state["conv.bias"] for share, state in zip(shares, states, strict=True))
+    np.testing.assert_allclose(got["conv.bias"], bias, rtol=1e-5)
 
 
 def test_checkpoints_are_merged_by_least_squares_on_their_inputs(

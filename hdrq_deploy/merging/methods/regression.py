@@ -6,7 +6,8 @@ For every layer, and every group of a convolution, the merged rows W minimise
     W = (sum_i w_i M_i)^-1 sum_i w_i M_i W_i        M_i = alpha G_i + (1 - alpha) diag(G_i)
 
 G_i are the second moments of parent i's inputs, a 1 for the bias among them. A ridge pulls what
-the inputs leave open towards the weighted mean: it is added to every M_i.
+the inputs leave open towards the weighted mean: it is added to every M_i. Where BatchNorm follows
+the layer, its parts hold W_i times the gains of parent i (:func:`..layers.layer_part`).
 
 Source:
     Jin et al., Dataless knowledge fusion by merging weights of language models, ICLR 2023.
