@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from evidence.batchnorm import regression_batchnorm
 from evidence.claims import aims, claims
 from evidence.costs import calibration_speed, harness, merge_speed, weight_search
 from evidence.earlier import merge_quality, plot, protocol_digits, protocol_streetscape
@@ -27,6 +28,7 @@ from evidence.real_images import (
     camvid_weather,
     pacs,
     pacs_earlier,
+    pacs_methods,
     pacs_resnet,
     pacs_wide,
     parents,
@@ -81,8 +83,10 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
         (
             Section("pacs", pacs, ("pacs_tuning", "pacs_distance", "fit_sweeps")),
             Section("pacs_wide", pacs_wide),
+            Section("pacs_methods", pacs_methods, ("pacs_methods_tuning",)),
             Section("parents", parents),
             Section("pacs_resnet", pacs_resnet, ("pacs_resnet_tuning",)),
+            Section("regression_batchnorm", regression_batchnorm),
             Section("camvid", camvid),
             Section("camvid_weather", camvid_weather),
             Section("real_weights", real_weights),

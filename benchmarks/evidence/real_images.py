@@ -163,7 +163,7 @@ def best_float_merges(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     return max(m[0] for m in merged), max(m[1] for m in merged)
 
 
-def _way_in_full(way: str) -> str:
+def way_in_full(way: str) -> str:
     """A way to merge in words that need no row above them."""
     narrowed = way.partition("-w")[2]
     return f"{_PROTOCOL_WAYS['renewed']}, 8 bits to {narrowed}" if narrowed else _PROTOCOL_WAYS[way]
@@ -185,7 +185,7 @@ def _away_table(
                     f"{cell[0] - best[0]:+.1f}, {cell[1] - best[1]:+.1f}" if cell else "-"
                     for cell in cells
                 )
-                lines.append([bits.upper(), _way_in_full(way), less, *away])
+                lines.append([bits.upper(), way_in_full(way), less, *away])
     return table(["bits", "merge", "less the", *methods], lines)
 
 
@@ -207,7 +207,7 @@ def _beside_section(rows: Sequence[Mapping[str, Any]], tested: bool = True) -> l
             lines.append(
                 [
                     row["bits"].upper(),
-                    _way_in_full(row["way"]),
+                    way_in_full(row["way"]),
                     f"`{other['method']}`",
                     f"{other['difference']:+.1f}",
                     f"{other['low']:+.1f} to {other['high']:+.1f}",
@@ -502,18 +502,66 @@ def pacs_wide(record: Mapping[str, Any]) -> str:
     )
 
 
+def pacs_methods(record: Mapping[str, Any]) -> str:
+    """The section on latent weights, at rates that one search found for all methods."""
+    return "\n".join(
+        [
+            "## Latent weights or roundings up and down",
+            "",
+            f"`{_searched_here(record, 'pacs --data PACS --pairs', ' --weights lite0.pth')}`, on "
+            "the checkpoints of the section above; rates of all methods were searched on them. One "
+            "calibration seed. `latent` is `hdrq` without noise and without distance: it learns "
+            "the weights themselves, and `qdrop` whether each is rounded up or down.",
+            "",
+            _protocol_rates(needed("pacs_methods_tuning"), "the same checkpoints"),
+            "",
+            _parts_read(protocol_rows(record)),
+            "",
+            *_beside_floats(protocol_rows(record), _quantized_ways(record)),
+        ]
+    )
+
+
+def _parts_read(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What latent weights change, and what noise and distance add to them."""
+    steps = (
+        ("latent", "qdrop", "latent weights less roundings"),
+        ("hdrq", "latent", "noise and distance"),
+    )
+    told = []
+    for more, less, name in steps:
+        parts = []
+        for bits in dict.fromkeys(row["bits"] for row in rows if row["method"] == more):
+            for way in ("single", "nearest", "regression", "renewed"):
+                both = [protocol_means(rows, method, bits, way) for method in (more, less)]
+                if both[0] and both[1]:
+                    away = [a - b for a, b in zip(*both, strict=True)]
+                    parts.append(
+                        f"{bits.upper()} {way_in_full(way)} {away[0]:+.1f} and {away[1]:+.1f}"
+                    )
+        told.append(f"{name}: {'; '.join(parts)}")
+    return f"In points on the mean of pairs and on all domains, {told[0]}. What {told[1]}."
+
+
+def _searched_here(record: Mapping[str, Any], protocol: str, weights: str) -> str:
+    """The command of a record whose rates, if a method learns, were searched in the same run."""
+    own = [row for row in record["rows"] if row["bits"]]
+    learns = any(METHODS[row["method"]].options.iterates for row in own)
+    searched = " --tune w4a4" if learns else ""
+    command = _command(protocol, own, weights=weights, rates=searched)
+    return f"{command} --ways {' '.join(_quantized_ways(record))}"
+
+
 def pacs_resnet(record: Mapping[str, Any]) -> str:
     """The section on a network without depthwise kernels, whose checkpoints start at random."""
     rows, ways, tuning = protocol_rows(record), _quantized_ways(record), load("pacs_resnet_tuning")
-    own = [row for row in record["rows"] if row["bits"]]
-    searched = "" if tuning is None else " --tune w4a4"
-    command = _command("pacs --data PACS --model resnet --pairs", own, weights="", rates=searched)
-    latent = any(row["method"] == "latent" for row in own)
+    latent = any(row["method"] == "latent" for row in rows)
     return "\n".join(
         [
             "## PACS with a plain residual network",
             "",
-            f"`{command} --ways {' '.join(ways)}`: {record['form']}, trained on photos and then on "
+            f"`{_searched_here(record, 'pacs --data PACS --model resnet --pairs', '')}`: "
+            f"{record['form']}, trained on photos and then on "
             "every domain with labels; all else as for the network above. One calibration seed."
             + (" `latent` is `hdrq` without noise and without distance." if latent else ""),
             "",

@@ -398,6 +398,11 @@ class Choice:
     adaptation: str = ""
     checkpoints: Path | None = None
 
+    @property
+    def adapted_by(self) -> str:
+        """The adaptation that counts."""
+        return self.adaptation or ADAPTATIONS[0]
+
 
 def prepare(name: str, choice: Choice, runs: bool = True) -> Preparation:
     """What a protocol on real images makes and runs on; nothing is written yet.
@@ -421,7 +426,7 @@ def prepare(name: str, choice: Choice, runs: bool = True) -> Preparation:
     splits = choice.out / "data" / name
     trained: tuple[Trained, ...] = ()
     if choice.checkpoints is not None:
-        files = _brought(choice.checkpoints, choice.adaptation, network, source, every)
+        files = _brought(choice.checkpoints, choice, network, source, every)
     else:
         trained = tuple(_trainings(choice, network, splits, source, targets))
         files = {training.images.parent.name: training.file for training in trained}
@@ -436,7 +441,7 @@ def prepare(name: str, choice: Choice, runs: bool = True) -> Preparation:
         source=str(files[source]),
         domains=tuple(domains),
         source_domain=source,
-        adaptation=(choice.adaptation or ADAPTATIONS[0]) if trained else "brought",
+        adaptation=choice.adapted_by if trained else "brought",
     )
     return Preparation(task, choice.data, splits, every, protocol.write, protocol.needs, trained)
 
@@ -454,13 +459,13 @@ def _domains(protocol: Protocol, choice: Choice) -> tuple[str, list[str]]:
 
 
 def _brought(
-    given: Path, adaptation: str, network: Network, source: str, domains: Sequence[str]
+    given: Path, choice: Choice, network: Network, source: str, domains: Sequence[str]
 ) -> dict[str, Path]:
     """The checkpoints in a folder of them, in the folder of an earlier run, or in its part."""
     made = _models_folder(given, network)
     folder = made if made.is_dir() else given
-    adapted = _adapted_folder(folder, source, adaptation)
-    if adaptation and not adapted.is_dir():
+    adapted = _adapted_folder(folder, source, choice.adapted_by)
+    if choice.adaptation and not adapted.is_dir():
         raise SpecError(
             f"found `adaptation` with `checkpoints`, and no folder {adapted}; leave it out: these "
             "checkpoints are adapted already"
@@ -478,7 +483,7 @@ def _models_folder(out: Path, network: Network) -> Path:
 
 def _adapted_folder(models: Path, source: str, adaptation: str) -> Path:
     """Where the adapted ones of them lie."""
-    return models / f"{source}-{adaptation or ADAPTATIONS[0]}"
+    return models / f"{source}-{adaptation}"
 
 
 def _network(protocol: Protocol, choice: Choice, runs: bool) -> Network:
@@ -516,9 +521,9 @@ def _trainings(
     first = folder / f"{source}.safetensors"
     images = splits / source / "training"
     yield Trained(first, images, None, choice.imagenet, network.source)
-    supervised = choice.adaptation in {"", ADAPTATIONS[0]}
+    supervised = choice.adapted_by == ADAPTATIONS[0]
     options = network.supervised if supervised else network.unlabelled
     for target in targets:
         if target != source:
-            file = _adapted_folder(folder, source, choice.adaptation) / f"{target}.safetensors"
+            file = _adapted_folder(folder, source, choice.adapted_by) / f"{target}.safetensors"
             yield Trained(file, splits / target / "training", first, None, options)

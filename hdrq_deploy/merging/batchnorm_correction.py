@@ -132,16 +132,18 @@ class NormAtMix:
         self.shows = np.abs(self.gain) > _HIDDEN * np.abs(self.gains).max(0)
         self._summands = [norm.summand(tensors) for tensors in parents]
 
-    def in_front(self, behind: Floats, averaged: Floats) -> Floats:
+    def in_front(self, behind: Floats, averaged: Callable[[], Floats]) -> Floats:
         """The merged rows in front of the norm, (groups, features, outputs of a group).
 
         Args:
             behind: They times the merged gain.
-            averaged: What a channel of which nothing shows is given.
+            averaged: Gives the rows that a channel of which nothing shows is given.
         """
         shape = (behind.shape[0], 1, -1)
         shows, gain = self.shows.reshape(shape), self.gain.reshape(shape)
-        return np.where(shows, behind / np.where(shows, gain, 1.0), averaged)
+        if shows.all():
+            return np.asarray(behind / gain)
+        return np.where(shows, behind / np.where(shows, gain, 1.0), averaged())
 
     def placed(
         self,

@@ -108,8 +108,10 @@ class CheckpointLayers:
         if norm is not None:
             own = [norm.read(parent.read) for parent in self._parents]
             mix = NormAtMix(norm, own, self._merge_weights)
-            average = weighted_mean(weights, self._merge_weights, np.float64)
-            inner = mix.in_front(rows[:, :-1], rows_of(average, record))
+            inner = mix.in_front(
+                rows[:, :-1],
+                lambda: rows_of(weighted_mean(weights, self._merge_weights, np.float64), record),
+            )
             weight = weight_of(inner, record, shape)
             return {name: weight, **mix.placed(weight, weights, inputs, record)}
         if record.bias is None:

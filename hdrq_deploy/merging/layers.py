@@ -163,8 +163,9 @@ class LayerMerge:
                 fallback = str(error)
             else:
                 if (norm := self.norm_at(name, merge_weights)) is not None:
-                    averaged = rows_of(self._averaged(name, merge_weights), record)
-                    inner = norm.in_front(rows[:, :-1], averaged)
+                    inner = norm.in_front(
+                        rows[:, :-1], lambda: rows_of(self._averaged(name, merge_weights), record)
+                    )
                     return RealLayer(weight_of(inner, record, entry.shape), None, "", behind=True)
                 bias = None if record.bias is None else bias_of(rows)
                 inner = rows if bias is None else rows[:, :-1]

@@ -238,7 +238,7 @@ def test_a_channel_whose_gains_cancel_is_averaged() -> None:
     norm = NormAtMix(Norm("g", "b", "m", "v", 0.0), parents, [0.5, 0.5])
     assert norm.shows.tolist() == [False, True, False]
     behind, averaged = np.ones((1, 4, 3)), np.full((1, 4, 3), 7.0)
-    rows = norm.in_front(behind, averaged)
+    rows = norm.in_front(behind, lambda: averaged)
     assert (rows[..., [0, 2]] == 7).all()
     np.testing.assert_allclose(rows[..., 1], 1 / norm.gain[1])
     layer = LAYER.model_copy(update={"layout": "linear", "groups": 1, "features": 4, "rank": 4})
