@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from evidence.batchnorm import regression_batchnorm
+from evidence.batchnorm import IN_FRONT, in_front, regression_batchnorm
 from evidence.claims import aims, claims
 from evidence.costs import calibration_speed, harness, merge_speed, weight_search
 from evidence.earlier import merge_quality, plot, protocol_digits, protocol_streetscape
@@ -165,7 +165,10 @@ def pages() -> dict[str, str]:
         for section in sections:
             record = load(section.record)
             if record is not None:
-                parts += ["", section.text(record), "", _record_of(section, record)]
+                parts += ["", section.text(record)]
+                if section.record in IN_FRONT:
+                    parts += ["", in_front("" if name == "real-images" else "real-images.md")]
+                parts += ["", _record_of(section, record)]
         found[f"{name}.md"] = "\n".join(parts) + "\n"
     return found
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evidence.batchnorm import in_front
 from evidence.merging import (
     digits_by_seed,
     digits_hdrq_less_qdrop,
@@ -365,7 +366,8 @@ def summary(pages: Mapping[str, tuple[str, str]], made: str) -> str:
         "",
         "Harmonic means of top-1 accuracies in %, mean of pairs / all three domains; `qdrop` and "
         "`hdrq` are means of three calibration seeds (fitted to the float models: one on pairs), "
-        "the others one run. Intervals are on the page on [real images](real-images.md).",
+        "the others one run. Intervals are on the page on [real images](real-images.md). "
+        f"{in_front('real-images.md')}",
         "",
         _with_images(),
         "",

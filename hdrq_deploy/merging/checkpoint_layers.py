@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,7 +79,8 @@ class CheckpointLayers:
         self._norms = {
             name: Norm.recorded(record)
             for name, record in _common_norms(self._files).items()
-            if name in self._records and all(record.tensors <= {*p.tensors} for p in parents)
+            if name in self._records
+            and all(_fits(record, self._records[name], parent) for parent in parents)
         }
         self._owners = {r.bias: name for name, r in self._records.items() if r.bias is not None}
         self._owners |= {norm.mean: name for name, norm in self._norms.items()}
@@ -130,6 +132,14 @@ def _common_norms(files: Sequence[StatisticsFile]) -> dict[str, NormRecord]:
         for name, norm in told[0].items()
         if all(other.get(name) == norm for other in told)
     }
+
+
+def _fits(norm: NormRecord, layer: LayerRecord, parent: Checkpoint) -> bool:
+    """Whether a checkpoint holds a value of every tensor of the norm for each of the outputs."""
+    outputs = math.prod(parent.tensors[layer.weight].shape) // layer.features
+    return all(
+        name in parent.tensors and parent.tensors[name].shape == (outputs,) for name in norm.tensors
+    )
 
 
 def _of_checkpoint(file: StatisticsFile, parent: Checkpoint) -> StatisticsFile:

@@ -159,6 +159,16 @@ def test_checkpoints_are_merged_by_least_squares_behind_batchnorm(
         assert np.abs(behind(got, x) - best).max() < 0.05 * behind(state, x).std()
     bias = sum(share * state["conv.bias"] for share, state in zip(shares, states, strict=True))
     np.testing.assert_allclose(got["conv.bias"], bias, rtol=1e-5)
+    # A norm of another size is none of this layer: it is merged in front of it, bias and all.
+    wrong = norm.model_copy(update={"mean": "conv.weight"})
+    exact["statistics"] = [
+        seen(tmp_path / f"wrong{i}.safetensors", paths[i], rows[i][None], "conv.bias", wrong)
+        for i in range(2)
+    ]
+    in_front = load_file(
+        merge_checkpoints(paths, tmp_path / "m.safetensors", shares, "regression", **exact)
+    )
+    assert np.abs(in_front["conv.bias"] - bias).max() > 1e-3
 
 
 def test_checkpoints_are_merged_by_least_squares_on_their_inputs(
