@@ -593,10 +593,11 @@ def _resnet_read(rows: Sequence[Mapping[str, Any]]) -> str:
         f"the float ones (harmonic mean {real:.1f}): this network, which has no depthwise kernels "
         "and never saw ImageNet, loses nothing of what the one above loses when it is rounded to "
         "nearest at 4 bits. Its merges lose more than there, in float already. A regression with "
-        "BatchNorm folded into the weights, which solves for outputs behind BatchNorm, gives float "
-        "models "
+        "BatchNorm folded into the weights solves for the same outputs as one with BatchNorm apart "
+        "does; merged float models differ by "
         f"{within[0] - apart[0]:+.1f} points on pairs and {within[1] - apart[1]:+.1f} on all "
-        "domains over one with BatchNorm apart."
+        "domains, where a regression [in front of BatchNorm]"
+        "(#regression-in-front-of-batchnorm-and-behind-it) is far behind."
     )
 
 

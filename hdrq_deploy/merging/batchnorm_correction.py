@@ -21,6 +21,7 @@ from ..formats.bundle import Bundle
 from ..formats.bundle_manifest import FoldRecord
 from ..formats.statistics import LayerRecord, NormRecord
 from ..graph.qdq import batch_norm_epsilon
+from ..numerics.batchnorm_fold import BLIND_GAIN
 from ..numerics.layer_matrix import rows_of
 from ..numerics.layer_statistics import InputStatistics
 from ..numerics.moments import covariance, mean_of
@@ -41,8 +42,8 @@ __all__ = [
 
 # A channel whose outputs do not vary keeps its variance.
 _SMALLEST = 1e-20
-# A merged gain of less than this share of the parents' largest is none.
-_HIDDEN = 1e-3
+# Gammas of two signs that leave a smaller share of their sizes cancel each other.
+_CANCELLED = 1e-3
 
 Floats = npt.NDArray[np.float64]
 
@@ -71,12 +72,14 @@ class Norm:
         spread = np.sqrt(tensors[self.variance].astype(np.float64) + self.eps)
         return np.asarray(tensors[self.gamma] / spread)
 
+    def offset(self, tensors: Mapping[str, Array]) -> Floats:
+        """What is taken off the layer's products in front of the gain: mean less own bias."""
+        mean = tensors[self.mean].astype(np.float64)
+        return mean if self.raw_bias is None else np.asarray(mean - tensors[self.raw_bias])
+
     def summand(self, tensors: Mapping[str, Array]) -> Floats:
         """What each channel is given behind the gain, the layer's own bias with it."""
-        away = tensors[self.mean].astype(np.float64)
-        if self.raw_bias is not None:
-            away = away - tensors[self.raw_bias]
-        return np.asarray(tensors[self.beta] - self.gain(tensors) * away)
+        return np.asarray(tensors[self.beta] - self.gain(tensors) * self.offset(tensors))
 
     def read(self, tensor: Callable[[str], Array]) -> dict[str, Array]:
         """Its tensors, which ``tensor`` gives by their names."""
@@ -111,7 +114,8 @@ class NormAtMix:
         tensors: Of the merge: means, and the matched variance.
         gains: What it multiplies each channel by in each parent, (outputs,).
         gain: In the merge.
-        shows: Where the merged gain is one; gains of two signs may leave nothing of a channel.
+        shows: Where the merged gain can be divided by: gammas of two signs may cancel each other,
+            and what is multiplied by next to nothing shows nothing.
     """
 
     def __init__(
@@ -129,8 +133,12 @@ class NormAtMix:
         self.tensors[norm.variance] = matched_variance(variances, means, merge_weights)
         self.gains = [norm.gain(tensors) for tensors in parents]
         self.gain = norm.gain(self.tensors)
-        self.shows = np.abs(self.gain) > _HIDDEN * np.abs(self.gains).max(0)
-        self._summands = [norm.summand(tensors) for tensors in parents]
+        sizes = [np.abs(tensors[norm.gamma].astype(np.float64)) for tensors in parents]
+        size = sum(w * own for w, own in zip(merge_weights, sizes, strict=True))
+        left = np.abs(self.tensors[norm.gamma]) > _CANCELLED * np.asarray(size)
+        self.shows = left & (np.abs(self.gain) > BLIND_GAIN)
+        # What BatchNorm takes off its input, the layer's own bias with it.
+        self._offsets = [norm.offset(tensors) for tensors in parents]
 
     def in_front(self, behind: Floats, averaged: Callable[[], Floats]) -> Floats:
         """The merged rows in front of the norm, (groups, features, outputs of a group).
@@ -152,7 +160,9 @@ class NormAtMix:
         inputs: Sequence[InputStatistics],
         layer: LayerRecord,
     ) -> dict[str, Array]:
-        """The norm's mean, with which outputs behind it have the mean of the parents' outputs.
+        """The norm's moments, with which outputs behind it have the mean of the parents' outputs.
+
+        The variance is the one whose gain the weight was divided by.
 
         Args:
             merged: The merged weight, as it will be computed with.
@@ -169,13 +179,13 @@ class NormAtMix:
 
         norm, tensors = self.norm, self.tensors
         own = [output_mean(w, [seen], [1.0]) for w, seen in zip(parents, inputs, strict=True)]
-        terms = zip(self.merge_weights, self.gains, own, self._summands, strict=True)
-        wanted = sum(w * (gain * mean + summand) for w, gain, mean, summand in terms)
-        away = (wanted - tensors[norm.beta]) / np.where(self.shows, self.gain, 1.0)
+        terms = zip(self.merge_weights, self.gains, own, self._offsets, strict=True)
+        wanted = np.asarray(sum(w * gain * (mean - offset) for w, gain, mean, offset in terms))
         bias = 0.0 if norm.raw_bias is None else tensors[norm.raw_bias]
-        mean = output_mean(merged, inputs, self.merge_weights)
-        found = np.where(self.shows, mean + bias - away, tensors[norm.mean])
-        return {norm.mean: found.astype(np.float32)}
+        mean = output_mean(merged, inputs, self.merge_weights) + bias
+        placed = mean - wanted / np.where(self.shows, self.gain, 1.0)
+        found = np.where(self.shows, placed, tensors[norm.mean])
+        return {norm.mean: found.astype(np.float32), norm.variance: tensors[norm.variance]}
 
 
 @dataclass(frozen=True)

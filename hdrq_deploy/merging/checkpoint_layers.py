@@ -34,7 +34,7 @@ _log = logging.getLogger("hdrq_deploy")
 
 
 class CheckpointLayers:
-    """Weights and biases of layers that all parents' statistics describe.
+    """Layers that all parents' statistics describe: weights, biases, moments of BatchNorm behind.
 
     Args:
         parents: The checkpoints.
@@ -83,11 +83,12 @@ class CheckpointLayers:
             and all(_fits(record, self._records[name], parent) for parent in parents)
         }
         self._owners = {r.bias: name for name, r in self._records.items() if r.bias is not None}
-        self._owners |= {norm.mean: name for name, norm in self._norms.items()}
+        for name, norm in self._norms.items():
+            self._owners |= {norm.mean: name, norm.variance: name}
         self._waiting: dict[str, Array] = {}
 
     def merged(self, name: str) -> Array | None:
-        """A merged weight, bias or mean of BatchNorm; None where the mean is to be taken."""
+        """A merged weight, bias or moment of BatchNorm; None where another way is to be taken."""
         weight = self._owners.get(name, name)
         if name not in self._waiting and weight in self._records:
             self._waiting |= self._layer(self._records.pop(weight))

@@ -1,9 +1,9 @@
 """Merge float checkpoints: the reference that a merge of quantized models is compared with.
 
 Parameters are merged by one of :data:`hdrq_deploy.merging.methods.METHODS`; BatchNorm's running
-mean and variance are matched as moments whatever the method is. Merging libraries (mergekit, peft)
-take language models of known layout and need torch; this is NumPy and takes any safetensors
-checkpoint, and torch's own files where torch is installed.
+mean and variance are matched as moments, but for means behind layers that a regression solves.
+Merging libraries (mergekit, peft) take language models of known layout and need torch; this is
+NumPy and takes any safetensors checkpoint, and torch's own files where torch is installed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def merge_checkpoints(
         density: Share of each task vector that ``ties`` keeps, > 0 to 1.
         progress: Called with (tensors done, tensors in all).
         statistics: Of the inputs of each checkpoint's layers, as ``hdrq statistics`` writes them,
-            for a method that reads them; BatchNorm stays apart, and its moments are matched.
+            for a method that reads them; BatchNorm stays apart, and layers are solved behind it.
         alpha: What ``regression`` keeps of the products of different inputs, 0 to 1.
         ridge: What ``regression`` adds to its diagonal, as a share of the mean.
 

@@ -49,8 +49,8 @@ class RealLayer:
 
     Attributes:
         weight: float64, of the weight's shape.
-        bias: float64; None where the layer has none of its own, or where BatchNorm's mean makes up
-            for what it does not take in.
+        bias: float64; None where the layer has none of its own, or where BatchNorm's mean is moved
+            in its place.
         fallback: Why the weighted mean was taken; empty where the method was used.
         behind: Whether it was merged for what leaves the BatchNorm behind it.
     """

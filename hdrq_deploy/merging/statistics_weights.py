@@ -209,7 +209,8 @@ def _errors(
         real = merging.real(name, point)
         merged = with_bias(rows_of(real.weight, record), None if bias is None else real.bias)
         if (norm := merging.norm_at(name, point)) is not None:
-            merged = _times(merged, norm.gain)
+            fitting = merging.moments(name, real.weight, point, real.behind)
+            merged = _times(merged, norm.norm.gain({**norm.tensors, **fitting}))
         away = [merged - rows for rows in own]
         found.append([(e * m.times(e)).sum() for e, m in zip(away, moments, strict=True)])
     errors = np.asarray(found)

@@ -115,12 +115,14 @@ def test_checkpoints_are_merged_by_least_squares_behind_batchnorm(
     tmp_path: Path, affine: bool
 ) -> None:
     rng, shares = np.random.default_rng(6), [0.3, 0.7]
+    # A module of one's own may call its moments as it likes.
     names = ("bn.weight", "bn.bias") if affine else (None, None)
+    mean, variance = (f"bn.{'running' if affine else 'moving'}_{name}" for name in ("mean", "var"))
     norm = NormRecord(
         gamma=names[0],
         beta=names[1],
-        mean="bn.running_mean",
-        variance="bn.running_var",
+        mean=mean,
+        variance=variance,
         eps=1e-3,
         raw_bias="conv.bias",
     )
@@ -128,7 +130,7 @@ def test_checkpoints_are_merged_by_least_squares_behind_batchnorm(
     paths, files, states = [], [], []
     for i in range(2):
         state = {"conv.weight": rng.normal(0, 1, (4, 3, 3, 3)), "conv.bias": rng.normal(0, 1, 4)}
-        state |= {"bn.running_mean": rng.normal(0, 1, 4), "bn.running_var": rng.uniform(1, 9, 4)}
+        state |= {mean: rng.normal(0, 1, 4), variance: rng.uniform(1, 9, 4)}
         if affine:
             state |= {"bn.weight": rng.uniform(0.2, 2, 4), "bn.bias": rng.normal(0, 1, 4)}
         states.append({name: value.astype(np.float32) for name, value in state.items()})
@@ -144,7 +146,7 @@ def test_checkpoints_are_merged_by_least_squares_behind_batchnorm(
 
     def behind(state: Any, x: Any) -> Any:
         y = x @ state["conv.weight"].reshape(4, -1).T.astype(np.float64) + state["conv.bias"]
-        y = (y - state["bn.running_mean"]) / np.sqrt(state["bn.running_var"] + 1e-3)
+        y = (y - state[mean]) / np.sqrt(state[variance] + 1e-3)
         return y * state["bn.weight"] + state["bn.bias"] if affine else y
 
     sides: list[Any] = [[], []]
