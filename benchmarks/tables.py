@@ -28,7 +28,6 @@ from evidence.real_images import (
     camvid_weather,
     pacs,
     pacs_earlier,
-    pacs_methods,
     pacs_resnet,
     pacs_wide,
     parents,
@@ -83,7 +82,6 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
         (
             Section("pacs", pacs, ("pacs_tuning", "pacs_distance", "fit_sweeps")),
             Section("pacs_wide", pacs_wide),
-            Section("pacs_methods", pacs_methods, ("pacs_methods_tuning",)),
             Section("parents", parents),
             Section("pacs_resnet", pacs_resnet, ("pacs_resnet_tuning",)),
             Section("regression_batchnorm", regression_batchnorm),

@@ -502,66 +502,19 @@ def pacs_wide(record: Mapping[str, Any]) -> str:
     )
 
 
-def pacs_methods(record: Mapping[str, Any]) -> str:
-    """The section on latent weights, at rates that one search found for all methods."""
-    return "\n".join(
-        [
-            "## Latent weights or roundings up and down",
-            "",
-            f"`{_searched_here(record, 'pacs --data PACS --pairs', ' --weights lite0.pth')}`, on "
-            "the checkpoints of the section above; rates of all methods were searched on them. One "
-            "calibration seed. `latent` is `hdrq` without noise and without distance: it learns "
-            "the weights themselves, and `qdrop` whether each is rounded up or down.",
-            "",
-            _protocol_rates(needed("pacs_methods_tuning"), "the same checkpoints"),
-            "",
-            _parts_read(protocol_rows(record)),
-            "",
-            *_beside_floats(protocol_rows(record), _quantized_ways(record)),
-        ]
-    )
-
-
-def _parts_read(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What latent weights change, and what noise and distance add to them."""
-    steps = (
-        ("latent", "qdrop", "latent weights less roundings"),
-        ("hdrq", "latent", "noise and distance"),
-    )
-    told = []
-    for more, less, name in steps:
-        parts = []
-        for bits in dict.fromkeys(row["bits"] for row in rows if row["method"] == more):
-            for way in ("single", "nearest", "regression", "renewed"):
-                both = [protocol_means(rows, method, bits, way) for method in (more, less)]
-                if both[0] and both[1]:
-                    away = [a - b for a, b in zip(*both, strict=True)]
-                    parts.append(
-                        f"{bits.upper()} {way_in_full(way)} {away[0]:+.1f} and {away[1]:+.1f}"
-                    )
-        told.append(f"{name}: {'; '.join(parts)}")
-    return f"In points on the mean of pairs and on all domains, {told[0]}. What {told[1]}."
-
-
-def _searched_here(record: Mapping[str, Any], protocol: str, weights: str) -> str:
-    """The command of a record whose rates, if a method learns, were searched in the same run."""
-    own = [row for row in record["rows"] if row["bits"]]
-    learns = any(METHODS[row["method"]].options.iterates for row in own)
-    searched = " --tune w4a4" if learns else ""
-    command = _command(protocol, own, weights=weights, rates=searched)
-    return f"{command} --ways {' '.join(_quantized_ways(record))}"
-
-
 def pacs_resnet(record: Mapping[str, Any]) -> str:
     """The section on a network without depthwise kernels, whose checkpoints start at random."""
     rows, ways, tuning = protocol_rows(record), _quantized_ways(record), load("pacs_resnet_tuning")
+    own = [row for row in record["rows"] if row["bits"]]
+    command = _command(
+        "pacs --data PACS --model resnet --pairs", own, weights="", rates=" --tune w4a4"
+    )
     latent = any(row["method"] == "latent" for row in rows)
     return "\n".join(
         [
             "## PACS with a plain residual network",
             "",
-            f"`{_searched_here(record, 'pacs --data PACS --model resnet --pairs', '')}`: "
-            f"{record['form']}, trained on photos and then on "
+            f"`{command} --ways {' '.join(ways)}`: {record['form']}, trained on photos and then on "
             "every domain with labels; all else as for the network above. One calibration seed."
             + (" `latent` is `hdrq` without noise and without distance." if latent else ""),
             "",
