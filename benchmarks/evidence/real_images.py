@@ -639,7 +639,7 @@ def _errors(found: Mapping[str, float]) -> str:
 def _parents_read(real: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """What the table says."""
     averaged = _merge_errors(real, "nearest", 2)
-    told, both, closer = [], [], []
+    told, both, further, closer = [], [], [], []
     for bits in dict.fromkeys(row["bits"] for row in rows):
         own = {row["method"]: row for row in rows if row["bits"] == bits}
         times = []
@@ -654,9 +654,10 @@ def _parents_read(real: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
         if {"qdrop", "hdrq"} <= own.keys():
             names = ("moved", "correlation", "distance")
             pairs = [[statistics.fmean(own[m][n]) for m in ("hdrq", "qdrop")] for n in names]
-            assert all(a > b for a, b in pairs[:2]), "the last sentence says so"
+            assert pairs[1][0] > pairs[1][1], "the last sentence says so"
             (moved, shared, apart) = (f"{a:.2f} and {b:.2f}" for a, b in pairs)
             both.append(f"{bits.upper()} {moved}, {shared}, {apart}")
+            further += [bits.upper()] if pairs[0][0] > pairs[0][1] else []
             closer += [bits.upper()] if pairs[2][0] < pairs[2][1] else []
     return (
         f"Averaged pairs, as multiples of the float average's noise and shift: {'; '.join(told)}. "
@@ -664,9 +665,9 @@ def _parents_read(real: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
         "corrected biases takes it back in part, and new BatchNorm moments for all domains "
         "together: merges that averages had broken are near those of float models then. "
         "HDRQ and QDrop, share of moved codes, correlation and distance: "
-        f"{'; '.join(both)}. Learned latent weights leave more of the nearest codes than roundings "
-        "up or down, in directions that domains share more; HDRQ's models are closer to each other "
-        f"than QDrop's at {', '.join(closer) or 'no bits'} of these."
+        f"{'; '.join(both)}. The errors of HDRQ's models are more alike than those of QDrop's at "
+        f"all of these bits; more of their codes are moved at {listed(further)}, and they are "
+        f"closer to each other at {listed(closer)}."
     )
 
 
