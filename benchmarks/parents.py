@@ -35,7 +35,7 @@ from hdrq_deploy import Bundle
 from hdrq_deploy.analysis.landscape import real_weights
 from hdrq_deploy.experiments.grid import Merge, Run, bundle_path
 from hdrq_deploy.formats.atomic_files import write_bytes
-from hdrq_deploy.merging.batchnorm_correction import norm_behind, parameters_of
+from hdrq_deploy.merging.batchnorm_correction import norm_behind, norm_of
 from hdrq_deploy.merging.layers import statistics_of
 from hdrq_deploy.numerics.layer_matrix import LayerMatrix, rows_of
 from hdrq_deploy.numerics.layer_statistics import InputStatistics
@@ -81,12 +81,11 @@ def _norms(bundle: Bundle, real: Mapping[str, Floats]) -> dict[str, tuple[Floats
     """Factor and summand of the BatchNorm nodes of a graph, by the weight in front of them."""
     found = {}
     for node in bundle.graph_ir().graph:
-        norm = norm_behind(node) if node.op_type == "Conv" else None
-        if norm is not None:
-            gamma, beta, mean, variance = (real[name] for name in parameters_of(norm))
-            gain = gamma / np.sqrt(variance + norm.attributes["epsilon"].as_float())
+        behind = norm_behind(node) if node.op_type == "Conv" else None
+        if behind is not None:
+            norm = norm_of(behind, real)
             (weight,) = (value.name for value in node.inputs[1:2] if value)
-            found[str(weight)] = gain, beta - mean * gain
+            found[str(weight)] = norm.gain(real), norm.summand(real)
     return found
 
 

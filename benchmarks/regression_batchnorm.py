@@ -64,17 +64,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("before", type=Path)
     args = parser.parse_args(argv)
-    rows, environments = list[dict[str, Any]](), {}
-    for name, images in RECORDS.items():
-        before, after = (
+    records = {
+        name: [
             json.loads((folder / f"{name}.json").read_text()) for folder in (args.before, RESULTS)
-        )
-        rows += rows_of(before, after, images)
-        environments[name] = after["environment"]
+        ]
+        for name in RECORDS
+    }
+    rows = [
+        row
+        for name, (before, after) in records.items()
+        for row in rows_of(before, after, RECORDS[name])
+    ]
     record = {
         "schema_version": 1,
         "kind": "hdrq-regression-batchnorm",
-        "environment": environments["pacs_wide"],
+        "environment": records["pacs_wide"][1]["environment"],
         "rows": rows,
     }
     target = RESULTS / "regression_batchnorm.json"

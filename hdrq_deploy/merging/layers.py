@@ -21,7 +21,7 @@ from ..formats.bundle import Bundle
 from ..formats.bundle_manifest import Tensor
 from ..formats.statistics import LayerRecord, StatisticsFile
 from ..numerics.error_compensation import compensated, damped
-from ..numerics.layer_matrix import bias_of, rows_of, weight_of, with_bias
+from ..numerics.layer_matrix import bias_of, rows_of, times_outputs, weight_of, with_bias
 from ..numerics.layer_statistics import InputStatistics
 from ..numerics.moments import SingularError, covariance, mean_of, mixed, second_moments
 from ..numerics.quantization import along, dequantize
@@ -314,7 +314,7 @@ def layer_part(
     bias = None if record.bias is None else tensor(record.bias)
     if norm is not None:
         own = norm.read(tensor)
-        rows = rows * norm.gain(own).reshape(rows.shape[0], 1, -1)
+        rows = times_outputs(rows, norm.gain(own))
         bias = norm.summand(own)
     return method.prepare(with_bias(rows, bias), inputs, bias is not None, options)
 

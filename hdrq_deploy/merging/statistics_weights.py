@@ -21,7 +21,7 @@ from ..errors import MergeError
 from ..formats.statistics import LayerRecord
 from ..graph.operators import LAYERS
 from ..graph.qdq import weight_name
-from ..numerics.layer_matrix import rows_of, with_bias
+from ..numerics.layer_matrix import rows_of, times_outputs, with_bias
 from ..numerics.moments import covariance, second_moments
 from ..typing import StepProgress
 from .bundles import Merger, in_parallel
@@ -195,7 +195,7 @@ def _errors(
     own = [rows_of(w.astype(np.float64), record) for w in merging.weights_of(name)]
     norm = merging.norm_at(name, points[0])
     if norm is not None:
-        own = [_times(rows, gain) for rows, gain in zip(own, norm.gains, strict=True)]
+        own = [times_outputs(rows, gain) for rows, gain in zip(own, norm.gains, strict=True)]
     energies = np.asarray([(r * s.times(r)).sum() for r, s in zip(own, spreads, strict=True)])
     moments, bias = spreads, None
     if norm is None:
@@ -209,8 +209,11 @@ def _errors(
         real = merging.real(name, point)
         merged = with_bias(rows_of(real.weight, record), None if bias is None else real.bias)
         if (norm := merging.norm_at(name, point)) is not None:
-            fitting = merging.moments(name, real.weight, point, real.behind)
-            merged = _times(merged, norm.norm.gain({**norm.tensors, **fitting}))
+            gain = norm.gain
+            if not real.behind:  # its variance is corrected
+                moments_now = merging.moments(name, real.weight, point, behind=False)
+                gain = norm.norm.gain({**norm.tensors, **moments_now})
+            merged = times_outputs(merged, gain)
         away = [merged - rows for rows in own]
         found.append([(e * m.times(e)).sum() for e, m in zip(away, moments, strict=True)])
     errors = np.asarray(found)
@@ -220,8 +223,3 @@ def _errors(
             "again, or give numbers as weights"
         )
     return errors / np.where(energies > _NOTHING * energies.mean(), energies, np.nan)
-
-
-def _times(rows: Floats, gain: Floats) -> Floats:
-    """Rows (groups, features, outputs of a group) of outputs that BatchNorm multiplies."""
-    return np.asarray(rows * gain.reshape(rows.shape[0], 1, -1))

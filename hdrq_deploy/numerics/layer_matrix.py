@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["LayerMatrix", "bias_of", "rows_of", "weight_of", "with_bias"]
+__all__ = ["LayerMatrix", "bias_of", "rows_of", "times_outputs", "weight_of", "with_bias"]
 
 Floats = npt.NDArray[np.float64]
 Array = npt.NDArray[Any]
@@ -70,3 +70,8 @@ def bias_of(rows: Floats) -> Floats:
     """The bias (outputs,) that is the last feature of ``rows``."""
     result: Floats = rows[:, -1].reshape(-1)
     return result
+
+
+def times_outputs(rows: Floats, gain: Floats) -> Floats:
+    """Rows whose outputs are multiplied by ``gain``, (outputs,)."""
+    return np.asarray(rows * gain.reshape(rows.shape[0], 1, -1))
