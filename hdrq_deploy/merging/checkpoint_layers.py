@@ -128,11 +128,21 @@ def _common_norms(files: Sequence[StatisticsFile]) -> dict[str, NormRecord]:
     for file in files:
         assert isinstance(file.record, CheckpointStatistics)
         told.append(file.record.norms)
-    return {
+    common = {
         name: norm
         for name, norm in told[0].items()
         if all(other.get(name) == norm for other in told)
     }
+    every = {name for own in told for name in own}
+    if len(every) > len(common):
+        short = [f.path for f, own in zip(files, told, strict=True) if own.keys() != every]
+        _log.warning(
+            "found statistics that do not name the BatchNorm behind %d layer(s) alike; these are "
+            "solved in front of it: run hdrq statistics again for %s",
+            len(every) - len(common),
+            ", ".join(map(str, short or [file.path for file in files])),
+        )
+    return common
 
 
 def _fits(norm: NormRecord, layer: LayerRecord, parent: Checkpoint) -> bool:

@@ -112,7 +112,7 @@ def seen(
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_checkpoints_are_merged_by_least_squares_behind_batchnorm(
-    tmp_path: Path, affine: bool
+    tmp_path: Path, affine: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rng, shares = np.random.default_rng(6), [0.3, 0.7]
     # A module of one's own may call its moments as it likes.
@@ -171,6 +171,16 @@ def test_checkpoints_are_merged_by_least_squares_behind_batchnorm(
         merge_checkpoints(paths, tmp_path / "m.safetensors", shares, "regression", **exact)
     )
     assert np.abs(in_front["conv.bias"] - bias).max() > 1e-3
+    # So it is where one file is of a version that named no norms, and the log says which.
+    assert not capsys.readouterr().err
+    old = seen(tmp_path / "old.safetensors", paths[1], rows[1][None], "conv.bias")
+    exact["statistics"] = [files[0], old]
+    mixed = load_file(
+        merge_checkpoints(paths, tmp_path / "m.safetensors", shares, "regression", **exact)
+    )
+    np.testing.assert_array_equal(mixed["conv.bias"], in_front["conv.bias"])
+    told = capsys.readouterr().err
+    assert "behind 1 layer(s) alike" in told and told.rstrip().endswith(f"for {old}")
 
 
 def test_checkpoints_are_merged_by_least_squares_on_their_inputs(
