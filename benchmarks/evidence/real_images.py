@@ -16,11 +16,15 @@ _PROTOCOL_WAYS = {
     "regression-folded": "regression, BatchNorm folded",
     "nearest": "mean, nearest",
     "regression": "regression, compensated",
+    "regression-w4": "the same, 8 bits to 4",
+    "regression-w3": "the same, 8 bits to 3",
     "renewed": "regression, compensated, re-estimated",
     "renewed-w4": "the same, 8 bits to 4",
     "renewed-w3": "the same, 8 bits to 3",
     "auto": "regression, compensated, re-estimated, chosen weights",
     "fitted": "regression, compensated, fitted",
+    "fitted-w4": "the same, 8 bits to 4",
+    "fitted-w3": "the same, 8 bits to 3",
     "guided": "regression, compensated, fitted to the float models",
 }
 
@@ -165,8 +169,8 @@ def best_float_merges(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 
 def way_in_full(way: str) -> str:
     """A way to merge in words that need no row above them."""
-    narrowed = way.partition("-w")[2]
-    return f"{_PROTOCOL_WAYS['renewed']}, 8 bits to {narrowed}" if narrowed else _PROTOCOL_WAYS[way]
+    whole, _, narrowed = way.partition("-w")
+    return f"{_PROTOCOL_WAYS[whole]}, 8 bits to {narrowed}" if narrowed else _PROTOCOL_WAYS[way]
 
 
 def _away_table(

@@ -53,10 +53,14 @@ class Setting:
 _EVERY_WAY = (
     "nearest",
     "regression",
+    "regression-w4",
+    "regression-w3",
     "renewed",
     "renewed-w4",
     "renewed-w3",
     "fitted",
+    "fitted-w4",
+    "fitted-w3",
     "guided",
     "auto",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..merging.methods import method_of
 from ..merging.rounding import ROUNDINGS
@@ -48,7 +48,7 @@ class Way:
         return ROUNDINGS[self.rounding].tosses
 
 
-WAYS = {
+_OWN_BITS = {
     "nearest": Way("the mean, rounded to nearest"),
     "advanced": Way("the mean, the best of 30 draws of the ties", rounding="advanced"),
     "compensated": Way("the mean, rounding compensated by statistics", rounding="compensated"),
@@ -59,16 +59,6 @@ WAYS = {
         "compensated",
         renews=True,
     ),
-    **{
-        f"renewed-w{wbits}": Way(
-            f"as renewed, of parents with 8-bit weights, rounded to {wbits} bits by the merge",
-            "regression",
-            "compensated",
-            renews=True,
-            wbits=wbits,
-        )
-        for wbits in (4, 3)
-    },
     "fitted": Way(
         "as regression, and every layer fitted to what the parents put out on unlabelled images",
         "regression",
@@ -90,4 +80,13 @@ WAYS = {
         renews=True,
         chooses=True,
     ),
+}
+WAYS = _OWN_BITS | {
+    f"{name}-w{wbits}": replace(
+        _OWN_BITS[name],
+        summary=f"as {name}, of parents with 8-bit weights, rounded to {wbits} bits by the merge",
+        wbits=wbits,
+    )
+    for name in ("regression", "renewed", "fitted")
+    for wbits in (4, 3)
 }
