@@ -29,6 +29,7 @@ from evidence.records import WIDTHS, listed, needed, table, with_spread
 _SOLVED = "regression-compensated"
 _SCALED = f"{_SOLVED}-statistics"
 _TUNED = ("qdrop", "hdrq")
+_LEARNED = ("brecq", *_TUNED)
 _NARROW_PAIRS = (("handwriting", "night"), ("photo", "night"))
 
 
@@ -223,29 +224,67 @@ def _costs() -> Iterator[list[str]]:
 
 
 def _on_photos() -> Iterator[list[str]]:
-    rows = protocol_rows(needed("pacs"))
+    rows, more = (protocol_rows(needed(name)) for name in ("pacs", "pacs_methods"))
+    third = ", third training, regression behind BatchNorm"
+    yield from _near_floats(rows, _TUNED)
+    yield from _near_floats(more, _LEARNED, third)
+    yield from _narrowed(more, third)
+    for some, methods, where in ((rows, _TUNED, ""), (more, _LEARNED, third)):
+        apart = protocol_means(some, "float", "", "nearest")
+        assert apart is not None
+        risen = {
+            way: {
+                m: both[0] - apart[0]
+                for m in methods
+                if (both := protocol_means(some, m, "w4a8", way))
+            }
+            for way in ("renewed", "fitted")
+        }
+        words = {"renewed": "re-estimated", "fitted": "fitted"}
+        figures, verdicts = [], []
+        for way, found in risen.items():
+            told = ", ".join(f"`{m}` {value:+.1f}" for m, value in found.items())
+            figures.append(f"{words[way]} {told}")
+            verdicts.append(f"{words[way]} {_reached(list(found.values()), 5)}")
+        yield [
+            f"PACS, pairs, W4A8{where}: 5 above float models averaged with BatchNorm apart",
+            "; ".join(figures),
+            ", ".join(verdicts),
+            "re-estimated, the float merge itself is at "
+            f"{best_float_merges(some)[0] - apart[0]:+.1f}",
+        ]
+
+
+def _near_floats(
+    rows: Sequence[Mapping[str, Any]], methods: Sequence[str], where: str = ""
+) -> Iterator[list[str]]:
+    """How far merges of 4-bit bundles are from those of float models."""
     best, fit = best_float_merges(rows), protocol_means(rows, "float", "", "fitted")
     assert fit is not None
     for bits, least, bound in (
         ("w4a8", -1, "re-estimated alone, rounding to 4 bits"),
         ("w4a4", -3, "4-bit activations: the models that are merged are at {} by themselves"),
     ):
-        ways = {way: _away(rows, bits, way, best) for way in ("renewed", "fitted", "guided")}
+        ways = {
+            way: _away(rows, bits, way, best, methods) for way in ("renewed", "fitted", "guided")
+        }
+        if not any(ways.values()):
+            continue
         reached = [
             way
             for way, found in ways.items()
-            if set(found) == set(_TUNED) and _within(found, least) == "yes"
+            if set(found) == set(methods) and _within(found, least) == "yes"
         ]
         words = {"renewed": "re-estimated", "fitted": "fitted", "guided": "fitted to the floats"}
         alone = protocol_means(rows, "float", "", "single")
-        single = [protocol_means(rows, m, bits, "single") for m in _TUNED]
+        single = [protocol_means(rows, m, bits, "single") for m in methods]
         assert alone is not None
         lost = [both[1] - alone[1] for both in single if both is not None]
         yield [
-            f"PACS, {bits.upper()} from bundles and unlabelled images: within {-least} of the best "
-            "float merge without a fit (pairs, all domains)",
+            f"PACS, {bits.upper()} from bundles and unlabelled images{where}: within {-least} of "
+            "the best float merge without a fit (pairs, all domains)",
             "; ".join(f"{words[way]} {_told(found)}" for way, found in ways.items())
-            + f" (less the fitted float merge {_told(_away(rows, bits, 'guided', fit))})",
+            + f" (less the fitted float merge {_told(_away(rows, bits, 'guided', fit, methods))})",
             (
                 ("no from bundles alone; " if reached == ["guided"] else "")
                 + f"yes, {words[reached[0]]}"
@@ -254,27 +293,17 @@ def _on_photos() -> Iterator[list[str]]:
             ),
             bound.format(_signed(lost)),
         ]
-    yield _narrowed()
-    apart = protocol_means(rows, "float", "", "nearest")
-    assert apart is not None
-    risen = {
-        way: [both[0] - apart[0] for m in _TUNED if (both := protocol_means(rows, m, "w4a8", way))]
-        for way in ("renewed", "fitted")
-    }
-    yield [
-        "PACS, pairs, W4A8: 5 above float models averaged with BatchNorm apart",
-        f"re-estimated {_signed(risen['renewed'])} (`qdrop`, `hdrq`), "
-        f"fitted {_signed(risen['fitted'])}",
-        f"re-estimated {_reached(risen['renewed'], 5)}, fitted {_reached(risen['fitted'], 5)}",
-        f"re-estimated, the float merge itself is at {best[0] - apart[0]:+.1f}",
-    ]
 
 
 def _away(
-    rows: Sequence[Mapping[str, Any]], bits: str, way: str, best: tuple[float, float]
+    rows: Sequence[Mapping[str, Any]],
+    bits: str,
+    way: str,
+    best: tuple[float, float],
+    methods: Sequence[str] = _TUNED,
 ) -> dict[str, tuple[float, float]]:
-    """Merges of the methods that learn less two figures: mean of pairs, and all domains."""
-    found = {method: protocol_means(rows, method, bits, way) for method in _TUNED}
+    """Merges of some methods less two figures: mean of pairs, and all domains."""
+    found = {method: protocol_means(rows, method, bits, way) for method in methods}
     return {m: (both[0] - best[0], both[1] - best[1]) for m, both in found.items() if both}
 
 
@@ -286,51 +315,73 @@ def _within(away: Mapping[str, tuple[float, float]], least: float) -> str:
     return _reached([value for both in away.values() for value in both], least)
 
 
-def _narrowed() -> list[str]:
-    """Bundles of 8-bit weights whose merge has 4 bits, on a training of their own."""
+def _narrowed(more: Sequence[Mapping[str, Any]], where: str) -> Iterator[list[str]]:
+    """Bundles of 8-bit weights whose merge has 4 bits; ``more`` rows are those of fits."""
     rows = protocol_rows(needed("pacs_wide"))
-    away = _away(rows, "w8a8", "renewed-w4", best_float_merges(rows))
-    return [
-        "PACS, W8A8 bundles that the merge rounds to W4A8: within 1 of the best float merge "
-        "without a fit (pairs, all domains)",
-        f"re-estimated {_told(away)} (one seed, another training of the checkpoints)",
-        _within(away, -1),
-        "",
-    ]
+    kinds = [("re-estimated", " (another training)", rows, "renewed-w4", _TUNED)]
+    kinds += [("fitted", where, more, "fitted-w4", ("rtn-corrected",))]
+    for bits, least in (("w8a8", -1), ("w8a4", -3)):
+        figures, verdicts = [], []
+        for what, which, some, way, methods in kinds:
+            found = _away(some, bits, way, best_float_merges(some), methods)
+            if found:
+                figures.append(f"{what}{which} {_told(found)}")
+                verdicts.append(f"{what} {_within(found, least)}")
+        yield [
+            f"PACS, {bits.upper()} bundles that the merge rounds to W4{bits[2:].upper()}: within "
+            f"{-least} of the best float merge without a fit (pairs, all domains; one seed)",
+            "; ".join(figures),
+            ", ".join(verdicts),
+            "",
+        ]
 
 
 def _on_camvid() -> Iterator[list[str]]:
-    rows = [row for row in needed("camvid")["rows"] if row["setting"] == "ours"]
-    names = rows[0]["members"]
-    floats = [r for r in rows if r["method"] == "float" and r["way"] not in ("fitted", "guided")]
-    best = max(floats, key=lambda row: row["merged"]["harmonic mean"]["mean"])
-
-    def away(row: Mapping[str, Any], kind: str) -> list[float]:
-        return [row[kind][name]["mean"] - best[kind][name]["mean"] for name in names]
-
-    merged = {
-        (row["method"], row["way"]): away(row, "merged")
-        for row in rows
-        if row["bits"] == "w4a8" and row["method"] in ("qdrop", "hdrq")
-    }
+    away, fit = _streets_away("camvid")
+    learned = {key: both for key, both in away.items() if key[0] in _TUNED and key[1] == "w4a8"}
+    merged = {key: both for key, both in learned.items() if key[2] != "single"}
     nearest = max(merged, key=lambda key: min(merged[key]))
-    single = {
-        row["method"]: away(row, "single")
-        for row in rows
-        if row["way"] == "nearest" and row["bits"] == "w4a8" and row["method"] in ("qdrop", "hdrq")
-    }
-    (fit,) = (away(r, "merged") for r in rows if (r["method"], r["way"]) == ("float", "fitted"))
     how = {"guided": "fitted to the floats", "fitted": "fitted", "renewed": "re-estimated"}
+    few = "few frames: the float merge, fitted on the same ones, is at {}"
     yield [
         "CamVid, W4A8: within 1 mIoU of the best float merge by day and at dusk",
-        f"`{nearest[0]}`, {how.get(nearest[1], nearest[1])}: {_signed(merged[nearest])}",
+        f"`{nearest[0]}`, {how.get(nearest[2], nearest[2])}: {_signed(merged[nearest])}",
         _reached(merged[nearest], -1),
-        f"few frames: the float merge, fitted on the same ones, is at {_signed(fit)}; and rounding "
-        "to 4 bits: single models are at "
-        + ", ".join(f"`{m}` {_signed(values)}" for m, values in single.items()),
+        f"{few.format(_signed(fit))}; and rounding to 4 bits: single models are at "
+        + ", ".join(f"`{m}` {_signed(learned[m, 'w4a8', 'single'])}" for m in _TUNED),
+    ]
+    away, fit = _streets_away("camvid_eight_bits")
+    solved, fitted = (
+        away["rtn-corrected", "w8a8", f"{way}-w4"] for way in ("regression", "fitted")
+    )
+    yield [
+        "CamVid, W8A8 bundles that the merge rounds to W4A8, another training: within 1 mIoU of "
+        "the best float merge by day and at dusk",
+        f"`rtn-corrected`, regression {_signed(solved)}, fitted {_signed(fitted)}",
+        f"regression {_reached(solved, -1)}, fitted {_reached(fitted, -1)}",
+        few.format(_signed(fit)),
     ]
     yield _alone_at_eight_bits("camvid", "CamVid")
     yield _alone_at_eight_bits("camvid_weather", "CamVid in fog and snow")
+
+
+def _streets_away(name: str) -> tuple[dict[tuple[str, str, str], list[float]], list[float]]:
+    """Figures by method, bits and way less the best float merge, by domain; the fitted float one.
+
+    A single model, way ``single``, is compared with the float model of its domain.
+    """
+    rows = [row for row in needed(name)["rows"] if row["setting"] == "ours"]
+    floats = [r for r in rows if r["method"] == "float" and r["way"] not in ("fitted", "guided")]
+    best = max(floats, key=lambda row: row["merged"]["harmonic mean"]["mean"])
+    found = {}
+    for row in rows:
+        kinds = {"single": "single"} if row["way"] == "nearest" else {}
+        for way, kind in {**kinds, row["way"]: "merged"}.items():
+            found[row["method"], row["bits"], way] = [
+                row[kind][name]["mean"] - best[kind][name]["mean"] for name in row["members"]
+            ]
+    (fit,) = (both for key, both in found.items() if (key[0], key[2]) == ("float", "fitted"))
+    return found, fit
 
 
 def _alone_at_eight_bits(record: str, images: str) -> list[str]:

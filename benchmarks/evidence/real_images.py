@@ -29,6 +29,8 @@ _PROTOCOL_WAYS = {
 }
 
 
+# The rates of :func:`pacs_methods`.
+_METHODS_RATES = "pacs_methods_tuning"
 _METHODS = ("rtn", "rtn-corrected", "brecq", "qdrop", "latent", "hdrq")
 
 
@@ -368,6 +370,11 @@ def _trainings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             "[another training](#pacs-on-another-training-of-the-checkpoints)",
             protocol_rows,
         ),
+        (
+            "pacs_methods",
+            "[a third one](#pacs-by-more-methods-all-merged-behind-batchnorm)",
+            protocol_rows,
+        ),
     ):
         record = load(name)
         if record is None:
@@ -378,7 +385,7 @@ def _trainings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             (single if key[1] == "single" else merged).append(abs(here[key] - there[key]))
     if not places:
         return []
-    which = "Another training" if len(places) == 1 else "Two other trainings"
+    which = "Another training" if len(places) == 1 else "Other trainings"
     return [
         "",
         f"The checkpoints are one training of each domain. {which} by the same command on other "
@@ -506,6 +513,64 @@ def pacs_wide(record: Mapping[str, Any]) -> str:
     )
 
 
+def pacs_methods(record: Mapping[str, Any]) -> str:
+    """The section on checkpoints of a third training, with BRECQ and with fits."""
+    rows, ways, tuning = protocol_rows(record), _quantized_ways(record), needed(_METHODS_RATES)
+    own = [row for row in record["rows"] if row["bits"]]
+    rates = f" --rates benchmarks/results/{_METHODS_RATES}.json"
+    elsewhere = [s["method"] for s in needed("pacs_tuning")["searches"]]
+    here = [s for s in tuning["searches"] if s["method"] not in elsewhere]
+    return "\n".join(
+        [
+            "## PACS by more methods, all merged behind BatchNorm",
+            "",
+            f"`{_command('pacs --data PACS --pairs', own, rates=rates)} --ways {' '.join(ways)}`, "
+            "as the first table but on checkpoints of a third training by the same command. One "
+            f"calibration seed; a dash was not run. The rates of {_quoted(elsewhere)} are those of "
+            f"the search above, that of {_quoted([s['method'] for s in here])} was searched here.",
+            "",
+            *_late_rounding(record),
+            *_beside_floats(rows, ways),
+            "",
+            _protocol_rates({**tuning, "searches": here}, "these checkpoints"),
+        ]
+    )
+
+
+def _late_rounding(record: Mapping[str, Any]) -> list[str]:
+    """Merges that round 8-bit bundles to 4 bits less those of 4-bit bundles, all of them fitted."""
+    found = needed("late_rounding")
+    assert found["checkpoints_sha256"] == record["checkpoints_sha256"], "records of one training"
+    groups = sorted({tuple(row["members"]) for row in found["rows"]}, key=lambda g: (len(g), g))
+    cells: dict[tuple[str, ...], dict[tuple[str, ...], str]] = {}
+    for row in found["rows"]:
+        points = {name: 100 * row[name] for name in ("value", "low", "high")}
+        key = tuple(
+            f"{row[when][name]}" for when in ("late", "early") for name in ("method", "bits")
+        )
+        cells.setdefault(key, {})[tuple(row["members"])] = difference_told(
+            {**points, "difference": points["value"]}
+        )
+    lines = [
+        [f"`{late}` {wide.upper()}", f"`{early}` {narrow.upper()}", *(own[g] for g in groups)]
+        for (late, wide, early, narrow), own in cells.items()
+    ]
+    return [
+        "The merge may round to 4 bits what was calibrated at 8, and the fit then makes up for "
+        "most of it: less merges of bundles that were calibrated with 4-bit weights, fitted to "
+        "the bundles on the same images, in points with 95% intervals over the test images "
+        "(`benchmarks/late_rounding.py`):",
+        "",
+        table(["merged to 4 bits", "less", *(", ".join(group) for group in groups)], lines),
+        "",
+    ]
+
+
+def _quoted(names: Sequence[str]) -> str:
+    """``a`` and ``b``."""
+    return listed([f"`{name}`" for name in names])
+
+
 def pacs_resnet(record: Mapping[str, Any]) -> str:
     """The section on a network without depthwise kernels, whose checkpoints start at random."""
     rows, ways, tuning = protocol_rows(record), _quantized_ways(record), load("pacs_resnet_tuning")
@@ -567,14 +632,18 @@ def _beside_floats(rows: Sequence[Mapping[str, Any]], ways: Sequence[str]) -> li
     """Merges less the best one of float models, methods beside each other, and all figures."""
     best = best_float_merges(rows)
     alone = protocol_means(rows, "float", "", "single")
+    fitted = protocol_means(rows, "float", "", "fitted")
     assert alone is not None
-    renewed = [(way, "best float merge", best) for way in ways if way.startswith("renewed")]
+    own = [way for way in ways if way.startswith(("renewed", "fitted", "guided"))]
+    merged = [(way, "best float merge", best) for way in own]
     return [
-        f"The best merge of float models reaches {best[0]:.1f} on the mean of pairs and "
-        f"{best[1]:.1f} on all domains. Merges less it, and single models less the float ones, "
-        "in points (mean of pairs, all domains):",
+        f"The best merge of float models{' without a fit' if fitted else ''} reaches "
+        f"{best[0]:.1f} on the mean of pairs and {best[1]:.1f} on all domains"
+        + (f", and fitted {fitted[0]:.1f} and {fitted[1]:.1f}" if fitted else "")
+        + f". Merges less {'the first' if fitted else 'it'}, and single models less the float "
+        "ones, in points (mean of pairs, all domains):",
         "",
-        _away_table(rows, [("single", "float models", alone), *renewed]),
+        _away_table(rows, [("single", "float models", alone), *merged]),
         "",
         *_with_end(_beside_section(rows)),
         _protocol_table(rows),
@@ -734,6 +803,22 @@ def camvid_weather(record: Mapping[str, Any]) -> str:
     )
 
 
+def camvid_eight_bits(record: Mapping[str, Any]) -> str:
+    """The section on bundles of 8 bits by day and at dusk, whose merge has 4."""
+    own, names = _camvid_rows(record)
+    return "\n".join(
+        [
+            "## CamVid, 8-bit bundles merged to 4 bits",
+            "",
+            f"`{_on_camvid(own, names)} --ways {' '.join(_quantized_ways(record))}`: as "
+            "[by day and at dusk](#real-images-camvid) on checkpoints of another training, all "
+            "regression solved behind BatchNorm.",
+            "",
+            *_camvid_figures(record, own, names),
+        ]
+    )
+
+
 def _camvid_rows(record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of our setting with folded float models first; domains."""
     folded = [{**row, "way": _way_of(row)} for row in record["rows"] if row["setting"] == "float"]
@@ -778,12 +863,14 @@ def _camvid_read(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
     floats = [row for row in rows if row["method"] == "float"]
     plain = [row for row in floats if row["way"] not in ("fitted", "guided")]
     best = max(plain, key=lambda row: row["merged"]["harmonic mean"]["mean"])
-    kinds = {
-        "nearest": ("single", "single models, less the float ones"),
-        "regression": ("merged", _PROTOCOL_WAYS["regression"]),
-        "renewed": ("merged", f"{_PROTOCOL_WAYS['renewed']} on 16 images a domain"),
-        "fitted": ("merged", f"{_PROTOCOL_WAYS['fitted']} on 32 images a domain (20 of dusk)"),
-        "guided": ("merged", f"{_PROTOCOL_WAYS['guided']} on the same images"),
+    seen = {
+        "renewed": " on 16 images a domain",
+        "fitted": " on 32 images a domain (20 of dusk)",
+        "guided": " on the same images",
+    }
+    ways = [way for way in _PROTOCOL_WAYS if way.startswith(("regression", *seen))]
+    kinds = {"nearest": ("single", "single models, less the float ones")} | {
+        way: ("merged", way_in_full(way) + seen.get(way, "")) for way in ways
     }
     best_of = listed([f"{best['merged'][name]['mean']:.1f}" for name in names])
     lines = []

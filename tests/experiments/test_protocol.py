@@ -30,6 +30,7 @@ from hdrq_deploy.experiments.decisions import unpacked
 from hdrq_deploy.experiments.grid import Grid, Run, bundle_path, parse_bits, row_path
 from hdrq_deploy.experiments.table import cells, header, markdown, network, rows
 from hdrq_deploy.experiments.tasks import Domain, Task, office_home, segmentation
+from hdrq_deploy.experiments.ways import WAYS
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.formats.file_kinds import REPRODUCE_TABLE
 from hdrq_deploy.jobs.job import Job, run_jobs
@@ -433,8 +434,11 @@ def test_grids_that_make_no_sense(task: Task) -> None:
     assert parse_bits(["w4a4", "W4A4", "w3a3"]) == ((4, 4), (3, 3))
     # Merges that round to fewer bits are of parents with 8.
     wide = Grid(task, methods=("rtn",), bits=((8, 4), (4, 8)), settings=("ours",))
-    narrowed = {m.run.name for run in wide.runs() for m in wide.merges(run) if "-w" in m.way}
-    assert narrowed == {f"ours-rtn-w8a4-s{seed}" for seed in wide.seeds}
+    narrowed = [m for run in wide.runs() for m in wide.merges(run) if WAYS[m.way].wbits]
+    assert {m.run.name for m in narrowed} == {f"ours-rtn-w8a4-s{seed}" for seed in wide.seeds}
+    assert {m.way for m in narrowed} == {
+        f"{way}-w{bits}" for way in ("regression", "renewed", "fitted") for bits in (4, 3)
+    }
     assert Run("paper", "hdrq", 4, 8, 1).single("night") == "paper-hdrq-w4a8-s1-night"
 
 

@@ -89,6 +89,23 @@ def test_a_fitted_merge_is_nearer_to_its_parents(
     assert set(said["anchors"].values()) <= {*ANCHORS, None}
 
 
+def test_a_merge_with_fewer_bits_than_its_parents_is_fitted_too(
+    make: Any, inputs: Any, tmp_path: Path
+) -> None:
+    parents = [make("Tiny", d, fold="steps", wbits=8) for d in DOMAINS]
+    merged = merge(parents, tmp_path / "m.hdrq", rounding="nearest", method="mean", wbits=3)
+    images = images_of(inputs)
+    found = fit(merged, parents, {n: x[:40] for n, x in images.items()}, tmp_path / "f.hdrq")
+    found.validate()
+    held = {n: x[40:] for n, x in images.items()}
+    assert away(found, parents, held) < 0.9 * away(merged, parents, held)
+    narrow = {n for n, entry in merged.manifest.tensors.items() if (entry.lo, entry.hi) == (-4, 3)}
+    assert narrow
+    for name in narrow:
+        codes = found.tensors()[name]
+        assert found.manifest.tensors[name].hi == 3 and codes.min() >= -4 and codes.max() <= 3
+
+
 def test_a_merge_of_what_differs_in_one_domain_only_stays_with_it(
     make: Any, inputs: Any, tmp_path: Path
 ) -> None:
