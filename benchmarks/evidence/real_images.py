@@ -26,6 +26,9 @@ _PROTOCOL_WAYS = {
     "fitted-w4": "the same, 8 bits to 4",
     "fitted-w3": "the same, 8 bits to 3",
     "guided": "regression, compensated, fitted to the float models",
+    "guided-mean": "regression, compensated, fitted to the mean of the float models",
+    "guided-mean-w4": "the same, 8 bits to 4",
+    "guided-mean-w3": "the same, 8 bits to 3",
 }
 
 

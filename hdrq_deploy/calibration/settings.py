@@ -62,6 +62,9 @@ _EVERY_WAY = (
     "fitted-w4",
     "fitted-w3",
     "guided",
+    "guided-mean",
+    "guided-mean-w4",
+    "guided-mean-w3",
     "auto",
 )
 

@@ -160,7 +160,7 @@ def _image_flags(group: argparse._ArgumentGroup) -> None:
         default=[],
         metavar="BUNDLE",
         help="bundles of the same model, one of every domain in --fit, that the merge is fitted to "
-        "instead of its parents: of more bits, or of --method float",
+        "instead of its parents: of more bits, or of --method float; or a merge of all of them",
     )
     group.add_argument(
         "--fit-sweeps",

@@ -25,6 +25,7 @@ from ..formats.file_kinds import CELL_ROW
 from ..formats.staleness import code_of, fingerprint, first_change, stamp, versions_of
 from ..jobs.job import Job
 from ..merging import Merger, choose_weights
+from ..merging import merge as merge_bundles
 from ..merging.written import Guidance, write_merge
 from ..runtime.bench.accuracy import Labelled, accuracy, classes_of
 from ..runtime.bench.measurement import labelled
@@ -163,16 +164,22 @@ def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) 
     if missing:
         way = WAYS[merge.way]
         renewed = _unlabelled(task, merge, parents[0], task.renew_images) if way.renews else None
-        guiding = None
-        if way.fits:
-            images = _unlabelled(task, merge, parents[0], task.fit_images)
-            guiding = Guidance(images, guides, way.sweeps)
         mix, record = _mix(task, merge, parents, renewed)
         candidates = CANDIDATES if way.tosses else 1
-        for draw in missing:
-            merger = Merger(parents, way.rounding, candidates, draw, way.method, wbits=way.wbits)
-            write_merge(merger, targets[draw], mix, record, renewed, guiding, threads)
-            record_ingredients(targets[draw], ingredients[draw])
+        with scratch_folder() as scratch:
+            if way.fits_mean:
+                mean = scratch / "mean.hdrq"
+                guides = [merge_bundles(guides, mean, rounding="nearest", method="mean")]
+            guiding = None
+            if way.fits:
+                images = _unlabelled(task, merge, parents[0], task.fit_images)
+                guiding = Guidance(images, guides, way.sweeps)
+            for draw in missing:
+                merger = Merger(
+                    parents, way.rounding, candidates, draw, way.method, wbits=way.wbits
+                )
+                write_merge(merger, targets[draw], mix, record, renewed, guiding, threads)
+                record_ingredients(targets[draw], ingredients[draw])
     for draw in range(merge.draws):
         extra = {"setting": merge.run.setting, "way": merge.way, "draw": draw}
         _measure(task, out, merge.cell(draw), merge.members, device, threads, extra)

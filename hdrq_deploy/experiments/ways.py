@@ -22,6 +22,8 @@ class Way:
         chooses: Whether they choose the merge weights too; else the merge weights are equal.
         fits: Whether every layer is fitted on them, to what the parents put out.
         fits_floats: Whether it is fitted to what the float models put out instead.
+        fits_mean: Whether, in place of each domain's own float model, the mean of all of them
+            puts it out.
         sweeps: How often a fit goes over all layers.
         wbits: Bits that the merge rounds 8-bit weights to; None for the parents' own.
     """
@@ -34,6 +36,7 @@ class Way:
     wbits: int | None = None
     fits: bool = False
     fits_floats: bool = False
+    fits_mean: bool = False
     sweeps: int = 1
 
     @property
@@ -73,6 +76,14 @@ _OWN_BITS = {
         fits_floats=True,
         sweeps=2,
     ),
+    "guided-mean": Way(
+        "as fitted, to what the mean of the float models puts out",
+        "regression",
+        "compensated",
+        fits=True,
+        fits_floats=True,
+        fits_mean=True,
+    ),
     "auto": Way(
         "as renewed; the unlabelled images choose the merge weights, too",
         "regression",
@@ -87,6 +98,6 @@ WAYS = _OWN_BITS | {
         summary=f"as {name}, of parents with 8-bit weights, rounded to {wbits} bits by the merge",
         wbits=wbits,
     )
-    for name in ("regression", "renewed", "fitted")
+    for name in ("regression", "renewed", "fitted", "guided-mean")
     for wbits in (4, 3)
 }

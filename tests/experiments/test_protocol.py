@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hdrq_deploy import merge
 from hdrq_deploy.calibration.methods import Options
 from hdrq_deploy.calibration.settings import SETTINGS
 from hdrq_deploy.cli import reproduce
@@ -68,7 +69,7 @@ def task(work: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
 
 # Of two widths of weights that a merge leaves as they are. Float models are their own guides.
 FLOAT_WAYS = ("nearest", "regression", "renewed", "fitted", "auto")
-EVERY_WAY = ("nearest", "regression", "renewed", "fitted", "guided", "auto")
+EVERY_WAY = ("nearest", "regression", "renewed", "fitted", "guided", "guided-mean", "auto")
 
 
 @pytest.fixture(autouse=True)
@@ -128,8 +129,8 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     bundles = {name.split("/")[1] for name in made if ".hdrq/" in name}
     # Float, of no setting: three, the pairs, and all in two ways; of ours: three, and all merged
     # in five ways. Twice two seeds: three, and of each pair nearest and two draws, of all nearest;
-    # or of all six ways.
-    assert len(bundles) == 3 + 3 + 2 + 3 + 5 + 2 * (3 + 3 * 3 + 1) + 2 * (3 + 6)
+    # or of all seven ways.
+    assert len(bundles) == 3 + 3 + 2 + 3 + 5 + 2 * (3 + 3 * 3 + 1) + 2 * (3 + 7)
     merged = Bundle.open(bundle_path(tmp_path, "ours-hdrq-w4a4-s1-night+day+snow-auto-r0"))
     made_by = merged.manifest.options["merge"]
     assert made_by["auto"]["criterion"] == "agreement"
@@ -158,6 +159,9 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     guided = Bundle.open(bundle_path(tmp_path, "ours-hdrq-w4a4-s1-night+day+snow-guided-r0"))
     floats = [Bundle.open(bundle_path(tmp_path, f"ours-float-{d.name}")) for d in grid.task.domains]
     assert guided.manifest.options["fit"]["guides"] == [b.manifest_sha256 for b in floats]
+    followed = bundle_path(tmp_path, "ours-hdrq-w4a4-s1-night+day+snow-guided-mean-r0")
+    mean = merge(floats, tmp_path / "mean.hdrq", rounding="nearest", method="mean")
+    assert Bundle.open(followed).manifest.options["fit"]["guides"] == [mean.manifest_sha256]
     folded = Bundle.open(bundle_path(tmp_path, "float-night")).manifest
     assert (folded.method, floats[0].manifest.method) == ("float-folded", "float")
     check_settings(tmp_path)
@@ -179,7 +183,7 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     assert [cells(grid, r)[-1] for r in records].count("63.00") == 1
     text = markdown(grid, records)
     assert f" |\n\n{grid.task.model}\n±: half of the 95% interval" in text
-    assert text.count("\n") == 5 + 23
+    assert text.count("\n") == 5 + 24
     assert text.count("| mean of folded weights |") == 4
     assert text.count("| regression of folded weights |") == 1
     # What a cell decided of every image is in its row.
@@ -437,7 +441,9 @@ def test_grids_that_make_no_sense(task: Task) -> None:
     narrowed = [m for run in wide.runs() for m in wide.merges(run) if WAYS[m.way].wbits]
     assert {m.run.name for m in narrowed} == {f"ours-rtn-w8a4-s{seed}" for seed in wide.seeds}
     assert {m.way for m in narrowed} == {
-        f"{way}-w{bits}" for way in ("regression", "renewed", "fitted") for bits in (4, 3)
+        f"{way}-w{bits}"
+        for way in ("regression", "renewed", "fitted", "guided-mean")
+        for bits in (4, 3)
     }
     assert Run("paper", "hdrq", 4, 8, 1).single("night") == "paper-hdrq-w4a8-s1-night"
 

@@ -106,6 +106,20 @@ def test_a_merge_with_fewer_bits_than_its_parents_is_fitted_too(
         assert found.manifest.tensors[name].hi == 3 and codes.min() >= -4 and codes.max() <= 3
 
 
+def test_a_merge_of_float_models_may_give_the_targets_of_all_domains(
+    make: Any, inputs: Any, tmp_path: Path
+) -> None:
+    _, mean = float_merge(make, tmp_path, "Tiny")
+    parents = [make("Tiny", d, fold="steps", wbits=8) for d in DOMAINS]
+    merged = merge(parents, tmp_path / "w3.hdrq", rounding="nearest", method="mean", wbits=3)
+    images = images_of(inputs)
+    seen = {n: x[:40] for n, x in images.items()}
+    found = fit(merged, parents, seen, tmp_path / "f.hdrq", guides=[mean])
+    assert found.manifest.options["fit"]["guides"] == [mean.manifest_sha256]
+    held = {n: x[40:] for n, x in images.items()}
+    assert away(found, [mean, mean], held) < 0.9 * away(merged, [mean, mean], held)
+
+
 def test_a_merge_of_what_differs_in_one_domain_only_stays_with_it(
     make: Any, inputs: Any, tmp_path: Path
 ) -> None:
