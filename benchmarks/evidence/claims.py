@@ -270,10 +270,11 @@ def _near_floats(
         }
         if not any(ways.values()):
             continue
+        every = {method for found in ways.values() for method in found}
         reached = [
             way
             for way, found in ways.items()
-            if set(found) == set(methods) and _within(found, least) == "yes"
+            if set(found) == every and _within(found, least) == "yes"
         ]
         words = {"renewed": "re-estimated", "fitted": "fitted", "guided": "fitted to the floats"}
         alone = protocol_means(rows, "float", "", "single")
