@@ -319,8 +319,10 @@ def _within(away: Mapping[str, tuple[float, float]], least: float) -> str:
 def _narrowed(more: Sequence[Mapping[str, Any]], where: str) -> Iterator[list[str]]:
     """Bundles of 8-bit weights whose merge has 4 bits; ``more`` rows are those of fits."""
     rows = protocol_rows(needed("pacs_wide"))
-    kinds = [("re-estimated", " (another training)", rows, "renewed-w4", _TUNED)]
-    kinds += [("fitted", where, more, "fitted-w4", ("rtn-corrected",))]
+    kinds: list[tuple[str, str, Sequence[Mapping[str, Any]], str, Sequence[str]]] = [
+        ("re-estimated", " (another training)", rows, "renewed-w4", _TUNED),
+        ("fitted", where, more, "fitted-w4", ("rtn-corrected",)),
+    ]
     for bits, least in (("w8a8", -1), ("w8a4", -3)):
         figures, verdicts = [], []
         for what, which, some, way, methods in kinds:
