@@ -9,7 +9,6 @@ training images, whose labels are not looked at, with one recipe for each benchm
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from evidence.records import write_record
 from safetensors.torch import load_file
 
 from hdrq_deploy.adaptation.adapt import AdaptationOptions, adapt
@@ -26,7 +26,6 @@ from hdrq_deploy.calibration_data.digits import make_checkpoints as on_digits
 from hdrq_deploy.calibration_data.models import resnet14, streetnet
 from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.calibration_data.streets import make_checkpoints as on_streets
-from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.formats.bench_result import harmonic_mean
 from hdrq_deploy.merging import merge_checkpoints
 from hdrq_deploy.runtime.bench.environment import environment
@@ -100,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": rows,
     }
     target = args.results / "adaptation.json"
-    write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
+    write_record(target, record)
     return 0
 
 

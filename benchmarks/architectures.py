@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from evidence.records import write_record
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -35,7 +36,6 @@ from hdrq_deploy.calibration.placement import plan_quantizers
 from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.calibration.request import Quantization
 from hdrq_deploy.calibration_data.readers import ImageSet
-from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.runtime.bench.environment import environment
 
 # Side of the images, images, iterations a block.
@@ -207,7 +207,7 @@ def run_models(
         print(json.dumps(rows[name]), flush=True)
         versions = {n: version(n) for n in packages}
         record = {"schema_version": 1, "environment": {**environment(), **versions}, "rows": rows}
-        write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
+        write_record(target, record)
     return 0
 
 

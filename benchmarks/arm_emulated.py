@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from evidence.records import write_record
 
 from hdrq_deploy.cli import bench, export, merge, verify
 from hdrq_deploy.comparison.golden import ort_engine
@@ -300,7 +301,7 @@ def write(work: Path, emulator: str, found: Mapping[str, Any], results: Path) ->
         "processors": found,
     }
     results.mkdir(parents=True, exist_ok=True)
-    write_bytes(results / "arm_emulated.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_record(results / "arm_emulated.json", record)
 
 
 if __name__ == "__main__":

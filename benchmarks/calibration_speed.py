@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from evidence.records import write_record
 from torch import Tensor, nn
 
 from hdrq_deploy.calibration import reconstruction as ours
@@ -42,7 +43,6 @@ from hdrq_deploy.calibration.placement import Plan, plan_quantizers
 from hdrq_deploy.calibration.preparation import Preparation
 from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.calibration.request import Quantization
-from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.numerics.spec import QuantSpec
 from hdrq_deploy.runtime.bench.environment import environment
 
@@ -396,7 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             **environment(), "torch": version("torch"), "threads": torch.get_num_threads(),
             "numpy": np.__version__,
         }  # fmt: skip
-        write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
+        write_record(target, record)
     return 0
 
 

@@ -20,7 +20,6 @@ the processors' time of all commands of one sample: what spinning adds is seen t
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import statistics
@@ -33,9 +32,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from evidence.records import write_record
+
 from hdrq_deploy.calibration_data import digits
 from hdrq_deploy.calibration_data.digits.make_checkpoints import CHECKPOINTS
-from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.runtime.bench.environment import Watch, environment
 
 MODEL = "hdrq_deploy.calibration_data.models:resnet14"
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": [row(method, times[method]) for method in args.methods],
     }
     args.results.mkdir(parents=True, exist_ok=True)
-    write_bytes(args.results / "contention.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_record(args.results / "contention.json", record)
     return 0
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from evidence.records import write_record
 from merge_quality import DOMAINS, GROUPS, MODEL, Judge, harmonic, split
 from merge_statistics import ITERS, RATES
 
@@ -170,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": rows,
     }
     args.results.mkdir(parents=True, exist_ok=True)
-    write_bytes(args.results / "distance.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_record(args.results / "distance.json", record)
     return 0
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from architectures import photographs
+from evidence.records import write_record
 from merge_quality import DOMAINS, Cell, Setting, split
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -35,7 +36,6 @@ from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.checks.stages import compare_stages
 from hdrq_deploy.exporters import GraphOptions, export
-from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.merging import merge
 from hdrq_deploy.runtime.bench.environment import environment
@@ -384,11 +384,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "rows": [*record["rows"], row],
         }
         args.results.mkdir(parents=True, exist_ok=True)
-        write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
+        write_record(target, record)
         print(f"{model}: {time.monotonic() - started:.0f} s", flush=True)
     if args.cells:
         record["digits"] = digits(args.cells)
-        write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
+        write_record(target, record)
     return 0
 
 

@@ -10,7 +10,6 @@ them stands ``overhead_us`` of ``hdrq-bench``, which times its own loop around n
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from evidence.records import write_record
 
 from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.exporters import export
-from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.runtime import load_engine
 from hdrq_deploy.runtime.bench.environment import Watch, environment
 from hdrq_deploy.runtime.bench.timing import measure, overhead_us
@@ -85,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": rows,
     }
     args.results.mkdir(parents=True, exist_ok=True)
-    write_bytes(args.results / "harness.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_record(args.results / "harness.json", record)
     return 0
 
 

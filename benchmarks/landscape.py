@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evidence.records import METHOD_COLOURS
+from evidence.records import METHOD_COLOURS, write_record
 
 from hdrq_deploy import Bundle
 from hdrq_deploy.analysis import Settings, analyze
 from hdrq_deploy.analysis.landscape import Landscape, real_weights, top_eigenvalue, trace
-from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.runtime.bench.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "environment": environment(),
             "rows": rows,
         }
-        write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
+        write_record(target, record)
     draw(json.loads(target.read_text())["rows"], ROOT / "docs" / "evidence" / "landscape.svg")
     return 0
 

@@ -17,9 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from evidence.records import write_record
+
 from hdrq_deploy.experiments.decisions import unpacked
 from hdrq_deploy.experiments.grid import Merge, Run, parse_bits, read_row
-from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.numerics.intervals import Bootstrap, Sample
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -27,8 +28,12 @@ LATE, EARLY = "fitted-w4", "fitted"
 SEEDS = range(8)
 
 
-def sample_of(out: Path, row: Mapping[str, Any], boot: Bootstrap) -> Sample | None:
-    """The decisions of a row of ``results.json``, one run a calibration seed; None without any."""
+def sample_of(out: Path, row: Mapping[str, Any], boot: Bootstrap) -> Sample:
+    """The decisions of a row of ``results.json``, one run a calibration seed.
+
+    Raises:
+        SystemExit: Its cells keep none.
+    """
     ((wbits, abits),) = parse_bits([row["bits"]])
     measured = {}
     for seed in SEEDS:
@@ -37,35 +42,39 @@ def sample_of(out: Path, row: Mapping[str, Any], boot: Bootstrap) -> Sample | No
         decisions = unpacked(cell.get("decisions")) if cell else None
         if decisions:
             measured[seed] = [decisions]
-    return boot.sample(measured) if measured else None
+    if not measured:
+        raise SystemExit(f"{out}: found cells without decisions; run it again")
+    return boot.sample(measured)
 
 
-def rows_of(out: Path) -> Iterator[dict[str, Any]]:
+def rows_of(out: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Every late merge beside every early one of the same domains and activations.
 
     Raises:
         SystemExit: The run has no such merges, or cells without decisions.
     """
     boot = Bootstrap()
-    rows = json.loads((out / "results.json").read_text())["rows"]
-    late = [row for row in rows if row["way"] == LATE]
-    early = [row for row in rows if row["way"] == EARLY and row["bits"].startswith("w4")]
+    early = [
+        (row, sample_of(out, row, boot))
+        for row in rows
+        if row["way"] == EARLY and row["bits"].startswith("w4")
+    ]
+    late = [(row, sample_of(out, row, boot)) for row in rows if row["way"] == LATE]
     if not late or not early:
         raise SystemExit(f"{out}: found no merges of {LATE} or of {EARLY} at W4; needed both")
-    for row in late:
-        for other in early:
-            same = row["members"] == other["members"] and row["bits"][2:] == other["bits"][2:]
-            if not same:
-                continue
-            first, second = (sample_of(out, found, boot) for found in (row, other))
-            if first is None or second is None:
-                raise SystemExit(f"{out}: found cells without decisions; run it again")
-            yield {
-                "members": row["members"],
-                "late": {"method": row["method"], "bits": row["bits"], "mean": first.value},
-                "early": {"method": other["method"], "bits": other["bits"], "mean": second.value},
-                **asdict(boot.difference(first, second)),
-            }
+    for row, first in late:
+        for other, second in early:
+            if row["members"] == other["members"] and row["bits"][2:] == other["bits"][2:]:
+                yield {
+                    "members": row["members"],
+                    "late": _told(row, first),
+                    "early": _told(other, second),
+                    **asdict(boot.difference(first, second)),
+                }
+
+
+def _told(row: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
+    return {"method": row["method"], "bits": row["bits"], "mean": sample.value}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,10 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "kind": "hdrq-late-rounding",
         "checkpoints_sha256": run["checkpoints_sha256"],
         "environment": run["environment"],
-        "rows": list(rows_of(args.out)),
+        "rows": list(rows_of(args.out, run["rows"])),
     }
     target = RESULTS / "late_rounding.json"
-    write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
+    write_record(target, record)
     print(os.fspath(target))
     return 0
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from evidence.records import write_record
 
 from hdrq_deploy import Bundle
 from hdrq_deploy.errors import HdrqError
@@ -410,7 +411,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": rows,
     }
     args.results.mkdir(parents=True, exist_ok=True)
-    write_bytes(args.results / "merge_quality.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_record(args.results / "merge_quality.json", record)
     print(f"{len(rows)} rows in {args.results / 'merge_quality.json'}")
     return 0
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from evidence.records import write_record
 from merge_statistics import (
     ITERS,
     RATES,
@@ -274,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "environment": {**environment(), "torch": version("torch")},
         "rows": rows,
     }
-    write_bytes(args.results / "merge_rivals.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_record(args.results / "merge_rivals.json", result)
     print(f"{len(rows)} rows in {args.results / 'merge_rivals.json'}")
     return 0
 

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from evidence.records import write_record
 
-from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.merging import rounding
 from hdrq_deploy.merging.bundles import in_parallel
 from hdrq_deploy.numerics.spec import QuantSpec
@@ -300,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "bundles": bundles(args.repeats),
         }
     args.results.mkdir(parents=True, exist_ok=True)
-    write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
+    write_record(target, record)
     return 0
 
 

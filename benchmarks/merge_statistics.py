@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from evidence.records import write_record
 
 from hdrq_deploy import Bundle, merge
 from hdrq_deploy.calibration_data.readers import ImageSet, read
@@ -521,7 +522,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "environment": {**environment(), "torch": version("torch")},
         "rows": kept("rows") + rows,
     }
-    write_bytes(target, (json.dumps(result, indent=1) + "\n").encode())
+    write_record(target, result)
     print(f"{len(result['rows'])} rows in {target}")
     return 0
 

@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 from engines import bundle
+from evidence.records import write_record
 from merge_quality import DOMAINS, Cell, Setting, harmonic, split
 
-from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.formats.statistics import Statistics
 from hdrq_deploy.merging import Merger
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def put(part: str, found: list[Any]) -> None:
         record[part] = found
         args.results.mkdir(parents=True, exist_ok=True)
-        write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
+        write_record(target, record)
 
     if "speed" in args.parts:
         record["environment"] = environment()

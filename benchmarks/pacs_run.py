@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from evidence.records import write_record
+
 from hdrq_deploy.experiments.real_images import Choice, prepare
 from hdrq_deploy.experiments.tasks import Task
-from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.runtime.bench.environment import environment
 
 __all__ = ["arguments", "task_of", "write"]
@@ -38,4 +38,4 @@ def write(target: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -
     """Write the rows, what they were measured with, and what else is known ``about`` them."""
     measured = {"environment": {**environment(), "torch": version("torch")}, "rows": rows}
     record = {"schema_version": 1, **about, **measured}
-    write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
+    write_record(target, record)

@@ -19,7 +19,6 @@ A figure is the median over layers, and the mean over models, pairs, or domains 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,11 +29,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from evidence.records import write_record
 
 from hdrq_deploy import Bundle
 from hdrq_deploy.analysis.landscape import real_weights
 from hdrq_deploy.experiments.grid import Merge, Run, bundle_path
-from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.merging.batchnorm_correction import norm_behind, norm_of
 from hdrq_deploy.merging.layers import statistics_of
 from hdrq_deploy.numerics.layer_matrix import LayerMatrix, rows_of
@@ -200,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(run.name, flush=True)
     record = {"schema_version": 1, "environment": environment(), "rows": rows}
     target = args.results / "parents.json"
-    write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
+    write_record(target, record)
     return 0
 
 

@@ -36,12 +36,12 @@ import onnxruntime
 import openvino
 import torch
 from architectures import photographs
+from evidence.records import write_record
 from onnx import TensorProto, helper, numpy_helper
 from torch.utils.flop_counter import FlopCounterMode
 
 from hdrq_deploy.calibration.loading import load_model
 from hdrq_deploy.exporters import GraphOptions, export
-from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.runtime import load_engine
 from hdrq_deploy.runtime.bench.environment import environment
 
@@ -309,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "models": [*record["models"], {**row, "load_1min": begun["load_1min"]}],
         }
         args.results.mkdir(parents=True, exist_ok=True)
-        write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
+        write_record(target, record)
     return 0
 
 

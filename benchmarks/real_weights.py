@@ -26,6 +26,7 @@ import numpy as np
 import onnxruntime
 import torch
 from engines import peers
+from evidence.records import write_record
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -240,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         },
         "rows": rows,
     }
-    write_bytes(args.results / "real_weights.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_record(args.results / "real_weights.json", result)
     return 0
 
 

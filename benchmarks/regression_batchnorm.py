@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hdrq_deploy.formats.atomic_files import write_bytes
+from evidence.records import write_record
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RECORDS = {
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": rows,
     }
     target = RESULTS / "regression_batchnorm.json"
-    write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
+    write_record(target, record)
     print(os.fspath(target))
     return 0
 

@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from evidence.records import write_record
 from merge_quality import DOMAINS as DIGITS
 from merge_quality import Cell, Setting, calibrate_cell, split
 
 from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.calibration_data.readers import read
 from hdrq_deploy.experiments.real_images import Choice, prepare
-from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.merging import CRITERIA, Merger, choose_weights
 from hdrq_deploy.merging.weight_search import ChosenWeights
 from hdrq_deploy.runtime.bench.environment import Watch, environment
@@ -138,7 +138,7 @@ def write(folder: Path, rows: Sequence[Mapping[str, Any]], watch: Watch) -> None
         "marks": watch.marks(),
         "rows": rows,
     }
-    write_bytes(folder / "weight_search.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_record(folder / "weight_search.json", record)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,6 +23,7 @@ from evidence.real_images import (
     difference_told,
     protocol_means,
     protocol_rows,
+    streets_away,
 )
 from evidence.records import WIDTHS, listed, needed, table, with_spread
 
@@ -30,6 +31,7 @@ _SOLVED = "regression-compensated"
 _SCALED = f"{_SOLVED}-statistics"
 _TUNED = ("qdrop", "hdrq")
 _LEARNED = ("brecq", *_TUNED)
+_HOW = {"renewed": "re-estimated", "fitted": "fitted", "guided": "fitted to the floats"}
 _NARROW_PAIRS = (("handwriting", "night"), ("photo", "night"))
 
 
@@ -240,12 +242,11 @@ def _on_photos() -> Iterator[list[str]]:
             }
             for way in ("renewed", "fitted")
         }
-        words = {"renewed": "re-estimated", "fitted": "fitted"}
         figures, verdicts = [], []
         for way, found in risen.items():
             told = ", ".join(f"`{m}` {value:+.1f}" for m, value in found.items())
-            figures.append(f"{words[way]} {told}")
-            verdicts.append(f"{words[way]} {_reached(list(found.values()), 5)}")
+            figures.append(f"{_HOW[way]} {told}")
+            verdicts.append(f"{_HOW[way]} {_reached(list(found.values()), 5)}")
         yield [
             f"PACS, pairs, W4A8{where}: 5 above float models averaged with BatchNorm apart",
             "; ".join(figures),
@@ -276,7 +277,6 @@ def _near_floats(
             for way, found in ways.items()
             if set(found) == every and _within(found, least) == "yes"
         ]
-        words = {"renewed": "re-estimated", "fitted": "fitted", "guided": "fitted to the floats"}
         alone = protocol_means(rows, "float", "", "single")
         single = [protocol_means(rows, m, bits, "single") for m in methods]
         assert alone is not None
@@ -284,11 +284,11 @@ def _near_floats(
         yield [
             f"PACS, {bits.upper()} from bundles and unlabelled images{where}: within {-least} of "
             "the best float merge without a fit (pairs, all domains)",
-            "; ".join(f"{words[way]} {_told(found)}" for way, found in ways.items())
+            "; ".join(f"{_HOW[way]} {_told(found)}" for way, found in ways.items())
             + f" (less the fitted float merge {_told(_away(rows, bits, 'guided', fit, methods))})",
             (
                 ("no from bundles alone; " if reached == ["guided"] else "")
-                + f"yes, {words[reached[0]]}"
+                + f"yes, {_HOW[reached[0]]}"
                 if reached
                 else "no"
             ),
@@ -340,20 +340,19 @@ def _narrowed(more: Sequence[Mapping[str, Any]], where: str) -> Iterator[list[st
 
 
 def _on_camvid() -> Iterator[list[str]]:
-    away, fit = _streets_away("camvid")
+    away, fit = streets_away("camvid")
     learned = {key: both for key, both in away.items() if key[0] in _TUNED and key[1] == "w4a8"}
     merged = {key: both for key, both in learned.items() if key[2] != "single"}
     nearest = max(merged, key=lambda key: min(merged[key]))
-    how = {"guided": "fitted to the floats", "fitted": "fitted", "renewed": "re-estimated"}
     few = "few frames: the float merge, fitted on the same ones, is at {}"
     yield [
         "CamVid, W4A8: within 1 mIoU of the best float merge by day and at dusk",
-        f"`{nearest[0]}`, {how.get(nearest[2], nearest[2])}: {_signed(merged[nearest])}",
+        f"`{nearest[0]}`, {_HOW.get(nearest[2], nearest[2])}: {_signed(merged[nearest])}",
         _reached(merged[nearest], -1),
         f"{few.format(_signed(fit))}; and rounding to 4 bits: single models are at "
         + ", ".join(f"`{m}` {_signed(learned[m, 'w4a8', 'single'])}" for m in _TUNED),
     ]
-    away, fit = _streets_away("camvid_eight_bits")
+    away, fit = streets_away("camvid_eight_bits")
     late = {
         how: away["rtn-corrected", "w8a8", f"{way}-w4"]
         for way, how in (
@@ -371,25 +370,6 @@ def _on_camvid() -> Iterator[list[str]]:
     ]
     yield _alone_at_eight_bits("camvid", "CamVid")
     yield _alone_at_eight_bits("camvid_weather", "CamVid in fog and snow")
-
-
-def _streets_away(name: str) -> tuple[dict[tuple[str, str, str], list[float]], list[float]]:
-    """Figures by method, bits and way less the best float merge, by domain; the fitted float one.
-
-    A single model, way ``single``, is compared with the float model of its domain.
-    """
-    rows = [row for row in needed(name)["rows"] if row["setting"] == "ours"]
-    floats = [r for r in rows if r["method"] == "float" and r["way"] not in ("fitted", "guided")]
-    best = max(floats, key=lambda row: row["merged"]["harmonic mean"]["mean"])
-    found = {}
-    for row in rows:
-        kinds = {"single": "single"} if row["way"] == "nearest" else {}
-        for way, kind in {**kinds, row["way"]: "merged"}.items():
-            found[row["method"], row["bits"], way] = [
-                row[kind][name]["mean"] - best[kind][name]["mean"] for name in row["members"]
-            ]
-    (fit,) = (both for key, both in found.items() if (key[0], key[2]) == ("float", "fitted"))
-    return found, fit
 
 
 def _alone_at_eight_bits(record: str, images: str) -> list[str]:

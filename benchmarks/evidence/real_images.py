@@ -858,6 +858,25 @@ def _on_camvid(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     )
 
 
+def streets_away(name: str) -> tuple[dict[tuple[str, str, str], list[float]], list[float]]:
+    """Figures by method, bits and way less the best float merge, by domain; the fitted float one.
+
+    A single model, way ``single``, is compared with the float model of its domain.
+    """
+    rows = [row for row in needed(name)["rows"] if row["setting"] == "ours"]
+    floats = [r for r in rows if r["method"] == "float" and r["way"] not in ("fitted", "guided")]
+    best = max(floats, key=lambda row: row["merged"]["harmonic mean"]["mean"])
+    found = {}
+    for row in rows:
+        kinds = {"single": "single"} if row["way"] == "nearest" else {}
+        for way, kind in {**kinds, row["way"]: "merged"}.items():
+            found[row["method"], row["bits"], way] = [
+                row[kind][name]["mean"] - best[kind][name]["mean"] for name in row["members"]
+            ]
+    (fit,) = (both for key, both in found.items() if (key[0], key[2]) == ("float", "fitted"))
+    return found, fit
+
+
 def _tests(row: Mapping[str, Any]) -> str:
     """How many test images of every domain a row has."""
     return ", ".join(f"{count} of {name}" for name, count in row["images"].items())

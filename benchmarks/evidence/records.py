@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hdrq_deploy.formats.atomic_files import write_bytes
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 GROUPS = (
@@ -61,6 +63,11 @@ def load(name: str) -> dict[str, Any] | None:
     path = RESULTS / f"{name}.json"
     found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
     return found
+
+
+def write_record(path: Path, record: Any) -> None:
+    """Write a result as all of them are written."""
+    write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def needed(name: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from evidence.real_images import (
     difference_told,
     protocol_means,
     protocol_rows,
+    streets_away,
     way_label,
 )
 from evidence.records import METHOD_COLOURS, needed, table, with_spread
@@ -220,14 +221,9 @@ def _sentences() -> Iterator[tuple[str, tuple[str, ...]]]:
 
 def _behind_the_mean() -> list[float]:
     """8-bit bundles of CamVid, merged to 4 bits and fitted to the float mean, less it; by light."""
-    rows = {
-        (row["method"], row["bits"], row["way"]): row["merged"]
-        for row in needed("camvid_eight_bits")["rows"]
-        if row["setting"] == "ours"
-    }
-    mean = rows["float", "", "nearest"]
-    late = rows["rtn-corrected", "w8a8", "guided-mean-w4"]
-    return [late[name]["mean"] - mean[name]["mean"] for name in ("day", "dusk")]
+    away, _ = streets_away("camvid_eight_bits")
+    mean, late = away["float", "", "nearest"], away["rtn-corrected", "w8a8", "guided-mean-w4"]
+    return [own - other for own, other in zip(late, mean, strict=True)]
 
 
 def _moved_by_fits(fit: str, width: str = "") -> list[float]:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
+import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -56,13 +56,10 @@ def test_blocks_hold_every_heavy_node_once_and_split_at_long_skips(work: Path) -
         assert [n for b in blocks for n in b.heavy] == [site.node for site in plan.layers]
 
 
-def load_unet() -> torch.nn.Module:
-    path = Path(__file__).parents[2] / "benchmarks" / "architectures.py"
-    spec = importlib.util.spec_from_file_location("architectures", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.unet()
+def load_unet(monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    network: torch.nn.Module = importlib.import_module("architectures").unet()
+    return network
 
 
 @pytest.mark.slow
@@ -81,10 +78,10 @@ def load_unet() -> torch.nn.Module:
     ],
 )
 def test_architectures_are_captured_and_cut(
-    name: str, side: int, blocks: int | None, most: int
+    monkeypatch: pytest.MonkeyPatch, name: str, side: int, blocks: int | None, most: int
 ) -> None:
     torch.manual_seed(0)
-    model = load_unet().eval() if name == "unet" else load_model(name)
+    model = load_unet(monkeypatch).eval() if name == "unet" else load_model(name)
     x = torch.rand(3, 3, side, side)
     with torch.no_grad():
         expected = model(x)
