@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from evidence.batchnorm import IN_FRONT, in_front, regression_batchnorm
+from evidence.camvid import camvid, camvid_eight_bits, camvid_weather
 from evidence.claims import aims, claims
 from evidence.costs import calibration_speed, harness, merge_speed, weight_search
 from evidence.earlier import merge_quality, plot, protocol_digits, protocol_streetscape
@@ -21,20 +22,11 @@ from evidence.engines import (
     protocol_models,
     same_codes,
 )
+from evidence.imagenet import real_weights
 from evidence.merging import distance, landscape, merge_statistics, statistics_weights
 from evidence.mixing import adaptation, mixing
-from evidence.real_images import (
-    camvid,
-    camvid_eight_bits,
-    camvid_weather,
-    pacs,
-    pacs_earlier,
-    pacs_methods,
-    pacs_resnet,
-    pacs_wide,
-    parents,
-    real_weights,
-)
+from evidence.pacs import hdrq_beside_qdrop, pacs, pacs_earlier, pacs_first, pacs_resnet, pacs_wide
+from evidence.parents import parents
 from evidence.records import RESULTS, ROOT, Section, load, needed
 from evidence.rivals import merge_rivals, pacs_rivals
 from evidence.summary import headline, plot_headline, summary
@@ -58,8 +50,6 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
                     "merge_speed",
                     "weight_search",
                     "pacs",
-                    "pacs_wide",
-                    "pacs_methods",
                     "camvid",
                     "camvid_eight_bits",
                     "camvid_weather",
@@ -84,9 +74,10 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
         "Merges and single models on paintings, cartoons and sketches (PACS) and on streets "
         "(CamVid); single models on photographs (ImageNet).",
         (
-            Section("pacs", pacs, ("pacs_tuning", "pacs_distance", "fit_sweeps")),
+            Section("pacs", pacs, ("late_rounding", "pacs_tuning", "pacs_distance", "fit_sweeps")),
+            Section("pacs_first", pacs_first),
             Section("pacs_wide", pacs_wide),
-            Section("pacs_methods", pacs_methods, ("pacs_methods_tuning", "late_rounding")),
+            Section("pacs", hdrq_beside_qdrop, ("pacs_first", "pacs_wide", "pacs_earlier")),
             Section("parents", parents),
             Section("pacs_resnet", pacs_resnet, ("pacs_resnet_tuning",)),
             Section("regression_batchnorm", regression_batchnorm),
@@ -101,7 +92,7 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
         "The other order: merging float models first, and quantizing the merge.",
         (
             Section("merge_rivals", merge_rivals, ("merge_statistics",)),
-            Section("pacs_rivals", pacs_rivals, ("pacs",)),
+            Section("pacs_rivals", pacs_rivals, ("pacs_first",)),
         ),
     ),
     "engines": (

@@ -6,12 +6,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evidence.real_images import way_in_full, way_label
+from evidence.protocol import way_in_full, way_label
 from evidence.records import table
 
 # Records whose regression was solved in front of BatchNorm.
 IN_FRONT = (
-    *("pacs", "pacs_earlier", "pacs_rivals", "camvid"),
+    *("pacs_first", "pacs_earlier", "pacs_rivals", "camvid"),
     *("weights_from_statistics", "weight_search"),
 )
 
@@ -68,17 +68,31 @@ def _change(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _read(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How many merges gain, by images and by whether new moments follow."""
-    told = []
+    """How many merges gain, by images, by whether new moments follow, and by how many domains."""
+    lines = []
     for images in dict.fromkeys(row["images"] for row in rows):
         own = [row for row in rows if row["images"] == images]
-        parts = []
         for name, wanted in (("as solved", True), ("re-estimated", False)):
-            moved = [r["after"] - r["before"] for r in own if (r["way"] == "regression") == wanted]
-            parts.append(
-                f"{name} {sum(m > 0 for m in moved)} of {len(moved)} "
-                f"({statistics.fmean(moved):+.1f} points on average, "
-                f"{min(moved):+.1f} to {max(moved):+.1f})"
-            )
-        told.append(f"{images}: {', '.join(parts)}")
-    return f"Merges that are better behind BatchNorm: {'; '.join(told)}."
+            same = [row for row in own if (row["way"] == "regression") == wanted]
+            pairs = [row for row in same if len(row["members"]) == 2]
+            rest = [row for row in same if len(row["members"]) > 2]
+            lines.append([images, name, *(_gains(some) for some in (pairs, rest))])
+    return "\n".join(
+        [
+            "Merges that are better behind BatchNorm, of how many, and by how many points (mean, "
+            "least to most):",
+            "",
+            table(["images", "merge", "pairs", "all domains"], lines),
+        ]
+    )
+
+
+def _gains(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many merges gain, and the mean and range of what they do."""
+    moved = [row["after"] - row["before"] for row in rows]
+    if not moved:
+        return "-"
+    return (
+        f"{sum(m > 0 for m in moved)} of {len(moved)} ({statistics.fmean(moved):+.1f}, "
+        f"{min(moved):+.1f} to {max(moved):+.1f})"
+    )

@@ -36,9 +36,9 @@ def distance(record: Mapping[str, Any]) -> str:
         f"{record['iterations_per_block']} iterations a block at the rates of the tables above; "
         "λ = 0.05 with empirical noise is the published method. Harmonic means of top-1 accuracies "
         "in %: of single models, and of merges to nearest and by regression with compensated "
-        "rounding, the mean of pairs and the triple; mean and standard deviation over calibration "
-        "seeds where more than one was run. The last column is the mean of the four on calibration "
-        "images, by which settings may be chosen.",
+        "rounding, the mean of pairs and the merge of all three; mean and standard deviation over "
+        "calibration seeds where more than one was run. The last column is the mean of the four "
+        "on calibration images, by which settings may be chosen.",
         "",
         _distance_read(rows, keys),
         "",
@@ -119,7 +119,7 @@ _WAYS = {
     "mean-advanced": "mean, advanced",
     "mean-compensated": "mean, compensated",
     "regression-nearest": "regression, nearest",
-    "regression-compensated": "**regression, compensated**",
+    "regression-compensated": "regression, compensated",
     "mean-nearest-renewed": "mean, nearest, re-estimated",
     "mean-compensated-renewed": "mean, compensated, re-estimated",
     "regression-compensated-renewed": "regression, compensated, re-estimated",
@@ -439,10 +439,10 @@ def _merges_read(rows: Sequence[Mapping[str, Any]]) -> str:
         )
 
     return (
-        "Differences in points on the digits, mean of pairs and triple, with the standard "
-        "deviation over calibration seeds. HDRQ's bundles merged by regression with compensated "
-        f"rounding, less the folded float average: {less(lambda _: average, whole)}. Less float "
-        "models merged by the same regression, with the same rank and BatchNorm folded: "
+        "Differences in points on the digits, mean of pairs and merge of all three domains, with "
+        "the standard deviation over calibration seeds. HDRQ's bundles merged by regression with "
+        f"compensated rounding, less the folded float average: {less(lambda _: average, whole)}. "
+        "Less float models merged by the same regression, with the same rank and BatchNorm folded: "
         f"{less(lambda _: exact)}. Less the published merge (mean, `advanced`): "
         f"{less(lambda bits: seeds('mean-advanced', 'hdrq', bits))}. Less QDrop's bundles merged "
         f"in the same way: {less(lambda bits: seeds(best, 'qdrop', bits))}."
@@ -597,6 +597,21 @@ def comparisons(record: Mapping[str, Any]) -> dict[str, dict[str, tuple[int, int
             lower = [ours[at] < theirs[at] for ours, theirs in both for at in ours]
             found.setdefault(bits, {})[name] = (sum(lower), len(lower))
     return found
+
+
+CURVATURES = (
+    "trace",
+    "trace over all domains",
+    "largest eigenvalue",
+    "largest eigenvalue over all domains",
+)
+BARRIERS = ("barrier before rounding", "barrier of rounded merges")
+
+
+def lower_of(record: Mapping[str, Any], names: Sequence[str]) -> tuple[int, int]:
+    """In how many of how many :func:`comparisons` of some figures HDRQ's is the lower one."""
+    own = [counts[name] for counts in comparisons(record).values() for name in names]
+    return sum(lower for lower, _ in own), sum(every for _, every in own)
 
 
 def _lower(record: Mapping[str, Any]) -> str:

@@ -25,8 +25,10 @@ METHOD_COLOURS = {
     "float": "#4a5568",
     "rtn": "#9aa5b1",
     "rtn-corrected": "#b7791f",
+    "brecq": "#2f855a",
     "qdrop": "#2b6cb0",
     "hdrq": "#b83256",
+    "rtn-corrected, 8 bits merged to 4": "#d69e2e",
 }
 NAMES = {"handwriting": "hw", "photo": "photo", "night": "night"}
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evidence.merging import digits_by_seed
-from evidence.real_images import protocol_rows, with_interval
-from evidence.records import GROUPS, NAMES, load, not_run, table, with_spread
+from evidence.protocol import protocol_rows, with_interval
+from evidence.records import GROUPS, NAMES, needed, not_run, table, with_spread
 
 
 def merge_rivals(record: Mapping[str, Any]) -> str:
     """The section on merging in float first, beside merges of bundles."""
-    bundles = load("merge_statistics") or {"rows": []}
+    bundles = needed("merge_statistics")
     rows = [row for row in record["rows"] if row["task"] == "digits"]
     groups = sorted(
         {tuple(row["members"]) for row in rows}, key=lambda g: (len(g), GROUPS.index(g))
@@ -35,7 +35,7 @@ def merge_rivals(record: Mapping[str, Any]) -> str:
                 and row["seed"] in seeds
             ]
             if found:
-                label = f"**{method} bundles, regression, compensated**"
+                label = f"`{method}` bundles, regression, compensated"
                 lines.append([bits.upper(), label, *_by_group(found, groups), ""])
     heads = ["+".join(NAMES[name] for name in group) for group in groups]
     heads.insert(-1, "mean of pairs")
@@ -77,10 +77,10 @@ def pacs_rivals(record: Mapping[str, Any]) -> str:
         figure = {"mean": row["harmonic_mean"], "low": row["low"], "high": row["high"]}
         found.setdefault(way, {})[tuple(row["members"])] = figure
         seconds.setdefault(way, []).append(row["cpu_seconds"])
-    for row in protocol_rows(load("pacs") or {"rows": []}):
+    for row in protocol_rows(needed("pacs_first")):
         if row["way"] in ("renewed", "fitted") and row["bits"] in ("", "w4a8"):
             how = "fitted" if row["way"] == "fitted" else "re-estimated"
-            way = f"**{row['method']} bundles**, regression, compensated, {how}"
+            way = f"`{row['method']}` bundles, regression, compensated, {how}"
             way = way if row["bits"] else f"float, {how}, not quantized"
             found.setdefault(way, {})[tuple(row["members"])] = row["figure"]
     lines = []

@@ -70,7 +70,7 @@ def jobs(grid: Grid, out: Path, device: str, threads: int) -> Iterator[Job]:
             yield Job(name, calibrate_cell, arguments, limit_threads=calibration_threads)
         for merge in grid.merges(run):
             after = tuple(names[member] for member in merge.members)
-            if WAYS[merge.way].fits_floats:
+            if WAYS[merge.way].reads_floats:
                 after += tuple(merge.float_run.single(member) for member in merge.members)
             yield Job(merge.name, merge_cells, {**common, "merge": merge}, after)
 
@@ -150,7 +150,7 @@ def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) 
     """The merged bundles of one way, and their engines' accuracies."""
     parents = [Bundle.open(bundle_path(out, merge.run.single(m))) for m in merge.members]
     guides = []
-    if WAYS[merge.way].fits_floats:
+    if WAYS[merge.way].reads_floats:
         guides = [Bundle.open(bundle_path(out, merge.float_run.single(m))) for m in merge.members]
     targets = [bundle_path(out, merge.cell(draw)) for draw in range(merge.draws)]
     ingredients = [
@@ -167,7 +167,7 @@ def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) 
         mix, record = _mix(task, merge, parents, renewed)
         candidates = CANDIDATES if way.tosses else 1
         with scratch_folder() as scratch:
-            if way.fits_mean:
+            if way.fits == "mean":
                 mean = scratch / "mean.hdrq"
                 guides = [merge_bundles(guides, mean, rounding="nearest", method="mean")]
             guiding = None

@@ -262,7 +262,7 @@ class Grid:
                 for way in self._ways_in(run.setting, members)
                 if (is_wide or WAYS[way].wbits is None)
                 # Float models are fitted to themselves.
-                and not (run.method == "float" and WAYS[way].fits_floats)
+                and not (run.method == "float" and WAYS[way].reads_floats)
             ]
         merged = [way for setting in self.settings for way in self._ways_in(setting, members)]
         return ["nearest"] * bool(merged) + ["regression"] * ("regression" in merged)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..merging.methods import method_of
 from ..merging.rounding import ROUNDINGS
@@ -20,10 +21,9 @@ class Way:
         rounding: Name of one of :data:`..merging.rounding.ROUNDINGS`.
         renews: Whether unlabelled images give BatchNorm and the activation scales new values.
         chooses: Whether they choose the merge weights too; else the merge weights are equal.
-        fits: Whether every layer is fitted on them, to what the parents put out.
-        fits_floats: Whether it is fitted to what the float models put out instead.
-        fits_mean: Whether, in place of each domain's own float model, the mean of all of them
-            puts it out.
+        fits: Whose outputs every layer is fitted to on them, if any: those of each domain's own
+            bundle (``"parents"``) or float model (``"floats"``), or of the mean of all float models
+            (``"mean"``).
         sweeps: How often a fit goes over all layers.
         wbits: Bits that the merge rounds 8-bit weights to; None for the parents' own.
     """
@@ -34,9 +34,7 @@ class Way:
     renews: bool = False
     chooses: bool = False
     wbits: int | None = None
-    fits: bool = False
-    fits_floats: bool = False
-    fits_mean: bool = False
+    fits: Literal["parents", "floats", "mean"] | None = None
     sweeps: int = 1
 
     @property
@@ -49,6 +47,11 @@ class Way:
     def tosses(self) -> bool:
         """Whether another rounding seed gives another merge."""
         return ROUNDINGS[self.rounding].tosses
+
+    @property
+    def reads_floats(self) -> bool:
+        """Whether the merge reads the float models of its members."""
+        return self.fits in ("floats", "mean")
 
 
 _OWN_BITS = {
@@ -66,23 +69,20 @@ _OWN_BITS = {
         "as regression, and every layer fitted to what the parents put out on unlabelled images",
         "regression",
         "compensated",
-        fits=True,
+        fits="parents",
     ),
     "guided": Way(
         "as fitted, in two sweeps, to what the float models put out",
         "regression",
         "compensated",
-        fits=True,
-        fits_floats=True,
+        fits="floats",
         sweeps=2,
     ),
     "guided-mean": Way(
         "as fitted, to what the mean of the float models puts out",
         "regression",
         "compensated",
-        fits=True,
-        fits_floats=True,
-        fits_mean=True,
+        fits="mean",
     ),
     "auto": Way(
         "as renewed; the unlabelled images choose the merge weights, too",
