@@ -88,11 +88,11 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
         ),
     ),
     "rivals": (
-        "Rivals",
-        "The other order: merging float models first, and quantizing the merge.",
+        "Merge first, quantize then",
+        "The other order: float models are merged, and the merge is quantized.",
         (
             Section("merge_rivals", merge_rivals, ("merge_statistics",)),
-            Section("pacs_rivals", pacs_rivals, ("pacs_first",)),
+            Section("pacs_rivals", pacs_rivals, ("pacs",)),
         ),
     ),
     "engines": (

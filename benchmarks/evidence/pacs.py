@@ -140,7 +140,7 @@ def _trainings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"machines ({listed(places)}) gave "
         f"single float models whose harmonic means are within {max(single):.1f} points of these, "
         f"and merges of float models up to {max(merged):.1f} points away: more than lies between "
-        "the methods. No interval below has this spread in it; what counts are differences on the "
+        "the methods. No interval here has this spread in it; what counts are differences on the "
         "same checkpoints.",
     ]
 
@@ -163,7 +163,7 @@ def _protocol_distances(tuning: Mapping[str, Any]) -> list[str]:
         "",
         "That search ran with the distance that was our setting's then (relative, λ = 0.3). At the "
         f"rate that it chose, `hdrq` scores on the same held-out images {tried} ({beside}; "
-        "`benchmarks/pacs_distance.py`); the rows below have the best of these"
+        "`benchmarks/pacs_distance.py`); the rows above have the best of these"
         f"{', the smallest relative one that was tried' if _is_smallest(record) else ''}.",
     ]
 
@@ -196,8 +196,8 @@ def _sweeps() -> list[str]:
         "",
         "To whose outputs merges are fitted, and how often all layers, was tried on every fourth "
         "calibration image, held out of the fit: cross entropy with each domain's float model in "
-        "nats, and decisions that are that model's (`benchmarks/fit_sweeps.py`; W4A4, all domains, "
-        "calibration seed 0):",
+        "nats, and decisions that are that model's (`benchmarks/fit_sweeps.py`; the first "
+        "training, W4A4, all domains, calibration seed 0):",
         "",
         table(["parents", *(name for *_, name in kinds)], lines),
     ]
@@ -299,13 +299,11 @@ def _late_rounding(record: Mapping[str, Any]) -> list[str]:
         for (late, wide, early, narrow), own in cells.items()
     ]
     return [
-        "The merge may round to 4 bits what was calibrated at 8, and the fit then makes up for "
-        "most of it: less merges of bundles that were calibrated with 4-bit weights, fitted to "
-        "the bundles on the same images, in points with 95% intervals over the test images "
-        "(`benchmarks/late_rounding.py`):",
+        "The merge may round to 4 bits what was calibrated at 8. Fitted merges that do so, less "
+        "fitted merges of bundles that were calibrated with 4-bit weights, in points with 95% "
+        "intervals over test images and calibration seeds (`benchmarks/late_rounding.py`):",
         "",
         table(["merged to 4 bits", "less", *(", ".join(group) for group in groups)], lines),
-        "",
     ]
 
 

@@ -70,49 +70,85 @@ def merge_rivals(record: Mapping[str, Any]) -> str:
 def pacs_rivals(record: Mapping[str, Any]) -> str:
     """The same on PACS, beside merges of bundles."""
     groups = sorted({tuple(row["members"]) for row in record["rows"]}, key=lambda g: (len(g), g))
-    found: dict[str, dict[tuple[str, ...], Mapping[str, float]]] = {}
+    first: dict[str, dict[tuple[str, ...], Mapping[str, float]]] = {}
     seconds: dict[str, list[float]] = {}
     for row in record["rows"]:
         way = f"{row['merge']} in float, then {_RIVALS[row['method']]}"
         figure = {"mean": row["harmonic_mean"], "low": row["low"], "high": row["high"]}
-        found.setdefault(way, {})[tuple(row["members"])] = figure
+        first.setdefault(way, {})[tuple(row["members"])] = figure
         seconds.setdefault(way, []).append(row["cpu_seconds"])
-    for row in protocol_rows(needed("pacs_first")):
-        if row["way"] in ("renewed", "fitted") and row["bits"] in ("", "w4a8"):
-            how = "fitted" if row["way"] == "fitted" else "re-estimated"
-            way = f"`{row['method']}` bundles, regression, compensated, {how}"
-            way = way if row["bits"] else f"float, {how}, not quantized"
-            found.setdefault(way, {})[tuple(row["members"])] = row["figure"]
+    bundles: dict[str, dict[tuple[str, ...], Mapping[str, float]]] = {}
+    for row in protocol_rows(needed("pacs")):
+        how = _MERGED_AFTER.get((row["bits"], row["way"]))
+        if how is not None:
+            parents = f"`{row['method']}` bundles" if row["bits"] else "float"
+            bundles.setdefault(f"{parents}, {how}", {})[tuple(row["members"])] = row["figure"]
     lines = []
-    for way, figures in found.items():
-        cells = _cells(figures, groups)
+    for way, figures in {**first, **bundles}.items():
         spent = f"{statistics.fmean(seconds[way]):.0f}" if way in seconds else ""
-        lines.append([way, *cells, spent])
+        lines.append([way, *_cells(figures, groups), spent])
     heads = [", ".join(group) for group in groups]
     heads.insert(-1, "mean of pairs")
+    learned = {row["method"] for row in record["rows"]}
     return "\n".join(
         [
             "## The same on PACS",
             "",
-            "`benchmarks/pacs_rivals.py`: the merges of float models of `hdrq reproduce pacs` are "
-            "quantized at W4A8, one scale per channel, with 256 images of every domain "
-            f"({record['iterations_per_block']} iterations a block of `qdrop`, at the rate that "
-            "its bundles have; targets and anchor of the experts are those that were best on the "
-            "digits). Merges of bundles see 64 images a domain, fitted ones 256, and no float "
-            "model. Harmonic means "
-            "of top-1 accuracies in % on the test images, with half of the 95% interval over them "
-            "(and over calibration seeds, where there are several).",
+            "`benchmarks/pacs_rivals.py`: the merges of float models of [the grid at the top]"
+            "(real-images.md#real-images-pacs) are quantized at W4A8, one scale per channel, with "
+            "256 images of every domain; targets and anchor of the experts are those that were "
+            "best on the digits. Re-estimated merges of bundles see 64 images a domain, fitted "
+            "ones 256, and no float model but for those that are fitted to them. Harmonic means of "
+            "top-1 accuracies in % on the test images, with half of the 95% interval over them "
+            "(and over calibration seeds, where there are several)."
+            + ("" if "qdrop" in learned else " `qdrop` after a float merge was not run."),
             "",
             table(["way", *heads, "CPU seconds a merge"], lines),
             "",
-            "On all three domains quantizing towards the experts' outputs passes the re-estimated "
-            "float merge and equals the fitted one. Without these outputs, `gptq` after a "
-            "re-estimated float merge is behind merges of learned bundles on pairs and level with "
-            "them on all three domains. A dash was not run, and neither was `qdrop`."
-            if not any(row["method"] == "qdrop" for row in record["rows"])
-            else "A dash was not run.",
+            "Merged first and quantized then, less merges of bundles, in points (mean of pairs, "
+            "all domains):",
+            "",
+            table(
+                ["way", *(f"less {name}" for name in _BESIDE)],
+                [
+                    [way, *(_less(figures, bundles[name], groups) for name in _BESIDE)]
+                    for way, figures in first.items()
+                ],
+            ),
         ]
     )
+
+
+# Merges of the grid that stand beside merging first, by bits and way.
+_MERGED_AFTER = {
+    ("", "renewed"): "re-estimated, not quantized",
+    ("", "fitted"): "fitted, not quantized",
+    ("w4a8", "renewed"): "re-estimated",
+    ("w4a8", "fitted"): "fitted",
+    ("w4a8", "guided"): "fitted to the float models",
+    ("w8a8", "fitted-w4"): "8 bits to 4, fitted",
+}
+_BESIDE = (
+    "`qdrop` bundles, fitted",
+    "`hdrq` bundles, fitted",
+    "`rtn-corrected` bundles, 8 bits to 4, fitted",
+    "`qdrop` bundles, fitted to the float models",
+)
+
+
+def _less(
+    figures: Mapping[tuple[str, ...], Mapping[str, float]],
+    other: Mapping[tuple[str, ...], Mapping[str, float]],
+    groups: Sequence[tuple[str, ...]],
+) -> str:
+    """The difference of the mean of pairs and of all domains; a dash where one was not run."""
+    away = [
+        figures[group]["mean"] - other[group]["mean"] if group in figures else None
+        for group in groups
+    ]
+    pairs = [value for value in away[:-1] if value is not None]
+    both = [statistics.fmean(pairs) if len(pairs) == len(away) - 1 else None, away[-1]]
+    return ", ".join("-" if value is None else f"{value:+.1f}" for value in both)
 
 
 def _cells(

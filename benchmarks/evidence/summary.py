@@ -43,6 +43,8 @@ _HEADLINE = (
     ("hdrq", "hdrq", "w4a8", ""),
     (_LATE, "rtn-corrected", "w8a8", "-w4"),
 )
+# Ways of merging PACS, in the order of README's columns.
+_HEADLINE_WAYS = ("nearest", "regression", "renewed", "fitted", "guided")
 
 
 def headline() -> str:
@@ -80,10 +82,7 @@ def headline() -> str:
                 on_digits("float-folded", bits, "regression-nearest")
                 if exact
                 else on_digits(parents, bits, f"regression-compensated{late}"),
-                *(
-                    on_photos(parents, bits, f"{way}{late}")
-                    for way in ("nearest", "regression", "renewed", "fitted", "guided")
-                ),
+                *(on_photos(parents, bits, f"{way}{late}") for way in _HEADLINE_WAYS),
             ]
         )
     return table(
@@ -104,7 +103,8 @@ def headline() -> str:
 def plot_headline(target: Path) -> None:
     """Draw README's table: one panel a data set, one group of marks a way of merging.
 
-    Filled marks are the mean of pairs, hollow ones the merge of all three domains.
+    Filled marks are the mean of pairs, hollow ones the merge of all three domains, on PACS with its
+    95% interval.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -112,6 +112,7 @@ def plot_headline(target: Path) -> None:
     header, _, *lines = headline().splitlines()
     ways = [cell.strip() for cell in header.strip("|").split("|")][1:]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    spans = _spans(ways)
     with rc_context({"svg.hashsalt": "hdrq", "svg.fonttype": "path", "font.size": 9}):
         figure = Figure(figsize=(11, 3.6), layout="constrained")
         panels = figure.subplots(1, 2, width_ratios=(2, 4))
@@ -128,7 +129,11 @@ def plot_headline(target: Path) -> None:
                 colour = METHOD_COLOURS[parents]
                 axes.plot(at, pairs, "o", color=colour, ms=7, label=parents)
                 axes.plot(at, triples, "D", color="none", mec=colour, ms=6, mew=1.4)
-            names = [ways[index].partition(": ")[2].replace(", ", ",\n") for index in own]
+                for x, group in zip(at, there, strict=True):
+                    if limits := spans.get((parents, ways[own[group]])):
+                        axes.plot([x, x], limits, color=colour, lw=1, alpha=0.7)
+            names = [ways[index].partition(": ")[2] for index in own]
+            names = [name.replace(", ", ",\n").replace(" (", "\n(") for name in names]
             axes.set_xticks(range(len(own)), names)
             axes.set_title(f"{task}, W4A8 bundles and float models merged")
             axes.grid(axis="y", alpha=0.3)
@@ -140,6 +145,19 @@ def plot_headline(target: Path) -> None:
         panels[1].legend(frameon=False, fontsize=8, loc="lower right")
         empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(target, metadata=empty)
+
+
+def _spans(columns: Sequence[str]) -> dict[tuple[str, str], tuple[float, float]]:
+    """95% intervals of the merges of all domains of PACS, by line and column of README's table."""
+    found, names = {}, [column for column in columns if column.startswith("PACS: ")]
+    for row in protocol_rows(needed("pacs")):
+        for name, parents, bits, late in _HEADLINE:
+            keys = [(parents, bits, f"{way}{late}") for way in _HEADLINE_WAYS]
+            key = (row["method"], row["bits"], row["way"])
+            if key in keys and len(row["members"]) > 2 and "low" in row["figure"]:
+                limits = (row["figure"]["low"], row["figure"]["high"])
+                found[name, names[keys.index(key)]] = limits
+    return found
 
 
 def _headline_figures() -> dict[tuple[str, str], tuple[float, float]]:
@@ -302,36 +320,25 @@ def _moved_by_fits() -> list[float]:
 
 
 def _seeds_told() -> str:
-    """Which figures of :func:`_with_images` are means of several calibration seeds."""
-    counts: dict[tuple[str, str], dict[bool, set[int]]] = {}
+    """Which lines of :func:`_with_images` are means of several calibration seeds."""
+    counts: dict[tuple[str, str], set[int]] = {}
     for row in protocol_rows(needed("pacs")):
-        if row["bits"] and row["way"] != "single":
-            own = counts.setdefault((row["bits"], row["method"]), {})
-            own.setdefault(row["way"] == "guided", set()).add(row["figure"].get("calibrations", 1))
-    told: dict[str, list[str]] = {}
-    for (bits, method), found in counts.items():
-        if min(found.get(False, {1})) > 1:
-            told.setdefault(bits.upper(), []).append(f"`{method}`")
-    several = "; ".join(f"{bits} {listed(methods)}" for bits, methods in told.items())
-    return (
-        f"Means of three calibration seeds, but for fits to the float models: {several}. All "
-        "others are one run."
+        late = row["way"].endswith("-w4") and row["bits"] == "w8a8"
+        if late or (
+            row["bits"].startswith(("w4", "w3")) and row["way"] not in ("single", "guided")
+        ):
+            key = ("w4a8", _LATE) if late else (row["bits"], f"`{row['method']}`")
+            counts.setdefault(key, set()).add(row["figure"].get("calibrations", 1))
+    told: dict[tuple[int, str], list[str]] = {}
+    for (bits, name), found in counts.items():
+        if min(found) > 1:
+            told.setdefault((min(found), bits.upper()), []).append(name)
+    several = "; ".join(
+        f"{count} at {bits} for {listed(names)}" for (count, bits), names in told.items()
     )
-
-
-def _intervals() -> str:
-    """How wide the intervals on PACS are, which the picture leaves out."""
-    half: dict[str, float] = {}
-    for row in protocol_rows(needed("pacs")):
-        figure = row["figure"]
-        if row["bits"] in ("", "w4a8") and "low" in figure:
-            wide = (figure["high"] - figure["low"]) / 2
-            half[row["way"]] = max(wide, half.get(row["way"], 0))
-    images = max(half[way] for way in ("renewed", "fitted", "guided"))
     return (
-        "The picture has no intervals: half of a 95% interval on PACS is up to "
-        f"{half['nearest']:.0f} points where models are averaged, {half['regression']:.0f} by "
-        f"regression, and {images:.0f} with images"
+        f"Means of several calibration seeds (fits to the float models aside): {several}. All "
+        "others are one run."
     )
 
 
@@ -426,7 +433,8 @@ def summary(pages: Mapping[str, tuple[str, str]], made: str) -> str:
         "",
         "![Merged harmonic means on digits and PACS](headline.svg)",
         "",
-        f"{_intervals()} ([tables](real-images.md)).",
+        "Bars are 95% intervals over test images and calibration seeds, of merges of all three "
+        "domains of PACS; digits and means of pairs have none here ([tables](real-images.md)).",
         "",
         "How flat the loss is around the models of QDrop and HDRQ, and what lies between them, is "
         "on the page on [merging](merging.md#is-the-ground-flatter): "
