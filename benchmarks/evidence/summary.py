@@ -400,6 +400,12 @@ def _not_run() -> str:
         f"20,000 iterations a block{on_more} ({iterations_said()})": False,
         "PACS and CamVid in the setting `paper`": there([*every, *streets], setting="paper"),
         "BRECQ on PACS": there(every, method="brecq"),
+        "BRECQ on PACS with more than one calibration seed": any(
+            row["method"] == "brecq" and row["merged"]["harmonic mean"].get("calibrations", 1) > 1
+            for row in photos
+        ),
+        "fits at W3A3 on PACS": there(every, bits="w3a3", way="fitted"),
+        "`qdrop` after a float merge on PACS": there(needed("pacs_rivals")["rows"], method="qdrop"),
         "BRECQ on CamVid": there(streets, method="brecq"),
         "PACS at W8A4": there(every, bits="w8a4"),
         "PACS at W6A6": there(every, bits="w6a6"),
