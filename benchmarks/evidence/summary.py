@@ -361,13 +361,13 @@ def _with_images() -> str:
     """PACS at 4 and 3 bits: what every way of merging reaches, pairs and all domains."""
     rows = protocol_rows(needed("pacs"))
     ways = ("single", "nearest", "regression", "renewed", "fitted", "guided")
-    lines = []
+    lines: list[tuple[str, str, list[tuple[float, float] | None]]] = []
     for bits in ("", "w4a8", "w4a4", "w3a3"):
         for method in ("float", "rtn", "rtn-corrected", "brecq", "qdrop", "hdrq"):
-            lines.append([method, bits, [protocol_means(rows, method, bits, w) for w in ways]])
+            lines.append((method, bits, [protocol_means(rows, method, bits, w) for w in ways]))
         if bits == "w4a8":
             late = [protocol_means(rows, "rtn-corrected", "w8a8", f"{way}-w4") for way in ways]
-            lines.append([_LATE, bits, late])
+            lines.append((_LATE, bits, late))
     told = [
         [
             method,
