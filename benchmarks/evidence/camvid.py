@@ -121,11 +121,15 @@ def _on_camvid(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     )
 
 
+def _best_float_merge(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The row of the best merge of float models that is not fitted."""
+    plain = [r for r in rows if r["method"] == "float" and r["way"] not in ("fitted", "guided")]
+    return max(plain, key=lambda row: float(row["merged"]["harmonic mean"]["mean"]))
+
+
 def _camvid_read(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     """Merges less the best float merge, and single models less their float models, by domain."""
-    floats = [row for row in rows if row["method"] == "float"]
-    plain = [row for row in floats if row["way"] not in ("fitted", "guided")]
-    best = max(plain, key=lambda row: row["merged"]["harmonic mean"]["mean"])
+    best = _best_float_merge(rows)
     seen = {
         "renewed": " on 16 images a domain",
         "fitted": " on 32 images a domain (20 of dusk)",
@@ -166,8 +170,7 @@ def streets_away(name: str) -> tuple[dict[tuple[str, str, str], list[float]], li
     A single model, way ``single``, is compared with the float model of its domain.
     """
     rows = [row for row in needed(name)["rows"] if row["setting"] == "ours"]
-    floats = [r for r in rows if r["method"] == "float" and r["way"] not in ("fitted", "guided")]
-    best = max(floats, key=lambda row: row["merged"]["harmonic mean"]["mean"])
+    best = _best_float_merge(rows)
     found = {}
     for row in rows:
         kinds = {"single": "single"} if row["way"] == "nearest" else {}

@@ -22,6 +22,7 @@ from evidence.merging import (
     streets_hdrq_less_qdrop,
 )
 from evidence.protocol import (
+    PACS_TRAININGS,
     best_float_merges,
     protocol_means,
     protocol_rows,
@@ -463,7 +464,7 @@ def _level(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         statistics.fmean(digits_hdrq_less_qdrop(rows, "single", bits)[1]) for bits in WIDTHS
     ]
     told, real = [], list[float]()
-    for name in ("pacs", "pacs_first", "pacs_wide"):
+    for name in PACS_TRAININGS:
         photos, found = protocol_rows(needed(name)), []
         for bits in dict.fromkeys(row["bits"] for row in photos):
             two = [protocol_means(photos, m, bits, "single") for m in ("hdrq", "qdrop")]

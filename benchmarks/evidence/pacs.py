@@ -10,6 +10,7 @@ from evidence.protocol import (
     beside_floats,
     beside_qdrop,
     difference_told,
+    groups_of,
     learned_bits,
     protocol_means,
     protocol_missing,
@@ -284,7 +285,7 @@ def _late_rounding(record: Mapping[str, Any]) -> list[str]:
     """Merges that round 8-bit bundles to 4 bits less those of 4-bit bundles, all of them fitted."""
     found = needed("late_rounding")
     assert found["checkpoints_sha256"] == record["checkpoints_sha256"], "records of one training"
-    groups = sorted({tuple(row["members"]) for row in found["rows"]}, key=lambda g: (len(g), g))
+    groups = groups_of(row["members"] for row in found["rows"])
     cells: dict[tuple[str, ...], dict[tuple[str, ...], str]] = {}
     for row in found["rows"]:
         points = {name: 100 * row[name] for name in ("value", "low", "high")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,14 +13,16 @@ from hdrq_deploy.calibration.methods import METHODS
 __all__ = [
     "BITS",
     "METHOD_ORDER",
+    "PACS_TRAININGS",
     "WAY_LABELS",
-    "against_qdrop",
     "away_table",
     "beside_floats",
     "beside_qdrop",
     "beside_section",
     "best_float_merges",
     "difference_told",
+    "groups_of",
+    "hdrq_less_qdrop",
     "learned_bits",
     "learned_seeds",
     "methods_of",
@@ -59,12 +61,10 @@ WAY_LABELS = {
     "guided-mean-w4": "the same, 8 bits to 4",
     "guided-mean-w3": "the same, 8 bits to 3",
 }
-
-
 METHOD_ORDER = ("rtn", "rtn-corrected", "brecq", "qdrop", "latent", "hdrq")
-
-
 BITS = ("w8a8", "w8a4", "w6a6", "w4a8", "w4a4", "w3a3")
+# Records of PACS in our setting as it is, one a training of the checkpoints.
+PACS_TRAININGS = ("pacs", "pacs_first", "pacs_wide")
 
 
 def protocol_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -163,9 +163,17 @@ def best_float_merges(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     return max(m[0] for m in merged), max(m[1] for m in merged)
 
 
-def against_qdrop(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The row's difference to QDrop's, where both were run."""
-    return next((other for other in row["against"] if other["method"] == "qdrop"), None)
+def hdrq_less_qdrop(name: str) -> Iterator[tuple[dict[str, Any], Mapping[str, Any]]]:
+    """HDRQ's rows of a record, with their differences to QDrop's, where both were run."""
+    for row in protocol_rows(needed(name)):
+        for other in row["against"]:
+            if (row["method"], other["method"]) == ("hdrq", "qdrop"):
+                yield row, other
+
+
+def groups_of(members: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Groups of domains, each once, the smallest first."""
+    return sorted(set(map(tuple, members)), key=lambda group: (len(group), group))
 
 
 def difference_told(other: Mapping[str, Any]) -> str:
@@ -179,17 +187,16 @@ def beside_qdrop(records: Mapping[str, str], together: bool = False) -> str:
     Args:
         records: Names of records by what the table says of them.
         together: Show merges of all domains alone, with a column a record; else a record has lines
-            of its own, and the table a column for every group of domains of the first.
+            of its own, and the table a column for every group of domains.
 
     Returns:
         A table; bold where the interval of several calibration seeds leaves out zero.
     """
     found: dict[tuple[str, str, str], dict[tuple[str, ...], Mapping[str, Any]]] = {}
     for about, name in records.items():
-        for row in protocol_rows(needed(name)):
-            other = against_qdrop(row) if row["method"] == "hdrq" else None
-            if other is not None:
-                found.setdefault((about, *_kind(row)), {})[tuple(row["members"])] = other
+        for row, other in hdrq_less_qdrop(name):
+            cell = found.setdefault((about, row["bits"], row["way"]), {})
+            cell[tuple(row["members"])] = other
     if together:
         last = {key: cell[max(cell, key=len)] for key, cell in found.items()}
         bits = sorted({key[1] for key in found}, key=BITS.index)
@@ -200,7 +207,7 @@ def beside_qdrop(records: Mapping[str, str], together: bool = False) -> str:
             if any((about, b, way) in last for about in records)
         ]
         return table(["bits", "merge", *records], lines)
-    groups = sorted({g for cell in found.values() for g in cell}, key=lambda g: (len(g), g))
+    groups = groups_of(group for cell in found.values() for group in cell)
     lines = [
         [
             about,
@@ -213,10 +220,6 @@ def beside_qdrop(records: Mapping[str, str], together: bool = False) -> str:
     ]
     header = [", ".join(group).replace("art_painting", "art") for group in groups]
     return table(["training", "bits", "merge", "seeds", *header[:-1], "all domains"], lines)
-
-
-def _kind(row: Mapping[str, Any]) -> tuple[str, str]:
-    return row["bits"], row["way"]
 
 
 def _bold(other: Mapping[str, Any] | None) -> str:
@@ -236,7 +239,7 @@ def methods_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def protocol_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Methods, bits and ways down, every pair, their mean, and all domains across."""
-    groups = sorted({tuple(row["members"]) for row in rows}, key=lambda g: (len(g), g))
+    groups = groups_of(row["members"] for row in rows)
     order = list(WAY_LABELS)
     bits = sorted({row["bits"] for row in rows}, key=("", *BITS).index)
     lines = []

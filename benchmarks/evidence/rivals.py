@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evidence.merging import digits_by_seed
-from evidence.protocol import protocol_rows, with_interval
+from evidence.protocol import groups_of, protocol_rows, with_interval
 from evidence.records import GROUPS, NAMES, needed, not_run, table, with_spread
 
 
@@ -69,7 +69,7 @@ def merge_rivals(record: Mapping[str, Any]) -> str:
 
 def pacs_rivals(record: Mapping[str, Any]) -> str:
     """The same on PACS, beside merges of bundles."""
-    groups = sorted({tuple(row["members"]) for row in record["rows"]}, key=lambda g: (len(g), g))
+    groups = groups_of(row["members"] for row in record["rows"])
     first: dict[str, dict[tuple[str, ...], Mapping[str, float]]] = {}
     seconds: dict[str, list[float]] = {}
     for row in record["rows"]:

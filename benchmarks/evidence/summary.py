@@ -18,21 +18,18 @@ from evidence.merging import (
     streets_hdrq_less_qdrop,
 )
 from evidence.protocol import (
-    against_qdrop,
+    PACS_TRAININGS,
     beside_qdrop,
     best_float_merges,
+    hdrq_less_qdrop,
     protocol_means,
     protocol_rows,
 )
-from evidence.records import METHOD_COLOURS, listed, needed, table, with_spread
+from evidence.records import METHOD_COLOURS, WIDTHS, listed, needed, table, with_spread
 
 __all__ = ["headline", "plot_headline", "summary"]
 
-# Records of PACS in our setting as it is.
-_EVERY_PACS = ("pacs", "pacs_first", "pacs_wide")
 _LATE = "rtn-corrected, 8 bits merged to 4"
-
-
 # Lines of README's table: its name, method, bits, and the bits that the merge rounds to.
 _HEADLINE = (
     ("float", "float", "", ""),
@@ -43,61 +40,69 @@ _HEADLINE = (
     ("hdrq", "hdrq", "w4a8", ""),
     (_LATE, "rtn-corrected", "w8a8", "-w4"),
 )
-# Ways of merging PACS, in the order of README's columns.
-_HEADLINE_WAYS = ("nearest", "regression", "renewed", "fitted", "guided")
+# README's columns by data set and, on PACS, way of merging.
+_COLUMNS = {
+    ("digits", "mean"): "mean",
+    ("digits", "regression"): "regression",
+    ("PACS", "nearest"): "mean",
+    ("PACS", "regression"): "regression",
+    ("PACS", "renewed"): "regression, BatchNorm re-estimated",
+    ("PACS", "fitted"): "regression, fitted",
+    ("PACS", "guided"): "regression, fitted to float models (2 sweeps)",
+}
+# Ways of merging on digits by column, of float models and of bundles.
+_DIGITS_WAYS = {
+    "mean": (("float", "mean-folded"), "mean-nearest"),
+    "regression": (("float-folded", "regression-nearest"), "regression-compensated"),
+}
+
+
+def _figures() -> dict[tuple[str, str, str], tuple[float, float]]:
+    """Mean of pairs and triple of README's table, as rounded there, by line and column."""
+    rows = needed("merge_statistics")["rows"]
+    drawn = [row for row in rows if row["task"] == "digits" and row["fold"] == "weights"]
+    real = protocol_rows(needed("pacs"))
+    found = {}
+    for name, parents, bits, late in _HEADLINE:
+        for task, way in _COLUMNS:
+            if task == "PACS":
+                both = protocol_means(real, parents, bits, f"{way}{late}")
+            else:
+                exact, merged = _DIGITS_WAYS[way]
+                of = exact if parents == "float" else (parents, f"{merged}{late}")
+                both = _on_digits(drawn, bits, *of)
+            if both is not None:
+                found[name, task, way] = (round(both[0], 1), round(both[1], 1))
+    return found
+
+
+def _on_digits(
+    rows: Sequence[Mapping[str, Any]], bits: str, parents: str, way: str
+) -> tuple[float, float] | None:
+    """The mean of pairs and of triples over all runs of one kind; None without any."""
+    own = [r for r in rows if (r["parents"], r["bits"], r["way"]) == (parents, bits, way)]
+    pairs, triples = (
+        [value for row in own if len(row["members"]) == size for value in row["harmonic_means"]]
+        for size in (2, 3)
+    )
+    return (statistics.fmean(pairs), statistics.fmean(triples)) if pairs and triples else None
 
 
 def headline() -> str:
     """README's table: merges of bundles to W4A8 beside merges of float models."""
-    digits, photos = needed("merge_statistics"), needed("pacs")
-    drawn = [r for r in digits["rows"] if r["task"] == "digits" and r["fold"] == "weights"]
-    real = protocol_rows(photos)
-
-    def on_digits(parents: str, bits: str, way: str) -> str:
-        means = []
-        for size in (2, 3):
-            values = [
-                value
-                for row in drawn
-                if (row["parents"], row["way"], len(row["members"])) == (parents, way, size)
-                and row["bits"] == bits
-                for value in row["harmonic_means"]
-            ]
-            if not values:
-                return "-"
-            means.append(f"{statistics.fmean(values):.1f}")
-        return " / ".join(means)
-
-    def on_photos(parents: str, bits: str, way: str) -> str:
-        both = protocol_means(real, parents, bits, way)
-        return f"{both[0]:.1f} / {both[1]:.1f}" if both else "-"
-
-    lines = []
-    for name, parents, bits, late in _HEADLINE:
-        exact = parents == "float"
-        lines.append(
-            [
-                name,
-                on_digits(parents, bits, "mean-folded" if exact else f"mean-nearest{late}"),
-                on_digits("float-folded", bits, "regression-nearest")
-                if exact
-                else on_digits(parents, bits, f"regression-compensated{late}"),
-                *(on_photos(parents, bits, f"{way}{late}") for way in _HEADLINE_WAYS),
-            ]
-        )
+    figures = _figures()
     return table(
+        ["parents", *(f"{task}: {label}" for (task, _), label in _COLUMNS.items())],
         [
-            "parents",
-            "digits: mean",
-            "digits: regression",
-            "PACS: mean",
-            "PACS: regression",
-            "PACS: regression, BatchNorm re-estimated",
-            "PACS: regression, fitted",
-            "PACS: regression, fitted to float models (2 sweeps)",
+            [name, *(_both(figures.get((name, *column))) for column in _COLUMNS)]
+            for name, *_ in _HEADLINE
         ],
-        lines,
     )
+
+
+def _both(figures: tuple[float, float] | None) -> str:
+    """The mean of pairs and the figure of all domains."""
+    return f"{figures[0]:.1f} / {figures[1]:.1f}" if figures else "-"
 
 
 def plot_headline(target: Path) -> None:
@@ -109,31 +114,27 @@ def plot_headline(target: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    header, _, *lines = headline().splitlines()
-    ways = [cell.strip() for cell in header.strip("|").split("|")][1:]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    spans = _spans(ways)
+    figures, spans = _figures(), _spans()
     with rc_context({"svg.hashsalt": "hdrq", "svg.fonttype": "path", "font.size": 9}):
         figure = Figure(figsize=(11, 3.6), layout="constrained")
         panels = figure.subplots(1, 2, width_ratios=(2, 4))
         for axes, task in zip(panels, ("digits", "PACS"), strict=True):
-            own = [index for index, way in enumerate(ways) if way.startswith(f"{task}: ")]
-            for place, (parents, *cells) in enumerate(rows):
-                there = [group for group, index in enumerate(own) if cells[index] != "-"]
+            own = [column for column in _COLUMNS if column[0] == task]
+            for place, (name, *_) in enumerate(_HEADLINE):
+                there = [group for group, way in enumerate(own) if (name, *way) in figures]
                 if not there:
                     continue
                 pairs, triples = zip(
-                    *(map(float, cells[own[group]].split(" / ")) for group in there), strict=True
+                    *(figures[(name, *own[group])] for group in there), strict=True
                 )
-                at = [group + 0.12 * (place - len(rows) // 2) for group in there]
-                colour = METHOD_COLOURS[parents]
-                axes.plot(at, pairs, "o", color=colour, ms=7, label=parents)
+                at = [group + 0.12 * (place - len(_HEADLINE) // 2) for group in there]
+                colour = METHOD_COLOURS[name]
+                axes.plot(at, pairs, "o", color=colour, ms=7, label=name)
                 axes.plot(at, triples, "D", color="none", mec=colour, ms=6, mew=1.4)
                 for x, group in zip(at, there, strict=True):
-                    if limits := spans.get((parents, ways[own[group]])):
+                    if limits := spans.get((name, *own[group])):
                         axes.plot([x, x], limits, color=colour, lw=1, alpha=0.7)
-            names = [ways[index].partition(": ")[2] for index in own]
-            names = [name.replace(", ", ",\n").replace(" (", "\n(") for name in names]
+            names = [_COLUMNS[way].replace(", ", ",\n").replace(" (", "\n(") for way in own]
             axes.set_xticks(range(len(own)), names)
             axes.set_title(f"{task}, W4A8 bundles and float models merged")
             axes.grid(axis="y", alpha=0.3)
@@ -147,42 +148,30 @@ def plot_headline(target: Path) -> None:
         figure.savefig(target, metadata=empty)
 
 
-def _spans(columns: Sequence[str]) -> dict[tuple[str, str], tuple[float, float]]:
+def _spans() -> dict[tuple[str, str, str], tuple[float, float]]:
     """95% intervals of the merges of all domains of PACS, by line and column of README's table."""
-    found, names = {}, [column for column in columns if column.startswith("PACS: ")]
-    for row in protocol_rows(needed("pacs")):
-        for name, parents, bits, late in _HEADLINE:
-            keys = [(parents, bits, f"{way}{late}") for way in _HEADLINE_WAYS]
-            key = (row["method"], row["bits"], row["way"])
-            if key in keys and len(row["members"]) > 2 and "low" in row["figure"]:
-                limits = (row["figure"]["low"], row["figure"]["high"])
-                found[name, names[keys.index(key)]] = limits
-    return found
-
-
-def _headline_figures() -> dict[tuple[str, str], tuple[float, float]]:
-    """The cells of README's table: mean of pairs and triple, by parents and column."""
-    header, _, *lines = headline().splitlines()
-    ways = [cell.strip() for cell in header.strip("|").split("|")][1:]
-    found = {}
-    for line in lines:
-        parents, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        for way, cell in zip(ways, cells, strict=True):
-            if cell != "-":
-                pairs, triple = map(float, cell.split(" / "))
-                found[parents, way] = (pairs, triple)
-    return found
+    rows = {
+        (row["method"], row["bits"], row["way"]): row["figure"]
+        for row in protocol_rows(needed("pacs"))
+        if len(row["members"]) > 2 and "low" in row["figure"]
+    }
+    return {
+        (name, task, way): (figure["low"], figure["high"])
+        for name, parents, bits, late in _HEADLINE
+        for task, way in _COLUMNS
+        if task == "PACS" and (figure := rows.get((parents, bits, f"{way}{late}")))
+    }
 
 
 def _sentences() -> Iterator[tuple[str, tuple[str, ...]]]:
     """What was found, in five sentences, each with the records that carry it."""
-    figures, real = _headline_figures(), protocol_rows(needed("pacs"))
+    figures, real = _figures(), protocol_rows(needed("pacs"))
     alone, wide = (
         protocol_means(real, *of)
         for of in (("qdrop", "w4a8", "single"), ("rtn-corrected", "w8a8", "nearest"))
     )
     assert alone is not None and wide is not None
-    averaged = {parents: figures[parents, "PACS: mean"][0] for parents in ("qdrop", "float")}
+    averaged = {parents: figures[parents, "PACS", "nearest"][0] for parents in ("qdrop", "float")}
     yield (
         "At 8 bits bundles merge as float models do (PACS, pairs of domains averaged: "
         f"{wide[0]:.1f}% without learning, float {averaged['float']:.1f}%), but at 4-bit weights "
@@ -192,7 +181,7 @@ def _sentences() -> Iterator[tuple[str, tuple[str, ...]]]:
     )
     yield _without_images(figures)
     yield _fitted(figures, real)
-    yield _led(), tuple(_EVERY_PACS)
+    yield _led(), PACS_TRAININGS
     cells = [
         row["times_quantize_static"]
         for model in needed("peers")["models"]
@@ -213,14 +202,12 @@ def _sentences() -> Iterator[tuple[str, tuple[str, ...]]]:
 def _led() -> str:
     """The sentence on HDRQ beside QDrop: how often which of them leads on PACS."""
     counts = {True: [0, 0, 0], False: [0, 0, 0]}
-    for name in _EVERY_PACS:
-        for row in protocol_rows(needed(name)):
-            other = against_qdrop(row) if row["method"] == "hdrq" else None
-            if other is not None:
-                count = counts[row["way"] == "nearest"]
-                count[0] += other["low"] > 0
-                count[1] += other["high"] < 0
-                count[2] += 1
+    for name in PACS_TRAININGS:
+        for row, other in hdrq_less_qdrop(name):
+            count = counts[row["way"] == "nearest"]
+            count[0] += other["low"] > 0
+            count[1] += other["high"] < 0
+            count[2] += 1
     (plain_ours, plain_theirs, plain), (ours, theirs, rest) = counts[True], counts[False]
     assert plain_ours > plain_theirs and theirs > ours, "the sentence says so"
     return (
@@ -234,11 +221,11 @@ def _led() -> str:
 
 
 def _without_images(
-    figures: Mapping[tuple[str, str], tuple[float, float]],
+    figures: Mapping[tuple[str, str, str], tuple[float, float]],
 ) -> tuple[str, tuple[str, ...]]:
     """The sentence on merges by the statistics in the bundles."""
-    solved, average = figures["hdrq", "digits: regression"], figures["float", "digits: mean"]
-    exact = figures["float", "digits: regression"]
+    solved, average = figures["hdrq", "digits", "regression"], figures["float", "digits", "mean"]
+    exact = figures["float", "digits", "regression"]
     assert exact[0] > solved[0] > average[0], "the sentence says so"
     assert exact[1] > solved[1] > average[1], "the sentence says so"
     drawn = needed("merge_statistics")["rows"]
@@ -269,12 +256,11 @@ def _without_images(
 
 
 def _fitted(
-    figures: Mapping[tuple[str, str], tuple[float, float]], real: Sequence[Mapping[str, Any]]
+    figures: Mapping[tuple[str, str, str], tuple[float, float]], real: Sequence[Mapping[str, Any]]
 ) -> tuple[str, tuple[str, ...]]:
     """The sentence on merges that are fitted on images without labels."""
-    fitted = "PACS: regression, fitted"
-    pairs = [figures[parents, fitted][0] for parents in ("brecq", "qdrop", "hdrq")]
-    whole, late = figures["float", fitted][0], figures[_LATE, fitted][0]
+    pairs = [figures[parents, "PACS", "fitted"][0] for parents in ("brecq", "qdrop", "hdrq")]
+    whole, late = (figures[name, "PACS", "fitted"][0] for name in ("float", _LATE))
     unfitted = best_float_merges(real)[0]
     narrow = [protocol_means(real, m, "w4a4", "fitted") for m in ("brecq", "qdrop", "hdrq")]
     assert whole > late > max(pairs) > min(pairs) > unfitted, "the sentence says so"
@@ -310,12 +296,10 @@ def _moved_by_fits() -> list[float]:
             for row in needed(name)["rows"]
             if row["setting"] == "ours"
         }
-        moved += [
-            value - means[method, bits, way.replace("fitted", "regression")]
-            for (method, bits, way), value in means.items()
-            if way.startswith("fitted")
-            and (method, bits, way.replace("fitted", "regression")) in means
-        ]
+        for (method, bits, way), value in means.items():
+            solved = means.get((method, bits, way.replace("fitted", "regression")))
+            if way.startswith("fitted") and solved is not None:
+                moved.append(value - solved)
     return moved
 
 
@@ -349,7 +333,7 @@ def _drawn_beside_qdrop() -> str:
         ("mean-advanced", "mean, advanced"),
         ("regression-compensated", "regression, compensated"),
     ):
-        for bits in ("w8a8", "w4a8", "w4a4", "w3a3"):
+        for bits in WIDTHS:
             cells = [with_spread(d, "+") for d in digits_hdrq_less_qdrop(rows, way, bits)]
             streets = streets_hdrq_less_qdrop(rows, way, bits)
             drawn.append([bits.upper(), label, *cells, with_spread(streets, "+") or "-"])
@@ -372,7 +356,7 @@ def _with_images() -> str:
         [
             method,
             bits.upper() or "FP32",
-            *(f"{cell[0]:.1f} / {cell[1]:.1f}" if cell else "-" for cell in both),
+            *map(_both, both),
         ]
         for method, bits, both in lines
         if any(both)
