@@ -35,10 +35,10 @@ def sample_of(out: Path, row: Mapping[str, Any], boot: Bootstrap) -> Sample:
         SystemExit: Its cells keep none.
     """
     ((wbits, abits),) = parse_bits([row["bits"]])
-    measured = {}
+    measured, members = {}, tuple(row["members"])
     for seed in SEEDS:
         run = Run(row["setting"], row["method"], wbits, abits, seed)
-        cell = read_row(out, Merge(run, tuple(row["members"]), row["way"], 1).cell(0))
+        cell = read_row(out, Merge(run, members, row["way"], 1).cell(0), members)
         decisions = unpacked(cell.get("decisions")) if cell else None
         if decisions:
             measured[seed] = [decisions]

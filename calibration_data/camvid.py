@@ -45,8 +45,16 @@ from PIL import Image
 
 from ..errors import DataError, ModelError
 from ..typing import Array
-from .readers.decoding import checked, decode, folders_of, images_of, loaded, opened
-from .readers.street_scenes import IGNORE
+from .readers.decoding import (
+    checked,
+    folders_by_name,
+    images_of,
+    opened,
+    orientation,
+    picture_of,
+    upright,
+)
+from .readers.street_scenes import IGNORE, turned_with
 
 __all__ = [
     "CLASSES",
@@ -117,7 +125,7 @@ _FRAME = re.compile(r"(.*?)(\d+)$")
 
 
 def label_map(file: Path) -> Array:
-    """Labels (H, W) uint8 of a file in either form: 0 to 10, and 255 for pixels to leave out.
+    """Labels (H, W) uint8 of a file in either form, upright: 0 to 10, and 255 to leave out.
 
     A picture of colours, or a palette of CamVid's colours, is read by its colours. Numbers, and
     palettes of other colours, are read as the SegNet copy has them: 0 to 10, and 11 for void. The
@@ -128,7 +136,7 @@ def label_map(file: Path) -> Array:
         DataError: No picture, a colour that CamVid does not have, or a number above 11.
     """
     with opened(file) as image:
-        picture = loaded(image, file)
+        picture = upright(image, file)
         if picture.mode in {"RGB", "RGBA"}:
             return _by_colour(picture, file)
         if picture.mode not in {"L", "P", "I", "I;16"}:
@@ -229,23 +237,25 @@ def light_folders(data: Path, domain: str) -> list[tuple[Path, Path]]:
     Capitals in the names do not count.
 
     Raises:
-        DataError: It is not there.
+        DataError: It is not there, frames or labels without the other, or two names that differ in
+            capitals alone.
         ModelError: The package that makes fog and snow is not installed.
     """
     light = _light_of(domain)
-    found = {folder.name.lower(): folder for folder in folders_of(data)} if data.is_dir() else {}
+    found = folders_by_name(data) if data.is_dir() else {}
     pairs = _distributed(found)
     if light in found or not pairs:
-        place, names = found.get(light, data / light), [folder.name for folder in found.values()]
+        names = [folder.name for folder in found.values()]
+        inside = folders_by_name(found[light]) if light in found else {}
         for kind in ("images", "labels"):
-            if not (place / kind).is_dir():
+            if kind not in inside:
                 raise DataError(
                     f"{data / light / kind}: not there; needed day/images, day/labels, dusk/images "
                     "and dusk/labels, or the folders as they are distributed (701_StillsRaw_full "
                     "and LabeledApproved_full, or train and trainannot; found "
                     f"{', '.join(names) or 'no folders'})"
                 )
-        pairs = [(place / "images", place / "labels")]
+        pairs = [(inside["images"], inside["labels"])]
     if domain in CORRUPTED and importlib.util.find_spec("corrupt_tta") is None:
         raise ModelError(
             f"{domain} is made by corrupt-tta: pip install 'hdrq-deploy[corruptions]', or choose "
@@ -260,9 +270,21 @@ def _light_of(domain: str) -> str:
 
 
 def _distributed(found: Mapping[str, Path]) -> list[tuple[Path, Path]]:
-    """Folders of frames and labels of the first layout that is there whole."""
+    """Folders of frames and labels of the first layout of which there is a pair.
+
+    Raises:
+        DataError: There is half of another pair of it.
+    """
     for layout in _LAYOUTS:
         pairs = [(found[a], found[b]) for a, b in layout if a in found and b in found]
+        for names in layout if pairs else ():
+            there = [found[name] for name in names if name in found]
+            if len(there) == 1:
+                (other,) = set(names) - {there[0].name.lower()}
+                raise DataError(
+                    f"{there[0]}: found no {other} beside it; needed frames and labels of each "
+                    "split: add it, or move this one away"
+                )
         if pairs:
             return pairs
     return []
@@ -278,17 +300,17 @@ def write(data: Path, folder: Path, domains: Sequence[str]) -> None:
 
     Raises:
         DataError: A folder or the labels of a frame are missing, a label is none of CamVid, sizes
-            differ, or a split would have no frame.
+            or orientations differ, or a split would have no frame or no pixel of a class.
         ModelError: As :func:`light_folders`.
     """
     for domain in domains:
-        counts: Counter[str] = Counter()
+        counts, labelled = Counter[str](), Counter[str]()
         for split, image, label in _chosen(light_folders(data, domain), _light_of(domain)):
             counts[split] += 1
             target = folder / domain / split
             for kind in ("images", "labels"):
                 (target / kind).mkdir(parents=True, exist_ok=True)
-            _write_labels(image, label, target / "labels" / f"{image.stem}.png")
+            labelled[split] += _write_labels(image, label, target / "labels" / f"{image.stem}.png")
             _write_frame(image, domain, target / "images")
         empty = [split for split in SPLITS if not counts[split]]
         if empty:
@@ -297,6 +319,12 @@ def write(data: Path, folder: Path, domains: Sequence[str]) -> None:
                 f"split {empty[0]}; the number of a frame decides ({_STRETCH} frames a stretch; "
                 "modulo 4, stretch 0 is for the test, 2 for calibration): add frames of other "
                 "stretches"
+            )
+        void = [split for split in ("training", "test") if not labelled[split]]
+        if void:
+            raise DataError(
+                f"{data}: found {counts[void[0]]} frames of {domain} for the split {void[0]} "
+                "whose labels are all void; needed a pixel of a class in one of them"
             )
 
 
@@ -333,25 +361,35 @@ def _chosen(folders: Sequence[tuple[Path, Path]], light: str) -> Iterator[tuple[
         yield split, image, label
 
 
-def _write_labels(image: Path, label: Path, target: Path) -> None:
-    labels = label_map(label)
-    with opened(image) as frame:
-        size = (frame.height, frame.width)
-    if labels.shape != size:
+def _write_labels(image: Path, label: Path, target: Path) -> bool:
+    """Write the labels as the frame lies; whether any pixel of them counts.
+
+    Raises:
+        DataError: They are not CamVid's, or not of the frame.
+    """
+    picture = Image.fromarray(label_map(label))
+    with opened(image) as frame, opened(label) as file:
+        turned, own = orientation(frame), orientation(file)
+        shown = upright(frame, image)
+    size = (shown.height, shown.width)
+    picture = turned_with(size, turned, picture, own, label)
+    if picture.size != shown.size:
         raise DataError(
-            f"{label}: found labels of {labels.shape[0]}x{labels.shape[1]} for a frame of "
+            f"{label}: found labels of {picture.height}x{picture.width} for a frame of "
             f"{size[0]}x{size[1]}; needed one label a pixel"
         )
-    picture = Image.fromarray(labels)
     if size != SIZE:
         picture = picture.resize(SIZE[::-1], Image.Resampling.NEAREST)
     picture.save(target)
+    return bool((np.asarray(picture) != IGNORE).any())
 
 
 def _write_frame(image: Path, domain: str, folder: Path) -> None:
-    frame = decode(image, 3)
+    with opened(image) as stored:
+        turned = orientation(stored) != 1
+        frame = picture_of(stored, image, 3)
     if domain not in CORRUPTED:
-        if frame.size == SIZE:
+        if frame.size == SIZE and not turned:
             shutil.copyfile(image, folder / image.name)
         else:
             frame.resized(SIZE).image.save(folder / f"{image.stem}.png")

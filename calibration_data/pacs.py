@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import DataError
-from .readers.decoding import checked, decode, folders_of, images_of
+from .readers.decoding import BESIDE, FOLDER, checked, decode, folders_by_name, images_of, left_out
 
 __all__ = ["CLASSES", "DOMAINS", "SPLITS", "domain_folder", "file_number", "split_of", "write"]
 
@@ -70,15 +70,15 @@ def domain_folder(data: Path, domain: str) -> Path:
     """The folder of a domain, with a folder of every class inside, in capitals or small letters.
 
     Raises:
-        DataError: It is not there, or a class is missing.
+        DataError: It is not there, a class is missing, or two names differ in capitals alone.
     """
-    found = {folder.name.lower(): folder for folder in folders_of(data)} if data.is_dir() else {}
+    found = folders_by_name(data) if data.is_dir() else {}
     if domain not in found:
         raise DataError(
             f"{data / domain}: not there; needed PACS as it is distributed, a folder for each of "
             f"{', '.join(DOMAINS)} (found {', '.join(found) or 'no folders'})"
         )
-    classes = _class_folders(found[domain])
+    classes = folders_by_name(found[domain])
     missing = [name for name in CLASSES if name not in classes]
     if missing:
         raise DataError(
@@ -86,19 +86,6 @@ def domain_folder(data: Path, domain: str) -> Path:
             f"{', '.join(CLASSES)} (found {', '.join(sorted(classes)) or 'no folders'})"
         )
     return found[domain]
-
-
-def _class_folders(folder: Path) -> dict[str, Path]:
-    """Folders in a domain by their names in small letters.
-
-    Raises:
-        DataError: Two names differ in capitals alone.
-    """
-    found: dict[str, Path] = {}
-    for inside in folders_of(folder):
-        if (before := found.setdefault(inside.name.lower(), inside)) != inside:
-            raise DataError(f"{inside}: found {before.name} beside it; join the two folders")
-    return found
 
 
 def write(data: Path, folder: Path, domains: Sequence[str]) -> None:
@@ -118,12 +105,17 @@ def write(data: Path, folder: Path, domains: Sequence[str]) -> None:
     """
     for domain in domains:
         source = domain_folder(data, domain)
-        folders = _class_folders(source)
+        folders = folders_by_name(source)
         unknown = [place.name for name, place in folders.items() if name not in CLASSES]
-        if unknown:
+        beside: Counter[str] = Counter()
+        beside[BESIDE] = len(images_of(source, beside))
+        del beside[FOLDER]
+        if unknown or +beside:
             _log.warning(
-                "%s: left out %s; classes are %s", source, ", ".join(unknown), ", ".join(CLASSES)
-            )
+                "%s: left out %s; classes are %s",
+                source, ", ".join([*unknown, *filter(None, [left_out(beside)])]),
+                ", ".join(CLASSES),
+            )  # fmt: skip
         counts: Counter[str] = Counter()
         for name in CLASSES:
             for split in SPLITS:

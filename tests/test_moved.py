@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The public names that every old path had in version 0.1.
 PUBLIC: dict[str, list[str]] = json.loads(Path(__file__).with_name("moved_names.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def _other_tests_see_the_package_as_it_is() -> Iterator[None]:
+    """An import of an old path leaves it as a name of the package, such as ``merge``."""
+    before = dict(vars(hdrq_deploy))
+    yield
+    vars(hdrq_deploy).clear()
+    vars(hdrq_deploy).update(before)
 
 
 def old_module(old: str, monkeypatch: pytest.MonkeyPatch) -> Any:

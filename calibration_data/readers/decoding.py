@@ -33,9 +33,11 @@ __all__ = [
     "checked",
     "cut",
     "decode",
+    "folders_by_name",
     "folders_of",
     "images_of",
     "is_hidden",
+    "left_out",
     "loaded",
     "opened",
     "orientation",
@@ -201,6 +203,19 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise DataError(f"{folder}: cannot be listed ({error.strerror})") from error
 
 
+def folders_by_name(folder: Path) -> dict[str, Path]:
+    """Folders inside by their names in small letters.
+
+    Raises:
+        DataError: Two names differ in capitals alone, or ``folder`` cannot be listed.
+    """
+    found: dict[str, Path] = {}
+    for inside in folders_of(folder):
+        if (before := found.setdefault(inside.name.lower(), inside)) != inside:
+            raise DataError(f"{inside}: found {before.name} beside it; join the two folders")
+    return found
+
+
 def checked(files: Sequence[T], others: Counter[str], folder: Path) -> Sequence[T]:
     """The image files of a folder; the logger ``hdrq_deploy`` says what was left out.
 
@@ -236,7 +251,10 @@ def opened(file: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """
     with ExitStack() as stack:
         try:
-            stream = stack.enter_context(Path(file).open("rb"))
+            place = Path(file)
+            if place.is_fifo():  # it would wait for a writer
+                raise ValueError("it is a named pipe")
+            stream = stack.enter_context(place.open("rb"))
             stream.peek(1)  # waits for the disk here, where threads do not wait for each other
         except (OSError, ValueError) as error:
             raise Undecodable(file, getattr(error, "strerror", None) or error) from error

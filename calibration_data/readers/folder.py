@@ -98,7 +98,8 @@ def _decoded_all(
         if isinstance(picture, Undecodable):
             if not skip_corrupt:
                 raise DataError(
-                    f"{picture}, or leave such images out (`skip_corrupt`)"
+                    f"{picture}, or leave such images out (`skip_corrupt` of calibration, "
+                    "adaptation and measurement)"
                 ) from picture
             skipped.append(str(file))
             continue

@@ -43,6 +43,7 @@ __all__ = [
     "find_scenes",
     "is_scenes",
     "scene_images",
+    "turned_with",
 ]
 
 IGNORE = 255
@@ -213,8 +214,7 @@ def _pair(image_file: Path, label_file: Path, channels: int) -> tuple[Picture, I
             )
         if labels.mode not in {"L", "P"}:
             labels = labels.convert("I")
-        if turned != own:
-            labels = _turned_with(frame, turned, labels, own, label_file)
+        labels = turned_with(frame.size, turned, labels, own, label_file)
     if frame.size != (labels.height, labels.width):
         raise DataError(
             f"{label_file}: found labels of {labels.height}x{labels.width} for an image of "
@@ -223,18 +223,27 @@ def _pair(image_file: Path, label_file: Path, channels: int) -> tuple[Picture, I
     return frame, labels.copy()
 
 
-def _turned_with(
-    frame: Picture, turned: int, labels: Image.Image, own: int, file: Path
+def turned_with(
+    size: tuple[int, int], turned: int, labels: Image.Image, own: int, file: Path
 ) -> Image.Image:
-    """Labels without an orientation of their own, of an image that EXIF turns.
+    """Labels as an image lies that EXIF turns, where theirs turns them otherwise or not at all.
 
     Only a quarter turn of an image that is no square tells by the sizes whether they were drawn
     on the image as it is stored or as it is shown.
 
+    Args:
+        size: (height, width) of the image, upright.
+        turned: The image's EXIF orientation.
+        labels: Upright by their own.
+        own: Their EXIF orientation.
+        file: Theirs, for the error.
+
     Raises:
         DataError: The sizes do not tell.
     """
-    height, width = frame.size
+    if turned == own:
+        return labels
+    height, width = size
     if own == 1 and turned in range(5, 9) and height != width:
         stored = (labels.height, labels.width) == (width, height)
         return labels.transpose(TURNS[turned]) if stored else labels

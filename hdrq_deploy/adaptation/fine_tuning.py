@@ -158,7 +158,10 @@ def fine_tune(
         )
     where = torch_device(device)
     network = network.to(where).to(memory_format=torch.channels_last)
-    training = FineTuning(network, torch.from_numpy(images.x), y, chosen, seed, where)
+    try:
+        training = FineTuning(network, torch.from_numpy(images.x), y, chosen, seed, where)
+    except DataError as error:
+        raise DataError(f"{data}: {error}") from error
     origin = {"model": model, "source_sha256": source, "data_sha256": images.sha256}
     training.train(partial, origin, resume, progress)
     state = {

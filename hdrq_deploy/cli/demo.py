@@ -27,7 +27,7 @@ with importing("hdrq demo"):
         write_record,
     )
     from ..formats.file_kinds import DEMO_FILE, DIGITS
-    from ..formats.staleness import change_since, code_of, versions_of
+    from ..formats.staleness import code_of, versions_of, with_written, written_change
     from ..runfile.loading import load
     from ..runfile.plan import stages_of
     from ..runfile.running import check
@@ -139,12 +139,12 @@ def _write_data(out: Path, seed: int) -> None:
         "code": code_of("calibration_data.digits.images"),
     }
     data = out / "data"
-    if (data / DIGITS.marker).is_file() and not change_since(data / DIGITS.marker, record):
+    if not written_change(data, DIGITS, record):
         return
     print(f"writing images of {', '.join(digits.TARGETS)} to {data}", file=sys.stderr, flush=True)
     with new_directory(data, DIGITS, sync=False) as folder:
         digits.write(folder, digits.TARGETS, ("calibration", "test"), seed)
-        write_record(folder, DIGITS, record)
+        write_record(folder, DIGITS, with_written(folder, DIGITS, record))
 
 
 def _provide_checkpoints(out: Path) -> None:

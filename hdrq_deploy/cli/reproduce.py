@@ -18,15 +18,17 @@ with importing("hdrq reproduce"):
     from ..calibration.settings import SETTINGS
     from ..errors import HdrqError, ModelError
     from ..experiments.bundles import inputs_of
-    from ..experiments.cells import check_finished, jobs
+    from ..experiments.cells import jobs
     from ..experiments.comparison_sheets import SCENES, draw, picture_name
+    from ..experiments.finished import check_finished
     from ..experiments.grid import BITS, Grid, bundle_path, parse_bits, row_path
-    from ..experiments.rate_search import FEWEST
+    from ..experiments.rate_search import images_for
     from ..experiments.real_images import ADAPTATIONS, PROTOCOLS, Choice, Preparation, prepare
     from ..experiments.table import cells, header, markdown, network, notes, rows
     from ..experiments.tasks import (
         HRDA,
         Task,
+        check_images,
         is_written,
         made,
         made_checkpoints,
@@ -37,14 +39,17 @@ with importing("hdrq reproduce"):
     from ..experiments.tuning import (
         TUNING,
         chosen_rates,
+        first_trials,
         keep_search,
         known_search,
         searched_on,
+        searched_runs,
         tune,
     )
     from ..experiments.ways import WAYS
     from ..formats.atomic_files import (
         Kind,
+        alone_in,
         check_container,
         check_scratch,
         make_directory,
@@ -222,6 +227,8 @@ def _reproduce(args: argparse.Namespace) -> int:
     started = time.monotonic()
     threads = threads_of(args.threads, args.workers, args.ray, args.gpus)
     bits = parse_bits(args.bits)
+    if args.source is not None and not args.source.strip():
+        raise HdrqError("found --source without a name; needed a domain, or leave it out")
     if args.draw and args.protocol not in _SCENES:
         raise HdrqError(f"found --draw with {args.protocol}; it is of {' and '.join(_SCENES)}")
     if args.draw and parse_bits([args.draw])[0] not in bits:
@@ -244,52 +251,71 @@ def _reproduce(args: argparse.Namespace) -> int:
         args.pairs,
         tuple(dict.fromkeys(args.ways)),
     )
-    if tuned and grid.task.images < FEWEST:
-        raise HdrqError(
-            f"found {grid.task.images} calibration images of a domain; a search needs {FEWEST} or "
-            "more: pass --images"
-        )
+    if tuned:
+        searched_runs(grid, tuned)  # raises where there is nothing to search, or too few images
     if known := _known_search(args, grid):
         grid = replace(grid, rates=chosen_rates(known), searched_on=searched_on(known))
-    _check_outputs(args, grid, prepared)
+    _check_outputs(args, grid, prepared, tuned)
     check_scratch()
     if args.table:
         if not (out / "rows").is_dir():
             raise HdrqError(f"{out}: found no run; needed the OUT of one, with its rows")
         check_finished(grid, out)
-    else:
-        _check_device(args.device)
-        for folder in (out, out / "cells", out / "rows"):
-            make_directory(folder)
-    if known and args.rates and not args.table:
-        keep_search(known, out)
-    if args.made:
-        with progress_lines("train") as report:
-            write_made(args.protocol, out, report)
-    if prepared and not args.table:
-        with progress_lines("train") as report:
-            prepared.make(args.device, threads, report, FEWEST if tuned else 1)
+        records = rows(grid, out)
+        _check_rows(out, records)
+        if known and args.rates:
+            keep_search(known, out)
+        return _write_results(args, grid, out, records, {})
+    _check_device(args.device)
+    make_directory(out)
+    with alone_in(out):
+        grid = _run(args, grid, out, prepared, tuned, known, threads)
         if args.prepare:
             models = args.checkpoints or out / "checkpoints"
             print(f"{models}: the models; {out / 'data'}: their images, in splits")
             return 0
-    if not args.table:
-        with (
-            progress_lines(args.protocol) as report,
-            open_pool(args.workers, threads, args.ray, out, args.gpus) as pool,
-        ):
-            if tuned:
-                record = tune(grid, tuned, out, args.device, threads, pool, report)
-                grid = replace(grid, rates=chosen_rates(record), searched_on=searched_on(record))
-            run_jobs(list(jobs(grid, out, args.device, threads)), pool, report)
-    ran = {"threads": threads, "seconds_of_this_run": round(time.monotonic() - started)}
-    records = rows(grid, out)
-    if args.table:
-        ran = {}
-        _check_rows(out, records)
-        if known and args.rates:
-            keep_search(known, out)
-    return _write_results(args, grid, out, records, ran)
+        ran = {"threads": threads, "seconds_of_this_run": round(time.monotonic() - started)}
+        return _write_results(args, grid, out, rows(grid, out), ran)
+
+
+def _run(
+    args: argparse.Namespace,
+    grid: Grid,
+    out: Path,
+    prepared: Preparation | None,
+    tuned: Sequence[tuple[int, int]],
+    known: Mapping[str, Any] | None,
+    threads: int,
+) -> Grid:
+    """Make what is missing or stale: images, checkpoints, and unless they are all, the cells.
+
+    Returns:
+        The grid, with the rates that were searched.
+    """
+    needed = images_for(grid.batch) if tuned else grid.batch
+    if prepared:
+        with progress_lines("train") as report:
+            prepared.make(args.device, threads, report, needed)
+        if args.prepare:
+            return grid
+    else:
+        if args.made:
+            with progress_lines("train") as report:
+                write_made(args.protocol, out, report)
+        check_images(grid.task, needed)
+    for folder in (out / "cells", out / "rows"):
+        make_directory(folder)
+    if known and args.rates:
+        keep_search(known, out)
+    with (
+        progress_lines(args.protocol) as report,
+        open_pool(args.workers, threads, args.ray, out, args.gpus) as pool,
+    ):
+        if tuned:
+            record = tune(grid, tuned, out, args.device, threads, pool, report)
+            grid = replace(grid, rates=chosen_rates(record), searched_on=searched_on(record))
+        run_jobs(list(jobs(grid, out, args.device, threads)), pool, report)
+    return grid
 
 
 def _write_results(
@@ -314,6 +340,7 @@ def _write_results(
         "rows": records,
     }
     text = json.dumps(record, indent=1) + "\n"
+    _say_what_is_left_out(out, records)
     write_bytes(out / "results.json", text.encode(), REPRODUCE_JSON)
     write_bytes(out / "table.md", markdown(grid, records).encode(), REPRODUCE_TABLE)
     print(network(grid))
@@ -341,9 +368,33 @@ def _check_rows(out: Path, records: Sequence[Mapping[str, Any]]) -> None:
     target = out / "results.json"
     if not target.exists():
         return
+    try:
+        there, lost = _lost(read_json(target)["rows"], records)
+    except (KeyError, TypeError) as error:
+        raise HdrqError(
+            f"{target}: found no rows of this version ({error}); move the file"
+        ) from error
+    if lost:
+        setting, method, bits, way, *members = lost[0]
+        raise HdrqError(
+            f"{target}: found {there} rows, {len(lost)} of which would be lost or be of fewer "
+            f"seeds, such as {method} {bits} of {', '.join(members)} ({setting}, {way}); name all "
+            "methods, bits, seeds and domains, or move the file"
+        )
 
-    def runs(some: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], int]:
-        """How many cells each row is of."""
+
+def _lost(
+    before: Iterable[Mapping[str, Any]], now: Iterable[Mapping[str, Any]]
+) -> tuple[int, list[tuple[str, ...]]]:
+    """How many rows there were, and setting, method, bits, way and members of those that go.
+
+    A row goes where it is not among today's, or is of fewer seeds there.
+
+    Raises:
+        KeyError, TypeError: They are no rows of this version.
+    """
+
+    def cells_of(some: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], int]:
         names = ("setting", "method", "bits", "way")
         return {
             (*(row[name] for name in names), *row["members"]): row["merged"]["harmonic mean"][
@@ -352,20 +403,20 @@ def _check_rows(out: Path, records: Sequence[Mapping[str, Any]]) -> None:
             for row in some
         }
 
+    there, here = cells_of(before), cells_of(now)
+    return len(there), sorted(key for key, count in there.items() if here.get(key, 0) < count)
+
+
+def _say_what_is_left_out(out: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Tell of rows of an earlier command that this one's results do not have."""
     try:
-        there = runs(read_json(target)["rows"])
-    except (KeyError, TypeError) as error:
-        raise HdrqError(
-            f"{target}: found no rows of this version ({error}); move the file"
-        ) from error
-    now = runs(records)
-    lost = sorted(key for key, count in there.items() if now.get(key, 0) < count)
+        _, lost = _lost(read_json(out / "results.json")["rows"], records)
+    except (KeyError, TypeError):  # none, or of an earlier version
+        return
     if lost:
-        setting, method, bits, way, *members = lost[0]
-        raise HdrqError(
-            f"{target}: found {len(there)} rows, {len(lost)} of which would be lost or be of fewer "
-            f"seeds, such as {method} {bits} of {', '.join(members)} ({setting}, {way}); name all "
-            "methods, bits, seeds and domains, or move the file"
+        print(
+            f"{len(lost)} rows of an earlier command are not in this table; their figures stay in "
+            f"{out / 'rows'}: --table with the flags of both commands tabulates all"
         )
 
 
@@ -402,7 +453,12 @@ def _searched(grid: Grid) -> dict[str, Any]:
     return {"tuning": TUNING, "rates": grid.rates, "searched_on": grid.searched_on}
 
 
-def _check_outputs(args: argparse.Namespace, grid: Grid, prepared: Preparation | None) -> None:
+def _check_outputs(
+    args: argparse.Namespace,
+    grid: Grid,
+    prepared: Preparation | None,
+    tuned: Sequence[tuple[int, int]],
+) -> None:
     """Whether all places in the folder of the run are free or ours."""
     outputs: list[tuple[Path, Kind]] = [
         (Path("results.json"), REPRODUCE_JSON),
@@ -417,11 +473,30 @@ def _check_outputs(args: argparse.Namespace, grid: Grid, prepared: Preparation |
         names = [picture_name(d, n) for d in grid.domains for n in range(SCENES)]
         outputs += [(Path(name), PICTURE) for name in names]
     places = [(str(path), kind) for path, kind in outputs]
+    places += first_trials(grid, tuned) if tuned and not args.table else []
     places += made_checkpoints(args.protocol) if args.made else []
     places += prepared.outputs(args.out.absolute()) if prepared else []
     check_container(args.out, places, [args.data, args.checkpoints, args.weights], "out")
+    _check_earlier(args.out / "results.json", grid.task)
     if args.made:
         is_written(args.protocol, args.out)
+
+
+def _check_earlier(target: Path, task: Task) -> None:
+    """Refuse the folder of a run of another protocol or network, whose cells have the same names.
+
+    Raises:
+        HdrqError: Its results say that it is one.
+    """
+    before = read_json(target)
+    if not isinstance(before, dict):
+        return
+    there = (before.get("task", task.name), before.get("model", task.model))
+    if there != (task.name, task.model):
+        raise HdrqError(
+            f"{target}: found a run of {' with '.join(map(str, there))}; needed one of {task.name} "
+            f"with {task.model}: choose another `out`"
+        )
 
 
 def _limited(task: Task, images: int | None) -> Task:

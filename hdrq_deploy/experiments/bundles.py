@@ -73,7 +73,7 @@ def make_bundle(
     if not change:
         return
     if record.is_file():
-        _log.info("%s: calibrated again, %s", output, change)
+        _log.info("%s: %s; calibrating again", output, change)
     remove_file(record, CELL_INPUTS)
     try:
         run_calibration(replace(request, resume=True), graphs)
@@ -92,11 +92,14 @@ def finished_change(request: CalibrationRequest) -> str:
 
     Code, versions, the device, files of the same names that are gone, options that the bundle's
     record does not have, and statistics, which change no figure, are not compared: what is finished
-    stays what it is. "" where there is no record.
+    stays what it is. "" where bundle and record are gone.
     """
-    before = read_json(inputs_of(Path(request.output)))
-    if not isinstance(before, dict):
+    output = Path(request.output)
+    before = read_json(inputs_of(output))
+    if not isinstance(before, dict) and not output.exists():
         return ""
+    if not isinstance(before, dict):  # a calibration anew was stopped
+        return "no record says what its bundle was made from"
     now = json.loads(json.dumps(_ingredients(request)))
     gone = {name for name in (*_READ, "data") if _is_gone(now[name], before.get(name))}
     for name in {"versions", "code", "device", "statistics", *gone}:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,6 @@ from ..calibration.methods import METHODS
 from ..calibration.request import CalibrationRequest
 from ..calibration.settings import SETTINGS
 from ..calibration_data.readers import Wanted, read
-from ..errors import SpecError
 from ..exporters import export
 from ..formats.atomic_files import scratch_folder, write_bytes
 from ..formats.bench_result import Accuracy
@@ -32,7 +31,6 @@ from ..runtime.bench.measurement import labelled
 from ..runtime.engine import Engine
 from ..runtime.loading import open_engine
 from .bundles import (
-    finished_change,
     is_merged,
     make_bundle,
     record_ingredients,
@@ -47,14 +45,16 @@ from .ways import WAYS
 __all__ = [
     "accuracies_of",
     "calibrate_cell",
-    "check_finished",
     "engine_of",
     "jobs",
     "labelled_set",
+    "request_of",
 ]
 
 _log = logging.getLogger("hdrq_deploy")
 CANDIDATES = 30  # as in the paper
+# Hashes of the bundles that a merge read, by their part.
+_MADE_OF = ("parents", "guides")
 
 
 def jobs(grid: Grid, out: Path, device: str, threads: int) -> Iterator[Job]:
@@ -87,32 +87,12 @@ def calibrate_cell(
     rate: float | None = None,
 ) -> None:
     """The bundle of one domain, and its engine's accuracy there; ``rate`` was searched."""
-    make_bundle(_request(task, out, device, run, domain, statistics, rate), graphs)
+    make_bundle(request_of(task, out, device, run, domain, statistics, rate), graphs)
     extra = {"setting": run.setting}
     _measure(task, out, run.single(domain), (domain,), device, threads, extra)
 
 
-def check_finished(grid: Grid, out: Path) -> None:
-    """Refuse figures that another task or other options gave.
-
-    Raises:
-        SpecError: A cell of the grid has figures, and its bundle was made from something else.
-    """
-    for run in grid.runs():
-        for domain in grid.domains:
-            cell = run.single(domain)
-            if read_row(out, cell) is None:
-                continue
-            needed = grid.needs_statistics(run)
-            request = _request(grid.task, out, "auto", run, domain, needed, grid.rate(run))
-            if change := finished_change(request):
-                raise SpecError(
-                    f"{row_path(out, cell)}: found figures of another run ({change}); give what "
-                    "that run was given, or another `out`"
-                )
-
-
-def _request(
+def request_of(
     task: Task,
     out: Path,
     device: str,
@@ -182,7 +162,8 @@ def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) 
                 record_ingredients(targets[draw], ingredients[draw])
     for draw in range(merge.draws):
         extra = {"setting": merge.run.setting, "way": merge.way, "draw": draw}
-        _measure(task, out, merge.cell(draw), merge.members, device, threads, extra)
+        made_of = {key: ingredients[draw][key] for key in _MADE_OF if key in ingredients[draw]}
+        _measure(task, out, merge.cell(draw), merge.members, device, threads, extra, made_of)
 
 
 def _merge_ingredients(
@@ -236,23 +217,28 @@ def _measure(
     device: str,
     threads: int,
     extra: dict[str, Any],
+    made_of: Mapping[str, Any] | None = None,
 ) -> None:
-    """Accuracy of the cell's ONNX Runtime engine; kept beside the hash of its bundle."""
+    """Accuracy of the cell's ONNX Runtime engine; kept beside the hash of its bundle.
+
+    ``made_of`` are the hashes of the bundles that a merge read, by their part.
+    """
     bundle = Bundle.open(bundle_path(out, cell))
     target = row_path(out, cell)
     tests = [domain for domain in task.domains if domain.name in domains]
     origin = {
         "bundle": bundle.manifest_sha256,
+        **(made_of or {}),
         "tests": {d.name: [fingerprint(d.test), task.split, d.image_size] for d in tests},
         "versions": versions_of("numpy", "onnx", "onnxruntime", "pillow"),
         "code": code_of("exporters", "runtime"),
     }
-    before = read_row(out, cell)
-    if isinstance(before, dict):
+    before = read_row(out, cell, domains)
+    if before is not None:
         change = first_change({key: before[key] for key in origin if key in before}, origin)
         if not change:
             return
-        _log.info("%s: measured again, %s", cell, change)
+        _log.info("%s: %s; measuring it again", cell, change)
     seen = Decisions()
     accuracies = accuracies_of(bundle, task, domains, _engine_device(device), threads, seen)
     row = {

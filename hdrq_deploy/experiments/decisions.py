@@ -15,10 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from ..numerics.intervals import figure
 from ..runtime.bench.accuracy import confusion
 from ..typing import Array
 
-__all__ = ["Decisions", "packed", "unpacked"]
+__all__ = ["Decisions", "agrees", "packed", "unpacked"]
+
+# Sums of floats in another order.
+_ROUNDING = 1e-9
 
 
 class Decisions:
@@ -69,10 +73,30 @@ def unpacked(record: Any) -> dict[str, Array] | None:
         return None
 
 
+def agrees(record: Any, domains: Mapping[str, float]) -> bool:
+    """Whether the decisions of a row can be read and give its accuracies, each in 0 to 1."""
+    measured = unpacked(record)
+    return measured is not None and (
+        set(measured) == set(domains)
+        and all(abs(figure({d: v}) - domains[d]) < _ROUNDING for d, v in measured.items())
+    )
+
+
 def _unpacked(entry: Mapping[str, Any]) -> Array:
+    """Of classes (N,), of label maps (N, classes, 3).
+
+    Raises:
+        ValueError: Another shape, or not as many values.
+    """
     shape = tuple(entry["shape"])
+    if not shape or not all(type(side) is int and side > 0 for side in shape):
+        raise ValueError(f"found the shape {shape}; needed numbers above 0")
     if "bits" in entry:
+        (count,) = shape
         raw = np.frombuffer(base64.b64decode(entry["bits"], validate=True), np.uint8)
-        return np.unpackbits(raw, count=shape[0])
+        if len(raw) != -(-count // 8):
+            raise ValueError(f"found {8 * len(raw)} bits; needed {count}")
+        return np.unpackbits(raw, count=count)
     raw = np.frombuffer(zlib.decompress(base64.b64decode(entry["counts"], validate=True)), "<i4")
-    return raw.reshape(shape)
+    images, classes, kinds = shape
+    return raw.reshape(images, classes, kinds)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 from ..calibration.methods import METHODS
 from ..calibration.settings import SETTINGS
 from ..errors import SpecError
+from ..formats.atomic_files import read_json
 from ..formats.file_kinds import CELL_ROW
 from ..numerics.spec import check_bits, check_seed
+from .decisions import agrees
 from .tasks import Task
 from .ways import WAYS
 
@@ -173,18 +174,38 @@ class Grid:
             raise SpecError(f"found a domain twice: {' '.join(self.domains)}")
         for seed in self.seeds:
             check_seed(seed)
-        if self.task.images < 1:
-            raise SpecError(f"found {self.task.images} calibration images; needed 1 or more")
         if len(self.task.domains) < 2:
             raise SpecError(f"found {len(self.task.domains)} domain; a merge needs two or more")
-        for setting in self.settings:
-            for method in self.methods:
-                self.task.options(method, setting)  # raises where one is out of range
+        if self.task.images < self.batch:
+            raise SpecError(
+                f"found {self.task.images} calibration images of a domain; needed {self.batch} or "
+                "more (one batch): give more `images`, or a smaller `batch`"
+            )
+        for run in self.runs():
+            groups = list(self._groups())
+            if run.method != "float" and not any(self.ways(run, g) for g in groups):
+                possible = dict.fromkeys(way for g in groups for way in self.every_way(run, g))
+                raise SpecError(
+                    f"found no way to merge bundles of {run.method} at {run.bits} ({run.setting}) "
+                    f"among {', '.join(self.only_ways)}; choose one of {', '.join(possible)}, or "
+                    "leave the bits or the setting out"
+                )
 
     @property
     def domains(self) -> tuple[str, ...]:
         """Names of the target domains."""
         return tuple(domain.name for domain in self.task.domains)
+
+    @property
+    def batch(self) -> int:
+        """Images that every calibration needs: two, or the largest batch of a method that learns.
+
+        Raises:
+            SpecError: An option of a method is out of range.
+        """
+        pairs = product(self.methods, self.settings)
+        options = [self.task.options(method, setting) for method, setting in pairs]
+        return max([2, *(own.batch for own in options if own.iterates)])
 
     def runs(self) -> Iterator[Run]:
         """The float models, once more where a setting keeps BatchNorm apart; then the rest."""
@@ -283,18 +304,27 @@ def bundle_path(out: Path, cell: str) -> Path:
     return out / "cells" / f"{cell}.hdrq"
 
 
-def read_row(out: Path, cell: str) -> dict[str, Any] | None:
-    """A cell's figures; None where there are none, or where the file holds something else."""
-    try:
-        row = json.loads(row_path(out, cell).read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-    # Rows of earlier versions have no kind.
+def read_row(out: Path, cell: str, members: Sequence[str]) -> dict[str, Any] | None:
+    """The figures of a cell of these domains; None where there are none, or no whole ones.
+
+    A row is whole where it has an accuracy in 0 to 1 of every member and of no other domain, counts
+    of images above 0, and decisions that give these accuracies. Rows of earlier versions have
+    neither kind, counts nor decisions.
+    """
+    row = read_json(row_path(out, cell))
     if not isinstance(row, dict) or row.get("kind", CELL_ROW.kind) != CELL_ROW.kind:
         return None
-    domains = row.get("domains")
-    whole = isinstance(domains, dict) and all(type(v) in (int, float) for v in domains.values())
-    return row if whole and domains and row.get("cell", cell) == cell else None
+    domains, images, tests = (row.get(name, {}) for name in ("domains", "images", "tests"))
+    if not all(isinstance(part, dict) for part in (domains, images, tests)):
+        return None
+    whole = (
+        row.get("cell", cell) == cell
+        and set(domains) == set(members)
+        and all(type(v) in (int, float) and 0 <= v <= 1 for v in domains.values())
+        and all(type(n) is int and n > 0 for n in images.values())
+        and (not row.get("decisions") or agrees(row["decisions"], domains))
+    )
+    return row if whole else None
 
 
 def row_path(out: Path, cell: str) -> Path:

@@ -40,6 +40,7 @@ __all__ = [
     "RateSearch",
     "agreements",
     "hold_out",
+    "images_for",
     "judge",
     "protocol",
 ]
@@ -123,6 +124,15 @@ class RateSearch:
 
 def _or_worst(value: float) -> float:
     return value if math.isfinite(value) else math.inf
+
+
+def images_for(batch: int) -> int:
+    """The fewest calibration images of a domain of which a trial can learn in such batches.
+
+    >>> [images_for(batch) for batch in (1, 3, 4, 32)]
+    [4, 4, 5, 42]
+    """
+    return max(FEWEST, batch + (batch - 1) // (_EVERY - 1))
 
 
 def hold_out(images: ImageSet) -> tuple[ImageSet, ImageSet]:

@@ -6,7 +6,6 @@ by the way of adaptation, one model of each target domain. What is there and up 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 from collections import Counter
@@ -21,9 +20,26 @@ from ..calibration_data import pacs as pacs_images
 from ..calibration_data.readers import Wanted
 from ..calibration_data.readers.decoding import images_of
 from ..errors import DataError, ModelError, SpecError
-from ..formats.atomic_files import Kind, make_directory, new_directory, write_record
+from ..formats.atomic_files import (
+    Kind,
+    make_directory,
+    new_directory,
+    read_json,
+    remove_file,
+    write_record,
+)
 from ..formats.file_kinds import ADAPTED, ADAPTING, CELL_INPUTS, SPLITS, TRAINED, partial_of
-from ..formats.staleness import change_since, plain, stamp, versions_of, with_contents
+from ..formats.staleness import (
+    WRITTEN,
+    change_in,
+    contents_sha256,
+    plain,
+    stamp,
+    versions_of,
+    with_contents,
+    with_written,
+    written_change,
+)
 from ..typing import Progress, no_progress
 from .bundles import inputs_of, record_ingredients
 from .tasks import Domain, Task, checkpoint_of, iterations, learning_rates
@@ -246,15 +262,14 @@ class Preparation:
             "domains": list(self.domains),
             "versions": versions_of("pillow", *self.needs),
         }
-        change = change_since(self.splits / SPLITS.marker, record)
+        change = written_change(self.splits, SPLITS, record)
         if not change:
             return
-        change = change if self.splits.is_dir() else "they are missing"
-        _log.info("%s: written, %s", self.splits, change)
+        _log.info("%s: %s; writing it", self.splits, change)
         make_directory(self.splits.parent)
         with new_directory(self.splits, SPLITS, sync=False) as new:
             self.write(self.data, new, self.domains)
-            write_record(new, SPLITS, with_contents(record))
+            write_record(new, SPLITS, with_written(new, SPLITS, with_contents(record)))
 
     def _check_weights(self) -> None:
         """Read the weights that trainings start from, or the checkpoints that were brought."""
@@ -262,8 +277,10 @@ class Preparation:
         from ..calibration.loading import load_model, load_state
 
         if not self.checkpoints:
-            for file in dict.fromkeys((self.task.source, *(d.weights for d in self.task.domains))):
-                load_state(load_model(self.task.model), file, "checkpoints")
+            files = {self.task.source: "source"}
+            files |= {d.weights: "adapted" for d in self.task.domains if d.weights not in files}
+            for file, role in files.items():
+                load_state(load_model(self.task.model), file, role)
         elif (imagenet := self.checkpoints[0].imagenet) is not None:
             started(self.task.model, None, imagenet, self.seed)
 
@@ -290,24 +307,39 @@ class Preparation:
             )
 
     def _train(self, trained: Trained, device: str, threads: int, progress: Progress) -> None:
+        started_from = trained.start or trained.imagenet
         ingredients = {
             "model": self.task.model,
-            "data_sha256": _contents(trained.images),
-            "source_sha256": _contents(trained.start or trained.imagenet),
+            "data_sha256": contents_sha256(trained.images),
+            "source_sha256": contents_sha256(started_from) if started_from else None,
             "options": plain(trained.options),
             "seed": self.seed,
         }
-        change = change_since(inputs_of(trained.file), ingredients)
-        if not trained.file.is_file():
-            change = "it is missing"
+        record = inputs_of(trained.file)
+        change = _training_change(trained.file, read_json(record), ingredients)
         if not change:
             return
-        _log.info("%s: trained, %s", trained.file, change)
+        _log.info("%s: %s; training it", trained.file, change)
+        remove_file(record, CELL_INPUTS)
         try:
             _run(trained, self, device, threads, progress, resume=True)
         except SpecError:  # an unfinished training of other images or options
             _run(trained, self, device, threads, progress, resume=False)
-        record_ingredients(trained.file, ingredients)
+        record_ingredients(trained.file, {**ingredients, WRITTEN: contents_sha256(trained.file)})
+
+
+def _training_change(file: Path, record: Any, ingredients: Mapping[str, Any]) -> str:
+    """Why a checkpoint is to be trained, in words; "" where it is up to date.
+
+    Records of earlier versions do not say what was written.
+    """
+    if not file.is_file():
+        return "it is missing"
+    if not isinstance(record, dict):
+        return change_in(record, ingredients)
+    written = record.pop(WRITTEN, None)
+    change = change_in(record, ingredients)
+    return change or ("" if written in (None, contents_sha256(file)) else "it is damaged")
 
 
 def _run(
@@ -344,18 +376,6 @@ def _run(
                 options,
                 **how,
             )
-
-
-def _contents(path: Path | None) -> str | None:
-    """Hash of a file, or of the names and contents of all files of a folder."""
-    if path is None:
-        return None
-    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.relative_to(path)}\0".encode())
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def _tenths(progress: Progress, done: int, total: int, name: str) -> Progress:

@@ -19,8 +19,12 @@ __all__ = ["cells", "header", "markdown", "network", "notes", "rows"]
 
 @dataclass(frozen=True)
 class _Found:
-    """The cells of one row: figures, and decisions where all of its cells keep them."""
+    """The cells of one row: figures, and decisions where all of its cells keep them.
 
+    ``run`` is the first whose single cells have figures.
+    """
+
+    run: Run
     singles: list[dict[str, float]]
     merged: list[dict[str, float]]
     single: Sample | None
@@ -64,7 +68,7 @@ def rows(grid: Grid, out: Path) -> list[dict[str, Any]]:
                 "images": found.images,
                 "single": _summary(found.singles, found.single, boot),
                 "merged": _summary(found.merged, found.sample, boot),
-                "options": _options(bundle_path(out, runs[0].single(members[0]))),
+                "options": _options(bundle_path(out, found.run.single(members[0]))),
                 "published": published if known else {},
             }
             result.append((row, found))
@@ -78,18 +82,19 @@ def _found(
     members = merges[0].members
     alone: dict[int, list[list[dict[str, Any]]]] = {}
     for run in runs:
-        cells = [read_row(out, run.single(m)) for m in members]
+        cells = [read_row(out, run.single(m), (m,)) for m in members]
         if all(cells):
             alone[run.seed] = [[cell for cell in cells if cell]]
     together: dict[int, list[list[dict[str, Any]]]] = {}
     for merge in merges:
-        drawn = [read_row(out, merge.cell(draw)) for draw in range(merge.draws)]
+        drawn = [read_row(out, merge.cell(draw), members) for draw in range(merge.draws)]
         if any(drawn):
             together[merge.run.seed] = [[cell] for cell in drawn if cell]
     if not alone or not together:
         return None
     (first,) = next(iter(together.values()))[0]
     return _Found(
+        next(run for run in runs if run.seed in alone),
         _figures(alone, members),
         _figures(together, members),
         _sample(alone, boot),

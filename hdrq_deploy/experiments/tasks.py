@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from ..calibration.methods import METHODS, Options
 from ..calibration.settings import SETTINGS
 from ..calibration_data import digits, streets
-from ..calibration_data.readers import Wanted
+from ..calibration_data.readers import Wanted, read
 from ..calibration_data.readers.decoding import folders_of
 from ..errors import DataError, ModelError
 from ..formats.atomic_files import FolderKind, Kind, check_output, new_directory, write_record
 from ..formats.file_kinds import DIGITS, STREETS
-from ..formats.staleness import change_since, code_of, versions_of
+from ..formats.staleness import code_of, versions_of, with_written, written_change
 from ..typing import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ __all__ = [
     "SEGMENTATION",
     "Domain",
     "Task",
+    "check_images",
     "checkpoint_of",
     "is_written",
     "iterations",
@@ -250,6 +251,21 @@ def is_written(name: str, out: Path) -> bool:
     return (check_output(out / folder, kind, label="out") / kind.marker).is_file()
 
 
+def check_images(task: Task, needed: int) -> None:
+    """Refuse domains whose calibration images are too few or cannot be read; so many are read.
+
+    Raises:
+        DataError: Fewer than ``needed``, or images that cannot be read.
+    """
+    for domain in task.domains:
+        found = len(read(domain.images, task.wanted, needed))
+        if found < needed:
+            raise DataError(
+                f"{domain.images}: found {found} images of {domain.name} for calibration; needed "
+                f"{needed} or more: add images, or give a smaller `batch`"
+            )
+
+
 def write_made(name: str, out: Path, progress: Progress = no_progress) -> None:
     """Write what :func:`made` describes, where it is missing or stale.
 
@@ -272,11 +288,11 @@ def write_made(name: str, out: Path, progress: Progress = no_progress) -> None:
     }
     change = _change(name, out, record)
     if change:
-        _log.info("%s: made, %s", data, change)
+        _log.info("%s: %s; making it", data, change)
         benchmark: Any = digits if kind is DIGITS else streets
         with new_directory(data, kind, sync=False) as new:
             benchmark.write(new, benchmark.TARGETS, tuple(splits))
-            write_record(new, kind, record)
+            write_record(new, kind, with_written(new, kind, record))
     training = _training(name)
     training.train_missing(training.folder(_own_checkpoints(data)), progress)
 
@@ -285,10 +301,10 @@ def _change(name: str, out: Path, record: Mapping[str, Any]) -> str:
     """Why the data of a protocol are to be made; "" where they are up to date."""
     folder, kind = made_data(name)
     if not is_written(name, out):
-        return "they are missing"
+        return "it is missing"
     if (out / folder / _EARLIER).is_file():
         return ""
-    return change_since(out / folder / kind.marker, record)
+    return written_change(out / folder, kind, record)
 
 
 def made_checkpoints(name: str) -> list[tuple[str, Kind]]:
@@ -374,21 +390,30 @@ def _key(name: str) -> str:
 
 def _folder(data: Path, name: str) -> Path:
     folders = folders_of(data) if data.is_dir() else []
-    for folder in folders:
-        if _key(folder.name) == _key(name):
-            return folder
+    if found := [folder for folder in folders if _key(folder.name) == _key(name)]:
+        return _only(found)
     raise DataError(
         f"{data / name}: not there; needed a folder of this domain's images "
         f"(found {', '.join(f.name for f in folders) or 'no folders'})"
     )
 
 
+def _only(found: Sequence[Path]) -> Path:
+    """The one of several places that may all be meant.
+
+    Raises:
+        DataError: There are more.
+    """
+    if len(found) > 1:
+        raise DataError(f"{found[1]}: found {found[0].name} beside it; needed one of the two")
+    return found[0]
+
+
 def checkpoint_of(folder: Path, name: str, letters: str = "", role: str = "") -> Path:
     """``NAME.pt`` and the like, or SHOT's folder ``LETTERS`` with ``ROLE_F*.pt``."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    for file in files:
-        if file.suffix in _ENDINGS and _key(file.stem) == _key(name):
-            return file
+    if found := [f for f in files if f.suffix in _ENDINGS and _key(f.stem) == _key(name)]:
+        return _only(found)
     if letters and folder.is_dir():
         for file in sorted(folder.rglob(f"{role}_F*.pt")):
             if file.parent.name == letters:

@@ -21,7 +21,7 @@ from ..calibration.request import CalibrationRequest
 from ..calibration.settings import SETTINGS
 from ..calibration_data.readers import ImageSet, Wanted, read
 from ..errors import SpecError
-from ..formats.atomic_files import make_directory, read_json, remove_folder, write_bytes
+from ..formats.atomic_files import Kind, make_directory, read_json, remove_folder, write_bytes
 from ..formats.bundle import Bundle
 from ..formats.file_kinds import BUNDLE, TRIAL, TUNING_JSON
 from ..formats.staleness import (
@@ -38,7 +38,7 @@ from ..typing import Progress
 from .bundles import forget, make_bundle
 from .cells import calibrate_cell
 from .grid import Grid, Run, bundle_path, search_name
-from .rate_search import RateSearch, hold_out, judge, protocol
+from .rate_search import RateSearch, hold_out, images_for, judge, protocol
 from .tasks import Domain, Task
 from .threads import calibration_threads
 
@@ -46,9 +46,11 @@ __all__ = [
     "TUNING",
     "Trial",
     "chosen_rates",
+    "first_trials",
     "keep_search",
     "known_search",
     "searched_on",
+    "searched_runs",
     "trial_path",
     "try_rate",
     "tune",
@@ -92,15 +94,12 @@ def tune(
 
     Returns:
         The record that was written.
+
+    Raises:
+        SpecError: As :func:`searched_runs`, or no rate of a method gives finite outputs.
     """
+    runs = searched_runs(grid, bits)
     make_directory(out / "tuning")
-    runs = [
-        Run(setting, method, *pair, grid.seeds[0])
-        for pair in bits
-        for setting in grid.settings
-        for method in grid.methods
-        if METHODS[method].options.iterates
-    ]
     common = {"task": grid.task, "out": out, "device": device, "threads": threads}
     graphs = GraphCache()
     while True:
@@ -129,6 +128,43 @@ def tune(
     }
     keep_search(record, out)
     return record
+
+
+def searched_runs(grid: Grid, bits: Sequence[tuple[int, int]]) -> list[Run]:
+    """The runs whose rates a search at these bits finds.
+
+    Raises:
+        SpecError: No method of the grid learns, or there are too few calibration images.
+    """
+    runs = [
+        Run(setting, method, *pair, grid.seeds[0])
+        for pair in bits
+        for setting in grid.settings
+        for method in grid.methods
+        if METHODS[method].options.iterates
+    ]
+    if not runs:
+        raise SpecError(
+            f"found no method that learns among {', '.join(grid.methods)}, and so no rate to "
+            "search; leave `tune` out"
+        )
+    if grid.task.images < (needed := images_for(grid.batch)):
+        raise SpecError(
+            f"found {grid.task.images} calibration images of a domain; a search needs {needed} or "
+            "more (one batch, beside those held out): give more `images`, or a smaller `batch`"
+        )
+    return runs
+
+
+def first_trials(grid: Grid, bits: Sequence[tuple[int, int]]) -> Iterator[tuple[str, Kind]]:
+    """Place in the folder of a run, and kind, of what a search writes first."""
+    for run in searched_runs(grid, bits):
+        search = _search(grid.task, run)
+        for place in search.waiting({}):
+            trial = Trial(run, search.rate(place))
+            yield str(trial_path(Path(), trial)), TRIAL
+            for domain in grid.task.domains:
+                yield str(_place(Path(), trial, domain)), BUNDLE
 
 
 def keep_search(record: Mapping[str, Any], out: Path) -> None:

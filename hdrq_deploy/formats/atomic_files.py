@@ -38,6 +38,7 @@ __all__ = [
     "FileKind",
     "FolderKind",
     "Kind",
+    "alone_in",
     "check_container",
     "check_name",
     "check_output",
@@ -495,8 +496,28 @@ def make_directory(path: Path) -> None:
         HdrqError: No permission, a file in the way, or a full disk.
     """
     check_parent(path)
+    if os.path.lexists(path) and not path.is_dir():
+        raise HdrqError(f"found a file at {path}; needed a folder: move the file away")
     with explained(path):
         path.mkdir(exist_ok=True)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder of a run, as long as the block lasts.
+
+    A file system without locks keeps nobody out.
+
+    Raises:
+        HdrqError: Another process is at work there.
+    """
+    with held(folder, wait=False) as free:
+        if not free:
+            raise HdrqError(
+                f"{folder}: found another run at work in it; wait until it ends, or choose another "
+                "`out`"
+            )
+        yield
 
 
 @contextmanager

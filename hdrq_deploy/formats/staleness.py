@@ -22,25 +22,31 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .atomic_files import read_json, sha256_file
+from .atomic_files import FolderKind, read_json, sha256_file
 
 __all__ = [
     "CALIBRATION",
+    "WRITTEN",
     "change_in",
     "change_since",
     "code_of",
     "contents_of",
+    "contents_sha256",
     "fingerprint",
     "first_change",
     "plain",
     "stamp",
     "versions_of",
     "with_contents",
+    "with_written",
+    "written_change",
 ]
 
 _PACKAGE = "hdrq_deploy"
 # Rooms whose code makes bundles, the models of this package included.
 CALIBRATION = ("calibration", "models", "calibration_data.models")
+# The entry of a record that says what was written: a hash of the contents.
+WRITTEN = "written_sha256"
 # Bytes of files and folders whose contents are hashed.
 _LARGEST_HASHED = 4 << 30
 # Entries whose values are hashes or stamps, which are not for reading.
@@ -52,6 +58,7 @@ _CONTENTS = {
     "data": "the images",
     "data_sha256": "the images",
     "exporter": "the code of hdrq-deploy",
+    "guides": "the float models",
     "parents": "the parents",
     "source_sha256": "the source checkpoint",
     "tests": "the test images",
@@ -206,6 +213,42 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def contents_sha256(path: Path, without: str = "") -> str:
+    """Hash of a file, or of the names and contents of all files of a folder but for one name."""
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        name = str(file.relative_to(path))
+        if name != without:
+            digest.update(f"{name}\0".encode())
+            digest.update(bytes.fromhex(sha256_file(file)))
+    return digest.hexdigest()
+
+
+def with_written(folder: Path, kind: FolderKind, record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record to keep in a folder, and a hash of all files that were written there."""
+    return {**record, WRITTEN: contents_sha256(folder, kind.marker)}
+
+
+def written_change(folder: Path, kind: FolderKind, now: Mapping[str, Any]) -> str:
+    """Why a folder is to be written, in words; "" where it holds what was written.
+
+    Args:
+        folder: Where it lies.
+        kind: What it is; its marker is the record of :func:`with_written`.
+        now: What it would be made from now.
+    """
+    if not folder.is_dir():
+        return "it is missing"
+    record = read_json(folder / kind.marker)
+    if not isinstance(record, dict):
+        return change_in(record, now)
+    written = record.pop(WRITTEN, None)
+    if change := change_in(record, now):
+        return change
+    return "" if written == contents_sha256(folder, kind.marker) else "it is damaged"
 
 
 def stamp(path: str | Path | None) -> list[Any] | None:

@@ -85,13 +85,20 @@ def sibling_folder(path: Path, prefix: str = "") -> Path:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Lock a folder, so that nobody takes it for abandoned when it moves aside."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def held(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Lock a folder, so that nobody takes it for abandoned or works in it too.
+
+    Yields:
+        False where another process holds the lock, and this one does not ``wait`` for it.
+    """
+    descriptor, free = os.open(folder, os.O_RDONLY), True
     try:
         with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                free = False
+        yield free
     finally:
         os.close(descriptor)
 

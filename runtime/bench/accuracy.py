@@ -74,7 +74,8 @@ def accuracy(
         seen: Called with labels and predictions of every batch.
 
     Raises:
-        DataError: Labels out of range or of another form than the engine's answers.
+        DataError: Labels out of range, of another form than the engine's answers, or of a domain
+            in which no pixel counts.
     """
     counts = {n: _count(engine, images, n, reference, draw, seen) for n, images in sets.items()}
     pixels = all(count.pixels for count in counts.values())
@@ -163,6 +164,11 @@ def _count(
             other = _decide(_run(reference, rows, pixels), labels, reference, name)
             counts.flips += int((other != predicted).sum())
             counts.decided += predicted.size
+    if counts.pixels and not counts.table.any():
+        raise DataError(
+            f"{name}: found {counts.images} images in which every pixel is labelled {IGNORE}, "
+            "to be left out; needed a pixel of a class in one of them"
+        )
     return counts
 
 

@@ -14,6 +14,8 @@ from PIL import Image
 from hdrq_deploy.calibration_data import camvid
 from hdrq_deploy.calibration_data.readers.street_scenes import IGNORE, find_scenes
 from hdrq_deploy.errors import DataError, ModelError
+from hdrq_deploy.typing import Array
+from tests.calibration_data.test_decoding import TURNS, exif
 
 # Some of the original label_colors.txt, and the class that SegNet's authors give them.
 ORIGINAL = {
@@ -183,6 +185,8 @@ def test_capitals_in_names_do_not_count(tmp_path: Path, capsys: pytest.CaptureFi
         file.rename(file.with_name(f"{file.stem}_l.PNG"))
     (data / "day" / "images" / "notes.txt").write_text("")
     (data / "day").rename(data / "Day")
+    for kind in ("images", "labels"):
+        (data / "Day" / kind).rename(data / "Day" / kind.upper())
     camvid.write(data, tmp_path / "out", ("day",))
     assert "left out 1 .txt" in capsys.readouterr().err
     for file in (tmp_path / "expected").rglob("*.png"):
@@ -222,12 +226,68 @@ def test_layouts_as_they_are_distributed(
         for out in ("expected", "found")
     )
     assert len(expected) > 20 and found == expected
+    # Half of a pair is no split: neither its frames nor its labels may be dropped.
+    for half in places[-1] if len(places) > 1 else ():
+        shutil.move(whole / half, tmp_path / "away")
+        with pytest.raises(DataError, match=f"found no {half} beside it; needed frames and labels"):
+            camvid.light_folders(whole, "day")
+        shutil.move(tmp_path / "away", whole / half)
     # What is at dusk is not by day.
     for folder in places:
         for file in (whole / folder[0]).glob("0001TP*"):
             file.unlink()
     with pytest.raises(DataError, match="found 0 frames of dusk"):
         camvid.write(whole, tmp_path / "none", ("dusk",))
+
+
+@pytest.mark.parametrize("size", [camvid.SIZE, (480, 640)], ids=["copied", "resized"])
+@pytest.mark.parametrize("orientation", list(TURNS))
+def test_labels_lie_as_their_frame_does(
+    orientation: int, size: tuple[int, int], tmp_path: Path
+) -> None:
+    """The frame shows its upper left quarter in white, whose class is 3."""
+    data = drive(tmp_path / "CamVid" / "day", range(60, 3600, 90), size=size).parent
+    back = TURNS[{6: 8, 8: 6}.get(orientation, orientation)]
+    shown = np.zeros(size, np.uint8)
+    shown[: size[0] // 2, : size[1] // 2] = 255
+    frame, labels = Image.fromarray(back(shown)), back(shown) // 255 * 3
+    name = "0016E5_00060.png"
+    frame.convert("RGB").save(data / "day/images" / name, exif=exif(orientation))
+
+    def written(label: Array, own: int) -> None:
+        Image.fromarray(label).save(data / "day/labels" / name, exif=exif(own))
+        out = tmp_path / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        camvid.write(data, out, ("day",))
+        scenes = find_scenes(out / "day" / "test")
+        (pair,) = (pair for pair in scenes.pairs if pair[0].name == name)
+        x, y = scenes.read(*pair)
+        assert y.shape == camvid.SIZE and y[:120, :160].all() and y.sum() == 3 * 120 * 160
+        assert ((x[0] > 0.5) == (y == 3)).mean() > 0.99
+
+    written(labels, orientation)  # both say how they lie
+    if orientation == 1:
+        return
+    if orientation >= 5:  # the sizes tell
+        written(labels, 1)
+        written(shown // 255 * 3, 1)
+        return
+    with pytest.raises(DataError, match="needed labels that lie as their image does"):
+        written(labels, 1)
+
+
+def all_void(root: Path) -> None:
+    for file in (root / "day" / "labels").iterdir():
+        if camvid.split_of(camvid.frame_of(file)[1]) == "test":
+            Image.new("L", (32, 24), 11).save(file)
+
+
+def beside_it(root: Path) -> None:
+    shutil.copytree(root / "day", root / "Day")
+
+
+def beside_the_labels(root: Path) -> None:
+    (root / "day" / "Labels").mkdir()
 
 
 def without_label(root: Path) -> None:
@@ -259,6 +319,9 @@ def too_short(root: Path) -> None:
             lambda root: (root / "day" / "labels").rename(root / "masks"),
             "labels: not there; needed",
         ),
+        (all_void, "9 frames of day for the split test whose labels are all void; needed a pixel"),
+        (beside_it, "found [dD]ay beside it; join the two folders"),
+        (beside_the_labels, "found [lL]abels beside it; join the two folders"),
     ],
 )
 def test_what_is_no_camvid(spoil: Callable[[Path], None], message: str, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,6 +79,10 @@ def without_number(root: Path) -> None:
     (root / "sketch" / "dog" / "pic_001.png").rename(root / "sketch" / "dog" / "first.png")
 
 
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
 def one_split(root: Path) -> None:
     for file in root.rglob("*.png"):
         if pacs.split_of(pacs.file_number(file)) != "test":
@@ -102,6 +108,11 @@ def one_split(root: Path) -> None:
             lambda root: (root / "sketch" / "dog" / "pic_020.png").symlink_to(root / "gone.png"),
             "pic_020.png: cannot be decoded",
         ),
+        (lambda root: (root / "Sketch").mkdir(), "sketch: found Sketch beside it; join the two"),
+        (
+            lambda root: fifo(root / "sketch" / "dog" / "pic_020.png"),
+            "pic_020.png: cannot be decoded .it is a named pipe",
+        ),
         (lambda root: (root / "sketch" / "Dog").mkdir(), "dog: found Dog beside it; join the two"),
     ],
 )
@@ -126,13 +137,15 @@ def test_capitals_do_not_count_and_what_is_left_out_is_said(
     (root / "sketch" / "dog").rename(root / "sketch" / "Dog")
     (root / "sketch").rename(root / "Sketch")
     (root / "Sketch" / "zebra").mkdir()
+    for n in (1, 2):
+        shutil.copy(root / "Sketch" / "Dog" / f"pic_{n:03}.png", root / "Sketch")
     (root / "Sketch" / "horse" / "more").mkdir()
     (root / "Sketch" / "horse" / "notes.txt").write_text("")
     for n in (4, 8, 12, 16, 20, 24):
         (root / "Sketch" / "house" / f"pic_{n:03}.png").unlink()
     pacs.write(root, tmp_path / "out", ("sketch",))
     said = capsys.readouterr().err
-    assert "left out zebra; classes are dog, elephant" in said
+    assert "left out zebra, 2 images beside the class folders; classes are dog" in said
     assert "horse: left out 1 folder, 1 .txt" in said or "horse: left out 1 .txt, 1 folder" in said
     assert "house: none of its 18 images is for test, by their numbers" in said
     expected, found = (splits_of(tmp_path / name / "sketch") for name in ("expected", "out"))

@@ -232,6 +232,16 @@ def test_larger_images_are_seen_through_windows(engine: Path, tmp_path: Path) ->
             accuracy(run, {"d": small})
 
 
+def test_a_domain_in_which_no_pixel_counts_has_no_accuracy(engine: Path, tmp_path: Path) -> None:
+    seen, void = scenes_of(tmp_path / "seen", (16, 16)), scenes_of(tmp_path / "void", (16, 16))
+    for file in (void / "labels").iterdir():
+        Image.fromarray(np.full((16, 16), 255, np.uint8)).save(file)
+    with load_engine(engine) as run:
+        sets = {"seen": find_scenes(seen), "void": find_scenes(void)}
+        with pytest.raises(DataError, match="void: found 3 images in which every pixel is labelle"):
+            accuracy(run, sets)
+
+
 def test_the_command_measures_and_draws(engine: Path, tmp_path: Path) -> None:
     root, out = scenes_of(tmp_path / "data", (24, 40)), tmp_path / "o.json"
     flags = [str(engine), "--data", f"d={root}", "--iterations", "3", "--json", str(out)]

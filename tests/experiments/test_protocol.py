@@ -459,7 +459,9 @@ def test_a_grid_of_some_ways(task: Task, tmp_path: Path) -> None:
         assert list(some.merges(run)) == expected
         # Bundles keep what another run's ways need.
         assert some.needs_statistics(run) == every.needs_statistics(run)
-    one = replace(every, only_ways=("renewed",))
+    with pytest.raises(SpecError, match="no way to merge bundles of rtn at w4a8 .paper. among ren"):
+        replace(every, only_ways=("renewed",))
+    one = replace(every, settings=("ours",), only_ways=("renewed",))
     assert {m.way for run in one.runs() if run.setting != "float" for m in one.merges(run)} == {
         "renewed"
     }

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,9 @@ from hdrq_deploy.calibration.loading import load_model
 from hdrq_deploy.calibration_data import camvid, pacs
 from hdrq_deploy.cli import reproduce
 from hdrq_deploy.errors import HdrqError, ModelError
+from hdrq_deploy.experiments import cells, real_images
+from hdrq_deploy.experiments.bundles import inputs_of
+from hdrq_deploy.experiments.grid import bundle_path
 from hdrq_deploy.experiments.real_images import (
     PROTOCOLS,
     Choice,
@@ -29,9 +33,10 @@ from hdrq_deploy.experiments.real_images import (
     prepare,
 )
 from hdrq_deploy.experiments.tasks import iterations
+from hdrq_deploy.formats.atomic_files import alone_in
 from hdrq_deploy.formats.bundle import Bundle
-from hdrq_deploy.formats.file_kinds import TUNING_JSON
-from hdrq_deploy.formats.staleness import fingerprint
+from hdrq_deploy.formats.file_kinds import REPRODUCE_JSON, TUNING_JSON
+from hdrq_deploy.formats.staleness import WRITTEN, fingerprint
 
 MODULE = """
 from torch import nn
@@ -248,6 +253,12 @@ def one_training_image(data: Path) -> None:
             file.unlink()
 
 
+def two_calibration_images(data: Path) -> None:
+    for file in (data / "sketch").rglob("*.png"):
+        if pacs.split_of(pacs.file_number(file)) == "calibration" and file.parent.name != "dog":
+            file.unlink()
+
+
 def no_dogs(data: Path) -> None:
     shutil.rmtree(data / "sketch" / "dog")
     (data / "sketch" / "dog").mkdir()
@@ -264,7 +275,28 @@ def no_dogs(data: Path) -> None:
             "found 7 images of sketch for training (one batch); needed 8 or more: add images",
         ),
         (None, ["--iters", "0", "--methods", "qdrop"], "found iters=0"),
-        (None, ["--images", "3", "--tune"], "found 3 calibration images of a domain; a search n"),
+        (None, ["--tune"], "found no method that learns among rtn, and so no rate to search"),
+        (
+            None,
+            ["--methods", "qdrop", "--images", "3"],
+            "found 3 calibration images of a domain; needed 4 or more (one batch)",
+        ),
+        (
+            None,
+            ["--methods", "qdrop", "--images", "4", "--tune"],
+            "found 4 calibration images of a domain; a search needs 5 or more (one batch, beside",
+        ),
+        (
+            two_calibration_images,
+            ["--methods", "qdrop"],
+            "found 2 images of sketch for calibration; needed 4 or more: add images",
+        ),
+        (None, ["--source", ""], "found --source without a name"),
+        (
+            None,
+            ["--ways", "regression-w4", "--bits", "w8a8", "w4a8"],
+            "found no way to merge bundles of rtn at w4a8 (ours) among regression-w4; choose one",
+        ),
         (None, ["--device", "cuda"], "found no CUDA device"),
         (
             None,
@@ -343,19 +375,237 @@ def test_a_table_is_of_the_run_that_was_made(
     whole = results.read_bytes()
     assert reproduce.main([*argv, "--table", "--out", str(moved / "other")]) == 2
     assert "found no run" in capsys.readouterr().err and not (moved / "other").exists()
-    for text in ("[1]", "{}", '{"domains": {"sketch": "x"}}', '{"domains": {}}'):
+    figures = json.loads(row.read_text())
+    for text in (
+        "[1]",
+        "{}",
+        '{"domains": {"sketch": "x"}}',
+        '{"domains": {}}',
+        *(json.dumps({**figures, "domains": {"sketch": n}}) for n in (float("nan"), 5, -1, 0.123)),
+        json.dumps({**figures, "domains": {"cartoon": 0.5}}),
+        json.dumps({**figures, "images": {"sketch": "x"}}),
+        json.dumps({**figures, "tests": 3}),
+        json.dumps({**figures, "decisions": {"sketch": {"shape": [], "bits": "AA=="}}}),
+        json.dumps({**figures, "decisions": {"sketch": {"shape": [900], "bits": "AA=="}}}),
+    ):
         row.write_text(text)
         capsys.readouterr()
-        assert reproduce.main([*argv, "--table"]) == 2  # the results had that row
-        assert "of which would be lost or be of fewer seeds" in capsys.readouterr().err
-        results.unlink()
-        assert reproduce.main([*argv, "--table"]) == 0
-        results.write_text(json.dumps({**json.loads(whole), "rows": [{}]}))
-        capsys.readouterr()
         assert reproduce.main([*argv, "--table"]) == 2
-        assert "found no rows of this version ('setting')" in capsys.readouterr().err
-        results.write_bytes(whole)
-        assert "| rtn | W8A8 |" not in (moved / "table.md").read_text()
+        assert f"{row}: found no whole figures of this cell; remove" in capsys.readouterr().err
+        assert results.read_bytes() == whole
+    row.unlink()
+    assert reproduce.main([*argv, "--table"]) == 2  # the results had that row
+    assert "of which would be lost or be of fewer seeds" in capsys.readouterr().err
+    results.write_text(json.dumps({**json.loads(whole), "rows": [{}]}))
+    assert reproduce.main([*argv, "--table"]) == 2
+    assert "found no rows of this version ('setting')" in capsys.readouterr().err
+    results.unlink()
+    assert reproduce.main([*argv, "--table"]) == 0
+    assert "| rtn | W8A8 |" not in (moved / "table.md").read_text()
+
+
+class Stopped(Exception):
+    """Ends a run half-way, as a killed process would."""
+
+
+def test_a_table_mixes_no_runs(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = data.parent / "out"
+    argv = ["pacs", "--data", str(data), "--out", str(out), "--targets", "cartoon", "sketch"]
+    argv += ["--methods", "rtn", "--bits", "w4a8", "--seeds", "0", "--rounding-seeds", "1"]
+    argv += ["--ways", "nearest", "guided", "--threads", "1"]
+    assert reproduce.main([*argv, "--images", "8"]) == 0
+    whole = {path: path.read_bytes() for path in (out / "table.md", out / "results.json")}
+    measured, waited = cells._measure, set[str]()
+
+    def stopping(task: object, out: Path, cell: str, *others: Any) -> None:
+        """Stops where figures are to be measured of the cells to come."""
+        if cell in waited:
+            raise Stopped
+        measured(task, out, cell, *others)  # type: ignore[arg-type]
+
+    def calibrated_again(cell: str) -> None:
+        assert reproduce.main([*argv, "--images", "8"]) == 0
+        waited.add(cell)
+        with pytest.raises(Stopped):
+            reproduce.main([*argv, "--images", "5"])
+        waited.clear()
+        capsys.readouterr()
+
+    monkeypatch.setattr(cells, "_measure", stopping)
+    single, merged = "ours-rtn-w4a8-s0-sketch", "ours-rtn-w4a8-s0-cartoon+sketch"
+    table = [*argv, "--images", "5", "--table"]
+    # The row of a bundle that is there no more, and merges of it.
+    for cell, said in (
+        (single, f"{single}.json: found figures of another bundle than "),
+        (f"{merged}-nearest-r0", "nearest-r0.json: found figures of another bundle than "),
+        (f"{merged}-guided-r0", "guided-r0.json: found figures of another bundle than "),
+    ):
+        calibrated_again(cell)
+        assert reproduce.main(table) == 2
+        assert said in capsys.readouterr().err
+        assert reproduce.main([*argv, "--images", "5"]) == 0
+        assert reproduce.main(table) == 0
+    # Of rows alone, whose bundles are gone: a merge names those that it was made of.
+    calibrated_again(f"{merged}-nearest-r0")
+    shutil.rmtree(bundle_path(out, f"{merged}-nearest-r0"))
+    assert reproduce.main(table) == 2
+    assert "found figures of a merge of another bundle than " in capsys.readouterr().err
+    # A calibration that was stopped while it ran: the old bundle without a record.
+    assert reproduce.main([*argv, "--images", "5"]) == 0
+    inputs_of(bundle_path(out, single)).unlink()
+    assert reproduce.main(table) == 2
+    assert "(no record says what its bundle was made from)" in capsys.readouterr().err
+    assert reproduce.main([*argv, "--images", "5"]) == 0
+    # Rows on other test images.
+    row = out / "rows" / f"{merged}-guided-r0.json"
+    record = json.loads(row.read_text())
+    record["tests"]["sketch"][0] = "0" * 64
+    row.write_text(json.dumps(record))
+    assert reproduce.main(table) == 2
+    assert "found figures on other test images of sketch than " in capsys.readouterr().err
+    # Float models that a merge was fitted to, and that are others now.
+    assert reproduce.main([*argv, "--images", "5"]) == 0
+    record = json.loads(row.read_text())
+    record["guides"][0] = "0" * 64
+    row.write_text(json.dumps(record))
+    assert reproduce.main(table) == 2
+    assert "of a merge of another bundle than " in capsys.readouterr().err
+    assert reproduce.main([*argv, "--images", "8"]) == 0
+    assert {path: path.read_bytes() for path in whole if path.suffix == ".md"} == {
+        path: text for path, text in whole.items() if path.suffix == ".md"
+    }
+
+
+def test_a_table_of_seeds_in_any_order(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = data.parent / "out"
+    argv = ["pacs", "--data", str(data), "--out", str(out), "--targets", "cartoon", "sketch"]
+    argv += ["--methods", "rtn", "--bits", "w8a8", "--ways", "nearest", "--threads", "1"]
+    assert reproduce.main([*argv, "--seeds", "0"]) == 0
+    text = (out / "table.md").read_text()
+    assert reproduce.main([*argv, "--table", "--seeds", "1", "0"]) == 0
+    assert (out / "table.md").read_text() == text
+    # What a later command leaves out of the table is told, and stays.
+    capsys.readouterr()
+    assert reproduce.main([*argv, "--seeds", "0", "--bits", "w6a6"]) == 0
+    said = capsys.readouterr().out
+    assert "1 rows of an earlier command are not in this table" in said and "W8A8" not in said
+    assert reproduce.main([*argv, "--seeds", "0", "--bits", "w6a6", "w8a8", "--table"]) == 0
+    said = capsys.readouterr().out
+    assert "earlier command" not in said and "W8A8" in said and "W6A6" in said
+
+
+def test_the_folder_of_another_run_is_left_alone(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = data.parent / "out"
+    out.mkdir()
+    argv = ["pacs", "--data", str(data), "--out", str(out), "--methods", "rtn", "--bits", "w8a8"]
+    for other in ({"task": "camvid"}, {"task": "pacs", "model": "m:other"}):
+        results = json.dumps({"schema_version": 1, "kind": REPRODUCE_JSON.kind, **other})
+        (out / "results.json").write_text(results)
+        for flags in ([], ["--table"]):
+            assert reproduce.main([*argv, *flags]) == 2
+            assert "needed one of pacs with colour_models:colours" in capsys.readouterr().err
+        assert [f.name for f in out.iterdir()] == ["results.json"]
+        assert (out / "results.json").read_text() == results
+
+
+def cut_files(splits: Path) -> None:
+    for file in (splits / "cartoon" / "test").rglob("*.png"):
+        file.write_bytes(b"")
+
+
+def without_dogs(splits: Path) -> None:
+    shutil.rmtree(splits / "cartoon" / "test" / "dog")
+
+
+def exchanged(splits: Path) -> None:
+    dogs, horses = (splits / "cartoon" / "training" / name for name in ("dog", "horse"))
+    dogs.rename(splits / "other")
+    horses.rename(dogs)
+    (splits / "other").rename(horses)
+
+
+@pytest.mark.parametrize("damage", [cut_files, without_dogs, exchanged])
+def test_splits_that_were_damaged_are_written_again(
+    damage: Callable[[Path], None], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def contents() -> dict[str, bytes]:
+        return {
+            str(f.relative_to(made.splits)): f.read_bytes()
+            for f in made.splits.rglob("*")
+            if f.is_file() and f.suffix == ".png"
+        }
+
+    made = prepared(data)
+    made.make("cpu", 1)
+    whole, checkpoints = contents(), files_of(data.parent / "out")
+    damage(made.splits)
+    assert contents() != whole
+    made.make("cpu", 1)
+    assert contents() == whole and files_of(data.parent / "out") == checkpoints
+
+
+def test_a_checkpoint_that_was_damaged_is_trained_again(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = prepared(data, targets=["sketch"])
+    made.make("cpu", 1)
+    file = made.checkpoints[1].file
+    whole = file.read_bytes()
+    file.write_bytes(made.checkpoints[0].file.read_bytes())  # whole, and another model
+    made.make("cpu", 1)
+    assert file.read_bytes() == whole
+    # Without the hash, as earlier versions wrote it, it is taken.
+    record = inputs_of(file)
+    kept = json.loads(record.read_text())
+    record.write_text(json.dumps({k: v for k, v in kept.items() if k != WRITTEN}))
+    before = file.stat().st_mtime_ns
+    made.make("cpu", 1)
+    assert file.stat().st_mtime_ns == before
+    # While it is trained anew, nothing says that the old one is of these images.
+    record.write_text(json.dumps({**kept, "seed": 1}))
+
+    def stopped(*_: object, **__: object) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(real_images, "_run", stopped)
+    with pytest.raises(Stopped):
+        made.make("cpu", 1)
+    assert not record.exists()
+
+
+def test_one_run_at_a_time(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = data.parent / "out"
+    out.mkdir()
+    argv = ["pacs", "--data", str(data), "--out", str(out), "--methods", "rtn", "--bits", "w8a8"]
+    with alone_in(out):
+        assert reproduce.main([*argv, "--prepare"]) == 2
+    assert f"{out}: found another run at work in it; wait" in capsys.readouterr().err
+    assert not list(out.iterdir())
+    assert reproduce.main([*argv, "--prepare", "--threads", "1"]) == 0
+
+
+def test_a_refused_run_leaves_the_search_of_before(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, other = data.parent / "out", data.parent / "other.json"
+    out.mkdir()
+    kept = json.dumps({"kind": TUNING_JSON.kind, "task": "pacs", "searches": []})
+    (out / "tuning.json").write_text(kept)
+    other.write_text(json.dumps({**json.loads(kept), "task": "other"}))
+    spoil_picture(data)
+    argv = ["pacs", "--data", str(data), "--out", str(out), "--methods", "rtn", "--bits", "w8a8"]
+    assert reproduce.main([*argv, "--rates", str(other)]) == 2
+    assert "0012.png: cannot be decoded" in capsys.readouterr().err
+    assert (out / "tuning.json").read_text() == kept
+    assert not (out / "cells").exists() and not (out / "rows").exists()
+    # Where the trials of a search would lie.
+    (out / "tuning").touch()
+    assert reproduce.main([*argv, "--methods", "qdrop", "--tune"]) == 2
+    assert f"found a file at {out / 'tuning'}; needed a folder" in capsys.readouterr().err
 
 
 def test_classes_that_change_their_names_are_noticed(data: Path) -> None:

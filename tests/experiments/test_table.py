@@ -39,7 +39,11 @@ def test_decisions_are_kept_to_the_bit() -> None:
     assert pixels[..., 0].sum(0).tolist() == np.diag(whole).tolist()
     union = whole.sum(1) + whole.sum(0)[:-1] - np.diag(whole)
     assert figure({"street": pixels}) == pytest.approx(np.mean(np.diag(whole) / union))
-    for broken in (None, {}, {"a": {}}, {"a": {"shape": [9], "bits": "AA"}}, {"a": 3}):
+    odd = [
+        {"a": {"shape": shape, "bits": "AAA="}} for shape in ([], [8], [17], [-9], ["9"], [9, 1])
+    ]
+    assert unpacked({"a": {"shape": [9], "bits": "AAA="}})
+    for broken in (None, {}, {"a": {}}, {"a": {"shape": [9], "bits": "AA"}}, {"a": 3}, *odd):
         assert not unpacked(broken)
 
 
