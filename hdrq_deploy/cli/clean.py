@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from .start import importing, run
 
 with importing("hdrq clean"):
+    from ..formats.atomic_files import alone_in
     from ..runfile.loading import load
     from ..runfile.plan import KINDS, stages_of
     from ..runfile.running import clean
@@ -54,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _clean(args: argparse.Namespace) -> int:
     loaded = load(args.file, args.out)
-    removed = clean(loaded, stages_of(loaded), args.only, args.unused, args.dry_run)
+    removes = loaded.out.is_dir() and not args.dry_run
+    with alone_in(loaded.out) if removes else nullcontext():
+        removed = clean(loaded, stages_of(loaded), args.only, args.unused, args.dry_run)
     for name in removed.names:
         print(name)
     for reason in removed.left:

@@ -11,6 +11,7 @@ from pathlib import Path
 from .start import importing, run
 
 with importing("hdrq run"):
+    from ..formats.atomic_files import alone_in, make_directory
     from ..jobs.pool import open_pool
     from ..reports.bench_page import table
     from ..reports.verdict import did_it_pay
@@ -103,19 +104,21 @@ def make(loaded: Loaded, stages: Sequence[Stage], only: Sequence[str], where: Wh
     planned = plan(stages, only)
     check(loaded, [row.stage for row in planned])
     preflight(loaded, planned)
-    prepare(loaded, stages)
-    stale = {row.stage.key for row in planned if row.why}
-    if stale:
-        by_key = {row.stage.key: row.stage for row in planned}
-        with (
-            StageTable(by_key, stale) as shown,
-            open_pool(where.workers, where.threads, where.ray, loaded.out, where.gpus) as pool,
-        ):
-            shown.room = pool.room
-            execute(loaded, planned, pool, shown.ended, shown.begun)
-    else:
-        print(f"all {len(planned)} stages are up to date", file=sys.stderr)
-    _show(loaded, [row.stage for row in planned])
+    make_directory(loaded.out)
+    with alone_in(loaded.out):
+        prepare(loaded, stages)
+        stale = {row.stage.key for row in planned if row.why}
+        if stale:
+            by_key = {row.stage.key: row.stage for row in planned}
+            with (
+                StageTable(by_key, stale) as shown,
+                open_pool(where.workers, where.threads, where.ray, loaded.out, where.gpus) as pool,
+            ):
+                shown.room = pool.room
+                execute(loaded, planned, pool, shown.ended, shown.begun)
+        else:
+            print(f"all {len(planned)} stages are up to date", file=sys.stderr)
+        _show(loaded, [row.stage for row in planned])
 
 
 def _explain(planned: Sequence[Planned]) -> None:

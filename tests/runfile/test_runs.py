@@ -28,6 +28,7 @@ from hdrq_deploy.cli import run as run_command
 from hdrq_deploy.cli import status as status_command
 from hdrq_deploy.cli.stage_table import StageTable
 from hdrq_deploy.errors import ExportError, HdrqError
+from hdrq_deploy.formats.atomic_files import alone_in
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.merging import Merger, choose_weights, weights_from_statistics
 from hdrq_deploy.runfile.bundles import MergeStage
@@ -124,6 +125,19 @@ def test_a_second_run_does_nothing(ran: Path, capsys: pytest.CaptureFixture[str]
     assert changed == {"outputs.json", "resolved.yaml"}
     assert status_command.main([str(ran)]) == 0
     assert "10 of 10 stages are up to date" in capsys.readouterr().out
+
+
+def test_nothing_is_written_or_removed_while_another_run_is_at_work(
+    ran: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ran.parent / "hdrq-run"
+    before = states(out)
+    with alone_in(out):
+        for command in (run_command, clean_command):
+            assert command.main([str(ran)]) == 2
+            assert f"{out}: found another run at work in it; wait" in capsys.readouterr().err
+        assert clean_command.main([str(ran), "--dry-run"]) == 0
+    assert states(out) == before
 
 
 def test_what_changed_remakes_what_depends_on_it(
