@@ -243,8 +243,8 @@ def light_folders(data: Path, domain: str) -> list[tuple[Path, Path]]:
     """
     light = _light_of(domain)
     found = folders_by_name(data) if data.is_dir() else {}
-    pairs = _distributed(found)
-    if light in found or not pairs:
+    pairs = [] if light in found else _distributed(found)
+    if not pairs:
         names = [folder.name for folder in found.values()]
         inside = folders_by_name(found[light]) if light in found else {}
         for kind in ("images", "labels"):
@@ -388,13 +388,12 @@ def _write_frame(image: Path, domain: str, folder: Path) -> None:
     with opened(image) as stored:
         turned = orientation(stored) != 1
         frame = picture_of(stored, image, 3)
-    if domain not in CORRUPTED:
-        if frame.size == SIZE and not turned:
-            shutil.copyfile(image, folder / image.name)
-        else:
-            frame.resized(SIZE).image.save(folder / f"{image.stem}.png")
+    if domain not in CORRUPTED and frame.size == SIZE and not turned:
+        shutil.copyfile(image, folder / image.name)
         return
-    pixels = corrupted(frame.resized(SIZE).pixels(3), domain, image.stem)
+    pixels = np.rint(frame.resized(SIZE).pixels(3)).astype(np.uint8)
+    if domain in CORRUPTED:
+        pixels = corrupted(pixels, domain, image.stem)
     Image.fromarray(pixels).save(folder / f"{image.stem}.png")
 
 

@@ -28,6 +28,8 @@ __all__ = ["CHECKPOINTS", "BenchmarkTraining", "command", "fit", "silent"]
 Model = TypeVar("Model", bound=torch.nn.Module)
 CHECKPOINTS = Path(__file__).with_name("checkpoints")
 RECORD = "checkpoints.json"
+# The entry of a checkpoint's notes that says what its weights are.
+_WEIGHTS = "weights_sha256"
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,9 @@ class BenchmarkTraining(Generic[Model]):
             report(0, 1)
             path = folder / f"{domain}.safetensors"
             if not self._is_trained(path, domain):
-                model = learn(domain, source, self.seed, report)
-                notes = json.dumps(self._notes(domain))
-                write_bytes(path, save(model.state_dict(), {"trained": notes}), TRAINED)
+                state = learn(domain, source, self.seed, report).state_dict()
+                notes = json.dumps({**self._notes(domain), _WEIGHTS: _sha256(state)})
+                write_bytes(path, save(state, {"trained": notes}), TRAINED)
             source = source or self.load(path)
             report(1, 1)
 
@@ -150,18 +152,29 @@ class BenchmarkTraining(Generic[Model]):
         write_bytes(out / RECORD, (json.dumps(record, indent=2) + "\n").encode())
 
     def _is_trained(self, path: Path, domain: str) -> bool:
-        """Whether the checkpoint at ``path`` is whole and made by this recipe."""
+        """Whether the checkpoint at ``path`` is whole and made by this recipe.
+
+        Those of earlier versions do not say what their weights are.
+        """
         if not path.is_file():
             return False
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                notes = (file.metadata() or {}).get("trained")
-        except (OSError, safetensors.SafetensorError):
+                notes = json.loads((file.metadata() or {}).get("trained", "null"))
+            state = load_file(path)
+        except (OSError, ValueError, safetensors.SafetensorError):
             return False
-        return notes == json.dumps(self._notes(domain))
+        if not isinstance(notes, dict) or notes.pop(_WEIGHTS, None) not in (None, _sha256(state)):
+            return False
+        return bool(notes == json.loads(json.dumps(self._notes(domain))))
 
     def _notes(self, domain: str) -> dict[str, Any]:
         return {"method": "training", "seed": self.seed, "recipe": dict(self.recipes[domain])}
+
+
+def _sha256(state: Mapping[str, Tensor]) -> str:
+    """Hash of the weights as a file without notes holds them."""
+    return sha256_bytes(save(dict(state)))
 
 
 def _percent_of(progress: Progress, done: int, total: int, domain: str) -> StepProgress:

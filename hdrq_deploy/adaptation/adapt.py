@@ -31,7 +31,7 @@ from ..formats.atomic_files import check_output, remove_file, write_bytes
 from ..formats.file_kinds import ADAPTED, ADAPTING, partial_of
 from ..numerics.spec import check_seed
 from ..typing import Progress
-from .options import AdaptationOptions
+from .options import FEWEST, AdaptationOptions
 from .self_training import SelfTraining, confident_labels
 from .shot import ShotTraining, centroid_labels, information
 from .training import Training
@@ -109,8 +109,8 @@ def _of_so_many(options: AdaptationOptions, images: int) -> AdaptationOptions:
     Raises:
         DataError: Fewer than two images.
     """
-    if images < 2:
-        raise DataError(f"found {images} images; needed 2 or more: add images")
+    if images < FEWEST:
+        raise DataError(f"found {images} images; needed {FEWEST} or more: add images")
     if images >= options.batch:
         return options
     _log.warning(

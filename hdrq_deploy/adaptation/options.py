@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from ..errors import SpecError
 
-__all__ = ["AdaptationOptions", "FineTuningOptions"]
+__all__ = ["FEWEST", "AdaptationOptions", "FineTuningOptions"]
+
+# Images that an adaptation needs of a domain.
+FEWEST = 2
 
 
 @dataclass(frozen=True)

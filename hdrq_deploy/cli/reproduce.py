@@ -415,8 +415,8 @@ def _say_what_is_left_out(out: Path, records: Sequence[Mapping[str, Any]]) -> No
         return
     if lost:
         print(
-            f"{len(lost)} rows of an earlier command are not in this table; their figures stay in "
-            f"{out / 'rows'}: --table with the flags of both commands tabulates all"
+            f"rows of an earlier command that are not in this table: {len(lost)}; their figures "
+            f"stay in {out / 'rows'}, and --table with the flags of that command prints them"
         )
 
 
@@ -477,26 +477,42 @@ def _check_outputs(
     places += made_checkpoints(args.protocol) if args.made else []
     places += prepared.outputs(args.out.absolute()) if prepared else []
     check_container(args.out, places, [args.data, args.checkpoints, args.weights], "out")
-    _check_earlier(args.out / "results.json", grid.task)
+    _check_earlier(args.out, grid)
     if args.made:
         is_written(args.protocol, args.out)
 
 
-def _check_earlier(target: Path, task: Task) -> None:
-    """Refuse the folder of a run of another protocol or network, whose cells have the same names.
+def _check_earlier(out: Path, grid: Grid) -> None:
+    """Refuse the folder of another run, whose cells would have the names of this one's.
 
     Raises:
-        HdrqError: Its results say that it is one.
+        HdrqError: Its results, or records of its cells, name another protocol, network, source or
+            adaptation.
     """
-    before = read_json(target)
-    if not isinstance(before, dict):
-        return
-    there = (before.get("task", task.name), before.get("model", task.model))
-    if there != (task.name, task.model):
-        raise HdrqError(
-            f"{target}: found a run of {' with '.join(map(str, there))}; needed one of {task.name} "
-            f"with {task.model}: choose another `out`"
-        )
+    task, found = grid.task, read_json(out / "results.json")
+    now = {
+        "task": task.name,
+        "model": task.model,
+        "source": task.source_domain,
+        "adaptation": task.adaptation,
+    }
+    told = [found] if isinstance(found, dict) else []
+    for cell in grid.cells():
+        record = read_json(inputs_of(bundle_path(out, cell)))
+        if isinstance(record, dict) and "model" in record:
+            told.append({"model": record["model"]})
+    for before in told:
+        there = {key: before.get(key, value) for key, value in now.items()}
+        if there != now:
+            raise HdrqError(
+                f"{out}: found a run of {_told(there)}; needed one of {_told(now)}: choose another "
+                "`out`, or pass what that run was given"
+            )
+
+
+def _told(run: Mapping[str, Any]) -> str:
+    """Protocol, network, source and adaptation, as far as there are any."""
+    return ", ".join(str(value) for value in run.values() if value)
 
 
 def _limited(task: Task, images: int | None) -> Task:

@@ -25,6 +25,7 @@ from ..formats.staleness import (
     change_in,
     change_since,
     code_of,
+    is_stamp,
     plain,
     stamp,
     versions_of,
@@ -92,14 +93,11 @@ def finished_change(request: CalibrationRequest) -> str:
 
     Code, versions, the device, files of the same names that are gone, options that the bundle's
     record does not have, and statistics, which change no figure, are not compared: what is finished
-    stays what it is. "" where bundle and record are gone.
+    stays what it is. "" where there is no record.
     """
-    output = Path(request.output)
-    before = read_json(inputs_of(output))
-    if not isinstance(before, dict) and not output.exists():
+    before = read_json(inputs_of(Path(request.output)))
+    if not isinstance(before, dict):
         return ""
-    if not isinstance(before, dict):  # a calibration anew was stopped
-        return "no record says what its bundle was made from"
     now = json.loads(json.dumps(_ingredients(request)))
     gone = {name for name in (*_READ, "data") if _is_gone(now[name], before.get(name))}
     for name in {"versions", "code", "device", "statistics", *gone}:
@@ -111,11 +109,12 @@ def _is_gone(now: Any, before: Any) -> bool:
     """Whether no file of a stamp is there any more, and an earlier stamp is of the same name.
 
     The folder of a run may have moved, so that a name is that of a file and of the two folders
-    around it.
+    around it; of checkpoints that were brought and are gone nobody knows more than the domain.
     """
-    if not (isinstance(now, list) and isinstance(before, list)) or isinstance(now[0], list):
+    if not (is_stamp(now) and is_stamp(before)) or now[1]:
         return False
-    return now[1] == 0 and Path(now[0]).parts[-3:] == Path(before[0]).parts[-3:]
+    there, named = Path(before[0]), Path(now[0])
+    return there.parts[-3:] == named.parts[-3:] or (not named.suffix and there.stem == named.name)
 
 
 def _alike(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

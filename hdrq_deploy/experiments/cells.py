@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +15,7 @@ from ..calibration.methods import METHODS
 from ..calibration.request import CalibrationRequest
 from ..calibration.settings import SETTINGS
 from ..calibration_data.readers import Wanted, read
+from ..errors import DataError
 from ..exporters import export
 from ..formats.atomic_files import scratch_folder, write_bytes
 from ..formats.bench_result import Accuracy
@@ -40,7 +41,7 @@ from .decisions import Decisions, packed
 from .grid import Grid, Merge, Run, bundle_path, read_row, row_path
 from .tasks import Domain, Task
 from .threads import calibration_threads
-from .ways import WAYS
+from .ways import WAYS, Way
 
 __all__ = [
     "accuracies_of",
@@ -143,6 +144,7 @@ def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) 
     ]
     if missing:
         way = WAYS[merge.way]
+        _check_statistics(way, parents)
         renewed = _unlabelled(task, merge, parents[0], task.renew_images) if way.renews else None
         mix, record = _mix(task, merge, parents, renewed)
         candidates = CANDIDATES if way.tosses else 1
@@ -164,6 +166,21 @@ def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) 
         extra = {"setting": merge.run.setting, "way": merge.way, "draw": draw}
         made_of = {key: ingredients[draw][key] for key in _MADE_OF if key in ingredients[draw]}
         _measure(task, out, merge.cell(draw), merge.members, device, threads, extra, made_of)
+
+
+def _check_statistics(way: Way, parents: Sequence[Bundle]) -> None:
+    """Refuse parents whose statistics were removed, where the merge needs them.
+
+    Raises:
+        DataError: They were.
+    """
+    without = [parent.path for parent in parents if parent.manifest.statistics is None]
+    if way.needs_statistics and without:
+        raise DataError(
+            f"{without[0]}: found no statistics, which {len(without)} of {len(parents)} bundles "
+            "lack; needed those of all: remove these folders, which calibrates them again, or "
+            "choose other `ways`"
+        )
 
 
 def _merge_ingredients(

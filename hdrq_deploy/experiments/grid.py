@@ -31,6 +31,8 @@ __all__ = [
     "search_name",
 ]
 
+# Images that a calibration needs of a domain, whatever it does.
+_FEWEST = 2
 # Weights and activations, as the paper has them; first and last layers keep 8 bits.
 BITS = ("w8a8", "w8a4", "w6a6", "w4a8", "w4a4", "w3a3")
 
@@ -177,9 +179,11 @@ class Grid:
         if len(self.task.domains) < 2:
             raise SpecError(f"found {len(self.task.domains)} domain; a merge needs two or more")
         if self.task.images < self.batch:
+            learns = self.batch > _FEWEST
             raise SpecError(
                 f"found {self.task.images} calibration images of a domain; needed {self.batch} or "
-                "more (one batch): give more `images`, or a smaller `batch`"
+                f"more{' (one batch)' if learns else ''}: give more `images`"
+                + (", or a smaller `batch`" if learns else "")
             )
         for run in self.runs():
             groups = list(self._groups())
@@ -205,7 +209,7 @@ class Grid:
         """
         pairs = product(self.methods, self.settings)
         options = [self.task.options(method, setting) for method, setting in pairs]
-        return max([2, *(own.batch for own in options if own.iterates)])
+        return max([_FEWEST, *(own.batch for own in options if own.iterates)])
 
     def runs(self) -> Iterator[Run]:
         """The float models, once more where a setting keeps BatchNorm apart; then the rest."""
@@ -322,9 +326,14 @@ def read_row(out: Path, cell: str, members: Sequence[str]) -> dict[str, Any] | N
         and set(domains) == set(members)
         and all(type(v) in (int, float) and 0 <= v <= 1 for v in domains.values())
         and all(type(n) is int and n > 0 for n in images.values())
+        and all(_are_hashes(row.get(name, ())) for name in ("parents", "guides"))
         and (not row.get("decisions") or agrees(row["decisions"], domains))
     )
     return row if whole else None
+
+
+def _are_hashes(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value)
 
 
 def row_path(out: Path, cell: str) -> Path:

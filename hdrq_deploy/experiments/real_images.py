@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..adaptation.options import AdaptationOptions, FineTuningOptions
+from ..adaptation.options import FEWEST, AdaptationOptions, FineTuningOptions
 from ..calibration_data import camvid as camvid_images
 from ..calibration_data import pacs as pacs_images
 from ..calibration_data.readers import Wanted
@@ -257,9 +257,12 @@ class Preparation:
             report(1, 1, "")
 
     def _write_splits(self) -> None:
+        before = read_json(self.splits / SPLITS.marker)
+        there = before.get("domains") if isinstance(before, dict) else None
+        kept = isinstance(there, list) and set(self.domains) <= set(there)
         record = {
             "data": stamp(self.data),
-            "domains": list(self.domains),
+            "domains": there if kept else list(self.domains),
             "versions": versions_of("pillow", *self.needs),
         }
         change = written_change(self.splits, SPLITS, record)
@@ -281,6 +284,7 @@ class Preparation:
             files |= {d.weights: "adapted" for d in self.task.domains if d.weights not in files}
             for file, role in files.items():
                 load_state(load_model(self.task.model), file, role)
+                _check_trained(Path(file))
         elif (imagenet := self.checkpoints[0].imagenet) is not None:
             started(self.task.model, None, imagenet, self.seed)
 
@@ -291,9 +295,10 @@ class Preparation:
             DataError: Fewer training images than a batch, or calibration images than are needed.
         """
         for trained in self.checkpoints:
-            labels = isinstance(trained.options, FineTuningOptions)
-            batch = trained.options.batch if labels else 1
-            self._check_count(trained.images, batch, "training (one batch)")
+            if isinstance(trained.options, FineTuningOptions):
+                self._check_count(trained.images, trained.options.batch, "training (one batch)")
+            else:
+                self._check_count(trained.images, FEWEST, "training")
         for domain in self.task.domains:
             self._check_count(Path(domain.images), calibration, "calibration")
 
@@ -316,8 +321,11 @@ class Preparation:
             "seed": self.seed,
         }
         record = inputs_of(trained.file)
-        change = _training_change(trained.file, read_json(record), ingredients)
+        before = read_json(record)
+        change = _training_change(trained.file, before, ingredients)
         if not change:
+            if WRITTEN not in before:  # of an earlier version
+                record_ingredients(trained.file, _with_hash(trained.file, ingredients))
             return
         _log.info("%s: %s; training it", trained.file, change)
         remove_file(record, CELL_INPUTS)
@@ -325,7 +333,12 @@ class Preparation:
             _run(trained, self, device, threads, progress, resume=True)
         except SpecError:  # an unfinished training of other images or options
             _run(trained, self, device, threads, progress, resume=False)
-        record_ingredients(trained.file, {**ingredients, WRITTEN: contents_sha256(trained.file)})
+        record_ingredients(trained.file, _with_hash(trained.file, ingredients))
+
+
+def _with_hash(file: Path, ingredients: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a checkpoint: what it was made from, and a hash of it."""
+    return {**ingredients, WRITTEN: contents_sha256(file)}
 
 
 def _training_change(file: Path, record: Any, ingredients: Mapping[str, Any]) -> str:
@@ -337,9 +350,24 @@ def _training_change(file: Path, record: Any, ingredients: Mapping[str, Any]) ->
         return "it is missing"
     if not isinstance(record, dict):
         return change_in(record, ingredients)
-    written = record.pop(WRITTEN, None)
-    change = change_in(record, ingredients)
-    return change or ("" if written in (None, contents_sha256(file)) else "it is damaged")
+    change = change_in({k: v for k, v in record.items() if k != WRITTEN}, ingredients)
+    return change or (
+        "" if record.get(WRITTEN) in (None, contents_sha256(file)) else "it is damaged"
+    )
+
+
+def _check_trained(file: Path) -> None:
+    """Refuse a checkpoint of an earlier run that is another one than was trained there.
+
+    Raises:
+        DataError: The record beside it says so.
+    """
+    record = read_json(inputs_of(file))
+    if isinstance(record, dict) and record.get(WRITTEN) not in (None, contents_sha256(file)):
+        raise DataError(
+            f"{file}: found another checkpoint than was trained there; needed that one: put it "
+            "back, or run the command that trained it again"
+        )
 
 
 def _run(
@@ -446,7 +474,11 @@ def prepare(name: str, choice: Choice, runs: bool = True) -> Preparation:
     splits = choice.out / "data" / name
     trained: tuple[Trained, ...] = ()
     if choice.checkpoints is not None:
-        files = _brought(choice.checkpoints, choice, network, source, every)
+        given = choice.checkpoints
+        if runs or given.exists():
+            files = _brought(given, choice, network, source, every)
+        else:
+            files = {domain: given / domain for domain in every}
     else:
         trained = tuple(_trainings(choice, network, splits, source, targets))
         files = {training.images.parent.name: training.file for training in trained}

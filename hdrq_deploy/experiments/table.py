@@ -154,7 +154,9 @@ def _difference(gap: Difference) -> dict[str, Any]:
 
 
 def _options(path: Path) -> dict[str, Any]:
-    """Options of a cell's calibration, from its own manifest."""
+    """Options of a cell's calibration, from its own manifest; none where the bundle is gone."""
+    if not path.exists():
+        return {}
     options = Bundle.open(path).manifest.options
     names = (
         "images",

@@ -14,6 +14,7 @@ from ..calibration.settings import SETTINGS
 from ..calibration_data import digits, streets
 from ..calibration_data.readers import Wanted, read
 from ..calibration_data.readers.decoding import folders_of
+from ..calibration_data.readers.street_scenes import find_scenes, is_scenes
 from ..errors import DataError, ModelError
 from ..formats.atomic_files import FolderKind, Kind, check_output, new_directory, write_record
 from ..formats.file_kinds import DIGITS, STREETS
@@ -252,17 +253,28 @@ def is_written(name: str, out: Path) -> bool:
 
 
 def check_images(task: Task, needed: int) -> None:
-    """Refuse domains whose calibration images are too few or cannot be read; so many are read.
+    """Refuse domains without enough calibration images, or without labelled ones for the test.
+
+    Args:
+        task: The domains.
+        needed: Calibration images that are needed, and read.
 
     Raises:
-        DataError: Fewer than ``needed``, or images that cannot be read.
+        DataError: Fewer, images that cannot be read, or test images without labels.
     """
     for domain in task.domains:
         found = len(read(domain.images, task.wanted, needed))
         if found < needed:
             raise DataError(
                 f"{domain.images}: found {found} images of {domain.name} for calibration; needed "
-                f"{needed} or more: add images, or give a smaller `batch`"
+                f"{needed} or more: add images"
+            )
+        if is_scenes(Path(domain.test)):
+            find_scenes(domain.test, task.split)
+        elif read(domain.test, task.wanted, 1).y is None:
+            raise DataError(
+                f"{domain.test}: found images of {domain.name} without labels for the test; needed "
+                "one folder per class, or y in the .npz"
             )
 
 

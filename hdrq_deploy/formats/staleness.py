@@ -34,6 +34,7 @@ __all__ = [
     "contents_sha256",
     "fingerprint",
     "first_change",
+    "is_stamp",
     "plain",
     "stamp",
     "versions_of",
@@ -99,7 +100,7 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any], path: tuple[s
             return f"{_CONTENTS[name]} changed"
         if isinstance(old, dict) and isinstance(new, dict):
             return _difference(old, new, (*path, name))
-        words = " ".join((*path, name)).removeprefix("versions ")
+        words = " ".join((*path, name)).removeprefix("versions ").removeprefix("options ")
         kind = "" if (*path, name)[0] in _BARE else "option "
         return f"{kind}{words}: {_shown(old)}, now {_shown(new)}"
     return ""
@@ -134,7 +135,7 @@ def change_in(before: Any, now: Mapping[str, Any]) -> str:
 
 def _with_equal_contents(before: Any, now: Any, contents: Mapping[str, Any]) -> Any:
     """``before`` with today's stamps in the place of those whose contents are the same."""
-    if _is_stamp(before) and _is_stamp(now):
+    if is_stamp(before) and is_stamp(now):
         known = contents.get(before[0])
         same = before != now and before[1:3] == now[1:3] and known is not None
         return now if same and known == _contents(*now) else before
@@ -160,7 +161,7 @@ def contents_of(ingredients: Any) -> dict[str, str]:
 
 
 def _stamps(value: Any) -> Iterator[list[Any]]:
-    if _is_stamp(value):
+    if is_stamp(value):
         yield value
     elif isinstance(value, (list, tuple, Mapping)):
         inside: Iterable[Any] = value.values() if isinstance(value, Mapping) else value
@@ -168,7 +169,7 @@ def _stamps(value: Any) -> Iterator[list[Any]]:
             yield from _stamps(entry)
 
 
-def _is_stamp(value: Any) -> bool:
+def is_stamp(value: Any) -> bool:
     """Whether a value is a stamp; earlier versions ended theirs with the newest time alone."""
     kinds: tuple[type | tuple[type, ...], ...] = (str, int, int, (str, int))
     return (
@@ -248,6 +249,8 @@ def written_change(folder: Path, kind: FolderKind, now: Mapping[str, Any]) -> st
     written = record.pop(WRITTEN, None)
     if change := change_in(record, now):
         return change
+    if written is None:
+        return "its record does not say what was written"
     return "" if written == contents_sha256(folder, kind.marker) else "it is damaged"
 
 

@@ -276,6 +276,24 @@ def test_labels_lie_as_their_frame_does(
         written(labels, 1)
 
 
+@pytest.mark.parametrize("size", [camvid.SIZE, (480, 640)])
+def test_grey_frames_of_16_bits_are_brought_to_8(size: tuple[int, int], tmp_path: Path) -> None:
+    data = drive(tmp_path / "CamVid" / "day", range(60, 3600, 90), size=size).parent
+    for file in (data / "day" / "images").iterdir():
+        Image.fromarray(np.full(size, 257 * 100, np.uint16)).save(file)
+    camvid.write(data, tmp_path / "out", ("day",))
+    for pair in find_scenes(tmp_path / "out" / "day" / "test").pairs:
+        x, _ = find_scenes(tmp_path / "out" / "day" / "test").read(*pair)
+        assert x.shape == (3, *camvid.SIZE) and np.allclose(x * 255, 100)
+
+
+def test_frames_by_light_are_taken_whatever_lies_beside(tmp_path: Path) -> None:
+    data = drive(tmp_path / "CamVid" / "day", range(60, 3600, 90)).parent
+    for name in ("train", "trainannot", "val"):
+        (data / name).mkdir()
+    assert camvid.light_folders(data, "day") == [(data / "day/images", data / "day/labels")]
+
+
 def all_void(root: Path) -> None:
     for file in (root / "day" / "labels").iterdir():
         if camvid.split_of(camvid.frame_of(file)[1]) == "test":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -95,3 +97,18 @@ def test_a_damaged_checkpoint_is_no_reason_to_stop(tmp_path: Path) -> None:
     (own / "night.safetensors").write_bytes((own / "night.safetensors").read_bytes()[:-4])
     ours.train_missing(own)
     assert learnt == ["plain", "night", "night"]
+    # Whole, and other weights under the same notes.
+    whole = bytearray((own / "night.safetensors").read_bytes())
+    whole[-1] ^= 1
+    (own / "night.safetensors").write_bytes(whole)
+    ours.train_missing(own)
+    assert learnt == ["plain", "night", "night", "night"]
+    assert float(load_file(own / "night.safetensors")["weight"][0, 0]) == 1.5
+    # Notes of earlier versions do not say what the weights are.
+    with safe_open(own / "night.safetensors", "pt") as file:
+        notes = json.loads(file.metadata()["trained"])
+    del notes["weights_sha256"]
+    state = load_file(own / "night.safetensors")
+    save_file(state, own / "night.safetensors", {"trained": json.dumps(notes)})
+    ours.train_missing(own)
+    assert learnt == ["plain", "night", "night", "night"]

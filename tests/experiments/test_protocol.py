@@ -30,7 +30,13 @@ from hdrq_deploy.experiments.comparison_sheets import draw
 from hdrq_deploy.experiments.decisions import unpacked
 from hdrq_deploy.experiments.grid import Grid, Run, bundle_path, parse_bits, row_path
 from hdrq_deploy.experiments.table import cells, header, markdown, network, rows
-from hdrq_deploy.experiments.tasks import Domain, Task, office_home, segmentation
+from hdrq_deploy.experiments.tasks import (
+    Domain,
+    Task,
+    check_images,
+    office_home,
+    segmentation,
+)
 from hdrq_deploy.experiments.ways import WAYS
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.formats.file_kinds import REPRODUCE_TABLE
@@ -424,6 +430,25 @@ def test_the_segmentation_protocol_finds_its_data(tmp_path: Path) -> None:
         segmentation(tmp_path / "data", tmp_path)
     with pytest.raises(DataError, match="found none of cityscapes, idd, bdd100k"):
         segmentation(tmp_path, tmp_path)
+
+
+def test_images_are_looked_at_before_any_work(task: Task, tmp_path: Path) -> None:
+    check_images(task, 8)
+    with pytest.raises(DataError, match="found 48 images of night for calibration; needed 64 or m"):
+        check_images(task, 64)
+    scenes, bare = tmp_path / "scenes", tmp_path / "bare"
+    for folder in (scenes / "images", scenes / "labels", bare):
+        folder.mkdir(parents=True)
+    for n in range(3):
+        Image.new("RGB", (8, 8)).save(scenes / "images" / f"{n}.png")
+        Image.new("RGB", (8, 8)).save(bare / f"{n}.png")
+    for test, message in (
+        (scenes, "needed the labels of every image"),
+        (bare, "found images of night without labels for the test; needed one folder per class"),
+    ):
+        domain = replace(task.domains[0], images=str(bare), test=str(test))
+        with pytest.raises(DataError, match=message):
+            check_images(replace(task, domains=(domain,)), 2)
 
 
 def test_grids_that_make_no_sense(task: Task) -> None:

@@ -253,6 +253,13 @@ def one_training_image(data: Path) -> None:
             file.unlink()
 
 
+def one_image_to_adapt(data: Path) -> None:
+    for file in (data / "sketch").rglob("*.png"):
+        split = pacs.split_of(pacs.file_number(file))
+        if split == "training" and (file.parent.name, file.stem) != ("dog", "0001"):
+            file.unlink()
+
+
 def two_calibration_images(data: Path) -> None:
     for file in (data / "sketch").rglob("*.png"):
         if pacs.split_of(pacs.file_number(file)) == "calibration" and file.parent.name != "dog":
@@ -292,6 +299,12 @@ def no_dogs(data: Path) -> None:
             "found 2 images of sketch for calibration; needed 4 or more: add images",
         ),
         (None, ["--source", ""], "found --source without a name"),
+        (None, ["--images", "1"], "of a domain; needed 2 or more: give more --images\n"),
+        (
+            one_image_to_adapt,
+            ["--adaptation", "unlabelled"],
+            "found 1 images of sketch for training; needed 2 or more: add images",
+        ),
         (
             None,
             ["--ways", "regression-w4", "--bits", "w8a8", "w4a8"],
@@ -341,14 +354,25 @@ def test_a_table_is_of_the_run_that_was_made(
     assert reproduce.main([*argv, "--table"]) == 0
     assert (out / "table.md").read_text() == kept
     capsys.readouterr()
-    for flags, change in (
-        (["--source", "art_painting"], "the adapted checkpoint changed"),
-        (["--adaptation", "unlabelled"], "the adapted checkpoint changed"),
-        (["--images", "7"], "option images: 8, now 7"),
+    found = f"{out}: found a run of pacs, colour_models:colours, photo, supervised; needed"
+    for flags, message in (
+        (["--source", "art_painting"], f"{found} one of pacs, colour_models:colours, art_painting"),
+        (["--adaptation", "unlabelled"], f"{found} one of pacs, colour_models:colours, photo, unl"),
+        (["--images", "7"], "found figures of another run (option images: 8, now 7); give what"),
     ):
         assert reproduce.main([*argv, "--table", *flags]) == 2
-        said = capsys.readouterr().err.strip()
-        assert f"found figures of another run ({change}); give what that run was given" in said
+        assert message in capsys.readouterr().err
+        if flags[0] != "--images":  # nor is anything made
+            assert reproduce.main([*argv, "--data", str(data), *flags]) == 2
+            assert message in capsys.readouterr().err
+    # Without the results the names of the checkpoints tell.
+    results = (out / "results.json").read_bytes()
+    (out / "results.json").unlink()
+    assert reproduce.main([*argv, "--table", "--adaptation", "unlabelled"]) == 2
+    assert (
+        "found figures of another run (the adapted checkpoint changed)" in capsys.readouterr().err
+    )
+    (out / "results.json").write_bytes(results)
     # Nor does a search of rates take the place of the run's own before the refusal.
     other = out.with_name("other.json")
     record = {"kind": TUNING_JSON.kind, "task": "pacs", "searches": []}
@@ -385,6 +409,8 @@ def test_a_table_is_of_the_run_that_was_made(
         json.dumps({**figures, "domains": {"cartoon": 0.5}}),
         json.dumps({**figures, "images": {"sketch": "x"}}),
         json.dumps({**figures, "tests": 3}),
+        json.dumps({**figures, "parents": 5}),
+        json.dumps({**figures, "guides": [5]}),
         json.dumps({**figures, "decisions": {"sketch": {"shape": [], "bits": "AA=="}}}),
         json.dumps({**figures, "decisions": {"sketch": {"shape": [900], "bits": "AA=="}}}),
     ):
@@ -456,7 +482,7 @@ def test_a_table_mixes_no_runs(
     assert reproduce.main([*argv, "--images", "5"]) == 0
     inputs_of(bundle_path(out, single)).unlink()
     assert reproduce.main(table) == 2
-    assert "(no record says what its bundle was made from)" in capsys.readouterr().err
+    assert "and no record of what that was made from; run without" in capsys.readouterr().err
     assert reproduce.main([*argv, "--images", "5"]) == 0
     # Rows on other test images.
     row = out / "rows" / f"{merged}-guided-r0.json"
@@ -478,6 +504,82 @@ def test_a_table_mixes_no_runs(
     }
 
 
+def test_a_table_mixes_no_models(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = data.parent / "out"
+    argv = ["pacs", "--data", str(data), "--out", str(out), "--targets", "cartoon", "sketch"]
+    argv += ["--bits", "w8a8", "--seeds", "0", "--ways", "nearest", "--threads", "1"]
+    assert reproduce.main([*argv, "--methods", "rtn"]) == 0
+    (data / "cartoon" / "dog" / "0001.png").unlink()  # of the training
+    assert reproduce.main([*argv, "--methods", "rtn-corrected"]) == 0
+    shutil.rmtree(out / "checkpoints")
+    for methods in (["rtn"], ["rtn", "rtn-corrected"]):
+        capsys.readouterr()
+        assert reproduce.main([*argv, "--methods", *methods, "--table"]) == 2
+        assert (
+            "found figures of an adapted checkpoint other than that of " in capsys.readouterr().err
+        )
+    # Bundles that are gone are not missed, and nor are options that they alone tell.
+    shutil.rmtree(out / "cells")
+    (out / "results.json").unlink()
+    assert reproduce.main([*argv, "--methods", "rtn-corrected", "--table"]) == 0
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert len(rows) == 4 and all(row["options"] == {} for row in rows)
+
+
+def test_a_table_of_models_that_were_brought(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier, out = data.parent / "earlier", data.parent / "out"
+    argv = ["pacs", "--data", str(data), "--targets", "cartoon", "sketch", "--methods", "rtn"]
+    argv += ["--bits", "w8a8", "--seeds", "0", "--ways", "nearest", "--threads", "1"]
+    assert reproduce.main([*argv, "--out", str(earlier), "--prepare"]) == 0
+    argv += ["--out", str(out)]
+    brought = ["--checkpoints", str(earlier)]
+    models = earlier / "checkpoints/colours/photo-supervised"
+    sketch = (models / "sketch.safetensors").read_bytes()
+    (models / "sketch.safetensors").write_bytes((models / "cartoon.safetensors").read_bytes())
+    assert reproduce.main([*argv, *brought]) == 2
+    assert "sketch.safetensors: found another checkpoint than was" in capsys.readouterr().err
+    (models / "sketch.safetensors").write_bytes(sketch)
+    assert reproduce.main([*argv, *brought]) == 0
+    text = (out / "table.md").read_text()
+    assert "brought" in text
+    assert reproduce.main([*argv, "--table"]) == 2
+    assert "found a run of pacs, colour_models:colours, photo, brought" in capsys.readouterr().err
+    shutil.rmtree(earlier)
+    assert reproduce.main([*argv, "--table", *brought]) == 0
+    assert (out / "table.md").read_text() == text
+
+
+def test_statistics_that_were_removed_are_missed_in_words(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = data.parent / "out"
+    argv = ["pacs", "--data", str(data), "--out", str(out), "--targets", "cartoon", "sketch"]
+    argv += ["--methods", "rtn", "--bits", "w8a8", "--seeds", "0", "--threads", "1"]
+    assert reproduce.main([*argv, "--ways", "nearest"]) == 0
+    bundle = bundle_path(out, "ours-rtn-w8a8-s0-sketch")
+    Bundle.open(bundle).strip()
+    assert reproduce.main([*argv, "--ways", "nearest"]) == 0
+    capsys.readouterr()
+    assert reproduce.main([*argv, "--ways", "regression"]) == 2
+    said = capsys.readouterr().err
+    assert f"{bundle}: found no statistics, which 1 of 2 bundles lack" in said
+    shutil.rmtree(bundle)
+    assert reproduce.main([*argv, "--ways", "regression"]) == 0
+
+
+def test_splits_of_more_domains_and_in_another_order_are_kept(data: Path) -> None:
+    prepared(data, targets=["sketch", "cartoon"]).make("cpu", 1)
+    splits = data.parent / "out/data/pacs"
+    before = splits.stat().st_ino
+    for targets in (["cartoon", "sketch"], ["sketch"]):
+        prepared(data, targets=targets).make("cpu", 1)
+        assert splits.stat().st_ino == before
+    prepared(data, targets=["sketch", "art_painting"]).make("cpu", 1)
+    assert splits.stat().st_ino != before and (splits / "art_painting").is_dir()
+
+
 def test_a_table_of_seeds_in_any_order(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = data.parent / "out"
     argv = ["pacs", "--data", str(data), "--out", str(out), "--targets", "cartoon", "sketch"]
@@ -490,7 +592,10 @@ def test_a_table_of_seeds_in_any_order(data: Path, capsys: pytest.CaptureFixture
     capsys.readouterr()
     assert reproduce.main([*argv, "--seeds", "0", "--bits", "w6a6"]) == 0
     said = capsys.readouterr().out
-    assert "1 rows of an earlier command are not in this table" in said and "W8A8" not in said
+    assert (
+        "rows of an earlier command that are not in this table: 1; their" in said
+        and "W8A8" not in said
+    )
     assert reproduce.main([*argv, "--seeds", "0", "--bits", "w6a6", "w8a8", "--table"]) == 0
     said = capsys.readouterr().out
     assert "earlier command" not in said and "W8A8" in said and "W6A6" in said
@@ -507,7 +612,7 @@ def test_the_folder_of_another_run_is_left_alone(
         (out / "results.json").write_text(results)
         for flags in ([], ["--table"]):
             assert reproduce.main([*argv, *flags]) == 2
-            assert "needed one of pacs with colour_models:colours" in capsys.readouterr().err
+            assert "needed one of pacs, colour_models:colours, photo" in capsys.readouterr().err
         assert [f.name for f in out.iterdir()] == ["results.json"]
         assert (out / "results.json").read_text() == results
 
@@ -565,6 +670,7 @@ def test_a_checkpoint_that_was_damaged_is_trained_again(
     before = file.stat().st_mtime_ns
     made.make("cpu", 1)
     assert file.stat().st_mtime_ns == before
+    assert json.loads(record.read_text())[WRITTEN] == kept[WRITTEN]  # known from now on
     # While it is trained anew, nothing says that the old one is of these images.
     record.write_text(json.dumps({**kept, "seed": 1}))
 
