@@ -46,6 +46,7 @@ from PIL import Image
 from ..errors import DataError, ModelError
 from ..typing import Array
 from .readers.decoding import (
+    Picture,
     checked,
     folders_by_name,
     images_of,
@@ -310,8 +311,11 @@ def write(data: Path, folder: Path, domains: Sequence[str]) -> None:
             target = folder / domain / split
             for kind in ("images", "labels"):
                 (target / kind).mkdir(parents=True, exist_ok=True)
-            labelled[split] += _write_labels(image, label, target / "labels" / f"{image.stem}.png")
-            _write_frame(image, domain, target / "images")
+            with opened(image) as stored:
+                turned, frame = orientation(stored), picture_of(stored, image, 3)
+            place = target / "labels" / f"{image.stem}.png"
+            labelled[split] += _write_labels(label, frame.size, turned, place)
+            _write_frame(image, frame, turned, domain, target / "images")
         empty = [split for split in SPLITS if not counts[split]]
         if empty:
             raise DataError(
@@ -361,19 +365,22 @@ def _chosen(folders: Sequence[tuple[Path, Path]], light: str) -> Iterator[tuple[
         yield split, image, label
 
 
-def _write_labels(image: Path, label: Path, target: Path) -> bool:
-    """Write the labels as the frame lies; whether any pixel of them counts.
+def _write_labels(label: Path, size: tuple[int, int], turned: int, target: Path) -> bool:
+    """Write the labels of a frame as it lies; whether any pixel of them counts.
+
+    Args:
+        label: Their file.
+        size: (height, width) of the frame, upright.
+        turned: Its EXIF orientation.
+        target: The PNG.
 
     Raises:
         DataError: They are not CamVid's, or not of the frame.
     """
-    picture = Image.fromarray(label_map(label))
-    with opened(image) as frame, opened(label) as file:
-        turned, own = orientation(frame), orientation(file)
-        shown = upright(frame, image)
-    size = (shown.height, shown.width)
-    picture = turned_with(size, turned, picture, own, label)
-    if picture.size != shown.size:
+    with opened(label) as file:
+        own = orientation(file)
+    picture = turned_with(size, turned, Image.fromarray(label_map(label)), own, label)
+    if (picture.height, picture.width) != size:
         raise DataError(
             f"{label}: found labels of {picture.height}x{picture.width} for a frame of "
             f"{size[0]}x{size[1]}; needed one label a pixel"
@@ -384,11 +391,8 @@ def _write_labels(image: Path, label: Path, target: Path) -> bool:
     return bool((np.asarray(picture) != IGNORE).any())
 
 
-def _write_frame(image: Path, domain: str, folder: Path) -> None:
-    with opened(image) as stored:
-        turned = orientation(stored) != 1
-        frame = picture_of(stored, image, 3)
-    if domain not in CORRUPTED and frame.size == SIZE and not turned:
+def _write_frame(image: Path, frame: Picture, turned: int, domain: str, folder: Path) -> None:
+    if domain not in CORRUPTED and frame.size == SIZE and turned == 1:
         shutil.copyfile(image, folder / image.name)
         return
     pixels = np.rint(frame.resized(SIZE).pixels(3)).astype(np.uint8)

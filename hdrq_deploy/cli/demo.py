@@ -24,10 +24,9 @@ with importing("hdrq demo"):
         new_directory,
         scratch_folder,
         write_bytes,
-        write_record,
     )
     from ..formats.file_kinds import DEMO_FILE, DIGITS
-    from ..formats.staleness import code_of, versions_of, with_written, written_change
+    from ..formats.staleness import code_of, record_written, versions_of, written_change
     from ..runfile.loading import load
     from ..runfile.plan import stages_of
     from ..runfile.running import check
@@ -144,7 +143,7 @@ def _write_data(out: Path, seed: int) -> None:
     print(f"writing images of {', '.join(digits.TARGETS)} to {data}", file=sys.stderr, flush=True)
     with new_directory(data, DIGITS, sync=False) as folder:
         digits.write(folder, digits.TARGETS, ("calibration", "test"), seed)
-        write_record(folder, DIGITS, with_written(folder, DIGITS, record))
+        record_written(folder, DIGITS, record)
 
 
 def _provide_checkpoints(out: Path) -> None:

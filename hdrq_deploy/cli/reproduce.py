@@ -497,7 +497,7 @@ def _check_earlier(out: Path, grid: Grid) -> None:
         "adaptation": task.adaptation,
     }
     told = [found] if isinstance(found, dict) else []
-    for cell in grid.cells():
+    for cell in (own.single(domain) for own in grid.runs() for domain in grid.domains):
         record = read_json(inputs_of(bundle_path(out, cell)))
         if isinstance(record, dict) and "model" in record:
             told.append({"model": record["model"]})

@@ -42,6 +42,7 @@ __all__ = [
     "make_bundle",
     "record_ingredients",
     "recorded_change",
+    "whole_bundle",
 ]
 
 # Arguments that name what is read, and those that say only where and how the work is done.
@@ -151,13 +152,17 @@ def record_ingredients(output: Path, ingredients: Mapping[str, Any]) -> None:
     write_bytes(inputs_of(output), f"{text}\n".encode(), CELL_INPUTS)
 
 
+def whole_bundle(path: Path) -> Bundle | None:
+    """The bundle at ``path``; None where there is no whole one."""
+    try:
+        return Bundle.open(path)
+    except HdrqError:
+        return None
+
+
 def is_valid(path: Path) -> bool:
     """Whether a whole bundle lies at ``path``."""
-    try:
-        Bundle.open(path)
-    except HdrqError:
-        return False
-    return True
+    return whole_bundle(path) is not None
 
 
 def forget(output: Path) -> None:
@@ -168,9 +173,8 @@ def forget(output: Path) -> None:
 
 def is_merged(path: Path, parents: Sequence[Bundle]) -> bool:
     """Whether the bundle at ``path`` is whole and was merged from these."""
-    try:
-        bundle = Bundle.open(path)
-    except HdrqError:
+    bundle = whole_bundle(path)
+    if bundle is None:
         return False
     recorded = [parent.manifest_sha256 for parent in bundle.manifest.parents]
     return recorded == [parent.manifest_sha256 for parent in parents]

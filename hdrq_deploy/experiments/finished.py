@@ -15,7 +15,7 @@ from ..errors import SpecError
 from ..formats.atomic_files import read_json
 from ..formats.bundle import Bundle
 from ..formats.staleness import is_stamp
-from .bundles import finished_change, inputs_of, is_valid
+from .bundles import finished_change, inputs_of, whole_bundle
 from .cells import request_of
 from .grid import Grid, Merge, bundle_path, read_row, row_path
 from .ways import WAYS
@@ -115,7 +115,7 @@ class _Check:
     def _look_at_bundle(self, cell: str, row: Mapping[str, Any]) -> Bundle | None:
         """The bundle of a row; None where it is gone."""
         place = bundle_path(self._out, cell)
-        bundle = Bundle.open(place) if is_valid(place) else None
+        bundle = whole_bundle(place)
         known = row.get("bundle")
         if bundle is not None and known not in (None, bundle.manifest_sha256):
             raise _mixed(row_path(self._out, cell), f"of another bundle than {place}")

@@ -26,7 +26,6 @@ from ..formats.atomic_files import (
     new_directory,
     read_json,
     remove_file,
-    write_record,
 )
 from ..formats.file_kinds import ADAPTED, ADAPTING, CELL_INPUTS, SPLITS, TRAINED, partial_of
 from ..formats.staleness import (
@@ -34,10 +33,10 @@ from ..formats.staleness import (
     change_in,
     contents_sha256,
     plain,
+    record_written,
     stamp,
     versions_of,
     with_contents,
-    with_written,
     written_change,
 )
 from ..typing import Progress, no_progress
@@ -272,7 +271,7 @@ class Preparation:
         make_directory(self.splits.parent)
         with new_directory(self.splits, SPLITS, sync=False) as new:
             self.write(self.data, new, self.domains)
-            write_record(new, SPLITS, with_written(new, SPLITS, with_contents(record)))
+            record_written(new, SPLITS, with_contents(record))
 
     def _check_weights(self) -> None:
         """Read the weights that trainings start from, or the checkpoints that were brought."""
@@ -348,12 +347,13 @@ def _training_change(file: Path, record: Any, ingredients: Mapping[str, Any]) ->
     """
     if not file.is_file():
         return "it is missing"
-    if not isinstance(record, dict):
-        return change_in(record, ingredients)
-    change = change_in({k: v for k, v in record.items() if k != WRITTEN}, ingredients)
-    return change or (
-        "" if record.get(WRITTEN) in (None, contents_sha256(file)) else "it is damaged"
-    )
+    change = change_in(record, ingredients)
+    return change or ("" if _is_as_written(file, record) else "it is damaged")
+
+
+def _is_as_written(file: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is the one that its record is of, as far as the record says."""
+    return record.get(WRITTEN) in (None, contents_sha256(file))
 
 
 def _check_trained(file: Path) -> None:
@@ -363,7 +363,7 @@ def _check_trained(file: Path) -> None:
         DataError: The record beside it says so.
     """
     record = read_json(inputs_of(file))
-    if isinstance(record, dict) and record.get(WRITTEN) not in (None, contents_sha256(file)):
+    if isinstance(record, dict) and not _is_as_written(file, record):
         raise DataError(
             f"{file}: found another checkpoint than was trained there; needed that one: put it "
             "back, or run the command that trained it again"

@@ -16,9 +16,9 @@ from ..calibration_data.readers import Wanted, read
 from ..calibration_data.readers.decoding import folders_of
 from ..calibration_data.readers.street_scenes import find_scenes, is_scenes
 from ..errors import DataError, ModelError
-from ..formats.atomic_files import FolderKind, Kind, check_output, new_directory, write_record
+from ..formats.atomic_files import FolderKind, Kind, check_output, new_directory
 from ..formats.file_kinds import DIGITS, STREETS
-from ..formats.staleness import code_of, versions_of, with_written, written_change
+from ..formats.staleness import code_of, record_written, versions_of, written_change
 from ..typing import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -304,7 +304,7 @@ def write_made(name: str, out: Path, progress: Progress = no_progress) -> None:
         benchmark: Any = digits if kind is DIGITS else streets
         with new_directory(data, kind, sync=False) as new:
             benchmark.write(new, benchmark.TARGETS, tuple(splits))
-            write_record(new, kind, with_written(new, kind, record))
+            record_written(new, kind, record)
     training = _training(name)
     training.train_missing(training.folder(_own_checkpoints(data)), progress)
 

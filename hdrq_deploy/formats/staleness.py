@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .atomic_files import FolderKind, read_json, sha256_file
+from .atomic_files import FolderKind, read_json, sha256_file, write_record
 
 __all__ = [
     "CALIBRATION",
@@ -36,10 +36,10 @@ __all__ = [
     "first_change",
     "is_stamp",
     "plain",
+    "record_written",
     "stamp",
     "versions_of",
     "with_contents",
-    "with_written",
     "written_change",
 ]
 
@@ -120,13 +120,14 @@ def change_in(before: Any, now: Mapping[str, Any]) -> str:
     """The first difference between a record that was read and today's; "" where there is none.
 
     Args:
-        before: What :func:`with_contents` gave, and perhaps the record's kind and files.
+        before: What :func:`with_contents` gave, and perhaps the record's kind and files, and a hash
+            of what was written.
         now: What it would be made from now.
     """
     if not isinstance(before, dict):
         return "no record says what it was made from"
     contents = before.get("contents")
-    before = {k: v for k, v in before.items() if k not in {"contents", "kind", "files"}}
+    before = {k: v for k, v in before.items() if k not in {"contents", "kind", "files", WRITTEN}}
     now = json.loads(json.dumps(now))
     if isinstance(contents, dict) and before != now:
         before = _with_equal_contents(before, now, contents)
@@ -228,9 +229,9 @@ def contents_sha256(path: Path, without: str = "") -> str:
     return digest.hexdigest()
 
 
-def with_written(folder: Path, kind: FolderKind, record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record to keep in a folder, and a hash of all files that were written there."""
-    return {**record, WRITTEN: contents_sha256(folder, kind.marker)}
+def record_written(folder: Path, kind: FolderKind, record: Mapping[str, Any]) -> None:
+    """The record of a new folder, as :func:`write_record`, with a hash of all files there."""
+    write_record(folder, kind, {**record, WRITTEN: contents_sha256(folder, kind.marker)})
 
 
 def written_change(folder: Path, kind: FolderKind, now: Mapping[str, Any]) -> str:
@@ -238,20 +239,18 @@ def written_change(folder: Path, kind: FolderKind, now: Mapping[str, Any]) -> st
 
     Args:
         folder: Where it lies.
-        kind: What it is; its marker is the record of :func:`with_written`.
+        kind: What it is; its marker is what :func:`record_written` wrote.
         now: What it would be made from now.
     """
     if not folder.is_dir():
         return "it is missing"
     record = read_json(folder / kind.marker)
-    if not isinstance(record, dict):
-        return change_in(record, now)
-    written = record.pop(WRITTEN, None)
     if change := change_in(record, now):
         return change
-    if written is None:
+    if WRITTEN not in record:
         return "its record does not say what was written"
-    return "" if written == contents_sha256(folder, kind.marker) else "it is damaged"
+    is_whole = record[WRITTEN] == contents_sha256(folder, kind.marker)
+    return "" if is_whole else "it is damaged"
 
 
 def stamp(path: str | Path | None) -> list[Any] | None:
