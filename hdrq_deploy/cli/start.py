@@ -30,6 +30,8 @@ __all__ = ["Parser", "importing", "run", "shortened", "with_flags"]
 _INTERRUPTED, _TERMINATED = 130, 143
 _LONGEST = 300
 _MOST = (1 << 31) - 1
+# Top-level packages of this project; of any other, an import that fails is for the user to mend.
+_PACKAGES = ("calibration_data", "exporters", "hdrq_deploy", "runtime")
 
 
 class Parser(argparse.ArgumentParser):
@@ -332,6 +334,11 @@ def _line(error: BaseException) -> str | None:
             if line is not None:
                 return line
         seen = seen.__cause__
+    if isinstance(error, ImportError) and not _is_ours(error.name):
+        return (
+            f"found a package that does not load ({error}); needed whole installations of what the "
+            "command uses: pip install it again, or the extra of hdrq-deploy that names it"
+        )
     if isinstance(error, MemoryError):
         return f"ran out of memory ({error or 'no more is said'}); needed fewer images at a time"
     text = str(error)
@@ -343,6 +350,11 @@ def _line(error: BaseException) -> str | None:
     if isinstance(error, Exception) and "No space left on device" in text:
         return "found no space left on device; free some, or set TMPDIR to another folder"
     return None
+
+
+def _is_ours(module: str | None) -> bool:
+    """Whether a module that could not be imported is one of this project's."""
+    return module is not None and module.partition(".")[0] in _PACKAGES
 
 
 def _other_names() -> bool:

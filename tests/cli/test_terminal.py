@@ -179,7 +179,21 @@ def test_errors_are_one_line_and_bugs_are_not(capsys: pytest.CaptureFixture[str]
     assert "ran out of memory (Unable" in capsys.readouterr().err
     assert start.run("hdrq x", fail(RuntimeError("[enforce fail] No space left on device"))) == 2
     assert "free some" in capsys.readouterr().err
-    for bug in (ValueError("bug"), FileNotFoundError(2, "bug"), KeyError("bug")):
+    for absent in (
+        ModuleNotFoundError("No module named 'skimage'", name="skimage"),
+        ImportError("libcudart.so.12: cannot open shared object file"),
+        ImportError("cannot import name 'x' from 'runtimes'", name="runtimes"),
+    ):
+        assert start.run("hdrq x", fail(absent)) == 2
+        said = capsys.readouterr().err
+        assert str(absent) in said and "pip install" in said and said.count("\n") == 1
+    for bug in (
+        ValueError("bug"),
+        FileNotFoundError(2, "bug"),
+        KeyError("bug"),
+        ImportError("bug", name="hdrq_deploy.merging"),
+        ModuleNotFoundError("bug", name="runtime"),
+    ):
         with pytest.raises(type(bug)):
             start.run("hdrq x", fail(bug))
     assert not start._running
