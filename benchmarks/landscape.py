@@ -1,65 +1,133 @@
 """Is the ground around HDRQ's models flatter than around QDrop's, and do merges show it?
 
-    python benchmarks/landscape.py --cells build/merge_statistics --results benchmarks/results
+    python benchmarks/landscape.py digits --run build/merge_statistics
+    python benchmarks/landscape.py pacs --run build/pacs --data PACS/ --weights lite0.pth
 
 Analyses (``hdrq analyze``) the parents that ``benchmarks/merge_statistics.py`` calibrated on the
-digits with both methods, on test images, and draws ``docs/evidence/landscape.svg`` out of the
-committed figures (``--draw`` draws only).
+digits with both methods, or ``hdrq reproduce pacs`` on PACS, on test images, and draws
+``docs/evidence/landscape.svg`` or ``landscape_pacs.svg`` out of the committed figures (``--draw``
+draws only). Every pair of a method and a bit-width leaves a file in ``RUN/landscape``; those that
+are there are not made again.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evidence.records import METHOD_COLOURS, write_record
+from evidence.records import METHOD_COLOURS
+from pacs_run import arguments, task_of, write
 
 from hdrq_deploy import Bundle
 from hdrq_deploy.analysis import Settings, analyze
 from hdrq_deploy.analysis.landscape import Landscape, real_weights, top_eigenvalue, trace
-from hdrq_deploy.runtime.bench.environment import environment
+from hdrq_deploy.calibration_data.readers import read
+from hdrq_deploy.formats.atomic_files import make_directory, write_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
-DOMAINS = ("handwriting", "photo", "night")
 METHODS = ("qdrop", "hdrq")
 BITS = ("w4a4", "w3a3")
-SEEDS = (0, 1, 2)
-IMAGES = 250
+ROUNDINGS = ("noise", "advanced")
+Images = dict[str, tuple[Any, Any]]
 # The plane and the spread over rounding seeds once; barriers and curvature for every seed. Three
 # models at equal thirds have no ties to draw, so the spread is that of a pair.
 WHOLE = Settings(points=11, noises=3, grid=13, seeds=2, candidates=1, products=20)
-BRIEF = Settings(points=11, noises=3, grid=0, seeds=2, candidates=1, products=20)
 SPREAD = Settings(points=3, noises=1, grid=0, seeds=32, candidates=30, products=2)
-SPREAD_PAIR = ("photo", "night")
 
 
-def analysis(cells: Path, method: str, bits: str, seed: int) -> dict[str, Any]:
-    """The analysis of the three parents of one method."""
+@dataclass(frozen=True)
+class Parents:
+    """Whose models are analysed.
+
+    Attributes:
+        domains: In the order of the merge; the first two span the plane.
+        pair: Domains whose merge is rounded again and again.
+        seeds: Calibration seeds.
+        images: Test images of every domain.
+        noises: Draws of noise at every point of a barrier.
+        name: Name of a bundle in ``RUN/cells``, by method, bits, seed and domain.
+        read: Images and labels, by domain.
+    """
+
+    domains: tuple[str, ...]
+    pair: tuple[str, str]
+    seeds: tuple[int, ...]
+    images: int
+    noises: int
+    name: str
+    read: Callable[[Any, Parents], Images]
+
+
+def _digits(_: Any, of: Parents) -> Images:
     from hdrq_deploy.calibration_data import digits
 
-    bundles = {
-        domain: Bundle.open(cells / f"digits-{method}-{bits}-weights-s{seed}-{domain}.hdrq")
-        for domain in DOMAINS
-    }
     data = {}
-    for domain in DOMAINS:
+    for domain in of.domains:
         split = digits.make(domain, "test")
         pixels = np.ascontiguousarray(split.images.transpose(0, 3, 1, 2))
-        data[domain] = (pixels[:IMAGES].astype(np.float32) / 255, split.labels[:IMAGES])
-    is_first = seed == SEEDS[0]
-    found = analyze(list(bundles.values()), data, None, WHOLE if is_first else BRIEF)
+        data[domain] = (pixels[: of.images].astype(np.float32) / 255, split.labels[: of.images])
+    return data
+
+
+def _paintings(args: Any, of: Parents) -> Images:
+    task = task_of(args)
+    data = {}
+    for domain in task.domains:
+        found = read(domain.test, task.wanted)
+        # They come sorted by class.
+        chosen = np.random.default_rng(0).permutation(len(found))[: of.images]
+        assert found.y is not None
+        data[domain.name] = (found.x[chosen], found.y[chosen])
+    return data
+
+
+ANALYSED = {
+    "digits": Parents(
+        ("handwriting", "photo", "night"),
+        ("photo", "night"),
+        (0, 1, 2),
+        250,
+        3,
+        "digits-{}-{}-weights-s{}-{}.hdrq",
+        _digits,
+    ),
+    "pacs": Parents(
+        ("art_painting", "cartoon", "sketch"),
+        ("art_painting", "sketch"),
+        (0, 1, 2),
+        100,
+        1,
+        "ours-{}-{}-s{}-{}.hdrq",
+        _paintings,
+    ),
+}
+# Records and pictures.
+LANDSCAPES = {"digits": "landscape", "pacs": "landscape_pacs"}
+
+
+def analysis(
+    of: Parents, data: Images, cells: Path, method: str, bits: str, seed: int
+) -> dict[str, Any]:
+    """The analysis of the three parents of one method."""
+    bundles = {
+        domain: Bundle.open(cells / of.name.format(method, bits, seed, domain))
+        for domain in of.domains
+    }
+    is_first = seed == of.seeds[0]
+    settings = replace(WHOLE, noises=of.noises, grid=WHOLE.grid if is_first else 0)
+    found = analyze(list(bundles.values()), data, None, settings)
     kept = ("barriers", "curvature", "surface")
     row = {"method": method, "bits": bits, "seed": seed, **{key: found[key] for key in kept}}
     row["own_curvature"] = {
-        domain: own_curvature(bundles[domain], data[domain], domain) for domain in DOMAINS
+        domain: own_curvature(bundles[domain], data[domain], domain) for domain in of.domains
     }
     if is_first:
-        pair = [bundles[domain] for domain in SPREAD_PAIR]
-        shown = {domain: data[domain] for domain in SPREAD_PAIR}
+        pair = [bundles[domain] for domain in of.pair]
+        shown = {domain: data[domain] for domain in of.pair}
         row["rounding"] = analyze(pair, shown, None, SPREAD)["rounding"]
     return row
 
@@ -72,24 +140,27 @@ def own_curvature(bundle: Bundle, data: tuple[Any, Any], domain: str) -> dict[st
     return {"top_eigenvalue": top_eigenvalue(*common), "trace": trace(*common)}
 
 
-def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
-    """Barriers, curvature and the plane of both methods as one picture."""
+def draw(of: Parents, rows: Sequence[Mapping[str, Any]], target: Path) -> None:
+    """Barriers, the spread over rounding seeds and the plane of both methods as one picture."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     colours = {method: METHOD_COLOURS[method] for method in METHODS}
     with rc_context({"svg.hashsalt": "hdrq", "svg.fonttype": "path", "font.size": 9}):
-        figure = Figure(figsize=(11, 6.4), layout="constrained")
-        axes = figure.subplots(2, 3)
+        figure = Figure(figsize=(13, 6.4), layout="constrained")
+        axes = figure.subplots(2, 4, width_ratios=(3, 2, 3, 3))
         for line, bits in zip(axes, BITS, strict=True):
             own = [row for row in rows if row["bits"] == bits]
             _barriers(line[0], own, colours)
             line[0].set_title(f"{bits.upper()}: loss between two parents")
-            for axis, method in zip(line[1:], METHODS, strict=True):
+            _spread(line[1], own, colours)
+            line[1].set_xlabel(f"merges of {' and '.join(of.pair)}")
+            line[1].set_title(f"{bits.upper()}: {SPREAD.seeds} roundings")
+            for axis, method in zip(line[2:], METHODS, strict=True):
                 row = next(r for r in own if r["method"] == method and r["surface"])
                 filled = _surface(axis, row["surface"])
                 axis.set_title(f"{bits.upper()}, {method} (star: the merge)")
-            figure.colorbar(filled, ax=line[2], label="log10 of the loss in nats")
+            figure.colorbar(filled, ax=line[3], label="log10 of the loss in nats")
         figure.savefig(target, metadata={"Date": None})
 
 
@@ -108,6 +179,23 @@ def _barriers(axis: Any, rows: Sequence[Mapping[str, Any]], colours: Mapping[str
     axis.set_xlabel("share of the second of two models")
     axis.set_ylabel("nats above the line between the ends")
     axis.legend(frameon=False, loc="upper left")
+
+
+def _spread(axis: Any, rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
+    """Harmonic means of one pair's merge, a point for every rounding seed and a bar for the mean.
+
+    Points of equal height would hide each other and are moved aside, in the order of the seeds.
+    """
+    drawn = {row["method"]: row["rounding"] for row in rows if "rounding" in row}
+    for place, rounding in enumerate(ROUNDINGS):
+        for side, (method, colour) in enumerate(colours.items()):
+            means = 100 * np.array(drawn[method][rounding]["harmonic_means"])
+            centre = place + 0.4 * (side - (len(colours) - 1) / 2)
+            aside = 0.24 * (np.arange(len(means)) / max(len(means) - 1, 1) - 0.5)
+            axis.plot(centre + aside, means, ".", color=colour, markersize=4)
+            axis.hlines(means.mean(), centre - 0.16, centre + 0.16, color=colour, linewidth=2)
+    axis.set_xticks(range(len(ROUNDINGS)), ROUNDINGS)
+    axis.set_ylabel("harmonic mean, %")
 
 
 def _surface(axis: Any, surface: Mapping[str, Any]) -> Any:
@@ -129,28 +217,32 @@ def _surface(axis: Any, surface: Mapping[str, Any]) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Analyse, write JSON, draw."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cells", type=Path, default=Path("build/merge_statistics"))
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser = arguments(__doc__, needed=False)
+    parser.add_argument("of", choices=list(ANALYSED))
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="analyse these alone")
     parser.add_argument("--draw", action="store_true", help="draw the committed figures, no more")
     args = parser.parse_args(argv)
-    target = args.results / "landscape.json"
+    of, name = ANALYSED[args.of], LANDSCAPES[args.of]
+    target = args.results / f"{name}.json"
     if not args.draw:
+        run = args.run.absolute()
+        make_directory(run / "landscape")
+        data = {} if args.collect else of.read(args, of)
         rows = []
-        for seed in SEEDS:
+        for seed in of.seeds:
             for bits in BITS:
                 for method in METHODS:
-                    rows.append(analysis(args.cells / "cells", method, bits, seed))
-                    print(method, bits, seed, rows[-1]["own_curvature"], flush=True)
-        record = {
-            "schema_version": 1,
-            "images_per_domain": IMAGES,
-            "spread": {"pair": SPREAD_PAIR, "seeds": SPREAD.seeds},
-            "environment": environment(),
-            "rows": rows,
-        }
-        write_record(target, record)
-    draw(json.loads(target.read_text())["rows"], ROOT / "docs" / "evidence" / "landscape.svg")
+                    place = run / "landscape" / f"{method}-{bits}-s{seed}.json"
+                    if not (args.collect or place.exists()) and method in args.methods:
+                        row = analysis(of, data, run / "cells", method, bits, seed)
+                        write_bytes(place, json.dumps(row).encode())
+                        print(method, bits, seed, row["own_curvature"], flush=True)
+                    if place.exists():
+                        rows.append(json.loads(place.read_text()))
+        about = {"images_per_domain": of.images, "noises": of.noises}
+        about["spread"] = {"pair": of.pair, "seeds": SPREAD.seeds}
+        write(target, rows, about)
+    draw(of, json.loads(target.read_text())["rows"], ROOT / "docs" / "evidence" / f"{name}.svg")
     return 0
 
 

@@ -17,12 +17,11 @@ from hdrq_deploy.runtime.bench.environment import environment
 __all__ = ["arguments", "task_of", "write"]
 
 
-def arguments(about: str | None) -> argparse.ArgumentParser:
-    """The flags of such a benchmark."""
+def arguments(about: str | None, needed: bool = True) -> argparse.ArgumentParser:
+    """The flags of such a benchmark; some do without the data where others are analysed."""
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--run", type=Path, required=True)
+    for name in ("--data", "--weights", "--run"):
+        parser.add_argument(name, type=Path, required=needed)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--collect", action="store_true", help="write the finished rows, no more")
     return parser

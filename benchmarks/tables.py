@@ -23,13 +23,20 @@ from evidence.engines import (
     same_codes,
 )
 from evidence.imagenet import real_weights
-from evidence.merging import distance, landscape, merge_statistics, statistics_weights
+from evidence.merging import (
+    distance,
+    landscape,
+    landscape_pacs,
+    merge_statistics,
+    statistics_weights,
+)
 from evidence.mixing import adaptation, mixing
 from evidence.pacs import hdrq_beside_qdrop, pacs, pacs_earlier, pacs_first, pacs_resnet, pacs_wide
 from evidence.parents import parents
-from evidence.records import RESULTS, ROOT, Section, load, needed
+from evidence.records import RESULTS, ROOT, Section, load
 from evidence.rivals import merge_rivals, pacs_rivals
 from evidence.summary import headline, plot_headline, summary
+from landscape import ANALYSED, LANDSCAPES
 from landscape import draw as draw_landscape
 
 __all__ = ["headline", "pages"]
@@ -67,6 +74,7 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
             Section("weights_from_statistics", statistics_weights),
             Section("distance", distance),
             Section("landscape", landscape),
+            Section("landscape_pacs", landscape_pacs),
         ),
     ),
     "real-images": (
@@ -175,7 +183,9 @@ def main() -> int:
     for name, text in pages().items():
         (folder / name).write_text(text)
     plot_headline(folder / "headline.svg")
-    draw_landscape(needed("landscape")["rows"], folder / "landscape.svg")
+    for of, name in LANDSCAPES.items():
+        if (found := load(name)) is not None:
+            draw_landscape(ANALYSED[of], found["rows"], folder / f"{name}.svg")
     record = load("merge_quality")
     if record is not None:
         plot(record, folder / "merge_quality.svg")

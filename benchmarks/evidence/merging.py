@@ -606,6 +606,7 @@ CURVATURES = (
     "largest eigenvalue over all domains",
 )
 BARRIERS = ("barrier before rounding", "barrier of rounded merges")
+PLANES = "Barriers, roundings and planes of QDrop's and HDRQ's models"
 
 
 def lower_of(record: Mapping[str, Any], names: Sequence[str]) -> tuple[int, int]:
@@ -623,7 +624,60 @@ def _lower(record: Mapping[str, Any]) -> str:
 
 
 def landscape(record: Mapping[str, Any]) -> str:
-    """The section on curvature and barriers."""
+    """The section on curvature and barriers of models of the digits."""
+    return "\n".join(
+        [
+            "## Is the ground flatter?",
+            "",
+            f"`benchmarks/landscape.py digits`: {_measured(record, 'the digits')}",
+            "",
+            *_ground(record),
+            "",
+            "The picture shows rounded merges on the left, their mean and the range over pairs and "
+            "seeds (pairs in the order hw and photo, hw and night, photo and night); then the "
+            "merges of one pair over rounding seeds, a point each, of calibration seed 0; and on "
+            "the right the plane of the three parents of calibration seed 0.",
+            "",
+            f"![{PLANES}](landscape.svg)",
+        ]
+    )
+
+
+def landscape_pacs(record: Mapping[str, Any]) -> str:
+    """The section on curvature and barriers of models of PACS."""
+    return "\n".join(
+        [
+            "## Is the ground flatter on PACS?",
+            "",
+            f"`benchmarks/landscape.py pacs`: {_measured(record, 'PACS')} The models are those of "
+            "the [training at the top](real-images.md#real-images-pacs) in our setting; merges are "
+            "averages, as everywhere in this section.",
+            "",
+            *_ground(record),
+            "",
+            "The picture is as above (pairs in the order art painting and cartoon, art painting "
+            "and sketch, cartoon and sketch).",
+            "",
+            f"![{PLANES}, PACS](landscape_pacs.svg)",
+        ]
+    )
+
+
+def _measured(record: Mapping[str, Any], what: str) -> str:
+    """What was measured, on how much of what."""
+    seeds = len({row["seed"] for row in record["rows"]})
+    count = f"{seeds} calibration seed{'s' * (seeds > 1)}"
+    return (
+        f"Hessian of the loss at every parent, on its own domain and on all three of {what}, and "
+        f"barriers between every two ({record['images_per_domain']} test images a domain, {count}; "
+        "mean and standard deviation over models or pairs and seeds). The last columns are "
+        f"harmonic means of a pair's merges over {record['spread']['seeds']} rounding seeds, of "
+        "calibration seed 0."
+    )
+
+
+def _ground(record: Mapping[str, Any]) -> list[str]:
+    """The table of curvatures and barriers, and how the methods compare in them."""
     lines = []
     for bits in dict.fromkeys(row["bits"] for row in record["rows"]):
         for method in dict.fromkeys(row["method"] for row in record["rows"]):
@@ -659,28 +713,12 @@ def landscape(record: Mapping[str, Any]) -> str:
     header += ["trace, all domains", "barrier, not rounded, nats", "barrier, rounded, nats"]
     spread = record["spread"]
     header += [f"{'+'.join(spread['pair'])}, `{way}`, %" for way in ("noise", "advanced")]
-    return "\n".join(
-        [
-            "## Is the ground flatter?",
-            "",
-            "`benchmarks/landscape.py`: Hessian of the loss at every parent, on its own domain and "
-            "on all three of the digits, and barriers between every two "
-            f"({record['images_per_domain']} test images a domain, three calibration seeds; mean "
-            "and standard deviation over models or pairs and seeds). The last columns are harmonic "
-            "means of a pair's merges over "
-            f"{spread['seeds']} rounding seeds, of calibration seed 0.",
-            "",
-            table(header, lines),
-            "",
-            "Over all domains and seeds the figures of the two methods overlap, because domains "
-            "differ more than methods do. Compared domain by domain (or pair by pair) and seed by "
-            "seed, which are not independent, HDRQ's figure is the lower one in: "
-            f"{_lower(record)}. Losses are means over all three domains, so a "
-            "merge can lie below both of its parents. The picture shows rounded merges on the "
-            "left, their mean and the range over pairs and seeds (pairs in the order hw and photo, "
-            "hw and night, photo and night), and on the right the plane of the three parents of "
-            "calibration seed 0.",
-            "",
-            "![Barriers and planes of QDrop's and HDRQ's models](landscape.svg)",
-        ]
-    )
+    return [
+        table(header, lines),
+        "",
+        "Over all domains and seeds the figures of the two methods overlap, because domains differ "
+        "more than methods do. Compared domain by domain (or pair by pair) and seed by seed, which "
+        "are not independent, HDRQ's figure is the lower one in: "
+        f"{_lower(record)}. Losses are means over all three domains, so a merge can lie below both "
+        "of its parents.",
+    ]

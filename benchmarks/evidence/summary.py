@@ -10,6 +10,7 @@ from typing import Any
 from evidence.merging import (
     BARRIERS,
     CURVATURES,
+    PLANES,
     digits_by_seed,
     digits_hdrq_less_qdrop,
     iterations_said,
@@ -429,9 +430,9 @@ def summary(pages: Mapping[str, tuple[str, str]], made: str) -> str:
         "How flat the loss is around the models of QDrop and HDRQ, and what lies between them, is "
         "on the page on [merging](merging.md#is-the-ground-flatter): "
         f"{_flatter()}. On the left, on digits, the mean and the range over pairs of domains and "
-        "seeds:",
+        "seeds; beside it one pair, merged with other rounding seeds, a point each:",
         "",
-        "![Barriers and planes of QDrop's and HDRQ's models](landscape.svg)",
+        f"![{PLANES}](landscape.svg)",
         "",
         "## PACS, merged with and without images",
         "",
