@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from evidence.batchnorm import IN_FRONT, in_front, regression_batchnorm
-from evidence.camvid import camvid, camvid_eight_bits, camvid_weather
+from evidence.camvid import camvid, camvid_second, camvid_weather
 from evidence.claims import aims, claims
 from evidence.costs import calibration_speed, harness, merge_speed, weight_search
 from evidence.earlier import merge_quality, plot, protocol_digits, protocol_streetscape
@@ -58,7 +58,7 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
                     "weight_search",
                     "pacs",
                     "camvid",
-                    "camvid_eight_bits",
+                    "camvid_second",
                     "camvid_weather",
                 ),
             ),
@@ -90,7 +90,7 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
             Section("pacs_resnet", pacs_resnet, ("pacs_resnet_tuning",)),
             Section("regression_batchnorm", regression_batchnorm),
             Section("camvid", camvid),
-            Section("camvid_eight_bits", camvid_eight_bits),
+            Section("camvid_second", camvid_second),
             Section("camvid_weather", camvid_weather),
             Section("real_weights", real_weights),
         ),

@@ -23,7 +23,7 @@ from evidence.protocol import (
 )
 from evidence.records import listed, needed, table
 
-__all__ = ["camvid", "camvid_eight_bits", "camvid_weather", "streets_away"]
+__all__ = ["camvid", "camvid_second", "camvid_weather", "streets_away"]
 
 
 def camvid(record: Mapping[str, Any]) -> str:
@@ -69,18 +69,19 @@ def camvid_weather(record: Mapping[str, Any]) -> str:
     )
 
 
-def camvid_eight_bits(record: Mapping[str, Any]) -> str:
-    """The section on bundles of 8 bits by day and at dusk, whose merge has 4."""
+def camvid_second(record: Mapping[str, Any]) -> str:
+    """The section on checkpoints of another training by day and at dusk."""
     own, names = _camvid_rows(record)
     return "\n".join(
         [
-            "## CamVid, 8-bit bundles merged to 4 bits",
+            "## CamVid on a second training of the checkpoints",
             "",
             f"`{_on_camvid(own, names)} --ways {' '.join(quantized_ways(record))}`: as "
-            "[by day and at dusk](#real-images-camvid) on checkpoints of another training, all "
-            "regression solved behind BatchNorm. One calibration seed. That the mean is the float "
-            "merge to be fitted to here was seen on these test images, in the rows of the float "
-            "models; a user needs a few labels to know it.",
+            "[by day and at dusk](#real-images-camvid) on checkpoints of another training, so that "
+            "its rows stand beside its own float rows only; all regression solved behind "
+            "BatchNorm. One calibration seed. That the mean is the float merge to be fitted to "
+            "here was seen on these test images, in the rows of the float models; a user needs a "
+            "few labels to know it.",
             "",
             *_camvid_figures(record, own, names),
         ]

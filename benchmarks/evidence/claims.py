@@ -329,7 +329,7 @@ def _on_camvid() -> Iterator[list[str]]:
         f"{few.format(_signed(fit))}; and rounding to 4 bits: single models are at "
         + ", ".join(f"`{m}` {_signed(learned[m, 'w4a8', 'single'])}" for m in _TUNED),
     ]
-    away, fit = streets_away("camvid_eight_bits")
+    away, fit = streets_away("camvid_second")
     late = {
         how: away["rtn-corrected", "w8a8", f"{way}-w4"]
         for way, how in (

@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evidence.protocol import (
+    BITS,
     beside_floats,
     beside_qdrop,
+    beside_section,
     difference_told,
     groups_of,
     learned_bits,
+    methods_of,
     protocol_means,
     protocol_missing,
     protocol_rates,
@@ -28,6 +31,7 @@ __all__ = [
     "pacs",
     "pacs_earlier",
     "pacs_first",
+    "pacs_paper",
     "pacs_resnet",
     "pacs_wide",
 ]
@@ -74,6 +78,51 @@ def pacs(record: Mapping[str, Any]) -> str:
             *_protocol_distances(tuning),
             *_sweeps(),
         ]
+    )
+
+
+def pacs_paper(record: Mapping[str, Any]) -> str:
+    """The section on the paper's own setting, on the checkpoints at the top."""
+    rows, tuning = protocol_rows(record, "paper"), needed("pacs_paper_tuning")
+    assert record["checkpoints_sha256"] == needed("pacs")["checkpoints_sha256"], "one training"
+    own = [row for row in record["rows"] if row["bits"]]
+    options = next(row["options"] for row in own if row["method"] == "hdrq")
+    rates = " --rates benchmarks/results/pacs_paper_tuning.json --settings paper"
+    return "\n".join(
+        [
+            "## PACS in the paper's setting",
+            "",
+            f"`{reproduce_command(_ON_PACS, own, rates=rates)}`: the checkpoints at the top, as "
+            "published: one scale per tensor, BatchNorm folded into the weights, the paper's "
+            f"quantizers and blocks, λ = {options['distance']:g} of its own form, averages alone; "
+            f"but {options['iters']} iterations a block. {_paper_read(rows)}",
+            "",
+            *beside_section(rows),
+            "",
+            protocol_table(rows),
+            "",
+            protocol_rates(tuning, "these checkpoints"),
+        ]
+    )
+
+
+def _paper_read(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the published setting costs this network, alone and merged."""
+    real, merged = (protocol_means(rows, "float", "", way) for way in ("single", "folded"))
+    assert real is not None and merged is not None
+    told = []
+    for bits in BITS:
+        for method in methods_of([row for row in rows if row["bits"] == bits]):
+            alone, averaged = (protocol_means(rows, method, bits, w) for w in ("single", "nearest"))
+            if alone and averaged:
+                told.append(
+                    f"`{method}` {bits.upper()} {alone[1] - real[1]:+.1f} alone, "
+                    f"{averaged[0]:.1f} and {averaged[1]:.1f} averaged"
+                )
+    return (
+        f"Float models reach {real[1]:.1f} each and {merged[0]:.1f} and {merged[1]:.1f} averaged "
+        "(mean of pairs, all domains; chance is 14.3). Less that, in points, and averaged: "
+        f"{'; '.join(told)}."
     )
 
 

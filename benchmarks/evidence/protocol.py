@@ -46,6 +46,7 @@ WAY_LABELS = {
     "folded": "mean, BatchNorm folded",
     "regression-folded": "regression, BatchNorm folded",
     "nearest": "mean, nearest",
+    "advanced": "mean, advanced",
     "regression": "regression, compensated",
     "regression-w4": "the same, 8 bits to 4",
     "regression-w3": "the same, 8 bits to 3",
@@ -67,15 +68,17 @@ BITS = ("w8a8", "w8a4", "w6a6", "w4a8", "w4a4", "w3a3")
 PACS_TRAININGS = ("pacs", "pacs_first", "pacs_wide")
 
 
-def protocol_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of our setting in a ``results.json``, float models among them.
+def protocol_rows(record: Mapping[str, Any], setting: str = "ours") -> list[dict[str, Any]]:
+    """Rows of one setting in a ``results.json``, float models among them.
+
+    The float models of the paper's setting are those of no setting, folded.
 
     A row has ``method``, ``bits``, ``way``, ``members`` and ``figure``: the summary of the harmonic
     mean, as :func:`hdrq_deploy.experiments.table.rows` gives it.
     """
     found = []
     for row in record["rows"]:
-        if row["setting"] not in ("ours", "float"):
+        if row["setting"] not in (setting, "float"):
             continue
         keys = {name: row[name] for name in ("method", "bits", "members")}
         keys["bits"] = "" if row["method"] == "float" else row["bits"]
@@ -87,7 +90,7 @@ def protocol_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "against": row["against"],
             }
         )
-        if row["way"] == "nearest" and row["setting"] != "float":
+        if row["way"] == "nearest" and (row["setting"] != "float" or setting == "paper"):
             single = {"figure": row["single"]["harmonic mean"], "against": []}
             found.append({**keys, "way": "single", **single})
     return found

@@ -274,7 +274,7 @@ def _fitted(
         f"rounded to 4 bits by the merge, {late:.1f}%; W4A4 merges stay below, and on street "
         "scenes (CamVid), with few frames, a fit to the bundles moves merges by "
         f"{min(streets):+.1f} to {max(streets):+.1f} points.",
-        ("pacs", "camvid", "camvid_eight_bits"),
+        ("pacs", "camvid", "camvid_second"),
     )
 
 
@@ -291,7 +291,7 @@ def _flatter() -> str:
 def _moved_by_fits() -> list[float]:
     """By how much a fit moves the harmonic mean of each merge by regression, on CamVid."""
     moved = []
-    for name in ("camvid", "camvid_eight_bits"):
+    for name in ("camvid", "camvid_second"):
         means = {
             (row["method"], row["bits"], row["way"]): row["merged"]["harmonic mean"]["mean"]
             for row in needed(name)["rows"]
@@ -369,7 +369,8 @@ def _with_images() -> str:
 
 def _not_run() -> str:
     """What no record has; an entry leaves the list when its record comes."""
-    photos, streets = needed("pacs")["rows"], needed("camvid")["rows"]
+    photos = needed("pacs")["rows"]
+    streets = [row for name in ("camvid", "camvid_second") for row in needed(name)["rows"]]
     first, wide, plain, weather = (
         needed(name)["rows"]
         for name in ("pacs_first", "pacs_wide", "pacs_resnet", "camvid_weather")
@@ -462,6 +463,7 @@ def summary(pages: Mapping[str, tuple[str, str]], made: str) -> str:
                 "second training": "pacs_wide",
                 "earlier training, λ = 0.3": "pacs_earlier",
                 "CamVid": "camvid",
+                "CamVid, second training": "camvid_second",
             },
             together=True,
         ),
