@@ -63,9 +63,8 @@ def lower_openvino(model: ir.Model, saturates: bool = False) -> ir.Model:
     """
     fit_biases(model, {})
     for q in list(quantizers(model)):
-        if not q.unsigned:
-            signed = q.lo < 0 and _is_multiplied(q.dequantize.outputs[0])
-            (to_signed if signed else to_unsigned)(model, q)
+        signed = q.lo < 0 and _is_multiplied(q.dequantize.outputs[0])
+        (to_signed if signed else to_unsigned)(model, q)
         if _may_lose_its_rounding(q):
             _round_apart(model, q)
     for node in list(model.graph):

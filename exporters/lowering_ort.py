@@ -69,8 +69,7 @@ def lower_ort(
         ExportError: A bias is not finite, or does not fit int32.
     """
     for q in list(quantizers(model)):
-        if not q.unsigned:
-            to_unsigned(model, q, exact)
+        to_unsigned(model, q, exact)
     weights = _weights(model)
     limits = _limits(model) if saturates else {}
     shift, raised = {}, set()

@@ -142,11 +142,12 @@ def to_unsigned(model: ir.Model, q: Quantizer, exact: bool = True) -> None:
     """Give a quantizer uint8 codes, in place; its real values stay.
 
     Signed codes c become c + 128 with zero point 128; codes of tensors that are never negative
-    stay as they are with zero point 0. An integer Clip behind QuantizeLinear keeps the range.
+    stay as they are with zero point 0, those of the grid ``paper`` (0 to 255) too. An integer Clip
+    behind QuantizeLinear keeps the range, and that of a clamp in front of it.
 
     Args:
         model: The graph.
-        q: A quantizer of signed codes.
+        q: A quantizer.
         exact: Keep that Clip where 8-bit codes of a tensor that is never negative end at 127.
             Otherwise they extend to 255 at the same scale.
     """

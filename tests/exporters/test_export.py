@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -13,8 +14,10 @@ from onnx.reference import ReferenceEvaluator
 from hdrq_deploy.cli import export as export_command
 from hdrq_deploy.errors import CheckFailed, ExportError
 from hdrq_deploy.exporters import export, precision
+from hdrq_deploy.exporters.lowering_openvino import lower_openvino
+from hdrq_deploy.exporters.lowering_ort import lower_ort
 from hdrq_deploy.formats.bundle_manifest import Layer
-from hdrq_deploy.graph import reference_session
+from hdrq_deploy.graph import model_files, reference_session
 
 MODELS = ("Tiny", "Net", "Attention")
 BITS = [(8, 8), (4, 8), (3, 3), (6, 7)]
@@ -64,6 +67,26 @@ def test_a_convolution_that_writes_codes_is_one_kernel(make: Any, tmp_path: Path
     report = json.loads((path / "precision.json").read_text())
     kernels = {row["module"]: row["evidence"].split()[0] for row in report["layers"]}
     assert kernels == dict.fromkeys(("stem", "conv1", "conv2"), "QLinearConv") | {"fc": "QGemm"}
+
+
+@pytest.mark.parametrize("lower", [lower_ort, lower_openvino])
+def test_codes_that_reach_beyond_a_clamp_take_it_in(
+    make: Any, inputs: Any, tmp_path: Path, lower: Any
+) -> None:
+    """Left in front of codes to 255, ReLU6 makes ONNX Runtime compute the layer in float."""
+    bundle = make("Tiny", grid="paper")
+    tensors = dict(bundle.tensors())
+    (scale,) = (name for name in tensors if name.startswith("act.") and name.endswith("scale"))
+    tensors[scale] = np.full_like(tensors[scale], 0.05)
+    tensors["conv1.weight_scale"] = 60 * tensors["conv1.weight_scale"]
+    whole, lowered = tmp_path / "whole.onnx", tmp_path / "lowered.onnx"
+    model_files.save(model_files.load(bundle, tensors), whole)
+    model_files.save(lower(model_files.load(bundle, tensors)), lowered)
+    expected, got = (run(path, inputs, fused=False) for path in (whole, lowered))
+    assert reference_session.compare(expected, got)["relative_rms"] < 1e-3
+    if lower is lower_ort:
+        layers = precision.from_ort(lowered, bundle.manifest.layers).layers
+        assert {row.executed for row in layers if row.requested == "int8"} == {"int8"}
 
 
 def test_the_grid_of_the_paper_goes_to_onnx_runtime_only(
