@@ -31,7 +31,15 @@ from evidence.merging import (
     statistics_weights,
 )
 from evidence.mixing import adaptation, mixing
-from evidence.pacs import hdrq_beside_qdrop, pacs, pacs_earlier, pacs_first, pacs_resnet, pacs_wide
+from evidence.pacs import (
+    hdrq_beside_qdrop,
+    pacs,
+    pacs_earlier,
+    pacs_first,
+    pacs_paper,
+    pacs_resnet,
+    pacs_wide,
+)
 from evidence.parents import parents
 from evidence.records import RESULTS, ROOT, Section, load
 from evidence.rivals import merge_rivals, pacs_rivals
@@ -62,7 +70,7 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
                     "camvid_weather",
                 ),
             ),
-            Section("landscape", claims, ("merge_statistics", "distance", "pacs")),
+            Section("landscape", claims, ("merge_statistics", "distance", "pacs", "pacs_paper")),
         ),
     ),
     "merging": (
@@ -83,6 +91,7 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
         "(CamVid); single models on photographs (ImageNet).",
         (
             Section("pacs", pacs, ("late_rounding", "pacs_tuning", "pacs_distance", "fit_sweeps")),
+            Section("pacs_paper", pacs_paper, ("pacs_paper_tuning",)),
             Section("pacs_first", pacs_first),
             Section("pacs_wide", pacs_wide),
             Section("pacs", hdrq_beside_qdrop, ("pacs_first", "pacs_wide", "pacs_earlier")),

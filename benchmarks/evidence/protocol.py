@@ -26,6 +26,8 @@ __all__ = [
     "learned_bits",
     "learned_seeds",
     "methods_of",
+    "paper_on_pacs",
+    "paper_read",
     "protocol_means",
     "protocol_missing",
     "protocol_rates",
@@ -352,6 +354,45 @@ def beside_floats(rows: Sequence[Mapping[str, Any]], ways: Sequence[str]) -> lis
         *with_end(beside_section(rows)),
         protocol_table(rows),
     ]
+
+
+def paper_on_pacs() -> dict[str, dict[str, dict[str, float]]]:
+    """Single models and averages of all domains of PACS in the paper's setting, in %.
+
+    Returns:
+        ``{bits: {"single" or "nearest": {method: harmonic mean}}}``, methods that learn.
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in protocol_rows(needed("pacs_paper"), "paper"):
+        if row["bits"] and len(row["members"]) > 2:
+            ways = found.setdefault(row["bits"], {})
+            ways.setdefault(row["way"], {})[row["method"]] = row["figure"]["mean"]
+    return found
+
+
+def paper_read(rows: Sequence[Mapping[str, Any]], chance: float) -> str:
+    """What the published setting costs, alone and averaged; ``chance`` is the accuracy of a guess.
+
+    Args:
+        rows: Of that setting, as :func:`protocol_rows` gives them.
+        chance: In %.
+    """
+    real, merged = (protocol_means(rows, "float", "", way) for way in ("single", "folded"))
+    assert real is not None and merged is not None
+    told = []
+    for bits in BITS:
+        for method in methods_of([row for row in rows if row["bits"] == bits]):
+            alone, averaged = (protocol_means(rows, method, bits, w) for w in ("single", "nearest"))
+            if alone and averaged:
+                told.append(
+                    f"{bits.upper()} `{method}` {alone[1] - real[1]:+.1f}, "
+                    f"{averaged[0]:.1f} and {averaged[1]:.1f}"
+                )
+    return (
+        f"Float models reach {real[1]:.1f} each and {merged[0]:.1f} and {merged[1]:.1f} averaged "
+        f"(mean of pairs, all domains; a guess {chance:.1f}). Single models less the float ones, "
+        f"in points, and averages to nearest: {'; '.join(told)}."
+    )
 
 
 def protocol_missing(rows: Sequence[Mapping[str, Any]], elsewhere: Collection[str] = ()) -> str:
