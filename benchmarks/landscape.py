@@ -239,8 +239,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                         print(method, bits, seed, row["own_curvature"], flush=True)
                     if place.exists():
                         rows.append(json.loads(place.read_text()))
-        about = {"images_per_domain": of.images, "noises": of.noises}
-        about["spread"] = {"pair": of.pair, "seeds": SPREAD.seeds}
+        about = {
+            "images_per_domain": of.images,
+            "noises": of.noises,
+            "spread": {"pair": of.pair, "seeds": SPREAD.seeds},
+        }
         write(target, rows, about)
     draw(of, json.loads(target.read_text())["rows"], ROOT / "docs" / "evidence" / f"{name}.svg")
     return 0
