@@ -13,6 +13,7 @@ from evidence.batchnorm import IN_FRONT, in_front, regression_batchnorm
 from evidence.camvid import camvid, camvid_second, camvid_weather
 from evidence.claims import aims, claims
 from evidence.costs import calibration_speed, harness, merge_speed, weight_search
+from evidence.digits import digits
 from evidence.earlier import merge_quality, plot, protocol_digits, protocol_streetscape
 from evidence.engines import (
     architectures,
@@ -79,6 +80,7 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
         "the source and the noise do.",
         (
             Section("merge_statistics", merge_statistics),
+            Section("digits", digits, ("digits_tuning",)),
             Section("weights_from_statistics", statistics_weights),
             Section("distance", distance),
             Section("landscape", landscape),

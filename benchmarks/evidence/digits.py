@@ -7,15 +7,15 @@ from typing import Any
 
 from evidence.protocol import (
     beside_floats,
-    beside_section,
+    beside_qdrop,
     paper_read,
+    protocol_missing,
     protocol_rates,
     protocol_rows,
     protocol_table,
     quantized_ways,
     reproduce_command,
     tests_told,
-    with_end,
 )
 from evidence.records import needed
 
@@ -43,10 +43,13 @@ def digits(record: Mapping[str, Any]) -> str:
             "",
             "### The paper's setting",
             "",
-            f"One scale per tensor, BatchNorm folded into the weights, λ = 0.05. "
-            f"{paper_read(paper, 10)}",
+            "One scale per tensor, BatchNorm folded into the weights, λ = 0.05 of the published "
+            f"form. {paper_read(paper, 10)}",
             "",
-            *with_end(beside_section(paper)),
+            "HDRQ's merges less QDrop's, in points:",
+            "",
+            beside_qdrop({"digits": "digits"}, setting="paper"),
+            "",
             protocol_table(paper),
             "",
             protocol_rates(searches["paper"], "these checkpoints"),
@@ -54,6 +57,8 @@ def digits(record: Mapping[str, Any]) -> str:
             "### Our setting",
             "",
             *beside_floats(ours, quantized_ways(record)),
+            "",
+            protocol_missing(ours),
             "",
             protocol_rates(searches["ours"], "these checkpoints"),
         ]

@@ -168,9 +168,11 @@ def best_float_merges(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     return max(m[0] for m in merged), max(m[1] for m in merged)
 
 
-def hdrq_less_qdrop(name: str) -> Iterator[tuple[dict[str, Any], Mapping[str, Any]]]:
+def hdrq_less_qdrop(
+    name: str, setting: str = "ours"
+) -> Iterator[tuple[dict[str, Any], Mapping[str, Any]]]:
     """HDRQ's rows of a record, with their differences to QDrop's, where both were run."""
-    for row in protocol_rows(needed(name)):
+    for row in protocol_rows(needed(name), setting):
         for other in row["against"]:
             if (row["method"], other["method"]) == ("hdrq", "qdrop"):
                 yield row, other
@@ -186,20 +188,21 @@ def difference_told(other: Mapping[str, Any]) -> str:
     return f"{other['difference']:+.1f} ({other['low']:+.1f} to {other['high']:+.1f})"
 
 
-def beside_qdrop(records: Mapping[str, str], together: bool = False) -> str:
+def beside_qdrop(records: Mapping[str, str], together: bool = False, setting: str = "ours") -> str:
     """HDRQ's merges less QDrop's, a line for every width and way of merging.
 
     Args:
         records: Names of records by what the table says of them.
         together: Show merges of all domains alone, with a column a record; else a record has lines
             of its own, and the table a column for every group of domains.
+        setting: Rows of this setting.
 
     Returns:
         A table; bold where the interval of several calibration seeds leaves out zero.
     """
     found: dict[tuple[str, str, str], dict[tuple[str, ...], Mapping[str, Any]]] = {}
     for about, name in records.items():
-        for row, other in hdrq_less_qdrop(name):
+        for row, other in hdrq_less_qdrop(name, setting):
             cell = found.setdefault((about, row["bits"], row["way"]), {})
             cell[tuple(row["members"])] = other
     if together:

@@ -456,7 +456,8 @@ def summary(pages: Mapping[str, tuple[str, str]], made: str) -> str:
         "",
         "HDRQ's merges of all domains less QDrop's, in points, with 95% intervals over test images "
         "and, where several were run, calibration seeds: three in the first column at the bits "
-        "that the table above names, three at W4A8 and W4A4 of the first training, one elsewhere. "
+        "that the table above names, three at W4A8 and W4A4 of the first training, two at W4A4 and "
+        "W3A3 of digits, one elsewhere. "
         "Bold is a difference of several seeds whose interval leaves out zero; an interval of one "
         "seed says nothing of what another seed would give, and none has the spread of trainings "
         "in it, which the columns show. Intervals are not corrected for their number, and the "
@@ -474,6 +475,7 @@ def summary(pages: Mapping[str, tuple[str, str]], made: str) -> str:
                 "earlier training, λ = 0.3": "pacs_earlier",
                 "CamVid": "camvid",
                 "CamVid, second training": "camvid_second",
+                "digits": "digits",
             },
             together=True,
         ),
