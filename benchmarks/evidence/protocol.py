@@ -363,7 +363,7 @@ def paper_on_pacs() -> dict[str, dict[str, dict[str, float]]]:
     """Single models and averages of all domains of PACS in the paper's setting, in %.
 
     Returns:
-        ``{bits: {"single" or "nearest": {method: harmonic mean}}}``, methods that learn.
+        ``{bits: {"single" or "nearest": {method: harmonic mean}}}``.
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in protocol_rows(needed("pacs_paper"), "paper"):
