@@ -31,6 +31,7 @@ from hdrq_deploy.formats.atomic_files import make_directory, write_bytes
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("qdrop", "hdrq")
 BITS = ("w4a4", "w3a3")
+SEEDS = (0, 1, 2)
 ROUNDINGS = ("noise", "advanced")
 Images = dict[str, tuple[Any, Any]]
 # The plane and the spread over rounding seeds once; barriers and curvature for every seed. Three
@@ -46,19 +47,19 @@ class Parents:
     Attributes:
         domains: In the order of the merge; the first two span the plane.
         pair: Domains whose merge is rounded again and again.
-        seeds: Calibration seeds.
         images: Test images of every domain.
         noises: Draws of noise at every point of a barrier.
         name: Name of a bundle in ``RUN/cells``, by method, bits, seed and domain.
+        record: Name of the record and of the picture.
         read: Images and labels, by domain.
     """
 
     domains: tuple[str, ...]
     pair: tuple[str, str]
-    seeds: tuple[int, ...]
     images: int
     noises: int
     name: str
+    record: str
     read: Callable[[Any, Parents], Images]
 
 
@@ -87,26 +88,24 @@ def _paintings(args: Any, of: Parents) -> Images:
 
 ANALYSED = {
     "digits": Parents(
-        ("handwriting", "photo", "night"),
-        ("photo", "night"),
-        (0, 1, 2),
-        250,
-        3,
-        "digits-{}-{}-weights-s{}-{}.hdrq",
-        _digits,
+        domains=("handwriting", "photo", "night"),
+        pair=("photo", "night"),
+        images=250,
+        noises=3,
+        name="digits-{}-{}-weights-s{}-{}.hdrq",
+        record="landscape",
+        read=_digits,
     ),
     "pacs": Parents(
-        ("art_painting", "cartoon", "sketch"),
-        ("art_painting", "sketch"),
-        (0, 1, 2),
-        100,
-        1,
-        "ours-{}-{}-s{}-{}.hdrq",
-        _paintings,
+        domains=("art_painting", "cartoon", "sketch"),
+        pair=("art_painting", "sketch"),
+        images=100,
+        noises=1,
+        name="ours-{}-{}-s{}-{}.hdrq",
+        record="landscape_pacs",
+        read=_paintings,
     ),
 }
-# Records and pictures.
-LANDSCAPES = {"digits": "landscape", "pacs": "landscape_pacs"}
 
 
 def analysis(
@@ -117,7 +116,7 @@ def analysis(
         domain: Bundle.open(cells / of.name.format(method, bits, seed, domain))
         for domain in of.domains
     }
-    is_first = seed == of.seeds[0]
+    is_first = seed == SEEDS[0]
     settings = replace(WHOLE, noises=of.noises, grid=WHOLE.grid if is_first else 0)
     found = analyze(list(bundles.values()), data, None, settings)
     kept = ("barriers", "curvature", "surface")
@@ -222,14 +221,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", default=METHODS, help="analyse these alone")
     parser.add_argument("--draw", action="store_true", help="draw the committed figures, no more")
     args = parser.parse_args(argv)
-    of, name = ANALYSED[args.of], LANDSCAPES[args.of]
-    target = args.results / f"{name}.json"
+    of = ANALYSED[args.of]
+    target = args.results / f"{of.record}.json"
     if not args.draw:
         run = args.run.absolute()
         make_directory(run / "landscape")
         data = {} if args.collect else of.read(args, of)
         rows = []
-        for seed in of.seeds:
+        for seed in SEEDS:
             for bits in BITS:
                 for method in METHODS:
                     place = run / "landscape" / f"{method}-{bits}-s{seed}.json"
@@ -245,7 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "spread": {"pair": of.pair, "seeds": SPREAD.seeds},
         }
         write(target, rows, about)
-    draw(of, json.loads(target.read_text())["rows"], ROOT / "docs" / "evidence" / f"{name}.svg")
+    picture = ROOT / "docs" / "evidence" / f"{of.record}.svg"
+    draw(of, json.loads(target.read_text())["rows"], picture)
     return 0
 
 

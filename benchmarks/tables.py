@@ -45,7 +45,7 @@ from evidence.parents import parents
 from evidence.records import RESULTS, ROOT, Section, load
 from evidence.rivals import merge_rivals, pacs_rivals
 from evidence.summary import headline, plot_headline, summary
-from landscape import ANALYSED, LANDSCAPES
+from landscape import ANALYSED
 from landscape import draw as draw_landscape
 
 __all__ = ["headline", "pages"]
@@ -194,9 +194,9 @@ def main() -> int:
     for name, text in pages().items():
         (folder / name).write_text(text)
     plot_headline(folder / "headline.svg")
-    for of, name in LANDSCAPES.items():
-        if (found := load(name)) is not None:
-            draw_landscape(ANALYSED[of], found["rows"], folder / f"{name}.svg")
+    for of in ANALYSED.values():
+        if (found := load(of.record)) is not None:
+            draw_landscape(of, found["rows"], folder / f"{of.record}.svg")
     record = load("merge_quality")
     if record is not None:
         plot(record, folder / "merge_quality.svg")

@@ -8,6 +8,7 @@ from typing import Any
 from evidence.protocol import (
     beside_floats,
     beside_qdrop,
+    learned_options,
     paper_read,
     protocol_missing,
     protocol_rates,
@@ -24,6 +25,7 @@ __all__ = ["digits"]
 
 def digits(record: Mapping[str, Any]) -> str:
     """The section on digits in the paper's setting and in ours."""
+    options = learned_options(record["rows"])
     largest = max(record["rows"], key=lambda row: len(row["members"]))
     paper, ours = (protocol_rows(record, setting) for setting in ("paper", "ours"))
     tuning = needed("digits_tuning")
@@ -36,10 +38,11 @@ def digits(record: Mapping[str, Any]) -> str:
             "## Digits, with intervals over test images",
             "",
             f"`{_command(record, 'paper')}` and, in our setting, `{_command(record, 'ours')}`: "
-            f"ResNet-14, {_options(record)}. Figures are harmonic means of top-1 accuracies in % "
-            f"on the test images ({tests_told(largest)}), of ONNX Runtime engines, with half of "
-            "the 95% interval over test images, rounding seeds and calibration seeds (of one seed "
-            "without the spread of calibrations).",
+            f"ResNet-14, {options['iters']} iterations of {options['batch']} images a block. "
+            "Figures are harmonic means of top-1 accuracies in % on the test images "
+            f"({tests_told(largest)}), of ONNX Runtime engines, with half of the 95% interval over "
+            "test images, rounding seeds and calibration seeds (of one seed without the spread of "
+            "calibrations).",
             "",
             "### The paper's setting",
             "",
@@ -67,21 +70,7 @@ def digits(record: Mapping[str, Any]) -> str:
 
 def _command(record: Mapping[str, Any], setting: str) -> str:
     rows = [row for row in record["rows"] if row["setting"] == setting and row["bits"]]
-    ways = " ".join(dict.fromkeys(row["way"] for row in rows))
+    protocol = f"office-home --made --pairs --iters {learned_options(rows)['iters']}"
     rates = f" --settings {setting} --rates benchmarks/results/digits_tuning.json"
-    iterations = f" --iters {_learned(record)['iters']}"
-    told = reproduce_command("office-home --made --pairs" + iterations, rows, "", rates)
-    return f"{told} --ways {ways}"
-
-
-def _learned(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a method that learns."""
-    options: dict[str, Any] = next(
-        row["options"] for row in record["rows"] if row["method"] == "hdrq"
-    )
-    return options
-
-
-def _options(record: Mapping[str, Any]) -> str:
-    own = _learned(record)
-    return f"{own['iters']} iterations of {own['batch']} images a block"
+    told = reproduce_command(protocol, rows, weights="", rates=rates)
+    return f"{told} --ways {' '.join(quantized_ways({'rows': rows}))}"

@@ -12,6 +12,7 @@ from evidence.protocol import (
     difference_told,
     groups_of,
     learned_bits,
+    learned_options,
     paper_read,
     protocol_means,
     protocol_missing,
@@ -45,7 +46,7 @@ def pacs(record: Mapping[str, Any]) -> str:
     """The section on the grid that has most methods and seeds, all merged by this version."""
     rows, ways, tuning = protocol_rows(record), quantized_ways(record), needed("pacs_tuning")
     own = [row for row in record["rows"] if row["bits"]]
-    options = next(r["options"] for r in own if r["method"] == "hdrq")
+    options = learned_options(own)
     largest = max(record["rows"], key=lambda row: len(row["members"]))
     return "\n".join(
         [
@@ -84,7 +85,7 @@ def pacs_paper(record: Mapping[str, Any]) -> str:
     rows, tuning = protocol_rows(record, "paper"), needed("pacs_paper_tuning")
     assert record["checkpoints_sha256"] == needed("pacs")["checkpoints_sha256"], "one training"
     own = [row for row in record["rows"] if row["bits"]]
-    options = next(row["options"] for row in own if row["method"] == "hdrq")
+    options = learned_options(own)
     rates = " --rates benchmarks/results/pacs_paper_tuning.json --settings paper"
     return "\n".join(
         [

@@ -24,9 +24,9 @@ __all__ = [
     "groups_of",
     "hdrq_less_qdrop",
     "learned_bits",
+    "learned_options",
     "learned_seeds",
     "methods_of",
-    "paper_on_pacs",
     "paper_read",
     "protocol_means",
     "protocol_missing",
@@ -134,6 +134,12 @@ def learned_seeds(rows: Sequence[Mapping[str, Any]], bits: str) -> int:
 def learned_bits(rows: Sequence[Mapping[str, Any]]) -> set[str]:
     """Bits of the methods that learn."""
     return {row["bits"] for row in rows if row["method"] in ("qdrop", "hdrq")}
+
+
+def learned_options(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Options of ``hdrq`` in rows of a ``results.json``."""
+    options: Mapping[str, Any] = next(row["options"] for row in rows if row["method"] == "hdrq")
+    return options
 
 
 def quantized_ways(record: Mapping[str, Any]) -> list[str]:
@@ -357,20 +363,6 @@ def beside_floats(rows: Sequence[Mapping[str, Any]], ways: Sequence[str]) -> lis
         *with_end(beside_section(rows)),
         protocol_table(rows),
     ]
-
-
-def paper_on_pacs() -> dict[str, dict[str, dict[str, float]]]:
-    """Single models and averages of all domains of PACS in the paper's setting, in %.
-
-    Returns:
-        ``{bits: {"single" or "nearest": {method: harmonic mean}}}``.
-    """
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for row in protocol_rows(needed("pacs_paper"), "paper"):
-        if row["bits"] and len(row["members"]) > 2:
-            ways = found.setdefault(row["bits"], {})
-            ways.setdefault(row["way"], {})[row["method"]] = row["figure"]["mean"]
-    return found
 
 
 def paper_read(rows: Sequence[Mapping[str, Any]], chance: float) -> str:
