@@ -167,7 +167,12 @@ def _record_of(section: Section, record: Any) -> str:
     found = record.get("environment", {}) if isinstance(record, dict) else {}
     versions = [f"{name} {found[name]}" for name in _SOFTWARE if found.get(name)]
     made_with = "; ".join(part for part in (", ".join(versions), found.get("cpu")) if part)
-    return f"Record: {files}" + (f" ({made_with})." if made_with else ".")
+    brought = isinstance(record, dict) and record.get("adaptation") == "brought"
+    return (
+        f"Record: {files}"
+        + (f" ({made_with})." if made_with else ".")
+        + (" Its models were trained by an earlier run, and brought by `--checkpoints`." * brought)
+    )
 
 
 def pages() -> dict[str, str]:

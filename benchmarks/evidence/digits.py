@@ -55,6 +55,8 @@ def digits(record: Mapping[str, Any]) -> str:
             "",
             protocol_table(paper),
             "",
+            protocol_missing(paper, paper=True),
+            "",
             protocol_rates(searches["paper"], "these checkpoints"),
             "",
             "### Our setting",

@@ -42,9 +42,8 @@ def architectures(record: Mapping[str, Any]) -> str:
             "The HDRQ runs are short (30 to 100 iterations a block); errors are relative to RTN "
             "on the same inputs. Blocks without a weight (products of activations) learn only "
             "steps and are not counted where nothing was learned. MobileNetV2 and EfficientNet "
-            "stay under 25 dB: many quantizers act one behind the other, and random weights "
-            "suppress none of their noise. ConvNeXt per tensor suffers from depthwise kernels of "
-            "very different size that share one step.",
+            "stay under 25 dB, and ConvNeXt per tensor is the worst of the others; why was not "
+            "measured.",
             "",
             table(header, rows),
         ]
@@ -241,7 +240,8 @@ def peers(record: Mapping[str, Any]) -> str:
             "The integer Clip that keeps codes as they were calibrated comes on top; without it "
             "(codes to 255) the numbers are others than the bundle's. Sums of more than two terms "
             "stay real, for their partial sums have no scale (StreetNet), and so do concatenated "
-            "outputs of linear layers (SegFormer).",
+            "outputs of linear layers (SegFormer). The kernels are of one thread; the slowest cell "
+            "(StreetNet, 2 threads, batch 16) was not profiled.",
             "",
             *parts,
         ]

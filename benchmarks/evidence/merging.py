@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from evidence.protocol import protocol_means, protocol_rows
 from evidence.records import GROUPS, NAMES, WIDTHS, listed, needed, not_run, table, with_spread
 
 _SETTINGS_OF_DISTANCE = {
@@ -148,7 +149,9 @@ def merge_statistics(record: Mapping[str, Any]) -> str:
         "merges at W4A4 differ from the float models on calibration images (`rates_tried` in "
         "`merge_statistics.json`). "
         "`W8 to W3` is `hdrq-merge --wbits 3` of parents at 8 bits. "
-        "Spreads stand where more than one run did.",
+        "Spreads stand where more than one run did. Three models at equal weights have no ties, so "
+        "that `advanced` and `nearest` merge all three domains alike. "
+        f"{_solved_in_front()}",
         "",
         _merges_read(rows),
         "",
@@ -167,6 +170,17 @@ def merge_statistics(record: Mapping[str, Any]) -> str:
             longer = _longer(own, record["iterations_per_block"])
             lines += ["", f"### {title}", "", *longer, _merges_table(usual)]
     return "\n".join(lines)
+
+
+def _solved_in_front() -> str:
+    """Which rows an earlier regression merged, and what this one makes of float models."""
+    both = protocol_means(protocol_rows(needed("digits")), "float", "", "regression")
+    assert both is not None
+    return (
+        "Regression with BatchNorm apart or in the scales (`fold steps`) was solved in front of "
+        "BatchNorm here, as versions before this one did; with this one float models with "
+        f"BatchNorm apart reach {both[0]:.1f} and {both[1]:.1f} by it (`digits.json`)."
+    )
 
 
 def _longer(rows: Sequence[Mapping[str, Any]], usual: int) -> Iterator[str]:
@@ -323,11 +337,11 @@ def _streets_read(rows: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str
         "deviation over calibration seeds; methods that learn nothing have one. Float models "
         "merged by regression reach "
         f"{told('float-folded', 'regression-nearest')} with BatchNorm in the weights, as in the "
-        f"bundles, and {told('float', 'regression-nearest')} with BatchNorm apart. Merges by "
-        "regression with "
+        "bundles. Merges by regression with "
         "compensated rounding at W4A4, BatchNorm in the weights, from bundles alone: "
         f"{each(merged)}; with searched activation scales {each(scaled)}. HDRQ's with BatchNorm in "
-        f"the scales: {told('hdrq', merged, fold='steps')}, re-estimated on 16 images a domain "
+        "the scales, by the earlier regression: "
+        f"{told('hdrq', merged, fold='steps')}, re-estimated on 16 images a domain "
         f"{told('hdrq', f'{merged}-renewed', fold='steps')}. With BatchNorm in the weights and "
         "every layer fitted on 32 images a domain to the float models, in two sweeps: "
         f"{each(fitted)}. "
@@ -609,9 +623,15 @@ BARRIERS = ("barrier before rounding", "barrier of rounded merges")
 PLANES = "Barriers, roundings and planes of QDrop's and HDRQ's models"
 
 
-def lower_of(record: Mapping[str, Any], names: Sequence[str]) -> tuple[int, int]:
-    """In how many of how many :func:`comparisons` of some figures HDRQ's is the lower one."""
-    own = [counts[name] for counts in comparisons(record).values() for name in names]
+def lower_of(
+    record: Mapping[str, Any], names: Sequence[str], bits: Sequence[str] = ()
+) -> tuple[int, int]:
+    """In how many of how many :func:`comparisons` of some figures HDRQ's is the lower one.
+
+    Without ``bits`` those of all widths count.
+    """
+    found = comparisons(record)
+    own = [found[width][name] for width in bits or found for name in names]
     return sum(lower for lower, _ in own), sum(every for _, every in own)
 
 

@@ -61,8 +61,7 @@ def mixing(record: Mapping[str, Any]) -> str:
             ),
             "",
             "Compensated rounding starts from the merged weights, so that nothing of it can be "
-            "prepared: it is made anew at every swap, which costs as much as a merge by "
-            "`hdrq-merge`.",
+            "prepared: it is made anew at every swap.",
             "",
             f"What `adapt` picks from {record['adapt'][0]['frames']} unlabelled frames of the "
             "digits benchmark, one stream after the other, against the best mix of the grid of 66, "
@@ -85,8 +84,8 @@ def adaptation(record: Mapping[str, Any]) -> str:
             figures = [f"{100 * found[k]:.1f}" for k in ("source", "adapted")]
             cells.append([row["model"], domain, found["images"], *figures, found["seconds"]])
     means = (
-        f"{row['model']} {100 * row['merged_harmonic_mean']:.1f} of "
-        f"{100 * row['separate_harmonic_mean']:.1f}"
+        f"{row['model']} {100 * row['merged_harmonic_mean']:.1f}% merged in float, "
+        f"{100 * row['separate_harmonic_mean']:.1f}% as separate adapted models"
         for row in record["rows"]
     )
     recipes = ", ".join(
@@ -102,7 +101,6 @@ def adaptation(record: Mapping[str, Any]) -> str:
             "",
             table(["model", "domain", "images", "source", "adapted", "seconds"], cells),
             "",
-            f"Harmonic mean of the float merge, of the separate adapted models': "
-            f"{'; '.join(means)}.",
+            f"Harmonic means: {'; '.join(means)}.",
         ]
     )

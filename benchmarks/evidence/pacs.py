@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evidence.protocol import (
+    PACS_TRAININGS,
     beside_floats,
     beside_qdrop,
     difference_told,
     groups_of,
+    hdrq_less_qdrop,
     learned_bits,
     learned_options,
     paper_read,
@@ -57,10 +59,10 @@ def pacs(record: Mapping[str, Any]) -> str:
             "on every domain with labels. Our setting: one scale per channel with BatchNorm in it, "
             f"a relative distance to the source for `hdrq` (λ = {options['distance']:g}), "
             f"{options['iters']} iterations a block on {options['images']} images a domain. "
-            "Re-estimated merges see 64 unlabelled images a domain, fitted ones 256: every layer "
-            "is solved for what each domain's own model puts out on images of its domain, which is "
-            "the float model for float models and the bundle for bundles; bundles may be fitted to "
-            "the float models instead, in two sweeps (`--fit-to`, `--fit-sweeps 2`). Figures are "
+            "Re-estimated merges see 64 unlabelled images a domain, fitted ones 256. A fit solves "
+            "every layer so that it puts out what each domain's own model puts out on images of "
+            "its domain. For a merge of bundles these models are the bundles; `--fit-to` takes the "
+            "float models in their place (here in two sweeps, `--fit-sweeps 2`). Figures are "
             f"harmonic means of top-1 accuracies in % on the test images ({tests_told(largest)}), "
             "of ONNX Runtime engines, with half of the 95% interval over test images and "
             "calibration seeds (of one seed without the spread of calibrations). The images are "
@@ -105,20 +107,30 @@ def pacs_paper(record: Mapping[str, Any]) -> str:
             protocol_rates(tuning, "these checkpoints"),
             "",
             "Merges of these trials are near a guess, so that the search says little of merges. "
-            "Single models do not hang on it: over the rates that were tried their cross entropy "
-            "with the float experts on held-out images, the mean of the domains, is "
-            f"{_tried_alone(tuning)}.",
+            "Single models depend on the rate: their cross entropy with the float experts on "
+            f"held-out images, the mean of the domains, is {_tried_alone(tuning)} Every rate of "
+            "`hdrq` is better than the best one of `qdrop`; how far apart they are hangs on the "
+            "rates that the search of merges took.",
+            "",
+            protocol_missing(rows, paper=True),
         ]
     )
 
 
 def _tried_alone(tuning: Mapping[str, Any]) -> str:
-    """How far single models of every trial of a search are from their float models."""
-    told = []
+    """How far single models are from their float models, at all rates and at the chosen one."""
+    told, spans = [], {}
     for search in tuning["searches"]:
-        means = [statistics.fmean(trial["single"].values()) for trial in search["tried"]]
-        told.append(f"{min(means):.2f} to {max(means):.2f} nats for `{search['method']}`")
-    return listed(told)
+        means = {
+            trial["rate"]: statistics.fmean(trial["single"].values()) for trial in search["tried"]
+        }
+        low, high = spans[search["method"]] = (min(means.values()), max(means.values()))
+        told.append(
+            f"{low:.2f} to {high:.2f} nats for `{search['method']}` "
+            f"({means[search['chosen']]:.2f} at the rate that was chosen)"
+        )
+    assert spans["hdrq"][1] < spans["qdrop"][0], "the next sentence says so"
+    return f"{listed(told)}."
 
 
 def pacs_first(record: Mapping[str, Any]) -> str:
@@ -179,14 +191,16 @@ def _trainings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not places:
         return []
     which = "Another training" if len(places) == 1 else "Other trainings"
+    apart = [o["difference"] for name in PACS_TRAININGS for _, o in hdrq_less_qdrop(name)]
     return [
         "",
         f"The checkpoints are one training of each domain. {which} by the same command on other "
         f"machines ({listed(places)}) gave "
         f"single float models whose harmonic means are within {max(single):.1f} points of these, "
-        f"and merges of float models up to {max(merged):.1f} points away: more than lies between "
-        "the methods. No interval here has this spread in it; what counts are differences on the "
-        "same checkpoints.",
+        f"and merges of float models up to {max(merged):.1f} points away; of {len(apart)} "
+        f"differences between HDRQ and QDrop {sum(abs(d) < max(merged) for d in apart)} are "
+        "smaller. No interval here has this spread in it; what counts are differences on the same "
+        "checkpoints.",
     ]
 
 
@@ -195,10 +209,9 @@ def _protocol_distances(tuning: Mapping[str, Any]) -> list[str]:
     record = load("pacs_distance")
     if record is None:
         return []
-    rest = [search for search in tuning["searches"] if search["method"] != "hdrq"]
-    beside = ", ".join(
-        f"`{s['method']}` at its best {min(t['score'] for t in s['tried']):.3f}" for s in rest
-    )
+    # Scores of other checkpoints, which the search of brecq had, do not stand beside these.
+    (rival,) = (search for search in tuning["searches"] if search["method"] == "qdrop")
+    beside = f"`qdrop` at its best {min(trial['score'] for trial in rival['tried']):.3f}"
     names = {"relative": "relative", "norm": "as published"}
     tried = ", ".join(
         f"{names[row['distance_form']]}, λ = {row['distance']:g}: {row['score']:.3f}"
@@ -208,7 +221,8 @@ def _protocol_distances(tuning: Mapping[str, Any]) -> list[str]:
         "",
         "That search ran with the distance that was our setting's then (relative, λ = 0.3). At the "
         f"rate that it chose, `hdrq` scores on the same held-out images {tried} ({beside}; "
-        "`benchmarks/pacs_distance.py`); the rows above have the best of these"
+        "`benchmarks/pacs_distance.py`), which is less apart than neighbouring rates are; the rows "
+        "above have the best of these"
         f"{', the smallest relative one that was tried' if _is_smallest(record) else ''}.",
     ]
 
@@ -242,7 +256,8 @@ def _sweeps() -> list[str]:
         "To whose outputs merges are fitted, and how often all layers, was tried on every fourth "
         "calibration image, held out of the fit: cross entropy with each domain's float model in "
         "nats, and decisions that are that model's (`benchmarks/fit_sweeps.py`; the first "
-        "training, W4A4, all domains, calibration seed 0):",
+        "training, W4A4, all domains, calibration seed 0, by the earlier regression in front of "
+        "BatchNorm):",
         "",
         table(["parents", *(name for *_, name in kinds)], lines),
     ]
@@ -272,6 +287,8 @@ def pacs_wide(record: Mapping[str, Any]) -> str:
             f"W4A4.{_only_rounded(rows)}{_rounded_by_the_merge(rows)}",
             "",
             *beside_floats(rows, ways),
+            "",
+            protocol_missing(rows, learned_bits(needed("pacs")["rows"])),
         ]
     )
 
@@ -331,6 +348,7 @@ def _late_rounding(record: Mapping[str, Any]) -> list[str]:
     assert found["checkpoints_sha256"] == record["checkpoints_sha256"], "records of one training"
     groups = groups_of(row["members"] for row in found["rows"])
     cells: dict[tuple[str, ...], dict[tuple[str, ...], str]] = {}
+    seeds: dict[tuple[str, ...], set[int]] = {}
     for row in found["rows"]:
         points = {name: 100 * row[name] for name in ("value", "low", "high")}
         key = tuple(
@@ -339,16 +357,25 @@ def _late_rounding(record: Mapping[str, Any]) -> list[str]:
         cells.setdefault(key, {})[tuple(row["members"])] = difference_told(
             {**points, "difference": points["value"]}
         )
+        seeds.setdefault(key, set()).add(row["calibrations"])
     lines = [
-        [f"`{late}` {wide.upper()}", f"`{early}` {narrow.upper()}", *(own[g] for g in groups)]
+        [
+            f"`{late}` {wide.upper()}",
+            f"`{early}` {narrow.upper()}",
+            str(min(seeds[late, wide, early, narrow])),
+            *(own[g] for g in groups),
+        ]
         for (late, wide, early, narrow), own in cells.items()
     ]
     return [
         "The merge may round to 4 bits what was calibrated at 8. Fitted merges that do so, less "
         "fitted merges of bundles that were calibrated with 4-bit weights, in points with 95% "
-        "intervals over test images and calibration seeds (`benchmarks/late_rounding.py`):",
+        "intervals over test images and, where both have several, calibration seeds "
+        "(`benchmarks/late_rounding.py`):",
         "",
-        table(["merged to 4 bits", "less", *(", ".join(group) for group in groups)], lines),
+        table(
+            ["merged to 4 bits", "less", "seeds", *(", ".join(group) for group in groups)], lines
+        ),
     ]
 
 
@@ -393,15 +420,23 @@ def _resnet_read(rows: Sequence[Mapping[str, Any]]) -> str:
     assert within is not None and apart is not None
     return (
         f"Single models of every method and bit-width here are at most {-worst:.1f} points below "
-        f"the float ones (harmonic mean {real:.1f}): this network, which has no depthwise kernels "
-        "and never saw ImageNet, loses nothing of what the one above loses when it is rounded to "
-        "nearest at 4 bits. Its merges lose more than there, in float already. A regression with "
-        "BatchNorm folded into the weights solves for the same outputs as one with BatchNorm apart "
-        "does; merged float models differ by "
+        f"the float ones (harmonic mean {real:.1f}), where the network above loses "
+        f"{_lost_to_rounding():.0f} when it is rounded to nearest at W4A8. Two things differ: this "
+        "one has no depthwise kernels, and it never saw ImageNet. Its merges lose more than there, "
+        "in float already. A regression with BatchNorm folded into the weights solves for the same "
+        "outputs as one with BatchNorm apart does; merged float models differ by "
         f"{within[0] - apart[0]:+.1f} points on pairs and {within[1] - apart[1]:+.1f} on all "
         "domains, where a regression [in front of BatchNorm]"
         "(#regression-in-front-of-batchnorm-and-behind-it) is far behind."
     )
+
+
+def _lost_to_rounding() -> float:
+    """What `rtn` at W4A8 costs single models of the network at the top, in points."""
+    rows = protocol_rows(needed("pacs"))
+    real, rounded = (protocol_means(rows, *of, "single") for of in (("float", ""), ("rtn", "w4a8")))
+    assert real is not None and rounded is not None
+    return real[1] - rounded[1]
 
 
 def pacs_earlier(record: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from evidence.records import needed, table
+from evidence.records import listed, needed, table
 from hdrq_deploy.calibration.methods import METHODS
 
 __all__ = [
@@ -65,6 +65,10 @@ WAY_LABELS = {
     "guided-mean-w3": "the same, 8 bits to 3",
 }
 METHOD_ORDER = ("rtn", "rtn-corrected", "brecq", "qdrop", "latent", "hdrq")
+# Methods of the grid; `rtn-corrected` and `latent` stand beside them where they were run.
+_ASKED = ("rtn", "brecq", "qdrop", "hdrq")
+# Bits at which three calibration seeds are wanted; elsewhere one.
+_SEVERAL = ("w4a8", "w4a4", "w3a3")
 BITS = ("w8a8", "w8a4", "w6a6", "w4a8", "w4a4", "w3a3")
 # Records of PACS in our setting as it is, one a training of the checkpoints.
 PACS_TRAININGS = ("pacs", "pacs_first", "pacs_wide")
@@ -390,21 +394,32 @@ def paper_read(rows: Sequence[Mapping[str, Any]], chance: float) -> str:
     )
 
 
-def protocol_missing(rows: Sequence[Mapping[str, Any]], elsewhere: Collection[str] = ()) -> str:
-    """Bits, ways and seeds that were not run; some bits are in another record."""
+def protocol_missing(
+    rows: Sequence[Mapping[str, Any]], elsewhere: Collection[str] = (), paper: bool = False
+) -> str:
+    """Bits, methods, ways and seeds that were not run.
+
+    Args:
+        rows: Of one setting, as :func:`protocol_rows` gives them.
+        elsewhere: Bits that are in another record.
+        paper: The rows are of the paper's setting, which has no chosen weights.
+    """
     there = {row["bits"] for row in rows}
     missing = [bits.upper() for bits in BITS if bits not in {*there, *elsewhere}]
-    chosen = [row for row in rows if row["way"] == "auto"]
-    pairs = any(len(row["members"]) == 2 for row in chosen)
-    if not pairs:
-        missing.append(
-            "merges of pairs at chosen weights" if chosen else "merges at chosen weights"
-        )
+    if not paper:
+        chosen = [row for row in rows if row["way"] == "auto"]
+        if not any(len(row["members"]) == 2 for row in chosen):
+            missing.append(f"merges {'of pairs ' if chosen else ''}at chosen weights")
     for bits in (bits for bits in BITS if bits in there):
-        seeds = learned_seeds(rows, bits)
-        if not seeds:
+        own = {row["method"] for row in rows if row["bits"] == bits}
+        learned = {"brecq", "qdrop", "hdrq"}
+        if not own & learned:
             missing.append(f"{bits.upper()} by methods that learn")
-        elif seeds < 3:
+        else:
+            named = [f"`{method}`" for method in _ASKED if method not in own]
+            missing += [f"{bits.upper()} by {listed(named)}"] if named else []
+        seeds = learned_seeds(rows, bits)
+        if 0 < seeds < 3 and bits in _SEVERAL:
             missing.append(f"calibration seeds beyond {seeds} of {bits.upper()}")
     guided = {
         (row["bits"].upper(), len(row["members"])): row["figure"].get("calibrations", 1)
@@ -430,11 +445,12 @@ def protocol_rates(record: Mapping[str, Any], on: str) -> str:
     edges = [search["method"] for search in record["searches"] if search["is_at_edge"]]
     return (
         f"Learning rates were searched in the same way for every method (`--tune w4a4`, on {on}): "
-        f"{protocol['rates_at_first']} rates, each {protocol['factor']:.2f} times the next, more "
-        f"of them while the best is the last one; at {bits}, by {protocol['criterion']} "
-        f"({protocol['held_out']}). Rates and nats: {'; '.join(searches)}. Neighbouring rates are "
-        f"{min(steps):.2f} to {max(steps):.2f} nats apart and do not rise and fall smoothly: a "
-        "trial is one merge of one calibration seed."
+        f"{protocol['rates_at_first']} rates, each {protocol['factor']:.2f} times the one before; "
+        "while the best is the lowest or the highest, one more beyond it; "
+        f"at {bits}, by {protocol['criterion']} ({protocol['held_out']}). Rates and "
+        f"nats: {'; '.join(searches)}. Neighbouring rates are {min(steps):.2f} to "
+        f"{max(steps):.2f} nats apart and do not rise and fall smoothly: a trial is one "
+        "merge of one calibration seed."
         + (f" At the end of its search: {', '.join(edges)}." if edges else "")
     )
 

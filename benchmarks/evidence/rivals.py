@@ -50,13 +50,14 @@ def merge_rivals(record: Mapping[str, Any]) -> str:
             "scale per tensor). The rows with experts' outputs follow E-PMQ (arXiv "
             "2605.16882), of which only the abstract was at hand: errors are compensated as in "
             "`gptq`, every layer is fitted to what the domain's own float model puts out there, "
-            "and it is anchored to the merged weights. What the targets are and the anchor's "
-            f"strength ({record['experts']['anchor']:g}) are our assumptions, the best of "
-            f"{len(record['experts_tried']) - 2} by how little W4A4 differs from the float models "
-            "on calibration images. Merges of bundles of the same seeds stand beside them; they "
+            "and it is anchored to the merged weights. We had to assume the targets and the "
+            f"anchor's strength: {len(record['experts_tried']) - 2} combinations were tried, and "
+            "the one is taken whose W4A4 merge was nearest to the float models on calibration "
+            f"images (strength {record['experts']['anchor']:g}). The other ways had no such search "
+            "here. Merges of bundles of the same seeds stand beside them; they "
             "see no image and no float model. Harmonic means in % on test images, mean and "
-            "standard deviation over calibration seeds of what draws. Rows that start from a "
-            "regression were made beside other work, which lengthens their seconds.",
+            "standard deviation over calibration seeds for methods with random draws. Rows that "
+            "start from a regression were made beside other work, which lengthens their seconds.",
             "",
             table(["bits", "way", *heads, "CPU seconds a merge"], lines),
             "",
