@@ -15,6 +15,7 @@ __all__ = [
     "HdrqError",
     "MergeError",
     "ModelError",
+    "OtherRunError",
     "SpecError",
     "one_line",
 ]
@@ -30,6 +31,10 @@ class HdrqError(Exception):
 
 class SpecError(HdrqError):
     """A bit-width, grid, scale or option is out of range."""
+
+
+class OtherRunError(SpecError):
+    """Unfinished work on disk is that of another run, so that it cannot be resumed."""
 
 
 class BundleError(HdrqError):

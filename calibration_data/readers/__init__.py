@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...errors import DataError
 from .arrays import ARRAYS
-from .base import ImageSet, Reader, Selection, Wanted
+from .base import ImageSet, Reader, Selection, Wanted, spread
 from .decoding import cut
 from .folder import IMAGE_FOLDER
 from .joining import joined
@@ -27,6 +27,7 @@ __all__ = [
     "numbered",
     "read",
     "relabel",
+    "spread",
 ]
 
 # The first reader that claims a path reads it: street scenes lie in folders too.

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ...errors import DataError
 from ...formats.records import Preprocessing
 
-__all__ = ["ImageSet", "Reader", "Selection", "Wanted"]
+__all__ = ["ImageSet", "Reader", "Selection", "Wanted", "spread"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,18 @@ class ImageSet:
         for row in np.ascontiguousarray(self.x):
             digest.update(row.tobytes())
         return digest.hexdigest()
+
+
+def spread(count: int, most: int) -> npt.NDArray[np.intp]:
+    """At most so many numbers below ``count``, evenly apart.
+
+    Image folders are read class by class, so that their first images are those of few classes.
+
+    >>> spread(10, 4).tolist(), spread(3, 4).tolist()
+    ([0, 2, 5, 7], [0, 1, 2])
+    """
+    few = min(count, most)
+    return np.arange(few) * count // max(few, 1)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..calibration.capture import single_output
 from ..calibration.devices import keep_freed_memory
-from ..errors import ModelError, SpecError
+from ..errors import ModelError, OtherRunError
 from ..formats.atomic_files import replaced
 from ..formats.file_kinds import ADAPTING
 from ..typing import Progress
@@ -64,7 +64,7 @@ class Training(ABC, Generic[Chosen]):
             progress: Called with (iterations done, iterations in all, epoch).
 
         Raises:
-            SpecError: ``partial`` holds another run.
+            OtherRunError: ``partial`` holds another run.
             ModelError: ``partial`` cannot be read, or a weight became NaN.
         """
         keep_freed_memory()
@@ -170,7 +170,7 @@ def _stored(partial: Path, run: dict[str, Any], device: torch.device) -> dict[st
     """What a stopped run has reached.
 
     Raises:
-        SpecError: It was another run.
+        OtherRunError: It was another run.
         ModelError: The file is damaged.
     """
     try:
@@ -187,7 +187,7 @@ def _stored(partial: Path, run: dict[str, Any], device: torch.device) -> dict[st
             f"{partial}: cannot be read ({text}); remove it, or start anew without `resume`"
         ) from error
     if state["run"] != run:
-        raise SpecError(
+        raise OtherRunError(
             f"{partial}: found a run of other options, images or checkpoint; resume needs the "
             "same: repeat them, or start anew without `resume`"
         )

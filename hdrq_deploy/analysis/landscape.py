@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from ..calibration import fake_quantized
+from ..calibration_data.readers import spread
 from ..errors import DataError, ModelError
 from ..formats.bundle import Bundle
 from ..numerics import quantization
@@ -112,11 +113,12 @@ class Landscape:
         return self._scores(self._quantized)
 
     def loss(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Mean loss on the first images of every domain, with derivatives."""
+        """Mean loss on 64 images of every domain, spread evenly over them, with derivatives."""
         losses = []
         for x, y in self.data.values():
-            outputs = functional_call(self._real, dict(weights), (x[:_BATCH],))
-            losses.append(nn.functional.cross_entropy(outputs, y[:_BATCH]))
+            rows = torch.from_numpy(spread(len(x), _BATCH))
+            outputs = functional_call(self._real, dict(weights), (x[rows],))
+            losses.append(nn.functional.cross_entropy(outputs, y[rows]))
         return torch.stack(losses).mean()
 
     @torch.no_grad()

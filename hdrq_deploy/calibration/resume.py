@@ -17,7 +17,7 @@ import safetensors
 from safetensors.torch import save
 from torch import Tensor
 
-from ..errors import BundleError, HdrqError, SpecError
+from ..errors import BundleError, HdrqError, OtherRunError
 from ..formats.atomic_files import (
     check_output,
     make_directory,
@@ -61,7 +61,7 @@ class Partial:
             blocks: Blocks in all, for whoever asks how far the run is.
 
         Raises:
-            SpecError: The finished blocks belong to another run; the first difference is
+            OtherRunError: The finished blocks belong to another run; the first difference is
                 named.
             BundleError: The record of their run cannot be read.
             HdrqError: The folder is not ours, or cannot be made.
@@ -76,7 +76,7 @@ class Partial:
                 before.pop(key, None)
             change = first_change(before, run)
             if change:
-                raise SpecError(
+                raise OtherRunError(
                     f"{folder}: found blocks of another run ({change}); resume needs the same "
                     "options, data and versions: repeat them, or start anew without `resume`"
                 )

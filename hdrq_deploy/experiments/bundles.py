@@ -16,7 +16,7 @@ from typing import Any
 from ..calibration.graph_cache import GraphCache
 from ..calibration.request import CalibrationRequest
 from ..calibration_data.readers import ImageSet
-from ..errors import HdrqError, SpecError
+from ..errors import HdrqError, OtherRunError
 from ..formats.atomic_files import read_json, remove_file, remove_folder, write_bytes
 from ..formats.bundle import Bundle
 from ..formats.file_kinds import CELL_INPUTS, PARTIAL, partial_of
@@ -79,7 +79,8 @@ def make_bundle(
     remove_file(record, CELL_INPUTS)
     try:
         run_calibration(replace(request, resume=True), graphs)
-    except SpecError:  # unfinished blocks of another run
+    except OtherRunError as error:
+        _log.info("%s; starting anew", error)
         run_calibration(replace(request, resume=False), graphs)
     record_ingredients(output, ingredients)
 

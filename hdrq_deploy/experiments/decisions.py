@@ -53,6 +53,10 @@ def _counts(labels: Array, predicted: Array, classes: int) -> Array:
     return np.stack([np.diag(table), table.sum(1), table.sum(0)[:-1]], axis=1)
 
 
+# Pixels of a class: hits, labelled, predicted.
+_KINDS = 3
+
+
 def packed(measured: Mapping[str, Array]) -> dict[str, dict[str, Any]]:
     """Measurements of every domain as JSON holds them."""
     return {domain: _packed(values) for domain, values in measured.items()}
@@ -99,4 +103,6 @@ def _unpacked(entry: Mapping[str, Any]) -> Array:
         return np.unpackbits(raw, count=count)
     raw = np.frombuffer(zlib.decompress(base64.b64decode(entry["counts"], validate=True)), "<i4")
     images, classes, kinds = shape
+    if kinds != _KINDS:
+        raise ValueError(f"found {kinds} counts of a class; needed {_KINDS}")
     return raw.reshape(images, classes, kinds)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..calibration.methods import METHODS, PUBLISHED_ITERS
-from ..calibration_data.readers import ImageSet
+from ..calibration_data.readers import ImageSet, spread
 from ..errors import CheckFailed, DataError, SpecError
 from ..formats.atomic_files import scratch_folder
 from ..formats.bundle import GRAPH, Bundle
@@ -65,7 +65,7 @@ def protocol() -> dict[str, Any]:
         "rates_at_first": START,
         "rates_at_most": MOST,
         "factor": FACTOR,
-        "centre": "the method's published rate times 20000 / iterations",
+        "centre": f"the method's published rate, times {PUBLISHED_ITERS} / fewer iterations",
         "held_out": f"every {_EVERY}th calibration image of each domain, at most {_JUDGES}",
     }
 
@@ -148,7 +148,8 @@ def hold_out(images: ImageSet) -> tuple[ImageSet, ImageSet]:
         raise DataError(f"found {len(images)} calibration images; a search needs {FEWEST} or more")
     places = np.arange(len(images))
     judges = places % _EVERY == _EVERY - 1
-    return _part(images, places[~judges]), _part(images, places[judges][:_JUDGES])
+    held = places[judges]
+    return _part(images, places[~judges]), _part(images, held[spread(len(held), _JUDGES)])
 
 
 def _part(images: ImageSet, places: Array) -> ImageSet:
@@ -168,13 +169,14 @@ def judge(
 
     Returns:
         ``score``, the mean over the domains, in nats; None where the merged model gave no finite
-        output. ``merged``, ``single`` and ``decisions`` by domain: the cross entropies of the
-        merged model and of the domain's own bundle, and the share of images (or pixels) that the
-        merged model decides as the expert does.
+        output, which ``failed`` may explain. ``merged``, ``single`` and ``decisions`` by domain:
+        the cross entropies of the merged model and of the domain's own bundle (None where they are
+        not finite), and the share of images (or pixels) that the merged model decides as the expert
+        does.
     """
     single = {}
     for name, bundle in zip(experts, bundles, strict=True):
-        single[name] = _difference(bundle, experts[name], held[name])[0]
+        single[name] = _finite(_difference(bundle, experts[name], held[name])[0])
     with scratch_folder() as scratch:
         try:
             merged = merge(
@@ -183,13 +185,17 @@ def judge(
         except CheckFailed as error:
             return {"score": None, "failed": str(error), "single": single}
         nats, shares = agreements(merged, experts, held)
-    mean = float(np.mean(list(nats.values())))
     return {
-        "score": mean if math.isfinite(mean) else None,
-        "merged": nats,
+        "score": _finite(float(np.mean(list(nats.values())))),
+        "merged": {name: _finite(value) for name, value in nats.items()},
         "single": single,
         "decisions": shares,
     }
+
+
+def _finite(value: float) -> float | None:
+    """What JSON can hold."""
+    return value if math.isfinite(value) else None
 
 
 def agreements(

@@ -19,7 +19,7 @@ from ..calibration_data import camvid as camvid_images
 from ..calibration_data import pacs as pacs_images
 from ..calibration_data.readers import Wanted
 from ..calibration_data.readers.decoding import images_of
-from ..errors import DataError, ModelError, SpecError
+from ..errors import DataError, ModelError, OtherRunError, SpecError
 from ..formats.atomic_files import (
     Kind,
     make_directory,
@@ -271,7 +271,9 @@ class Preparation:
         make_directory(self.splits.parent)
         with new_directory(self.splits, SPLITS, sync=False) as new:
             self.write(self.data, new, self.domains)
-            record_written(new, SPLITS, with_contents(record))
+            # Splits of more domains, of an earlier run, are gone where these are written anew.
+            written = {**record, "domains": list(self.domains)}
+            record_written(new, SPLITS, with_contents(written))
 
     def _check_weights(self) -> None:
         """Read the weights that trainings start from, or the checkpoints that were brought."""
@@ -330,7 +332,8 @@ class Preparation:
         remove_file(record, CELL_INPUTS)
         try:
             _run(trained, self, device, threads, progress, resume=True)
-        except SpecError:  # an unfinished training of other images or options
+        except OtherRunError as error:
+            _log.info("%s; starting anew", error)
             _run(trained, self, device, threads, progress, resume=False)
         record_ingredients(trained.file, _with_hash(trained.file, ingredients))
 

@@ -25,8 +25,8 @@ class _Found:
     """
 
     run: Run
-    singles: list[dict[str, float]]
-    merged: list[dict[str, float]]
+    singles: list[list[dict[str, float]]]
+    merged: list[list[dict[str, float]]]
     single: Sample | None
     sample: Sample | None
     tests: Any
@@ -106,11 +106,13 @@ def _found(
 
 def _figures(
     drawn: Mapping[int, list[list[dict[str, Any]]]], members: Sequence[str]
-) -> list[dict[str, float]]:
-    """Figures by domain of every calibration and rounding seed."""
-    each = [cells for runs in drawn.values() for cells in runs]
-    joined = [{k: v for cell in cells for k, v in cell["domains"].items()} for cells in each]
-    return [{member: row[member] for member in members} for row in joined]
+) -> list[list[dict[str, float]]]:
+    """Figures by domain, by calibration seed and, of merges, rounding seed."""
+    found = []
+    for runs in drawn.values():
+        joined = [{k: v for cell in cells for k, v in cell["domains"].items()} for cells in runs]
+        found.append([{member: row[member] for member in members} for row in joined])
+    return found
 
 
 def _sample(drawn: Mapping[int, list[list[dict[str, Any]]]], boot: Bootstrap) -> Sample | None:
@@ -172,24 +174,29 @@ def _options(path: Path) -> dict[str, Any]:
 
 
 def _summary(
-    figures: list[dict[str, float]], sample: Sample | None, boot: Bootstrap
+    figures: list[list[dict[str, float]]], sample: Sample | None, boot: Bootstrap
 ) -> dict[str, Any]:
     """Mean, standard deviation and count of every domain and the harmonic mean, in %.
 
-    The harmonic mean of a sample also has its interval and what each source of spread adds.
+    A mean is that over calibration seeds of the mean of each, as those of a sample are: a seed with
+    fewer rounding seeds counts as much as any other. The harmonic mean of a sample also has its
+    interval and what each source of spread adds.
     """
     from ..formats.bench_result import harmonic_mean
 
-    columns = {name: [100 * row[name] for row in figures] for name in figures[0]}
-    columns["harmonic mean"] = [100 * harmonic_mean(list(row.values())) for row in figures]
-    result: dict[str, Any] = {
-        name: {
-            "mean": round(statistics.fmean(values), 3),
+    first = figures[0][0]
+    columns = {name: [[100 * row[name] for row in seed] for seed in figures] for name in first}
+    columns["harmonic mean"] = [
+        [100 * harmonic_mean(list(row.values())) for row in seed] for seed in figures
+    ]
+    result: dict[str, Any] = {}
+    for name, by_seed in columns.items():
+        values = [value for seed in by_seed for value in seed]
+        result[name] = {
+            "mean": round(statistics.fmean(map(statistics.fmean, by_seed)), 3),
             "std": round(statistics.stdev(values), 3) if len(values) > 1 else 0.0,
             "count": len(values),
         }
-        for name, values in columns.items()
-    }
     if sample is not None:
         found = boot.interval(sample)
         result["harmonic mean"] |= {

@@ -417,7 +417,7 @@ def _only(found: Sequence[Path]) -> Path:
         DataError: There are more.
     """
     if len(found) > 1:
-        raise DataError(f"{found[1]}: found {found[0].name} beside it; needed one of the two")
+        raise DataError(f"{found[1]}: found {found[0]} beside it; needed one of the two")
     return found[0]
 
 
@@ -427,9 +427,9 @@ def checkpoint_of(folder: Path, name: str, letters: str = "", role: str = "") ->
     if found := [f for f in files if f.suffix in _ENDINGS and _key(f.stem) == _key(name)]:
         return _only(found)
     if letters and folder.is_dir():
-        for file in sorted(folder.rglob(f"{role}_F*.pt")):
-            if file.parent.name == letters:
-                return file.parent
+        places = {file.parent for file in folder.rglob(f"{role}_F*.pt")}
+        if found := sorted(place for place in places if place.name == letters):
+            return _only(found)
     public = f", or SHOT's {letters}/{role}_F*.pt, _B and _C" if letters else ""
     raise DataError(
         f"{folder / _key(name)}: found no checkpoint; needed {_key(name)} with "

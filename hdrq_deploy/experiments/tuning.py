@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from ..calibration.graph_cache import GraphCache
 from ..calibration.methods import METHODS
-from ..calibration.request import CalibrationRequest
 from ..calibration.settings import SETTINGS
 from ..calibration_data.readers import ImageSet, Wanted, read
 from ..errors import SpecError
@@ -36,7 +35,7 @@ from ..formats.staleness import (
 from ..jobs.job import Job, Pool, run_jobs
 from ..typing import Progress
 from .bundles import forget, make_bundle
-from .cells import calibrate_cell
+from .cells import calibrate_cell, request_of
 from .grid import Grid, Run, bundle_path, search_name
 from .rate_search import RateSearch, hold_out, images_for, judge, protocol
 from .tasks import Domain, Task
@@ -270,7 +269,7 @@ def try_rate(
         "images": images,
         **judge(bundles, experts, held),
     }
-    write_bytes(target, (json.dumps(row, indent=1) + "\n").encode(), TRIAL)
+    write_bytes(target, (json.dumps(row, indent=1, allow_nan=False) + "\n").encode(), TRIAL)
     for domain in task.domains:
         place = _place(out, trial, domain)
         forget(place)
@@ -296,25 +295,9 @@ def _calibrated(
     images: ImageSet,
     graphs: GraphCache | None,
 ) -> Path:
-    run, output = trial.run, _place(out, trial, domain)
-    request = CalibrationRequest(
-        model=task.model,
-        data=images,
-        domain=domain.name,
-        output=output,
-        weights=domain.weights,
-        base=task.source,
-        method=run.method,
-        wbits=run.wbits,
-        abits=run.abits,
-        options=task.options(run.method, run.setting, trial.rate),
-        images=task.images,
-        wanted=task.wanted,
-        seed=run.seed,
-        statistics="off",
-        device=device,
-        **SETTINGS[run.setting].codes,
-    )
+    output = _place(out, trial, domain)
+    request = request_of(task, out, device, trial.run, domain.name, False, trial.rate)
+    request = replace(request, data=images, output=output)
     make_bundle(request, graphs, [stamp(domain.images), "without those held out"])
     return output
 

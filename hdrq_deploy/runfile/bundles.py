@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from ..adaptation.options import AdaptationOptions
 from ..calibration.graph_cache import GraphCache
 from ..calibration.request import CalibrationRequest
 from ..calibration_data.readers import Wanted, read
-from ..errors import SpecError
+from ..errors import OtherRunError
 from ..experiments.bundles import bundle_change, inputs_of, is_merged, make_bundle
 from ..formats.atomic_files import Kind, read_json
 from ..formats.bundle import Bundle
@@ -27,6 +28,8 @@ from .schema import CHOSEN_WEIGHTS, Merge
 from .stage import RecordedStage, Stage
 
 __all__ = ["AdaptStage", "CalibrateStage", "MergeStage"]
+
+_log = logging.getLogger("hdrq_deploy")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class AdaptStage(RecordedStage):
         """See :meth:`RecordedStage.write`."""
         try:
             self._adapt(resume=True)
-        except SpecError:  # unfinished epochs of another run
+        except OtherRunError as error:
+            _log.info("%s; starting anew", error)
             self._adapt(resume=False)
 
     def _adapt(self, resume: bool) -> None:

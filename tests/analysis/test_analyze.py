@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hdrq_deploy.analysis import Settings, analyze
-from hdrq_deploy.analysis.landscape import top_eigenvalue, trace
+from hdrq_deploy.analysis.landscape import Landscape, real_weights, top_eigenvalue, trace
 from hdrq_deploy.cli import analyze as analyze_command
 from hdrq_deploy.graph import reference_session
 
@@ -50,12 +50,43 @@ def test_the_analysis_agrees_with_the_graph(make: Any, inputs: Any) -> None:
         ends = barrier["loss"][curve][0], barrier["loss"][curve][-1]
         height = max(barrier["loss"][curve]) - sum(ends) / 2
         assert barrier["barrier"][curve] == pytest.approx(height)
+    middle = barrier["loss"]["float"][1]
+    night, day = (real_weights(bundle) for bundle in bundles)
+    land = Landscape(bundles[0], data)
+    between = {name: (night[name] + day[name]) / 2 for name in night}
+    assert middle == pytest.approx(land.real(between).mean_loss, rel=1e-4)
+    assert barrier["loss"]["noise"][1] != pytest.approx(middle, rel=1e-6)
+    for row in result["distances"]:
+        weights = next(n for n in night if n.startswith(row["layer"]))
+        a, b = (real[weights].numpy().astype(np.float64) for real in (night, day))
+        expected = np.linalg.norm(a - b) / np.linalg.norm(b)
+        assert row["between"]["night - day"] == pytest.approx(expected, rel=1e-4)
+    codes = [layer.weight for layer in bundles[0].manifest.layers]
+    for name, weights in (("night", night), ("day", day)):
+        found = result["curvature"][name]
+        assert found["trace"] == pytest.approx(trace(land.loss, weights, codes, 3), rel=1e-3)
+        assert found["top_eigenvalue"] > 0
     points = result["surface"]["points"]
     np.testing.assert_allclose(points["night"], [-1, 0], atol=1e-3)
     np.testing.assert_allclose(points["day"], [1, 0], atol=1e-3)
     shares = {row["layer"]: row["ambiguous"] for row in result["layers"]}
     a, b = (bundle.tensor("conv1.weight_codes").astype(int) for bundle in bundles)
     assert shares["conv1.weight"] == pytest.approx(np.mean((a + b) % 2))
+
+
+def test_the_curvature_is_of_images_of_all_classes(make: Any, inputs: Any) -> None:
+    """Image folders are read class by class."""
+    bundle = make(domain="night")
+    x = np.concatenate([inputs] * (1 + 256 // len(inputs)))[:256]
+    y = np.repeat(np.arange(4), 64)
+    weights = real_weights(bundle)
+    losses = [
+        float(Landscape(bundle, {"night": (x, np.where(y == other, 0, y))}).loss(weights))
+        for other in range(1, 4)
+    ]
+    whole = float(Landscape(bundle, {"night": (x, y)}).loss(weights))
+    # Labels of every class count: exchange those of one, and the loss is another.
+    assert all(loss != pytest.approx(whole, rel=1e-6) for loss in losses)
 
 
 def test_the_analysis_command_writes_one_page_and_its_numbers(

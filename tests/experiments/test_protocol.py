@@ -34,6 +34,7 @@ from hdrq_deploy.experiments.tasks import (
     Domain,
     Task,
     check_images,
+    checkpoint_of,
     office_home,
     segmentation,
 )
@@ -559,6 +560,16 @@ def test_office_home_runs_as_a_user_would(
     (out / "table.md").unlink()
     assert reproduce.main([*argv, "--out", str(out), "--table"]) == 0
     assert "| paper | rtn | W8A8 |" in (out / "table.md").read_text()
+
+
+def test_one_of_two_folders_of_shot_is_not_taken_in_silence(tmp_path: Path) -> None:
+    for year in ("2019", "2020"):
+        (tmp_path / year / "RA").mkdir(parents=True)
+        (tmp_path / year / "RA" / "target_F_par_0.3.pt").touch()
+    with pytest.raises(DataError, match="needed one of the two"):
+        checkpoint_of(tmp_path, "Art", "RA", "target")
+    (tmp_path / "2020/RA/target_F_par_0.3.pt").unlink()
+    assert checkpoint_of(tmp_path, "Art", "RA", "target") == tmp_path / "2019/RA"
 
 
 @pytest.mark.slow

@@ -580,6 +580,17 @@ def test_splits_of_more_domains_and_in_another_order_are_kept(data: Path) -> Non
     assert splits.stat().st_ino != before and (splits / "art_painting").is_dir()
 
 
+def test_splits_of_fewer_domains_do_not_pass_for_those_of_more(data: Path) -> None:
+    both = ["sketch", "cartoon"]
+    prepared(data, targets=both).make("cpu", 1)
+    (data / "sketch/dog/0001.png").unlink()
+    prepared(data, targets=["sketch"]).make("cpu", 1)
+    splits = data.parent / "out/data/pacs"
+    assert not (splits / "cartoon").exists()
+    prepared(data, targets=both).make("cpu", 1)
+    assert (splits / "cartoon").is_dir() and (splits / "sketch").is_dir()
+
+
 def test_a_table_of_seeds_in_any_order(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = data.parent / "out"
     argv = ["pacs", "--data", str(data), "--out", str(out), "--targets", "cartoon", "sketch"]

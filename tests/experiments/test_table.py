@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def test_decisions_are_kept_to_the_bit() -> None:
         {"a": {"shape": shape, "bits": "AAA="}} for shape in ([], [8], [17], [-9], ["9"], [9, 1])
     ]
     assert unpacked({"a": {"shape": [9], "bits": "AAA="}})
-    for broken in (None, {}, {"a": {}}, {"a": {"shape": [9], "bits": "AA"}}, {"a": 3}, *odd):
+    two = packed({"a": np.zeros((2, 4, 2), np.int32)})
+    for broken in (None, {}, {"a": {}}, {"a": {"shape": [9], "bits": "AA"}}, {"a": 3}, two, *odd):
         assert not unpacked(broken)
 
 
@@ -122,6 +124,29 @@ def test_one_calibration_seed_is_never_bold(grid: Grid, tmp_path: Path) -> None:
     hdrq = merged_of(rows(one, tmp_path), "hdrq")
     assert hdrq["against"][0]["of_one_run_each"] and hdrq["against"][0]["p"] < 0.01
     assert not hdrq["wins"]
+
+
+def test_a_mean_is_the_centre_of_its_interval(grid: Grid, tmp_path: Path) -> None:
+    """A seed whose rounding seeds are not all there counts as much as the others."""
+    drawn = replace(grid, task=replace(grid.task, domains=grid.task.domains[:2]), rounding_seeds=4)
+    write(drawn, tmp_path, {"float": 0.95, "qdrop": 0.6, "hdrq": 0.8})
+    shares = (0.7, 0.64, 0.64)
+    for seed, draws in ((0, 4), (1, 1), (2, 1)):
+        for draw in range(draws):
+            cell = f"paper-hdrq-w4a4-s{seed}-a+b-advanced-r{draw}"
+            right = dict.fromkeys("ab", np.arange(IMAGES) < shares[seed] * IMAGES)
+            record = {
+                "cell": cell,
+                "domains": {name: float(found.mean()) for name, found in right.items()},
+                "tests": dict.fromkeys("ab", 1),
+                "decisions": packed(right),
+            }
+            row_path(tmp_path, cell).write_text(json.dumps(record))
+    (row,) = [r for r in rows(drawn, tmp_path) if (r["method"], r["way"]) == ("hdrq", "advanced")]
+    found = row["merged"]["harmonic mean"]
+    assert found["mean"] == pytest.approx(100 * np.mean(shares), abs=1e-3)
+    assert (found["low"] + found["high"]) / 2 == pytest.approx(found["mean"], abs=0.5)
+    assert row["merged"]["a"]["mean"] == found["mean"] and found["count"] == 6
 
 
 def test_rows_of_earlier_versions_have_no_interval(grid: Grid, tmp_path: Path) -> None:

@@ -83,6 +83,20 @@ def test_judges_are_held_out() -> None:
     assert learned.y is not None and learned.y.tolist() == learned.x.ravel().tolist()
     with pytest.raises(DataError, match="found 3 calibration images; a search needs 4"):
         hold_out(ImageSet(x[:3], None, None, None))
+    # Folders are read class by class: judges that are too many are thinned, not cut off.
+    many = np.arange(4000, dtype=np.float32).reshape(-1, 1, 1, 1)
+    _, judges = hold_out(ImageSet(many, None, None, None))
+    assert len(judges) == 256 and np.bincount(judges.x.ravel().astype(int) // 1000).min() == 64
+
+
+def test_what_json_cannot_hold_is_none(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
+    night, day = make(domain="night"), make(domain="day")
+    monkeypatch.setattr(rate_search, "_difference", lambda *_: (math.nan, 0.5))
+    held = dict.fromkeys(("night", "day"), np.zeros((4, 3, 16, 16), np.float32))
+    row = rate_search.judge([night, day], {"night": night, "day": day}, held)
+    assert row["score"] is None
+    assert row["merged"] == row["single"] == {"night": None, "day": None}
+    json.dumps(row, allow_nan=False)
 
 
 def test_bits_that_were_not_searched_take_the_nearest(task: Task) -> None:

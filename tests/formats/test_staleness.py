@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hdrq_deploy.calibration.request import CalibrationRequest
-from hdrq_deploy.errors import SpecError
+from hdrq_deploy.errors import OtherRunError, SpecError
 from hdrq_deploy.experiments import bundles, cells, tasks
 from hdrq_deploy.experiments.grid import Merge, Run, bundle_path, row_path
 from hdrq_deploy.exporters import GraphOptions, export
@@ -162,6 +162,32 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> list[CalibrationRequest]:
 
     monkeypatch.setattr("hdrq_deploy.calibration.pipeline.run_calibration", calibrate)
     return calls
+
+
+def test_only_blocks_of_another_run_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any other error leaves what is finished, and is told once."""
+    resumed: list[bool] = []
+    errors = [OtherRunError("blocks of another run"), SpecError("bits out of range")]
+
+    def calibrate(request: CalibrationRequest, graphs: Any = None) -> None:
+        resumed.append(request.resume)
+        if request.resume:
+            raise errors.pop(0)
+        shutil.copytree(CORPUS / "night.hdrq", request.output, dirs_exist_ok=True)
+
+    monkeypatch.setattr("hdrq_deploy.calibration.pipeline.run_calibration", calibrate)
+    (tmp_path / "data.npz").write_bytes(b"1")
+    request = CalibrationRequest(
+        "m:f", str(tmp_path / "data.npz"), "night", tmp_path / "night.hdrq", method="rtn"
+    )
+    bundles.make_bundle(request)
+    assert resumed == [True, False]
+    resumed.clear()
+    with pytest.raises(SpecError, match="bits out of range"):
+        bundles.make_bundle(replace(request, seed=1))
+    assert resumed == [True]
 
 
 def test_bundles(
