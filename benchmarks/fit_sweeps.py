@@ -23,7 +23,7 @@ import torch
 from pacs_run import arguments, task_of, write
 
 from hdrq_deploy import Bundle
-from hdrq_deploy.calibration_data.readers import Wanted, read
+from hdrq_deploy.calibration_data.readers import Wanted, read, spread
 from hdrq_deploy.experiments.grid import Merge, Run, bundle_path
 from hdrq_deploy.experiments.rate_search import agreements, hold_out
 from hdrq_deploy.experiments.tasks import Task
@@ -42,7 +42,8 @@ def images_of(task: Task, like: Bundle) -> tuple[dict[str, Array], dict[str, Arr
     fitted, judges = {}, {}
     for domain in task.domains:
         learned, held = hold_out(read(domain.images, wanted))
-        fitted[domain.name], judges[domain.name] = learned.x[: task.fit_images], held.x
+        rows = spread(len(learned), task.fit_images)
+        fitted[domain.name], judges[domain.name] = learned.x[rows], held.x
     return fitted, judges
 
 
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     floats = {name: Bundle.open(bundle_path(run, of_float.single(name))) for name in names}
     fitted, judges = images_of(task, floats[names[0]])
     rows = []
-    for method in args.methods:
+    for method in METHODS:
         cell = Run("ours", method, 4, 4, 0)
         parents = [Bundle.open(bundle_path(run, cell.single(name))) for name in names]
         start = Bundle.open(bundle_path(run, Merge(cell, names, "regression", 1).cell(0)))
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for targets, sweeps in ways:
             about = {"parents": method, "bits": "w4a4", "targets": targets, "sweeps": sweeps}
             file = folder / f"{method}-{targets or 'none'}-{sweeps}.json"
-            if not file.exists() and not args.collect:
+            if not (file.exists() or args.collect) and method in args.methods:
                 bundle, begun = start, time.process_time()
                 if sweeps:
                     target = folder / f"{file.stem}.hdrq"

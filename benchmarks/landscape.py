@@ -146,9 +146,10 @@ def draw(of: Parents, rows: Sequence[Mapping[str, Any]], target: Path) -> None:
 
     colours = {method: METHOD_COLOURS[method] for method in METHODS}
     with rc_context({"svg.hashsalt": "hdrq", "svg.fonttype": "path", "font.size": 9}):
-        figure = Figure(figsize=(13, 6.4), layout="constrained")
-        axes = figure.subplots(2, 4, width_ratios=(3, 2, 3, 3))
-        for line, bits in zip(axes, BITS, strict=True):
+        widths = [bits for bits in BITS if any(row["bits"] == bits for row in rows)]
+        figure = Figure(figsize=(13, 3.2 * len(widths)), layout="constrained")
+        axes = figure.subplots(len(widths), 4, width_ratios=(3, 2, 3, 3), squeeze=False)
+        for line, bits in zip(axes, widths, strict=True):
             own = [row for row in rows if row["bits"] == bits]
             _barriers(line[0], own, colours)
             line[0].set_title(f"{bits.upper()}: loss between two parents")
@@ -218,7 +219,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Analyse, write JSON, draw."""
     parser = arguments(__doc__, needed=False)
     parser.add_argument("of", choices=list(ANALYSED))
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="analyse these alone")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=METHODS, help="analyse these alone"
+    )
     parser.add_argument("--draw", action="store_true", help="draw the committed figures, no more")
     args = parser.parse_args(argv)
     of = ANALYSED[args.of]

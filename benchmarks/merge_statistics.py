@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from evidence.records import write_record
 
-from hdrq_deploy import Bundle, merge
+from hdrq_deploy import Bundle, SpecError, merge
 from hdrq_deploy.calibration_data.readers import ImageSet, read
 from hdrq_deploy.experiments.rate_search import RateSearch, hold_out, judge
 from hdrq_deploy.experiments.tasks import Task, made, write_made
@@ -68,6 +68,7 @@ FULL = {"digits": ((4, 8),), "streets": ()}
 # where there are none. A bundle of 20,000 iterations a block takes an hour of one core.
 LONGER: dict[int, tuple[str, ...]] = {10 * ITERS: (), 100 * ITERS: ("handwriting", "night")}
 LONGER_BITS = {"digits": ((3, 3),), "streets": ()}
+SEEDS = (0, 1, 2)
 ROUNDING_SEEDS = 2
 RENEW_IMAGES = {"digits": 64, "streets": 16}
 
@@ -236,11 +237,12 @@ def calibrated(
     rate = rate or RATES[parents.task].get(parents.method)
     suffix = "" if learned is None else f"-trial-lr{rate:g}"
     path = out / "cells" / f"{parents.name}{suffix}-{domain}.hdrq"
-    if path.exists():
-        return path
     learning = dict(task.learning.get(parents.method, {}))
     if rate is not None:
         learning |= {"iters": parents.iters, "lr": rate * ITERS / parents.iters}
+    if path.exists():
+        _check_rate(path, learning.get("lr"))
+        return path
     place = next(d for d in task.domains if d.name == domain)
     request = CalibrationRequest(
         model=task.model,
@@ -454,10 +456,21 @@ def trial(parents: Parents, rate: float, out: Path) -> dict[str, Any]:
     return row
 
 
+def _check_rate(path: Path, wanted: float | None) -> None:
+    """Refuse a bundle that learned at another rate than ``RATES`` has now."""
+    found = Bundle.open(path).manifest.options.get("lr")
+    if wanted is not None and found != wanted:
+        raise SpecError(f"{path}: found the rate {found:g}; needed {wanted:g}: remove it")
+
+
 def work(parents: Parents, out: Path) -> str:
     """Rows of some parents, kept on disk."""
     target = out / "rows" / f"{parents.name}.json"
-    if not target.exists():
+    if target.exists():
+        for place in (out / "cells").glob(f"{parents.name}-*.hdrq"):
+            rate = RATES[parents.task].get(parents.method)
+            _check_rate(place, rate and rate * ITERS / parents.iters)
+    else:
         write_bytes(target, json.dumps(evaluate(parents, out)).encode())
     return parents.name
 
@@ -471,7 +484,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Calibrate, merge, measure, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
     parser.add_argument("--bits", nargs="+", choices=[_bits(*pair) for pair in BITS])
     parser.add_argument("--out", type=Path, default=Path("build/merge_statistics"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
@@ -491,9 +504,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if row["chosen"]:
                     print(f"{task} {row['method']}: {row['rate']:g}", flush=True)
         return 0
-    parents = [p for seed in args.seeds for t in args.tasks for p in grid(t, seed)]
+    # A record has all that is there, whatever is run now.
+    parents = [p for seed in SEEDS for t in args.tasks for p in grid(t, seed)]
     if not args.collect:
-        wanted = [p for p in parents if not args.bits or p.bits in args.bits]
+        wanted = [p for p in parents if p.seed in args.seeds]
+        wanted = [p for p in wanted if not args.bits or p.bits in args.bits]
         with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
             futures = [pool.submit(work, p, out) for p in wanted]
             for i, future in enumerate(as_completed(futures)):

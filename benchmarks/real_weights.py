@@ -65,7 +65,7 @@ Array = np.ndarray[Any, Any]
 
 def images(folder: Path) -> tuple[list[Path], list[Path]]:
     """Files that calibrate, and files that are tested."""
-    files = sorted(folder.glob("*_*.jpg"), key=label)
+    files = sorted(folder.glob("*_*.jpg"), key=lambda file: (label(file), file.name))
     return files[::4], [file for i, file in enumerate(files) if i % 4]
 
 

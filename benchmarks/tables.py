@@ -7,6 +7,7 @@ Reads ``benchmarks/results/*.json`` only; a test checks that the pages are their
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from evidence.batchnorm import IN_FRONT, in_front, regression_batchnorm
@@ -42,7 +43,7 @@ from evidence.pacs import (
     pacs_wide,
 )
 from evidence.parents import parents
-from evidence.records import RESULTS, ROOT, Section, load
+from evidence.records import ROOT, Section, load, names_read
 from evidence.rivals import merge_rivals, pacs_rivals
 from evidence.summary import headline, plot_headline, summary
 from landscape import ANALYSED
@@ -58,20 +59,8 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
         "What was aimed at, what was reached and what bounds the rest; and how the paper's claims "
         "fare on what was run here.",
         (
-            Section(
-                "merge_statistics",
-                aims,
-                (
-                    "distance",
-                    "merge_speed",
-                    "weight_search",
-                    "pacs",
-                    "camvid",
-                    "camvid_second",
-                    "camvid_weather",
-                ),
-            ),
-            Section("landscape", claims, ("merge_statistics", "distance", "pacs", "pacs_paper")),
+            Section("merge_statistics", aims),
+            Section("landscape", claims),
         ),
     ),
     "merging": (
@@ -80,7 +69,7 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
         "the source and the noise do.",
         (
             Section("merge_statistics", merge_statistics),
-            Section("digits", digits, ("digits_tuning",)),
+            Section("digits", digits),
             Section("weights_from_statistics", statistics_weights),
             Section("distance", distance),
             Section("landscape", landscape),
@@ -92,13 +81,13 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
         "Merges and single models on paintings, cartoons and sketches (PACS) and on streets "
         "(CamVid); single models on photographs (ImageNet).",
         (
-            Section("pacs", pacs, ("late_rounding", "pacs_tuning", "pacs_distance", "fit_sweeps")),
-            Section("pacs_paper", pacs_paper, ("pacs_paper_tuning",)),
+            Section("pacs", pacs),
+            Section("pacs_paper", pacs_paper),
             Section("pacs_first", pacs_first),
             Section("pacs_wide", pacs_wide),
-            Section("pacs", hdrq_beside_qdrop, ("pacs_first", "pacs_wide", "pacs_earlier")),
+            Section("pacs", hdrq_beside_qdrop),
             Section("parents", parents),
-            Section("pacs_resnet", pacs_resnet, ("pacs_resnet_tuning",)),
+            Section("pacs_resnet", pacs_resnet),
             Section("regression_batchnorm", regression_batchnorm),
             Section("camvid", camvid),
             Section("camvid_second", camvid_second),
@@ -110,8 +99,8 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
         "Merge first, quantize then",
         "The other order: float models are merged, and the merge is quantized.",
         (
-            Section("merge_rivals", merge_rivals, ("merge_statistics",)),
-            Section("pacs_rivals", pacs_rivals, ("pacs",)),
+            Section("merge_rivals", merge_rivals),
+            Section("pacs_rivals", pacs_rivals),
         ),
     ),
     "engines": (
@@ -160,10 +149,9 @@ _MADE = "Made by `python benchmarks/tables.py` from the JSON in `benchmarks/resu
 _SOFTWARE = ("hdrq-deploy", "torch", "onnxruntime", "openvino")
 
 
-def _record_of(section: Section, record: Any) -> str:
-    """Where the figures of a section stand, and what they were measured with."""
-    names = (f"{name}.json" for name in (section.record, *section.beside))
-    files = ", ".join(f"`{name}`" for name in names if (RESULTS / name).exists())
+def _record_of(names: Iterable[str], record: Any) -> str:
+    """Where the figures of a section stand, and what those of its own record were measured with."""
+    files = ", ".join(f"`{name}.json`" for name in names)
     found = record.get("environment", {}) if isinstance(record, dict) else {}
     versions = [f"{name} {found[name]}" for name in _SOFTWARE if found.get(name)]
     made_with = "; ".join(part for part in (", ".join(versions), found.get("cpu")) if part)
@@ -184,10 +172,12 @@ def pages() -> dict[str, str]:
         for section in sections:
             record = load(section.record)
             if record is not None:
-                parts += ["", section.text(record)]
+                with names_read() as names:
+                    names[section.record] = None
+                    parts += ["", section.text(record)]
                 if section.record in IN_FRONT:
                     parts += ["", in_front("" if name == "real-images" else "real-images.md")]
-                parts += ["", _record_of(section, record)]
+                parts += ["", _record_of(names, record)]
         found[f"{name}.md"] = "\n".join(parts) + "\n"
     return found
 

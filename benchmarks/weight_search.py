@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from merge_quality import DOMAINS as DIGITS
 from merge_quality import Cell, Setting, calibrate_cell, split
 
 from hdrq_deploy.calibration import calibrate
-from hdrq_deploy.calibration_data.readers import read
+from hdrq_deploy.calibration_data.readers import read, spread
 from hdrq_deploy.experiments.real_images import Choice, prepare
 from hdrq_deploy.merging import CRITERIA, Merger, choose_weights
 from hdrq_deploy.merging.weight_search import ChosenWeights
@@ -89,7 +88,7 @@ def pacs(out: Path, data: Path, imagenet: Path) -> Iterator[Case]:
                 wanted=task.wanted,
             )
     yield Case("PACS W4A8", paths, images, ["agreement"])
-    renewed = {name: x[: task.renew_images] for name, x in images.items()}
+    renewed = {name: x[spread(len(x), task.renew_images)] for name, x in images.items()}
     yield Case("PACS W4A8, regression, new BatchNorm", paths, images, ["agreement"], renewed)
 
 
@@ -150,7 +149,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--imagenet", type=Path, help="EfficientNet-Lite0's ImageNet weights")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args(argv)
-    sys.path.insert(0, str(Path(__file__).parent))
     args.out.mkdir(parents=True, exist_ok=True)
     cases: Iterator[Case] = digits(args.out)
     if args.pacs:

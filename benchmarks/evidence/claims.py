@@ -14,9 +14,11 @@ from evidence.merging import (
     comparisons,
     digits_by_seed,
     digits_hdrq_less_qdrop,
+    digits_less,
     iterations_said,
     less_seed_by_seed,
     lower_of,
+    one_run_of_digits,
     spread_of_four,
     streets_by_seed,
     streets_hdrq_less_qdrop,
@@ -100,13 +102,13 @@ def _at_eight_bits() -> list[str]:
 
 
 def _on_digits(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
-    (average,) = digits_by_seed(rows, "mean-folded", "float", "")
+    average = one_run_of_digits(rows, "mean-folded", "float")
 
     def gains(parents: str) -> tuple[list[float], list[float]]:
-        own = digits_by_seed(rows, _SOLVED, parents, "w4a8")
+        own = digits_by_seed(rows, _SOLVED, parents, "w4a8").values()
         return [pairs - average[0] for pairs, _ in own], [triple - average[1] for _, triple in own]
 
-    (exact,) = digits_by_seed(rows, "regression-nearest", "float-folded", "")
+    exact = one_run_of_digits(rows, "regression-nearest", "float-folded")
     pairs, triple = gains("hdrq")
     whole_pairs, whole_triple = gains("hdrq (full statistics)")
     by_rank = {
@@ -129,8 +131,7 @@ def _on_digits(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     for method in ("hdrq", "qdrop"):
         narrow = digits_by_seed(rows, f"{_SOLVED}-w3", method, "w8a8")
         wide = digits_by_seed(rows, _SOLVED, method, "w4a8")
-        each = list(zip(narrow, wide, strict=True))
-        falls[method] = [[a[i] - b[i] for a, b in each] for i in range(2)]
+        falls[method] = digits_less(narrow, wide)
         streets[method] = less_seed_by_seed(
             streets_by_seed(rows, f"{_SOLVED}-w3", method, "w8a8"),
             streets_by_seed(rows, _SOLVED, method, "w4a8"),
@@ -405,12 +406,11 @@ def _claimed(record: Mapping[str, Any]) -> Iterator[list[str]]:
 
 def _broken(rows: Sequence[Mapping[str, Any]], photos: Sequence[Mapping[str, Any]]) -> list[str]:
     """Averages of bundles that were quantized apart, beside averages of float models."""
-    (folded,) = digits_by_seed(rows, "mean-folded", "float", "")
-    (apart,) = digits_by_seed(rows, "single", "float", "")
+    folded, apart = (one_run_of_digits(rows, way, "float") for way in ("mean-folded", "single"))
     single, nearest, drawn = (
         [
             statistics.fmean(both)
-            for both in zip(*digits_by_seed(rows, way, "qdrop", "w4a8"), strict=True)
+            for both in zip(*digits_by_seed(rows, way, "qdrop", "w4a8").values(), strict=True)
         ]
         for way in ("single", "mean-nearest", "mean-advanced")
     )
@@ -580,11 +580,8 @@ def _ties(rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> Itera
     """Ties that are drawn, and the filter."""
     told, gains = [], []
     for bits in ("w4a8", "w4a4", "w3a3"):
-        both = zip(
-            *(digits_by_seed(rows, f"mean-{r}", "hdrq", bits) for r in ("advanced", "nearest")),
-            strict=True,
-        )
-        gains.append([a[0] - b[0] for a, b in both])
+        ways = (digits_by_seed(rows, f"mean-{r}", "hdrq", bits) for r in ("advanced", "nearest"))
+        gains.append(digits_less(*ways)[0])
         told.append(f"{bits.upper()} {with_spread(gains[-1], '+')}")
     photos, better, of = _ties_on_pacs()
     yield [

@@ -130,11 +130,12 @@ def spread_of_four() -> dict[str, float]:
     rows = needed("merge_statistics")["rows"]
     found = {}
     for bits in ("w8a8", "w4a4", "w3a3"):
-        ways = [
+        nearest, solved = (
             digits_by_seed(rows, way, "hdrq", bits)
             for way in ("mean-nearest", "regression-compensated")
-        ]
-        means = [statistics.fmean((*a, *b)) for a, b in zip(*ways, strict=True)]
+        )
+        seeds = nearest.keys() & solved.keys()
+        means = [statistics.fmean((*nearest[seed], *solved[seed])) for seed in seeds]
         found[bits] = statistics.stdev(means)
     return found
 
@@ -169,13 +170,12 @@ def merge_statistics(record: Mapping[str, Any]) -> str:
         "of the default rank (no larger than the codes at 8 bits), no images at the merge but for "
         "re-estimated rows. "
         "Harmonic means in % on test images, mean and standard deviation over calibration seeds "
-        f"(and {record['rounding_seeds']} rounding seeds of `advanced`). Rates of both methods on "
-        "digits are the best of five, each about three times the next, by how little nearest "
-        "merges at W4A4 differ from the float models on calibration images (`rates_tried` in "
-        "`merge_statistics.json`). "
-        "`W8 to W3` is `hdrq-merge --wbits 3` of parents at 8 bits. "
-        "Spreads stand where more than one run did. Three models at equal weights have no ties, so "
-        "that `advanced` and `nearest` merge all three domains alike. "
+        f"(`advanced`: each the mean of {record['rounding_seeds']} rounding seeds). Rates of both "
+        "methods on digits are the best of five, each about three times the next, by how little "
+        "nearest merges at W4A4 differ from the float models on calibration images (`rates_tried` "
+        "in `merge_statistics.json`). `W8 to W3` is `hdrq-merge --wbits 3` of parents at 8 bits. "
+        "Spreads stand where there is more than one calibration seed. Three models at equal "
+        "weights have no ties, so that `advanced` and `nearest` merge all three domains alike. "
         f"{_solved_in_front()}",
         "",
         _merges_read(rows),
@@ -318,12 +318,24 @@ def less_seed_by_seed(first: Mapping[int, float], second: Mapping[int, float]) -
     return [first[seed] - second[seed] for seed in first if seed in second]
 
 
+def digits_less(
+    first: Mapping[int, tuple[float, float]], second: Mapping[int, tuple[float, float]]
+) -> tuple[list[float], list[float]]:
+    """Differences of pairs and of triples of :func:`digits_by_seed`, over the seeds of both."""
+    pairs, triples = (
+        less_seed_by_seed(
+            *({seed: both[place] for seed, both in of.items()} for of in (first, second))
+        )
+        for place in range(2)
+    )
+    return pairs, triples
+
+
 def digits_hdrq_less_qdrop(
     rows: Sequence[Mapping[str, Any]], way: str, bits: str
 ) -> tuple[list[float], list[float]]:
     """HDRQ's figures on the digits less QDrop's, seed by seed: mean of pairs, and triple."""
-    both = list(zip(*(digits_by_seed(rows, way, m, bits) for m in ("hdrq", "qdrop")), strict=True))
-    return [a[0] - b[0] for a, b in both], [a[1] - b[1] for a, b in both]
+    return digits_less(*(digits_by_seed(rows, way, m, bits) for m in ("hdrq", "qdrop")))
 
 
 def streets_hdrq_less_qdrop(
@@ -413,14 +425,26 @@ def _rates_of(method: str, tried: Sequence[Mapping[str, Any]]) -> str:
 
 def digits_by_seed(
     rows: Sequence[Mapping[str, Any]], way: str, method: str, bits: str
-) -> list[tuple[float, float]]:
-    """Mean of the pairs and the triple of the digits, for every calibration seed."""
+) -> dict[int, tuple[float, float]]:
+    """Mean of the pairs and the triple of the digits, by calibration seed."""
     own = [row for row in _digits_rows(rows, way, method) if row["bits"] == bits]
-    found = []
+    found = {}
     for seed in sorted({row["seed"] for row in own}):
         pairs, triple = _means_by_size([row for row in own if row["seed"] == seed], GROUPS)
-        found.append((pairs, triple))
+        found[seed] = (pairs, triple)
     return found
+
+
+def one_run_of_digits(
+    rows: Sequence[Mapping[str, Any]], way: str, method: str
+) -> tuple[float, float]:
+    """Mean of the pairs and the triple of the digits of float models, which have no seeds.
+
+    Raises:
+        ValueError: There is another number of runs than one.
+    """
+    (both,) = digits_by_seed(rows, way, method, "").values()
+    return both
 
 
 def _digits_rows(
@@ -449,27 +473,23 @@ def _merges_read(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the digits' rows say: gains over the float average, and HDRQ beside QDrop."""
     best = "regression-compensated"
 
-    def seeds(way: str, method: str, bits: str) -> list[tuple[float, float]]:
+    def seeds(way: str, method: str, bits: str) -> dict[int, tuple[float, float]]:
         return digits_by_seed(rows, way, method, bits)
 
-    def gains(first: Sequence[Any], second: Sequence[Any]) -> str:
-        """Differences on pairs and triple; over the seeds of both, where both have them."""
-        other = second if len(second) == len(first) else [second[0]] * len(first)
-        columns = zip(
-            *(
-                [a - b for a, b in zip(*both, strict=True)]
-                for both in zip(first, other, strict=True)
-            ),
-            strict=True,
-        )
-        return " and ".join(with_spread(column, "+") for column in map(list, columns))
+    def gains(
+        first: Mapping[int, tuple[float, float]], second: Mapping[int, tuple[float, float]]
+    ) -> str:
+        """Differences on pairs and triple, over the seeds of both."""
+        return " and ".join(with_spread(column, "+") for column in digits_less(first, second))
 
-    average = seeds("mean-folded", "float", "")
-    exact = seeds("regression-nearest", "float-folded", "")
+    # Float models have no seeds: one run stands beside every seed of the bundles.
+    every = range(max(row["seed"] for row in rows) + 1)
+    average = dict.fromkeys(every, one_run_of_digits(rows, "mean-folded", "float"))
+    exact = dict.fromkeys(every, one_run_of_digits(rows, "regression-nearest", "float-folded"))
     full = seeds(best, "hdrq (full statistics)", "w4a8")
     whole = f", {gains(full, average)} with whole covariances (`--statistics full`)" if full else ""
 
-    def less(other: Callable[[str], Sequence[Any]], w4a8: str = "") -> str:
+    def less(other: Callable[[str], Mapping[int, tuple[float, float]]], w4a8: str = "") -> str:
         """HDRQ's merges less others, at every width."""
         return "; ".join(
             f"{bits.upper()} {gains(seeds(best, 'hdrq', bits), other(bits))}"
@@ -492,7 +512,7 @@ def _merges_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Methods, bits and ways down, pairs and triple across."""
     groups = list(dict.fromkeys(tuple(row["members"]) for row in rows))
     groups.sort(key=len)
-    cells: dict[tuple[str, str, str], dict[tuple[str, ...], list[float]]] = {}
+    cells: dict[tuple[str, str, str], dict[tuple[str, ...], dict[int, float]]] = {}
     for row in rows:
         parents = row["parents"] + (" (fold steps)" if row["fold"] == "steps" else "")
         bits = row["bits"].upper() or "float"
@@ -505,10 +525,12 @@ def _merges_table(rows: Sequence[Mapping[str, Any]]) -> str:
             if way.endswith(f"-w{narrow}"):
                 way, bits = way.removesuffix(f"-w{narrow}"), f"{bits}, W8 to W{narrow}"
         cell = cells.setdefault((parents, bits, way), {})
-        cell.setdefault(tuple(row["members"]), []).extend(row["harmonic_means"])
+        # Rounding seeds of one calibration are no calibrations: their mean is one figure.
+        mean = statistics.fmean(row["harmonic_means"])
+        cell.setdefault(tuple(row["members"]), {})[row["seed"]] = mean
     lines = []
     for (parents, bits, way), values in sorted(cells.items(), key=_order):
-        figures = [values.get(group, []) for group in groups]
+        figures = [list(values.get(group, {}).values()) for group in groups]
         text = [with_spread(figure) for figure in figures]
         if len(groups) > 1:
             pairs = [statistics.fmean(f) for f in figures[:-1] if f]
@@ -525,7 +547,7 @@ def _order(item: tuple[tuple[str, str, str], Any]) -> tuple[Any, ...]:
     parents, bits, way = item[0]
     ways = list(_WAYS)
     return (
-        bits != "FLOAT" and bits != "float",
+        bits != "float",
         bits,
         parents,
         ways.index(way) if way in ways else -1,

@@ -112,11 +112,21 @@ def way_of(row: Mapping[str, Any]) -> str:
 def protocol_means(
     rows: Sequence[Mapping[str, Any]], method: str, bits: str, way: str
 ) -> tuple[float, float] | None:
-    """The mean over pairs and the figure of all domains of one kind of rows; None without them."""
-    own = [r for r in rows if (r["method"], r["bits"], r["way"]) == (method, bits, way)]
-    pairs = [row["figure"]["mean"] for row in own if len(row["members"]) == 2]
-    rest = [row["figure"]["mean"] for row in own if len(row["members"]) > 2]
-    return (statistics.fmean(pairs), rest[0]) if pairs and rest else None
+    """The mean over pairs and the figure of all domains of one kind of rows.
+
+    None where they do not have every pair, and all domains, that some of ``rows`` have.
+    """
+    groups = groups_of(row["members"] for row in rows)
+    found = {
+        tuple(row["members"]): row["figure"]["mean"]
+        for row in rows
+        if (row["method"], row["bits"], row["way"]) == (method, bits, way)
+    }
+    pairs = [found.get(group) for group in groups if len(group) == 2]
+    whole = found.get(groups[-1])
+    if not pairs or None in pairs or whole is None or len(groups[-1]) < 3:
+        return None
+    return statistics.fmean(pair for pair in pairs if pair is not None), whole
 
 
 def learned_seeds(rows: Sequence[Mapping[str, Any]], bits: str) -> int:
@@ -211,12 +221,16 @@ def beside_qdrop(records: Mapping[str, str], together: bool = False, setting: st
         A table; bold where the interval of several calibration seeds leaves out zero.
     """
     found: dict[tuple[str, str, str], dict[tuple[str, ...], Mapping[str, Any]]] = {}
+    whole = {
+        about: groups_of(row["members"] for row in protocol_rows(needed(name), setting))[-1]
+        for about, name in records.items()
+    }
     for about, name in records.items():
         for row, other in hdrq_less_qdrop(name, setting):
             cell = found.setdefault((about, row["bits"], row["way"]), {})
             cell[tuple(row["members"])] = other
     if together:
-        last = {key: cell[max(cell, key=len)] for key, cell in found.items()}
+        last = {key: cell[whole[key[0]]] for key, cell in found.items() if whole[key[0]] in cell}
         bits = sorted({key[1] for key in found}, key=BITS.index)
         lines = [
             [b.upper(), way_in_full(way), *(_bold(last.get((a, b, way))) for a in records)]
@@ -437,9 +451,9 @@ def protocol_rates(record: Mapping[str, Any], on: str) -> str:
     """How learning rates were searched, from a ``tuning.json``; ``on`` which checkpoints."""
     searches, steps = [], list[float]()
     for search in record["searches"]:
-        tried = ", ".join(f"{t['rate']:.3g} ({t['score']:.3f})" for t in search["tried"])
+        tried = ", ".join(f"{t['rate']:.3g} ({_score_told(t)})" for t in search["tried"])
         searches.append(f"`{search['method']}` {tried}, chosen {search['chosen']:.3g}")
-        scores = [trial["score"] for trial in search["tried"]]
+        scores = [trial["score"] for trial in search["tried"] if trial["score"] is not None]
         steps += [abs(a - b) for a, b in pairwise(scores)]
     protocol, bits = record["protocol"], record["searches"][0]["bits"].upper()
     edges = [search["method"] for search in record["searches"] if search["is_at_edge"]]
@@ -453,6 +467,10 @@ def protocol_rates(record: Mapping[str, Any], on: str) -> str:
         "merge of one calibration seed."
         + (f" At the end of its search: {', '.join(edges)}." if edges else "")
     )
+
+
+def _score_told(trial: Mapping[str, Any]) -> str:
+    return "failed" if trial["score"] is None else f"{trial['score']:.3f}"
 
 
 def reproduce_command(

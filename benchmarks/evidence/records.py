@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,10 @@ class Section:
     Attributes:
         record: Name of the record that it is made from; without it there is no section.
         text: Makes its text from the record.
-        beside: Names of further records that it reads.
     """
 
     record: str
     text: Callable[[dict[str, Any]], str]
-    beside: tuple[str, ...] = ()
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -63,8 +62,26 @@ def listed(words: Sequence[str]) -> str:
 def load(name: str) -> dict[str, Any] | None:
     """A result, where it is there."""
     path = RESULTS / f"{name}.json"
-    found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    for names in _listening:
+        names.setdefault(name)
+    found: dict[str, Any] = json.loads(path.read_text())
     return found
+
+
+_listening: list[dict[str, None]] = []
+
+
+@contextmanager
+def names_read() -> Iterator[dict[str, None]]:
+    """The names of the results that are read inside the block, as keys in the order of reading."""
+    names: dict[str, None] = {}
+    _listening.append(names)
+    try:
+        yield names
+    finally:
+        _listening.remove(names)
 
 
 def write_record(path: Path, record: Any) -> None:

@@ -177,7 +177,7 @@ def _rivals_read(rows: Sequence[Mapping[str, Any]], merged: Sequence[Mapping[str
         some: Sequence[Mapping[str, Any]], way: str, method: str, bits: str
     ) -> tuple[float, float]:
         """The mean of pairs, and the figure of all domains."""
-        pairs, triples = zip(*digits_by_seed(some, way, method, bits), strict=True)
+        pairs, triples = zip(*digits_by_seed(some, way, method, bits).values(), strict=True)
         return statistics.fmean(pairs), statistics.fmean(triples)
 
     told = []

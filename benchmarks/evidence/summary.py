@@ -14,9 +14,11 @@ from evidence.merging import (
     comparisons,
     digits_by_seed,
     digits_hdrq_less_qdrop,
+    digits_less,
     iterations_said,
     longer_iterations,
     lower_of,
+    one_run_of_digits,
     streets_hdrq_less_qdrop,
 )
 from evidence.protocol import (
@@ -257,19 +259,21 @@ def _without_images(
     assert exact[0] > solved[0] > average[0] > plain[0], "the sentence says so"
     assert exact[1] > solved[1] > plain[1] > average[1], "the sentence says so"
     drawn = needed("merge_statistics")["rows"]
-    (folded,) = digits_by_seed(drawn, "mean-folded", "float", "")
+    folded = one_run_of_digits(drawn, "mean-folded", "float")
     gains = {
-        bits: [[found[place] - folded[place] for found in own] for place in range(2)]
+        bits: [[found[place] - folded[place] for found in own.values()] for place in range(2)]
         for bits in ("w4a4", "w3a3")
         if (own := digits_by_seed(drawn, _SOLVED, "hdrq", bits))
     }
     wide = (digits_by_seed(drawn, way, "hdrq", "w4a8") for way in (_SOLVED, "mean-nearest"))
-    whole = [a[1] - b[1] for a, b in zip(*wide, strict=True)]
+    whole = digits_less(*wide)[1]
     behind = {bits: [statistics.fmean(g) < 0 for g in both] for bits, both in gains.items()}
     rivals = [row for row in needed("merge_rivals")["rows"] if row["task"] == "digits"]
     after = [
         statistics.fmean(both)
-        for both in zip(*digits_by_seed(rivals, "regression-first", "qdrop", "w4a8"), strict=True)
+        for both in zip(
+            *digits_by_seed(rivals, "regression-first", "qdrop", "w4a8").values(), strict=True
+        )
     ]
     assert after[0] > solved[0] and after[1] > solved[1], "the sentence says so"
     assert behind == {"w4a4": [False, True], "w3a3": [True, True]}, "the sentence says so"

@@ -111,9 +111,9 @@ def digests(out: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """What a run in this process wrote, once it did."""
-    return {}
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of the whole grid in this process, for those who read it."""
+    return tmp_path_factory.mktemp("here")
 
 
 def one_pair(grid: Grid) -> Grid:
@@ -122,35 +122,35 @@ def one_pair(grid: Grid) -> Grid:
     return replace(grid, task=pair, seeds=(0,), settings=("paper",))
 
 
-def local(grid: Grid, out: Path, expected: dict[str, dict[str, str]]) -> dict[str, str]:
-    if not expected:
-        run(grid, out)
-        expected["here"] = digests(out)
-    return expected["here"]
+def local(grid: Grid, here: Path) -> dict[str, str]:
+    """What a run of the whole grid in this process wrote; the first who asks runs it."""
+    if not any(here.iterdir()):
+        run(grid, here)
+    return digests(here)
 
 
 def test_a_grid_makes_its_cells_and_the_papers_table(
-    grid: Grid, tmp_path: Path, expected: dict[str, dict[str, str]]
+    grid: Grid, tmp_path: Path, here: Path
 ) -> None:
-    made = local(grid, tmp_path, expected)
+    made = local(grid, here)
     bundles = {name.split("/")[1] for name in made if ".hdrq/" in name}
     # Float, of no setting: three, the pairs, and all in two ways; of ours: three, and all merged
     # in five ways. Twice two seeds: three, and of each pair nearest and two draws, of all nearest;
     # or of all seven ways.
     assert len(bundles) == 3 + 3 + 2 + 3 + 5 + 2 * (3 + 3 * 3 + 1) + 2 * (3 + 7)
-    merged = Bundle.open(bundle_path(tmp_path, "ours-hdrq-w4a4-s1-night+day+snow-auto-r0"))
+    merged = Bundle.open(bundle_path(here, "ours-hdrq-w4a4-s1-night+day+snow-auto-r0"))
     made_by = merged.manifest.options["merge"]
     assert made_by["auto"]["criterion"] == "agreement"
     assert (made_by["method"], made_by["rounding"]) == ("regression", "compensated")
-    renewed = Bundle.open(bundle_path(tmp_path, "ours-hdrq-w4a4-s1-night+day+snow-renewed-r0"))
+    renewed = Bundle.open(bundle_path(here, "ours-hdrq-w4a4-s1-night+day+snow-renewed-r0"))
     assert renewed.manifest.options["re_estimate"] == merged.manifest.options["re_estimate"]
     assert renewed.manifest.options["merge"]["weights"] == [1 / 3] * 3
-    plain = Bundle.open(bundle_path(tmp_path, "paper-hdrq-w4a4-s1-night"))
+    plain = Bundle.open(bundle_path(here, "paper-hdrq-w4a4-s1-night"))
     assert plain.statistics() is None
     assert merged.manifest.options["re_estimate"]["images"] == dict.fromkeys(
         ("night", "day", "snow"), 16
     )
-    records = rows(grid, tmp_path)
+    records = rows(grid, here)
     assert [(r["setting"], r["method"], len(r["members"]), r["way"]) for r in records] == [
         *[("float", "float", 2, "nearest") for _ in range(3)],
         ("float", "float", 3, "nearest"),
@@ -160,25 +160,25 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
         ("paper", "hdrq", 3, "nearest"),
         *[("ours", "hdrq", 3, way) for way in EVERY_WAY],
     ]
-    fitted = Bundle.open(bundle_path(tmp_path, "ours-hdrq-w4a4-s1-night+day+snow-fitted-r0"))
+    fitted = Bundle.open(bundle_path(here, "ours-hdrq-w4a4-s1-night+day+snow-fitted-r0"))
     assert fitted.manifest.options["fit"]["images"] == dict.fromkeys(("night", "day", "snow"), 32)
     assert "re_estimate" not in fitted.manifest.options
-    guided = Bundle.open(bundle_path(tmp_path, "ours-hdrq-w4a4-s1-night+day+snow-guided-r0"))
-    floats = [Bundle.open(bundle_path(tmp_path, f"ours-float-{d.name}")) for d in grid.task.domains]
+    guided = Bundle.open(bundle_path(here, "ours-hdrq-w4a4-s1-night+day+snow-guided-r0"))
+    floats = [Bundle.open(bundle_path(here, f"ours-float-{d.name}")) for d in grid.task.domains]
     assert guided.manifest.options["fit"]["guides"] == [b.manifest_sha256 for b in floats]
-    followed = bundle_path(tmp_path, "ours-hdrq-w4a4-s1-night+day+snow-guided-mean-r0")
+    followed = bundle_path(here, "ours-hdrq-w4a4-s1-night+day+snow-guided-mean-r0")
     mean = merge(floats, tmp_path / "mean.hdrq", rounding="nearest", method="mean")
     assert Bundle.open(followed).manifest.options["fit"]["guides"] == [mean.manifest_sha256]
-    folded = Bundle.open(bundle_path(tmp_path, "float-night")).manifest
+    folded = Bundle.open(bundle_path(here, "float-night")).manifest
     assert (folded.method, floats[0].manifest.method) == ("float-folded", "float")
-    check_settings(tmp_path)
+    check_settings(here)
     advanced, triple = records[11], records[16]
     assert advanced["members"] == ("night", "day")
     assert advanced["images"] == {"night": 48, "day": 48}
     assert (triple["options"]["distance_form"], triple["options"]["distance"]) == ("norm", 0.05)
     # By hand: the mean over two calibration and two rounding seeds, in %.
     names = [f"paper-hdrq-w4a4-s{s}-night+day-advanced-r{r}" for s in (0, 1) for r in (0, 1)]
-    found = [json.loads(row_path(tmp_path, name).read_text())["domains"] for name in names]
+    found = [json.loads(row_path(here, name).read_text())["domains"] for name in names]
     harmonic = [100 * 2 / sum(1 / v for v in domains.values()) for domains in found]
     assert advanced["merged"]["harmonic mean"]["mean"] == pytest.approx(np.mean(harmonic), abs=1e-3)
     assert advanced["merged"]["harmonic mean"]["std"] == pytest.approx(
@@ -194,13 +194,13 @@ def test_a_grid_makes_its_cells_and_the_papers_table(
     assert text.count("| mean of folded weights |") == 4
     assert text.count("| regression of folded weights |") == 1
     # What a cell decided of every image is in its row.
-    row = json.loads(row_path(tmp_path, names[0]).read_text())
+    row = json.loads(row_path(here, names[0]).read_text())
     kept = unpacked(row["decisions"])
     assert kept and {name: float(right.mean()) for name, right in kept.items()} == row["domains"]
     summary = advanced["merged"]["harmonic mean"]
     assert summary["low"] < summary["mean"] < summary["high"] and summary["calibrations"] == 2
-    (tmp_path / "table.md").write_text(text)
-    assert REPRODUCE_TABLE.is_ours(tmp_path / "table.md")
+    (here / "table.md").write_text(text)
+    assert REPRODUCE_TABLE.is_ours(here / "table.md")
     named = replace(grid, task=replace(grid.task, form="fused by hand"))
     assert network(named) == f"{grid.task.model} (fused by hand)"
 
@@ -231,10 +231,8 @@ def test_rates_of_a_protocol_stand_where_the_published_are_not_scaled(task: Task
         Grid(task, settings=("theirs",))
 
 
-def test_a_run_goes_on_where_it_was(
-    grid: Grid, tmp_path: Path, expected: dict[str, dict[str, str]]
-) -> None:
-    before = local(grid, tmp_path, expected)
+def test_a_run_goes_on_where_it_was(grid: Grid, tmp_path: Path, here: Path) -> None:
+    before = local(grid, here)
     small = one_pair(grid)
     run(small, tmp_path / "again")
     kept = {f: f.stat().st_mtime_ns for f in (tmp_path / "again").rglob("*") if f.is_file()}
@@ -289,10 +287,8 @@ def test_a_run_goes_on_where_it_was(
     assert not any(name.startswith("cells/float") for name in changed)
 
 
-def test_processes_write_the_same_bytes(
-    grid: Grid, tmp_path: Path, expected: dict[str, dict[str, str]]
-) -> None:
-    before = local(grid, tmp_path / "here", expected)
+def test_processes_write_the_same_bytes(grid: Grid, tmp_path: Path, here: Path) -> None:
+    before = local(grid, here)
     run(one_pair(grid), tmp_path / "processes", workers=2)
     after = digests(tmp_path / "processes")
     assert len(after) > 40
@@ -313,10 +309,10 @@ def victims() -> Iterator[int]:
 
 @pytest.mark.slow
 def test_ray_writes_the_same_bytes_though_a_worker_is_killed(
-    grid: Grid, tmp_path: Path, expected: dict[str, dict[str, str]]
+    grid: Grid, tmp_path: Path, here: Path
 ) -> None:
     pytest.importorskip("ray")
-    before = local(grid, tmp_path / "here", expected)
+    before = local(grid, here)
     killed: list[int] = []
     over = threading.Event()
 

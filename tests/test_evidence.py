@@ -1,0 +1,134 @@
+"""Means and differences that the pages of the evidence show, by hand."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PAIRS = (("handwriting", "photo"), ("handwriting", "night"), ("photo", "night"))
+WHOLE = ("handwriting", "photo", "night")
+
+
+@pytest.fixture
+def evidence(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Imports a module of ``benchmarks/evidence``, and forgets it behind the test."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+    before = set(sys.modules)
+    yield lambda name: importlib.import_module(f"evidence.{name}")
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] == "evidence":
+            del sys.modules[name]
+
+
+def drawn(method: str, seed: int, figures: list[list[float]], **other: Any) -> list[dict[str, Any]]:
+    """Rows of ``merge_statistics.json`` of all groups of the digits."""
+    return [
+        {
+            "task": "digits",
+            "parents": method,
+            "bits": "w4a4",
+            "fold": "weights",
+            "way": "mean-advanced",
+            "seed": seed,
+            "members": list(members),
+            "harmonic_means": means,
+            **other,
+        }
+        for members, means in zip((*PAIRS, WHOLE), figures, strict=True)
+    ]
+
+
+def test_seeds_are_paired_by_their_numbers(evidence: Any) -> None:
+    merging = evidence("merging")
+    flat = lambda value: [[value]] * 4  # noqa: E731
+    rows = [row for seed in (0, 1, 2) for row in drawn("hdrq", seed, flat(80.0 + seed))]
+    rows += [row for seed in (0, 2, 3) for row in drawn("qdrop", seed, flat(70.0 + seed))]
+    assert merging.digits_by_seed(rows, "mean-advanced", "hdrq", "w4a4")[2] == (82, 82)
+    pairs, triples = merging.digits_hdrq_less_qdrop(rows, "mean-advanced", "w4a4")
+    assert pairs == triples == [10, 10]
+    with pytest.raises(ValueError, match="too many values"):
+        merging.one_run_of_digits([{**r, "bits": ""} for r in rows], "mean-advanced", "hdrq")
+
+
+def test_rounding_seeds_are_no_calibration_seeds(evidence: Any) -> None:
+    merging = evidence("merging")
+    one = drawn("rtn", 0, [[80.0, 90.0], [70.0, 70.0], [60.0, 62.0], [50.0, 50.0]])
+    two = drawn("hdrq", 0, [[80.0, 90.0]] * 4) + drawn("hdrq", 1, [[85.0, 81.0]] * 4)
+    first, second = merging._merges_table(one + two).splitlines()[2:]
+    figures = " | ".join(["84.0 ± 1.4"] * 3 + ["84.0", "84.0 ± 1.4"])
+    assert first == f"| hdrq | W4A4 | mean, advanced | {figures} |"
+    assert second == "| rtn | W4A4 | mean, advanced | 85.0 | 70.0 | 61.0 | 72.0 | 50.0 |"
+
+
+def figure(members: tuple[str, ...], mean: float, way: str = "nearest") -> dict[str, Any]:
+    """A row as ``protocol_rows`` gives it."""
+    return {
+        "method": "hdrq",
+        "bits": "w4a4",
+        "way": way,
+        "members": list(members),
+        "figure": {"mean": mean},
+        "against": [],
+    }
+
+
+def test_a_mean_of_pairs_is_of_all_pairs(evidence: Any) -> None:
+    protocol = evidence("protocol")
+    rows = [figure(pair, 60.0 + n) for n, pair in enumerate(PAIRS)] + [figure(WHOLE, 50)]
+    of = ("hdrq", "w4a4", "nearest")
+    assert protocol.protocol_means(rows, *of) == (61, 50)
+    other = [figure(pair, 1, "regression") for pair in PAIRS]
+    assert protocol.protocol_means(rows[1:] + other, *of) is None
+    assert protocol.protocol_means([*rows[:3], figure(WHOLE, 1, "regression")], *of) is None
+
+
+def test_a_difference_of_pairs_is_none_of_all_domains(
+    evidence: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol = evidence("protocol")
+    gap = {"method": "qdrop", "difference": 4.0, "low": 1.0, "high": 7.0, "calibrations": 3}
+
+    def record(*members: tuple[str, ...]) -> dict[str, Any]:
+        rows = [
+            {
+                **{name: row[name] for name in ("method", "bits", "way", "members")},
+                "setting": "ours",
+                "merged": {"harmonic mean": {"mean": 1.0}},
+                "single": {"harmonic mean": {"mean": 1.0}},
+                "against": [gap] if group in members else [],
+            }
+            for group in (*PAIRS, WHOLE)
+            for row in [figure(group, 1)]
+        ]
+        return {"rows": rows}
+
+    records = {"whole": record(*PAIRS, WHOLE), "pairs": record(*PAIRS)}
+    monkeypatch.setattr(protocol, "needed", records.__getitem__)
+    table = protocol.beside_qdrop({"A": "whole", "B": "pairs"}, together=True)
+    line = "| W4A4 | mean, nearest | **+4.0 (+1.0 to +7.0)** | - |"
+    assert table.splitlines()[2:] == [line]
+
+
+def test_a_trial_that_failed_is_told(evidence: Any) -> None:
+    protocol = evidence("protocol")
+    tried = [{"rate": 0.1, "score": 1.5}, {"rate": 0.3, "score": None}, {"rate": 1, "score": 1.2}]
+    search = {"method": "hdrq", "bits": "w4a4", "tried": tried, "chosen": 1, "is_at_edge": True}
+    names = {"rates_at_first": 5, "factor": 3.16, "criterion": "nats", "held_out": "some"}
+    told = protocol.protocol_rates({"searches": [search], "protocol": names}, "these")
+    assert "0.1 (1.500), 0.3 (failed), 1 (1.200), chosen 1" in told
+    assert "At the end of its search: hdrq" in told
+
+
+def test_records_that_are_read_are_named(evidence: Any) -> None:
+    records = evidence("records")
+    with records.names_read() as names:
+        records.needed("pacs")
+        assert records.load("none of ours") is None
+        records.needed("digits")
+    records.needed("camvid")
+    assert list(names) == ["pacs", "digits"]
