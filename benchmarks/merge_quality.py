@@ -312,7 +312,7 @@ def _merges(
                 row = merged(f"auto ({criterion})", rounding, mix.weights)
                 row.extra = {"weights": mix.weights}
                 yield row
-        elif not is_float:
+        else:
             return
         mix = choose_weights(Merger(parents), images, None, renewed)
         row = merged("auto + re-estimated", rounding, mix.weights, renewed)

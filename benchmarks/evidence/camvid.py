@@ -170,7 +170,7 @@ def streets_away(name: str) -> tuple[dict[tuple[str, str, str], list[float]], li
 
     A single model, way ``single``, is compared with the float model of its domain.
     """
-    rows = [row for row in needed(name)["rows"] if row["setting"] == "ours"]
+    rows, _ = _camvid_rows(needed(name))
     best = _best_float_merge(rows)
     found = {}
     for row in rows:

@@ -99,7 +99,10 @@ def adaptation(record: Mapping[str, Any]) -> str:
             f"looked at: {recipes}; accuracy (resnet14) and mIoU (streetnet) on the test split, "
             "in %, one thread (`benchmarks/adaptation.py`):",
             "",
-            table(["model", "domain", "images", "source", "adapted", "seconds"], cells),
+            table(
+                ["model", "domain", "images", "source", "adapted", "seconds, with both tests"],
+                cells,
+            ),
             "",
             f"Harmonic means: {'; '.join(means)}.",
         ]
