@@ -170,7 +170,8 @@ def weight_search(record: Mapping[str, Any]) -> str:
             f"search are {orders} of the images. PACS is an EfficientNet-Lite0 cut at 0.7 million "
             "weights, at 96 x 96, on three domains of real images; digits are ResNet-14. Images "
             "run are forward passes of one image by one mix; with new BatchNorm, the passes "
-            "that measure it are not among them. The last column is the largest loss in the "
+            "that measure it are not among them; it was measured on the first 64 images of each "
+            "folder then, which are of few classes. The last column is the largest loss in the "
             "criterion against the grid's choice. Two cores, shared with other "
             "work: the CPU "
             "seconds are the steadier figure.",

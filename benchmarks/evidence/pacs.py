@@ -255,9 +255,8 @@ def _sweeps() -> list[str]:
         "",
         "To whose outputs merges are fitted, and how often all layers, was tried on every fourth "
         "calibration image, held out of the fit: cross entropy with each domain's float model in "
-        "nats, and decisions that are that model's (`benchmarks/fit_sweeps.py`; the first "
-        "training, W4A4, all domains, calibration seed 0, by the earlier regression in front of "
-        "BatchNorm):",
+        "nats, and decisions that are that model's (`benchmarks/fit_sweeps.py`; W4A4, all domains, "
+        "calibration seed 0):",
         "",
         table(["parents", *(name for *_, name in kinds)], lines),
     ]
