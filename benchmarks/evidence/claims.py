@@ -531,10 +531,12 @@ def _flat(record: Mapping[str, Any]) -> Iterator[list[str]]:
             for bits, counts in found.items()
         ]
         lower, every = lower_of(record, names)
+        on_photos = lower_of(needed("landscape_pacs"), names)
         yield [
             claim,
             f"HDRQ's figure is the lower one in {'; '.join(told)} comparisons on digits",
-            f"in {lower} of {every} comparisons, which are not independent",
+            f"in {lower} of {every} comparisons on digits, in {on_photos[0]} of {on_photos[1]} on "
+            "PACS (W4A4, one seed); they are not independent",
         ]
 
 

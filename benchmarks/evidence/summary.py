@@ -323,10 +323,12 @@ def _flatter() -> str:
         "{} of {} at {}".format(*lower_of(record, BARRIERS, [bits]), bits.upper())
         for bits in comparisons(record)
     ]
+    curved, between = (lower_of(needed("landscape_pacs"), n) for n in (CURVATURES, BARRIERS))
     return (
         f"on digits the trace of the Hessian is lower for HDRQ in {traces} of {of_traces} "
         f"comparisons, its largest eigenvalue in {largest} of {of_largest}, the barrier in "
-        f"{listed(barriers)}, which are not independent"
+        f"{listed(barriers)}; on PACS (W4A4, one seed) its curvature in {curved[0]} of {curved[1]}, "
+        f"its barrier in {between[0]} of {between[1]}. They are not independent"
     )
 
 
