@@ -327,8 +327,8 @@ def _flatter() -> str:
     return (
         f"on digits the trace of the Hessian is lower for HDRQ in {traces} of {of_traces} "
         f"comparisons, its largest eigenvalue in {largest} of {of_largest}, the barrier in "
-        f"{listed(barriers)}; on PACS (W4A4, one seed) its curvature in {curved[0]} of {curved[1]}, "
-        f"its barrier in {between[0]} of {between[1]}. They are not independent"
+        f"{listed(barriers)}; on PACS (W4A4, one seed) its curvature in {curved[0]} of "
+        f"{curved[1]}, its barrier in {between[0]} of {between[1]}. They are not independent"
     )
 
 
