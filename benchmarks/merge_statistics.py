@@ -234,15 +234,15 @@ def calibrated(
 
     torch.set_num_threads(1)
     task = task_of(parents.task, out)
-    rate = rate or RATES[parents.task].get(parents.method)
+    lr = _learning_rate(parents, rate)
     suffix = "" if learned is None else f"-trial-lr{rate:g}"
     path = out / "cells" / f"{parents.name}{suffix}-{domain}.hdrq"
-    learning = dict(task.learning.get(parents.method, {}))
-    if rate is not None:
-        learning |= {"iters": parents.iters, "lr": rate * ITERS / parents.iters}
     if path.exists():
-        _check_rate(path, learning.get("lr"))
+        _check_rate(path, lr)
         return path
+    learning = dict(task.learning.get(parents.method, {}))
+    if lr is not None:
+        learning |= {"iters": parents.iters, "lr": lr}
     place = next(d for d in task.domains if d.name == domain)
     request = CalibrationRequest(
         model=task.model,
@@ -456,6 +456,12 @@ def trial(parents: Parents, rate: float, out: Path) -> dict[str, Any]:
     return row
 
 
+def _learning_rate(parents: Parents, rate: float | None = None) -> float | None:
+    """The rate for the iterations of some parents; by default that of ``RATES``, if they learn."""
+    rate = rate or RATES[parents.task].get(parents.method)
+    return None if rate is None else rate * ITERS / parents.iters
+
+
 def _check_rate(path: Path, wanted: float | None) -> None:
     """Refuse a bundle that learned at another rate than ``RATES`` has now."""
     found = Bundle.open(path).manifest.options.get("lr")
@@ -468,8 +474,8 @@ def work(parents: Parents, out: Path) -> str:
     target = out / "rows" / f"{parents.name}.json"
     if target.exists():
         for place in (out / "cells").glob(f"{parents.name}-*.hdrq"):
-            rate = RATES[parents.task].get(parents.method)
-            _check_rate(place, rate and rate * ITERS / parents.iters)
+            if "-trial-" not in place.name:
+                _check_rate(place, _learning_rate(parents))
     else:
         write_bytes(target, json.dumps(evaluate(parents, out)).encode())
     return parents.name

@@ -170,11 +170,11 @@ def pages() -> dict[str, str]:
     for name, (title, about, sections) in PAGES.items():
         parts = [f"# {title}", "", about, "", _MADE]
         for section in sections:
-            record = load(section.record)
-            if record is not None:
-                with names_read() as names:
-                    names[section.record] = None
-                    parts += ["", section.text(record)]
+            with names_read() as names:
+                record = load(section.record)
+                text = section.text(record) if record is not None else ""
+            if text:
+                parts += ["", text]
                 if section.record in IN_FRONT:
                     parts += ["", in_front("" if name == "real-images" else "real-images.md")]
                 parts += ["", _record_of(names, record)]

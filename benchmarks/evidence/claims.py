@@ -15,6 +15,7 @@ from evidence.merging import (
     digits_by_seed,
     digits_hdrq_less_qdrop,
     digits_less,
+    digits_means,
     iterations_said,
     less_seed_by_seed,
     lower_of,
@@ -407,13 +408,9 @@ def _claimed(record: Mapping[str, Any]) -> Iterator[list[str]]:
 def _broken(rows: Sequence[Mapping[str, Any]], photos: Sequence[Mapping[str, Any]]) -> list[str]:
     """Averages of bundles that were quantized apart, beside averages of float models."""
     folded, apart = (one_run_of_digits(rows, way, "float") for way in ("mean-folded", "single"))
-    single, nearest, drawn = (
-        [
-            statistics.fmean(both)
-            for both in zip(*digits_by_seed(rows, way, "qdrop", "w4a8").values(), strict=True)
-        ]
-        for way in ("single", "mean-nearest", "mean-advanced")
-    )
+    ways = ("single", "mean-nearest", "mean-advanced")
+    found = [digits_means(rows, way, "qdrop", "w4a8") for way in ways]
+    single, nearest, drawn = (both for both in found if both is not None)
     figures = [
         protocol_means(photos, method, bits, way)
         for method, bits in (("qdrop", "w4a8"), ("float", ""))

@@ -435,6 +435,17 @@ def digits_by_seed(
     return found
 
 
+def digits_means(
+    rows: Sequence[Mapping[str, Any]], way: str, method: str, bits: str
+) -> tuple[float, float] | None:
+    """The means over seeds of :func:`digits_by_seed`; None without any."""
+    found = digits_by_seed(rows, way, method, bits).values()
+    if not found:
+        return None
+    pairs, triples = (statistics.fmean(both) for both in zip(*found, strict=True))
+    return pairs, triples
+
+
 def one_run_of_digits(
     rows: Sequence[Mapping[str, Any]], way: str, method: str
 ) -> tuple[float, float]:

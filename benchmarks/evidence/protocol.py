@@ -221,15 +221,15 @@ def beside_qdrop(records: Mapping[str, str], together: bool = False, setting: st
         A table; bold where the interval of several calibration seeds leaves out zero.
     """
     found: dict[tuple[str, str, str], dict[tuple[str, ...], Mapping[str, Any]]] = {}
-    whole = {
-        about: groups_of(row["members"] for row in protocol_rows(needed(name), setting))[-1]
-        for about, name in records.items()
-    }
     for about, name in records.items():
         for row, other in hdrq_less_qdrop(name, setting):
             cell = found.setdefault((about, row["bits"], row["way"]), {})
             cell[tuple(row["members"])] = other
     if together:
+        whole = {
+            about: groups_of(row["members"] for row in protocol_rows(needed(name), setting))[-1]
+            for about, name in records.items()
+        }
         last = {key: cell[whole[key[0]]] for key, cell in found.items() if whole[key[0]] in cell}
         bits = sorted({key[1] for key in found}, key=BITS.index)
         lines = [

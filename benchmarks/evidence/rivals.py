@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evidence.merging import digits_by_seed
+from evidence.merging import digits_means
 from evidence.protocol import groups_of, protocol_rows, with_interval
 from evidence.records import GROUPS, NAMES, needed, not_run, table, with_spread
 
@@ -176,9 +176,9 @@ def _rivals_read(rows: Sequence[Mapping[str, Any]], merged: Sequence[Mapping[str
     def means(
         some: Sequence[Mapping[str, Any]], way: str, method: str, bits: str
     ) -> tuple[float, float]:
-        """The mean of pairs, and the figure of all domains."""
-        pairs, triples = zip(*digits_by_seed(some, way, method, bits).values(), strict=True)
-        return statistics.fmean(pairs), statistics.fmean(triples)
+        both = digits_means(some, way, method, bits)
+        assert both is not None
+        return both
 
     told = []
     for bits in dict.fromkeys(row["bits"] for row in rows):

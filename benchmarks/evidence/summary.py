@@ -15,6 +15,7 @@ from evidence.merging import (
     digits_by_seed,
     digits_hdrq_less_qdrop,
     digits_less,
+    digits_means,
     iterations_said,
     longer_iterations,
     lower_of,
@@ -65,7 +66,6 @@ _DIGITS_WAYS = {
 def _figures() -> dict[tuple[str, str, str], tuple[float, float]]:
     """Mean of pairs and triple of README's table, as rounded there, by line and column."""
     rows = needed("merge_statistics")["rows"]
-    drawn = [row for row in rows if row["task"] == "digits" and row["fold"] == "weights"]
     real = protocol_rows(needed("pacs"))
     found = {}
     for name, parents, bits, late in _HEADLINE:
@@ -74,23 +74,11 @@ def _figures() -> dict[tuple[str, str, str], tuple[float, float]]:
                 both = protocol_means(real, parents, bits, f"{way}{late}")
             else:
                 exact, merged = _DIGITS_WAYS[way]
-                of = exact if parents == "float" else (parents, f"{merged}{late}")
-                both = _on_digits(drawn, bits, *of)
+                own, how = exact if parents == "float" else (parents, f"{merged}{late}")
+                both = digits_means(rows, how, own, bits)
             if both is not None:
                 found[name, task, way] = (round(both[0], 1), round(both[1], 1))
     return found
-
-
-def _on_digits(
-    rows: Sequence[Mapping[str, Any]], bits: str, parents: str, way: str
-) -> tuple[float, float] | None:
-    """The mean of pairs and of triples over all runs of one kind; None without any."""
-    own = [r for r in rows if (r["parents"], r["bits"], r["way"]) == (parents, bits, way)]
-    pairs, triples = (
-        [value for row in own if len(row["members"]) == size for value in row["harmonic_means"]]
-        for size in (2, 3)
-    )
-    return (statistics.fmean(pairs), statistics.fmean(triples)) if pairs and triples else None
 
 
 def headline() -> str:
@@ -269,12 +257,8 @@ def _without_images(
     whole = digits_less(*wide)[1]
     behind = {bits: [statistics.fmean(g) < 0 for g in both] for bits, both in gains.items()}
     rivals = [row for row in needed("merge_rivals")["rows"] if row["task"] == "digits"]
-    after = [
-        statistics.fmean(both)
-        for both in zip(
-            *digits_by_seed(rivals, "regression-first", "qdrop", "w4a8").values(), strict=True
-        )
-    ]
+    after = digits_means(rivals, "regression-first", "qdrop", "w4a8")
+    assert after is not None
     assert after[0] > solved[0] and after[1] > solved[1], "the sentence says so"
     assert behind == {"w4a4": [False, True], "w3a3": [True, True]}, "the sentence says so"
     return (

@@ -81,6 +81,8 @@ class Landscape:
             name: (torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y))
             for name, (x, y) in data.items()
         }
+        chosen = ((x, y, spread(len(x), _BATCH)) for x, y in self.data.values())
+        self._few = [(x[rows], y[rows]) for x, y, rows in chosen]
         x, _ = next(iter(self.data.values()))
         quantized = fake_quantized(like, x[:2])
         if not isinstance(quantized, fx.GraphModule):
@@ -115,10 +117,9 @@ class Landscape:
     def loss(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Mean loss on 64 images of every domain, spread evenly over them, with derivatives."""
         losses = []
-        for x, y in self.data.values():
-            rows = torch.from_numpy(spread(len(x), _BATCH))
-            outputs = functional_call(self._real, dict(weights), (x[rows],))
-            losses.append(nn.functional.cross_entropy(outputs, y[rows]))
+        for x, y in self._few:
+            outputs = functional_call(self._real, dict(weights), (x,))
+            losses.append(nn.functional.cross_entropy(outputs, y))
         return torch.stack(losses).mean()
 
     @torch.no_grad()

@@ -42,6 +42,7 @@ __all__ = [
     "make_bundle",
     "record_ingredients",
     "recorded_change",
+    "resume_or_restart",
     "whole_bundle",
 ]
 
@@ -77,12 +78,21 @@ def make_bundle(
     if record.is_file():
         _log.info("%s: %s; calibrating again", output, change)
     remove_file(record, CELL_INPUTS)
+    resume_or_restart(lambda resume: run_calibration(replace(request, resume=resume), graphs))
+    record_ingredients(output, ingredients)
+
+
+def resume_or_restart(work: Callable[[bool], object]) -> None:
+    """Go on with unfinished work, or begin anew where it is that of another run.
+
+    Args:
+        work: Does it, and resumes if it is called with True.
+    """
     try:
-        run_calibration(replace(request, resume=True), graphs)
+        work(True)
     except OtherRunError as error:
         _log.info("%s; starting anew", error)
-        run_calibration(replace(request, resume=False), graphs)
-    record_ingredients(output, ingredients)
+        work(False)
 
 
 def bundle_change(request: CalibrationRequest) -> str:

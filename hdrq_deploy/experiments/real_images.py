@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..calibration_data import camvid as camvid_images
 from ..calibration_data import pacs as pacs_images
 from ..calibration_data.readers import Wanted
 from ..calibration_data.readers.decoding import images_of
-from ..errors import DataError, ModelError, OtherRunError, SpecError
+from ..errors import DataError, ModelError, SpecError
 from ..formats.atomic_files import (
     Kind,
     make_directory,
@@ -40,7 +41,7 @@ from ..formats.staleness import (
     written_change,
 )
 from ..typing import Progress, no_progress
-from .bundles import inputs_of, record_ingredients
+from .bundles import inputs_of, record_ingredients, resume_or_restart
 from .tasks import Domain, Task, checkpoint_of, iterations, learning_rates
 
 __all__ = ["ADAPTATIONS", "PROTOCOLS", "Choice", "Preparation", "Protocol", "prepare"]
@@ -261,19 +262,19 @@ class Preparation:
         kept = isinstance(there, list) and set(self.domains) <= set(there)
         record = {
             "data": stamp(self.data),
-            "domains": there if kept else list(self.domains),
+            "domains": list(self.domains),
             "versions": versions_of("pillow", *self.needs),
         }
-        change = written_change(self.splits, SPLITS, record)
+        # Splits of more domains serve these too, as long as all else is as it was.
+        alike = {**record, "domains": there} if kept else record
+        change = written_change(self.splits, SPLITS, alike)
         if not change:
             return
         _log.info("%s: %s; writing it", self.splits, change)
         make_directory(self.splits.parent)
         with new_directory(self.splits, SPLITS, sync=False) as new:
             self.write(self.data, new, self.domains)
-            # Splits of more domains, of an earlier run, are gone where these are written anew.
-            written = {**record, "domains": list(self.domains)}
-            record_written(new, SPLITS, with_contents(written))
+            record_written(new, SPLITS, with_contents(record))
 
     def _check_weights(self) -> None:
         """Read the weights that trainings start from, or the checkpoints that were brought."""
@@ -330,11 +331,7 @@ class Preparation:
             return
         _log.info("%s: %s; training it", trained.file, change)
         remove_file(record, CELL_INPUTS)
-        try:
-            _run(trained, self, device, threads, progress, resume=True)
-        except OtherRunError as error:
-            _log.info("%s; starting anew", error)
-            _run(trained, self, device, threads, progress, resume=False)
+        resume_or_restart(partial(_run, trained, self, device, threads, progress))
         record_ingredients(trained.file, _with_hash(trained.file, ingredients))
 
 

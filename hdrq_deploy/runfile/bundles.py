@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +11,13 @@ from ..adaptation.options import AdaptationOptions
 from ..calibration.graph_cache import GraphCache
 from ..calibration.request import CalibrationRequest
 from ..calibration_data.readers import Wanted, read
-from ..errors import OtherRunError
-from ..experiments.bundles import bundle_change, inputs_of, is_merged, make_bundle
+from ..experiments.bundles import (
+    bundle_change,
+    inputs_of,
+    is_merged,
+    make_bundle,
+    resume_or_restart,
+)
 from ..formats.atomic_files import Kind, read_json
 from ..formats.bundle import Bundle
 from ..formats.file_kinds import ADAPTED, ADAPTING, BUNDLE, CELL_INPUTS, PARTIAL, partial_of
@@ -28,8 +32,6 @@ from .schema import CHOSEN_WEIGHTS, Merge
 from .stage import RecordedStage, Stage
 
 __all__ = ["AdaptStage", "CalibrateStage", "MergeStage"]
-
-_log = logging.getLogger("hdrq_deploy")
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,7 @@ class AdaptStage(RecordedStage):
 
     def write(self) -> None:
         """See :meth:`RecordedStage.write`."""
-        try:
-            self._adapt(resume=True)
-        except OtherRunError as error:
-            _log.info("%s; starting anew", error)
-            self._adapt(resume=False)
+        resume_or_restart(self._adapt)
 
     def _adapt(self, resume: bool) -> None:
         from ..adaptation.adapt import adapt
