@@ -76,23 +76,35 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
             Section("landscape_pacs", landscape_pacs),
         ),
     ),
-    "real-images": (
-        "Real images",
-        "Merges and single models on paintings, cartoons and sketches (PACS) and on streets "
-        "(CamVid); single models on photographs (ImageNet).",
+    "pacs": (
+        "PACS",
+        "Merges and single models on paintings, cartoons and sketches, by method, bits and way of "
+        "merging; HDRQ beside QDrop.",
         (
             Section("pacs", pacs),
             Section("pacs_paper", pacs_paper),
-            Section("pacs_first", pacs_first),
-            Section("pacs_wide", pacs_wide),
             Section("pacs", hdrq_beside_qdrop),
             Section("parents", parents),
+        ),
+    ),
+    "other-trainings": (
+        "PACS, other trainings and networks",
+        "The same on checkpoints of two other trainings, and with a network without depthwise "
+        "kernels; regression in front of BatchNorm and behind it.",
+        (
+            Section("pacs_first", pacs_first),
+            Section("pacs_wide", pacs_wide),
             Section("pacs_resnet", pacs_resnet),
             Section("regression_batchnorm", regression_batchnorm),
+        ),
+    ),
+    "camvid": (
+        "CamVid",
+        "Merges and single models on streets by day, at dusk, in fog and in snow.",
+        (
             Section("camvid", camvid),
             Section("camvid_second", camvid_second),
             Section("camvid_weather", camvid_weather),
-            Section("real_weights", real_weights),
         ),
     ),
     "rivals": (
@@ -105,8 +117,10 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
     ),
     "engines": (
         "Engines",
-        "What engines execute, how fast they are, and which architectures pass through.",
+        "How accurate engines are with real weights (ImageNet), what they execute, how fast they "
+        "are, and which architectures pass through.",
         (
+            Section("real_weights", real_weights),
             Section("engines", engines),
             Section("peers", peers),
             Section("same_codes", same_codes),
@@ -176,7 +190,7 @@ def pages() -> dict[str, str]:
             if text:
                 parts += ["", text]
                 if section.record in IN_FRONT:
-                    parts += ["", in_front("" if name == "real-images" else "real-images.md")]
+                    parts += ["", in_front(name)]
                 parts += ["", _record_of(names, record)]
         found[f"{name}.md"] = "\n".join(parts) + "\n"
     return found

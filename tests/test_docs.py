@@ -132,7 +132,8 @@ def check_command(words: list[str]) -> None:
 
 def test_commands_of_the_evidence_are_whole() -> None:
     """What makes the figures of a page is accepted as it stands, and its search has all methods."""
-    page = (ROOT / "docs" / "evidence" / "real-images.md").read_text()
+    pages = ("pacs.md", "other-trainings.md", "camvid.md")
+    page = "\n".join((ROOT / "docs" / "evidence" / name).read_text() for name in pages)
     found = re.findall(r"`(hdrq reproduce (?:pacs|camvid) --data [^`]+)`", page)
     assert len(found) == 8
     learned = 0

@@ -17,11 +17,12 @@ IN_FRONT = (
 
 
 def in_front(page: str) -> str:
-    """What a page says of such a record; ``page`` is where regression behind BatchNorm stands."""
+    """What the page of this name says of such a record."""
+    target = "" if page == "other-trainings" else "other-trainings.md"
     return (
         "Where BatchNorm is kept apart, regression here was solved in front of it, as versions "
         "before this one did; what [solving behind it]"
-        f"({page}#regression-in-front-of-batchnorm-and-behind-it) changes was measured apart."
+        f"({target}#regression-in-front-of-batchnorm-and-behind-it) changes was measured apart."
     )
 
 

@@ -38,13 +38,13 @@ def camvid(record: Mapping[str, Any]) -> str:
     )
     return "\n".join(
         [
-            "## Real images: CamVid",
+            "## CamVid by day and at dusk",
             "",
             f"`{_on_camvid(own, names)}`: {record['form']}, trained by "
             f"day from ImageNet weights and then at dusk with labels; {how}. Mean "
             "intersection over union in % on contiguous stretches of the drives that no training "
             f"saw ({tests_told(own[0])}), of ONNX Runtime engines; harmonic means with half of "
-            "the 95% interval as above. Neighbouring frames are alike, and all those of dusk are "
+            "the 95% interval. Neighbouring frames are alike, and all those of dusk are "
             "one stretch of one drive: the intervals are of these frames, not of other drives, and "
             "no test between methods is shown. The images are not part of this project.",
             "",
@@ -77,9 +77,9 @@ def camvid_second(record: Mapping[str, Any]) -> str:
             "## CamVid on a second training of the checkpoints",
             "",
             f"`{_on_camvid(own, names)} --ways {' '.join(quantized_ways(record))}`: as "
-            "[by day and at dusk](#real-images-camvid) on checkpoints of another training, so that "
-            "its rows stand beside its own float rows only; all regression solved behind "
-            "BatchNorm. One calibration seed. That the mean is the float merge to be fitted to "
+            "[by day and at dusk](#camvid-by-day-and-at-dusk) on checkpoints of another "
+            "training, so that its rows stand beside its own float rows only; all regression "
+            "solved behind BatchNorm. One calibration seed. That the mean is the float merge to be fitted to "
             "here was seen on these test images, in the rows of the float models; a user needs a "
             "few labels to know it.",
             "",

@@ -52,8 +52,8 @@ def aims(record: Mapping[str, Any]) -> str:
             "",
             "What this project set out to reach. Figures are differences in points unless they say "
             "otherwise, with the standard deviation over calibration seeds where "
-            "there are several; the pages on [merging](merging.md), [real images](real-images.md) "
-            "and [costs](costs.md) have the figures that they are made of.",
+            "there are several; the pages on [merging](merging.md), [PACS](pacs.md), "
+            "[CamVid](camvid.md) and [costs](costs.md) have the figures that they are made of.",
             "",
             table(["aim", "measured", "reached", "what bounds it"], rows),
         ]

@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 _ON_PACS = "pacs --data PACS --pairs"
+# The page of other trainings.
+_MORE = "other-trainings.md"
 _SEARCHED_ON = (
     "these checkpoints for `brecq`, for the others on checkpoints that the same command had "
     "trained before on another machine"
@@ -52,7 +54,7 @@ def pacs(record: Mapping[str, Any]) -> str:
     largest = max(record["rows"], key=lambda row: len(row["members"]))
     return "\n".join(
         [
-            "## Real images: PACS",
+            "## PACS in our setting",
             "",
             f"`{reproduce_command(_ON_PACS, own)} --ways {' '.join(ways)}`: EfficientNet-Lite0 cut "
             "after its 112-channel stage, 96x96, trained on photos from ImageNet weights and then "
@@ -83,7 +85,7 @@ def pacs(record: Mapping[str, Any]) -> str:
 
 
 def pacs_paper(record: Mapping[str, Any]) -> str:
-    """The section on the paper's own setting, on the checkpoints at the top."""
+    """The section on the paper's own setting, on the same checkpoints."""
     rows, tuning = protocol_rows(record, "paper"), needed("pacs_paper_tuning")
     assert record["checkpoints_sha256"] == needed("pacs")["checkpoints_sha256"], "one training"
     own = [row for row in record["rows"] if row["bits"]]
@@ -93,8 +95,8 @@ def pacs_paper(record: Mapping[str, Any]) -> str:
         [
             "## PACS in the paper's setting",
             "",
-            f"`{reproduce_command(_ON_PACS, own, rates=rates)}`: the checkpoints at the top, as "
-            "published: one scale per tensor, BatchNorm folded into the weights, the paper's "
+            f"`{reproduce_command(_ON_PACS, own, rates=rates)}`: the checkpoints of our setting, "
+            "as published: one scale per tensor, BatchNorm folded into the weights, the paper's "
             f"quantizers and blocks, λ = {options['distance']:g} of its own form, averages alone; "
             f"but {options['iters']} iterations a block. {paper_read(rows, 100 / 7)}",
             "",
@@ -140,7 +142,8 @@ def pacs_first(record: Mapping[str, Any]) -> str:
         [
             "## PACS on the first training of the checkpoints",
             "",
-            f"`{_command_of(record)}`, as above but on checkpoints of another training by the same "
+            f"`{_command_of(record)}`, as [PACS in our setting]"
+            "(pacs.md#pacs-in-our-setting) but on checkpoints of another training by the same "
             "command, so that its rows stand beside its own float rows only. Merge weights were "
             "chosen here too, on the calibration images.",
             "",
@@ -172,12 +175,12 @@ def _trainings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         ("pacs_earlier", "[earlier figures](earlier-figures.md)", _earlier_rows),
         (
             "pacs_first",
-            "[the first training](#pacs-on-the-first-training-of-the-checkpoints)",
+            f"[the first training]({_MORE}#pacs-on-the-first-training-of-the-checkpoints)",
             protocol_rows,
         ),
         (
             "pacs_wide",
-            "[the second one](#pacs-on-the-second-training-of-the-checkpoints)",
+            f"[the second one]({_MORE}#pacs-on-the-second-training-of-the-checkpoints)",
             protocol_rows,
         ),
     ):
@@ -280,7 +283,8 @@ def pacs_wide(record: Mapping[str, Any]) -> str:
         [
             "## PACS on the second training of the checkpoints",
             "",
-            f"`{_command_of(record)} --ways {' '.join(ways)}`, as above but on checkpoints of "
+            f"`{_command_of(record)} --ways {' '.join(ways)}`, as [PACS in our setting]"
+            "(pacs.md#pacs-in-our-setting) but on checkpoints of "
             "another training by the same command, so that its rows stand beside its own float "
             "rows only. One calibration seed; rates are those that were searched at "
             f"W4A4.{_only_rounded(rows)}{_rounded_by_the_merge(rows)}",
@@ -391,7 +395,8 @@ def pacs_resnet(record: Mapping[str, Any]) -> str:
             "## PACS with a plain residual network",
             "",
             f"`{command} --ways {' '.join(ways)}`: {record['form']}, trained on photos and then on "
-            "every domain with labels; all else as for the network above. One calibration seed."
+            "every domain with labels; all else as for the network of "
+            "the other sections. One calibration seed."
             + (" `latent` is `hdrq` without noise and without distance." if latent else ""),
             "",
             *([protocol_rates(tuning, "the same checkpoints"), ""] if tuning else []),
@@ -419,7 +424,8 @@ def _resnet_read(rows: Sequence[Mapping[str, Any]]) -> str:
     assert within is not None and apart is not None
     return (
         f"Single models of every method and bit-width here are at most {-worst:.1f} points below "
-        f"the float ones (harmonic mean {real:.1f}), where the network above loses "
+        f"the float ones (harmonic mean {real:.1f}), where EfficientNet-Lite0 [loses]"
+        "(pacs.md#pacs-in-our-setting) "
         f"{_lost_to_rounding():.0f} when it is rounded to nearest at W4A8. Two things differ: this "
         "one has no depthwise kernels, and it never saw ImageNet. Its merges lose more than there, "
         "in float already. A regression with BatchNorm folded into the weights solves for the same "
@@ -431,7 +437,7 @@ def _resnet_read(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _lost_to_rounding() -> float:
-    """What `rtn` at W4A8 costs single models of the network at the top, in points."""
+    """What `rtn` at W4A8 costs single models of EfficientNet-Lite0, in points."""
     rows = protocol_rows(needed("pacs"))
     real, rounded = (protocol_means(rows, *of, "single") for of in (("float", ""), ("rtn", "w4a8")))
     assert real is not None and rounded is not None
@@ -445,7 +451,7 @@ def pacs_earlier(record: Mapping[str, Any]) -> str:
         [
             "## PACS at W4A4",
             "",
-            "`hdrq reproduce pacs --tune w4a4 ...`, as the table of [PACS](real-images.md) but on "
+            "`hdrq reproduce pacs --tune w4a4 ...`, as the table of [PACS](pacs.md) but on "
             "checkpoints of an earlier training, those of the search of rates, and with the "
             "distance that was our setting's then (relative, λ = 0.3). One calibration seed.",
             "",

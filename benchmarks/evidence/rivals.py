@@ -95,8 +95,8 @@ def pacs_rivals(record: Mapping[str, Any]) -> str:
         [
             "## The same on PACS",
             "",
-            "`benchmarks/pacs_rivals.py`: the merges of float models of [the grid at the top]"
-            "(real-images.md#real-images-pacs) are quantized at W4A8, one scale per channel, with "
+            "`benchmarks/pacs_rivals.py`: the merges of float models of [PACS in our setting]"
+            "(pacs.md#pacs-in-our-setting) are quantized at W4A8, one scale per channel, with "
             "256 images of every domain; targets and anchor of the experts are those that were "
             "best on the digits. Re-estimated merges of bundles see 64 images a domain, fitted "
             "ones 256, and no float model but for those that are fitted to them. Harmonic means of "
