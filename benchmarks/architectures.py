@@ -17,13 +17,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from evidence.records import write_record
+from measured import beside, here
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -36,7 +36,6 @@ from hdrq_deploy.calibration.placement import plan_quantizers
 from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.calibration.request import Quantization
 from hdrq_deploy.calibration_data.readers import ImageSet
-from hdrq_deploy.runtime.bench.environment import environment
 
 # Side of the images, images, iterations a block.
 MODELS = {
@@ -198,15 +197,16 @@ def run_models(
     args = parser.parse_args(argv)
     args.results.mkdir(parents=True, exist_ok=True)
     target = args.results / file
-    rows = json.loads(target.read_text())["rows"] if target.exists() else {}
+    record = json.loads(target.read_text()) if target.exists() else {"rows": {}}
     for name in args.models:
+        rows = record["rows"]
         if name in rows and not args.again:
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            rows[name] = one(name, Path(scratch))
-        print(json.dumps(rows[name]), flush=True)
-        versions = {n: version(n) for n in packages}
-        record = {"schema_version": 1, "environment": {**environment(), **versions}, "rows": rows}
+            added = beside(record, one(name, Path(scratch)), here(packages))
+        print(json.dumps(added["row"]), flush=True)
+        rows = {**rows, name: added["row"]}
+        record = {"schema_version": 1, "environment": added["environment"], "rows": rows}
         write_record(target, record)
     return 0
 

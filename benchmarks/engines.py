@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import onnx
 import onnxruntime
 from architectures import photographs
 from evidence.records import write_record
+from measured import beside, here
 from merge_quality import DOMAINS, Cell, Setting, split
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -38,7 +38,6 @@ from hdrq_deploy.checks.stages import compare_stages
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.formats.bundle import Bundle
 from hdrq_deploy.merging import merge
-from hdrq_deploy.runtime.bench.environment import environment
 
 # Side of the images.
 MODELS = {
@@ -370,18 +369,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{model}: measured already")
             continue
         started = time.monotonic()
-        row = one(model)
+        made_with = here(("torch", "timm", "transformers", "tensorrt-rtx"))
+        added = beside(record, one(model), made_with)
         record = {
             **record,
             "schema_version": 1,
-            "environment": {
-                **environment(),
-                **{
-                    name: version(name)
-                    for name in ("torch", "timm", "transformers", "tensorrt-rtx")
-                },
-            },
-            "rows": [*record["rows"], row],
+            "environment": added["environment"],
+            "rows": [*record["rows"], added["row"]],
         }
         args.results.mkdir(parents=True, exist_ok=True)
         write_record(target, record)

@@ -285,16 +285,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.one:
         print(json.dumps(one_merge(Path(args.one[0]), args.one[1])))
         return 0
-    from hdrq_deploy.runtime.bench.environment import environment
+    from measured import beside, here
 
-    target = args.results / "merge_speed.json"
+    target, made_with = args.results / "merge_speed.json", here()
     if args.only:
-        record = {**json.loads(target.read_text()), "bundles": bundles(args.repeats)}
+        record = json.loads(target.read_text())
+        rows = [beside(record, row, made_with)["row"] for row in bundles(args.repeats)]
+        record = {**record, "bundles": rows}
     else:
         record = {
             "schema_version": 1,
             "candidates": CANDIDATES,
-            "environment": environment(),
+            "environment": made_with,
             "codes": codes_only(args.repeats),
             "whole_pair": whole_pair(),
             "bundles": bundles(args.repeats),

@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,13 @@ import openvino
 import torch
 from architectures import photographs
 from evidence.records import write_record
+from measured import beside, here
 from onnx import TensorProto, helper, numpy_helper
 from torch.utils.flop_counter import FlopCounterMode
 
 from hdrq_deploy.calibration.loading import load_model
 from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.runtime import load_engine
-from hdrq_deploy.runtime.bench.environment import environment
 
 Array = np.ndarray[Any, Any]
 Call = Callable[[Array], object]
@@ -299,14 +298,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(row["model"] == model for row in record["models"]):
             print(f"{model}: measured already")
             continue
-        begun = environment()
-        row = one(model)
-        names = ("torch", "timm", "transformers", "onnxruntime", "openvino", "nncf")
+        begun = here(("torch", "timm", "transformers", "onnxruntime", "openvino", "nncf"))
+        row = {**one(model), "load_1min": begun["load_1min"]}
+        added = beside(record, row, begun)
         record = {
             "schema_version": 1,
-            "environment": {**begun, **{name: version(name) for name in names}},
-            "peak": {str(n): peak(n) for n in THREADS},
-            "models": [*record["models"], {**row, "load_1min": begun["load_1min"]}],
+            "environment": added["environment"],
+            "peak": record.get("peak") or {str(n): peak(n) for n in THREADS},
+            "models": [*record["models"], added["row"]],
         }
         args.results.mkdir(parents=True, exist_ok=True)
         write_record(target, record)

@@ -17,7 +17,6 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import onnxruntime
 import torch
 from engines import peers
 from evidence.records import write_record
+from measured import beside, here
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -36,10 +36,8 @@ from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.calibration_data.camvid import corrupted
 from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.exporters import export
-from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.models.lite0 import imagenet_whole
 from hdrq_deploy.runtime import load_engine
-from hdrq_deploy.runtime.bench.environment import environment
 
 MODEL = "timm:tf_efficientnet_lite0"
 RESIZE, SIDE, CLASSES = 256, 224, 1000
@@ -215,32 +213,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     x = network_inputs(first, "clean")
     truth = np.array([label(file) for file in others])
     tests = {domain: network_inputs(others, domain) for domain in DOMAINS}
-    kept = args.out / "rows.json"
-    rows = json.loads(kept.read_text()) if kept.exists() else []
+    kept = args.out / "measured.json"
+    record = json.loads(kept.read_text()) if kept.exists() else {"methods": METHODS, "rows": []}
+    if record["methods"] != METHODS:
+        raise SystemExit(
+            f"real_weights.py: {kept}: found rows of methods {record['methods']}; "
+            f"needed {METHODS}: choose another --out, or remove that folder"
+        )
+    names = ("torch", "timm", "onnxruntime", "openvino", "nncf", "corrupt_tta")
+    made_with = here([name for name in names if find_spec(name)])
     expected = {d: decisions(in_onnx_runtime(float_graph(args.out, x)), tests[d]) for d in DOMAINS}
     for method, scheme, engine, start in calls(args.out, x):
         key = {"method": method, "scheme": scheme, "engine": engine}
         ours = method in METHODS or method == "float"
         wanted = method in args.methods or (not ours and "peers" in args.methods)
         wanted &= method not in METHODS or scheme in args.schemes
-        if not wanted or any(row.items() >= key.items() for row in rows):
+        if not wanted or any(row.items() >= key.items() for row in record["rows"]):
             continue
         call = start()
         found = {d: row_of(decisions(call, tests[d]), expected[d], truth) for d in DOMAINS}
-        rows.append({**key, "domains": found})
-        write_bytes(kept, json.dumps(rows, indent=1).encode())
+        added = beside(record, {**key, "domains": found}, made_with)
+        rows = [*record["rows"], added["row"]]
+        record = {**record, "environment": added["environment"], "rows": rows}
+        write_record(kept, record)
         print(key, {d: found[d]["top1"] for d in DOMAINS}, flush=True)
-    names = ("torch", "timm", "onnxruntime", "openvino", "nncf", "corrupt_tta")
-    result = {
-        "schema_version": 1,
-        "images": {"calibration": len(first), "test": len(others)},
-        "methods": METHODS,
-        "environment": {
-            **environment(),
-            **{name: version(name) for name in names if find_spec(name.replace("-", "_"))},
-        },
-        "rows": rows,
-    }
+    images_used = {"calibration": len(first), "test": len(others)}
+    result = {"schema_version": 1, "images": images_used, **record}
     write_record(args.results / "real_weights.json", result)
     return 0
 

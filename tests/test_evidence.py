@@ -21,7 +21,7 @@ def evidence(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     before = set(sys.modules)
     yield lambda name: importlib.import_module(f"evidence.{name}")
     for name in set(sys.modules) - before:
-        if name.partition(".")[0] == "evidence":
+        if name.partition(".")[0] in ("evidence", "measured"):
             del sys.modules[name]
 
 
@@ -132,3 +132,20 @@ def test_records_that_are_read_are_named(evidence: Any) -> None:
         records.needed("digits")
     records.needed("camvid")
     assert list(names) == ["pacs", "digits"]
+
+
+@pytest.mark.usefixtures("evidence")
+def test_rows_that_are_kept_keep_what_they_were_measured_with() -> None:
+    """A row of another machine, or of other versions, says so; its record goes on as it was."""
+    beside = importlib.import_module("measured").beside
+    first, later = ({"cpu": "A", "torch": v, "load_1min": 0.1} for v in ("2.14.0", "2.14.1"))
+    added = beside({"rows": []}, {"model": "a"}, first)
+    assert added == {"environment": first, "row": {"model": "a"}}
+    busy = {**first, "load_1min": 1.7}
+    assert beside({"environment": first}, {"model": "b"}, busy) == {
+        "environment": first,
+        "row": {"model": "b"},
+    }
+    for other in (later, {**first, "cpu": "B"}, {**first, "timm": "1.0"}):
+        added = beside({"environment": first}, {"model": "c"}, other)
+        assert added == {"environment": first, "row": {"model": "c", "environment": other}}

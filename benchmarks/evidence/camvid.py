@@ -80,8 +80,8 @@ def camvid_second(record: Mapping[str, Any]) -> str:
             "[by day and at dusk](#camvid-by-day-and-at-dusk) on checkpoints of another "
             "training, so that its rows stand beside its own float rows only; all regression "
             "solved behind BatchNorm. One calibration seed. That the mean is the float merge to be "
-            "fitted to here was seen on these test images, in the rows of the float models; a user needs a "
-            "few labels to know it.",
+            "fitted to here was seen on these test images, in the rows of the float models; a user "
+            "needs a few labels to know it.",
             "",
             *_camvid_figures(record, own, names),
         ]
