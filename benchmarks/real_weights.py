@@ -214,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     truth = np.array([label(file) for file in others])
     tests = {domain: network_inputs(others, domain) for domain in DOMAINS}
     kept = args.out / "measured.json"
-    record = json.loads(kept.read_text()) if kept.exists() else {"methods": METHODS, "rows": []}
+    record: dict[str, Any] = {"methods": METHODS, "rows": []}
+    record = json.loads(kept.read_text()) if kept.exists() else record
     if record["methods"] != METHODS:
         raise SystemExit(
             f"real_weights.py: {kept}: found rows of methods {record['methods']}; "

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from evidence.batchnorm import IN_FRONT, in_front, regression_batchnorm
-from evidence.camvid import camvid, camvid_second, camvid_weather
+from evidence.camvid import camvid, camvid_paper, camvid_second, camvid_weather
 from evidence.claims import aims, claims
 from evidence.costs import calibration_speed, harness, merge_speed, weight_search
 from evidence.digits import digits
@@ -104,6 +104,7 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
         (
             Section("camvid", camvid),
             Section("camvid_second", camvid_second),
+            Section("camvid_paper", camvid_paper),
             Section("camvid_weather", camvid_weather),
         ),
     ),

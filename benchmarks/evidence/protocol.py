@@ -14,6 +14,7 @@ __all__ = [
     "BITS",
     "METHOD_ORDER",
     "PACS_TRAININGS",
+    "RATES",
     "WAY_LABELS",
     "away_table",
     "beside_floats",
@@ -69,6 +70,8 @@ METHOD_ORDER = ("rtn", "rtn-corrected", "brecq", "qdrop", "latent", "hdrq")
 _ASKED = ("rtn", "brecq", "qdrop", "hdrq")
 # Bits at which three calibration seeds are wanted; elsewhere one.
 _SEVERAL = ("w4a8", "w4a4", "w3a3")
+# Where the rates of methods that learn are read, but where another search says otherwise.
+RATES = " --rates benchmarks/results/pacs_tuning.json"
 BITS = ("w8a8", "w8a4", "w6a6", "w4a8", "w4a4", "w3a3")
 # Records of PACS in our setting as it is, one a training of the checkpoints.
 PACS_TRAININGS = ("pacs", "pacs_first", "pacs_wide")
@@ -477,7 +480,7 @@ def reproduce_command(
     protocol: str,
     rows: Sequence[Mapping[str, Any]],
     weights: str = " --weights lite0.pth",
-    rates: str = " --rates benchmarks/results/pacs_tuning.json",
+    rates: str = RATES,
 ) -> str:
     """The command that makes ``rows``, all with the seeds that some of them have.
 

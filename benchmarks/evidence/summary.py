@@ -30,7 +30,7 @@ from evidence.protocol import (
     protocol_means,
     protocol_rows,
 )
-from evidence.records import METHOD_COLOURS, WIDTHS, listed, needed, table, with_spread
+from evidence.records import METHOD_COLOURS, WIDTHS, listed, load, needed, table, with_spread
 
 __all__ = ["headline", "plot_headline", "summary"]
 
@@ -411,7 +411,11 @@ def _with_images() -> str:
 def _not_run() -> str:
     """What no record has; an entry leaves the list when its record comes."""
     photos = needed("pacs")["rows"]
-    streets = [row for name in ("camvid", "camvid_second") for row in needed(name)["rows"]]
+    streets = [
+        row
+        for name in ("camvid", "camvid_second", "camvid_paper")
+        for row in (load(name) or {"rows": ()})["rows"]
+    ]
     first, wide, plain, weather = (
         needed(name)["rows"]
         for name in ("pacs_first", "pacs_wide", "pacs_resnet", "camvid_weather")

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from .threads import calibration_threads
 from .ways import WAYS, Way
 
 __all__ = [
+    "WorkFolder",
     "accuracies_of",
     "calibrate_cell",
     "engine_of",
@@ -58,9 +59,26 @@ CANDIDATES = 30  # as in the paper
 _MADE_OF = ("parents", "guides")
 
 
+@dataclass(frozen=True)
+class WorkFolder:
+    """Where the cells of a task are made, and with what.
+
+    Attributes:
+        task: Network, images and settings of the cells.
+        out: The folder of the run.
+        device: Where calibrations run.
+        threads: Threads of each cell.
+    """
+
+    task: Task
+    out: Path
+    device: str = "cpu"
+    threads: int = 1
+
+
 def jobs(grid: Grid, out: Path, device: str, threads: int) -> Iterator[Job]:
     """All work of a grid: calibrations first, then what reads them."""
-    common = {"task": grid.task, "out": out, "device": device, "threads": threads}
+    common = {"work": WorkFolder(grid.task, out, device, threads)}
     graphs = GraphCache()
     for run in grid.runs():
         names = {domain: run.single(domain) for domain in grid.domains}
@@ -77,10 +95,7 @@ def jobs(grid: Grid, out: Path, device: str, threads: int) -> Iterator[Job]:
 
 
 def calibrate_cell(
-    task: Task,
-    out: Path,
-    device: str,
-    threads: int,
+    work: WorkFolder,
     run: Run,
     domain: str,
     statistics: bool = False,
@@ -88,21 +103,15 @@ def calibrate_cell(
     rate: float | None = None,
 ) -> None:
     """The bundle of one domain, and its engine's accuracy there; ``rate`` was searched."""
-    make_bundle(request_of(task, out, device, run, domain, statistics, rate), graphs)
-    extra = {"setting": run.setting}
-    _measure(task, out, run.single(domain), (domain,), device, threads, extra)
+    make_bundle(request_of(work, run, domain, statistics, rate), graphs)
+    _measure(work, run.single(domain), (domain,), {"setting": run.setting})
 
 
 def request_of(
-    task: Task,
-    out: Path,
-    device: str,
-    run: Run,
-    domain: str,
-    statistics: bool,
-    rate: float | None,
+    work: WorkFolder, run: Run, domain: str, statistics: bool, rate: float | None
 ) -> CalibrationRequest:
     """How the bundle of one domain is calibrated."""
+    task = work.task
     where = next(d for d in task.domains if d.name == domain)
     # Float models of no setting are the paper's, whose BatchNorm is in the weights.
     method = "float-folded" if run.setting == "float" else run.method
@@ -111,7 +120,7 @@ def request_of(
         model=task.model,
         data=where.images,
         domain=domain,
-        output=bundle_path(out, run.single(domain)),
+        output=bundle_path(work.out, run.single(domain)),
         weights=where.weights,
         base=task.source,
         method=method,
@@ -122,13 +131,14 @@ def request_of(
         wanted=task.wanted,
         seed=run.seed,
         statistics="auto" if statistics else "off",
-        device=device,
+        device=work.device,
         **codes,
     )
 
 
-def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) -> None:
+def merge_cells(work: WorkFolder, merge: Merge) -> None:
     """The merged bundles of one way, and their engines' accuracies."""
+    task, out = work.task, work.out
     parents = [Bundle.open(bundle_path(out, merge.run.single(m))) for m in merge.members]
     guides = []
     if WAYS[merge.way].reads_floats:
@@ -160,12 +170,12 @@ def merge_cells(task: Task, out: Path, device: str, threads: int, merge: Merge) 
                 merger = Merger(
                     parents, way.rounding, candidates, draw, way.method, wbits=way.wbits
                 )
-                write_merge(merger, targets[draw], mix, record, renewed, guiding, threads)
+                write_merge(merger, targets[draw], mix, record, renewed, guiding, work.threads)
                 record_ingredients(targets[draw], ingredients[draw])
     for draw in range(merge.draws):
         extra = {"setting": merge.run.setting, "way": merge.way, "draw": draw}
         made_of = {key: ingredients[draw][key] for key in _MADE_OF if key in ingredients[draw]}
-        _measure(task, out, merge.cell(draw), merge.members, device, threads, extra, made_of)
+        _measure(work, merge.cell(draw), merge.members, extra, made_of)
 
 
 def _check_statistics(way: Way, parents: Sequence[Bundle]) -> None:
@@ -227,12 +237,9 @@ def _unlabelled(task: Task, merge: Merge, like: Bundle, limit: int) -> dict[str,
 
 
 def _measure(
-    task: Task,
-    out: Path,
+    work: WorkFolder,
     cell: str,
     domains: tuple[str, ...],
-    device: str,
-    threads: int,
     extra: dict[str, Any],
     made_of: Mapping[str, Any] | None = None,
 ) -> None:
@@ -240,6 +247,7 @@ def _measure(
 
     ``made_of`` are the hashes of the bundles that a merge read, by their part.
     """
+    task, out = work.task, work.out
     bundle = Bundle.open(bundle_path(out, cell))
     target = row_path(out, cell)
     tests = [domain for domain in task.domains if domain.name in domains]
@@ -257,7 +265,8 @@ def _measure(
             return
         _log.info("%s: %s; measuring it again", cell, change)
     seen = Decisions()
-    accuracies = accuracies_of(bundle, task, domains, _engine_device(device), threads, seen)
+    device = _engine_device(work.device)
+    accuracies = accuracies_of(bundle, task, domains, device, work.threads, seen)
     row = {
         "kind": CELL_ROW.kind,
         "cell": cell,

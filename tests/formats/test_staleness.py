@@ -266,7 +266,7 @@ def test_figures(
 
     def again() -> int:
         measured.clear()
-        cells._measure(task, tmp_path, "cell", ("night",), "cpu", 1, {})
+        cells._measure(cells.WorkFolder(task, tmp_path), "cell", ("night",), {})
         return len(measured)
 
     assert (again(), again()) == (1, 0)
@@ -302,7 +302,7 @@ def test_merged_cells(
 
     def again() -> int:
         written.clear()
-        cells.merge_cells(task, tmp_path, "cpu", 1, merge)
+        cells.merge_cells(cells.WorkFolder(task, tmp_path), merge)
         return len(written)
 
     assert (again(), again()) == (2, 0)
