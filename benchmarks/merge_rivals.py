@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 from evidence.records import write_record
+from measured import refuse_other_rate
 from merge_statistics import (
     ITERS,
     RATES,
@@ -205,6 +206,8 @@ def evaluated(rival: Rival, out: Path) -> dict[str, Any]:
     """The row of a rival on the test images, kept on disk."""
     target = row_of(rival, out)
     if target.exists():
+        rate = RATES[TASK]["qdrop"] if rival.method == "qdrop" else None
+        refuse_other_rate(out / "rivals" / f"{rival.name}.hdrq", rate)
         row: dict[str, Any] = json.loads(target.read_text())
         return row
     bundle, seconds = quantized(rival, out)

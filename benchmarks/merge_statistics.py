@@ -30,8 +30,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from evidence.records import write_record
+from measured import refuse_other_rate
 
-from hdrq_deploy import Bundle, SpecError, merge
+from hdrq_deploy import Bundle, merge
 from hdrq_deploy.calibration_data.readers import ImageSet, read
 from hdrq_deploy.experiments.rate_search import RateSearch, hold_out, judge
 from hdrq_deploy.experiments.tasks import Task, made, write_made
@@ -238,7 +239,7 @@ def calibrated(
     suffix = "" if learned is None else f"-trial-lr{rate:g}"
     path = out / "cells" / f"{parents.name}{suffix}-{domain}.hdrq"
     if path.exists():
-        _check_rate(path, lr)
+        refuse_other_rate(path, lr)
         return path
     learning = dict(task.learning.get(parents.method, {}))
     if lr is not None:
@@ -462,20 +463,13 @@ def _learning_rate(parents: Parents, rate: float | None = None) -> float | None:
     return None if rate is None else rate * ITERS / parents.iters
 
 
-def _check_rate(path: Path, wanted: float | None) -> None:
-    """Refuse a bundle that learned at another rate than ``RATES`` has now."""
-    found = Bundle.open(path).manifest.options.get("lr")
-    if wanted is not None and found != wanted:
-        raise SpecError(f"{path}: found the rate {found:g}; needed {wanted:g}: remove it")
-
-
 def work(parents: Parents, out: Path) -> str:
     """Rows of some parents, kept on disk."""
     target = out / "rows" / f"{parents.name}.json"
     if target.exists():
         for place in (out / "cells").glob(f"{parents.name}-*.hdrq"):
             if "-trial-" not in place.name:
-                _check_rate(place, _learning_rate(parents))
+                refuse_other_rate(place, _learning_rate(parents))
     else:
         write_bytes(target, json.dumps(evaluate(parents, out)).encode())
     return parents.name

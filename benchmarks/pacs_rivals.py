@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measured import refuse_other_rate
 from pacs_run import arguments, task_of, write
 from safetensors.numpy import save_file
 
@@ -116,12 +117,7 @@ def evaluated(rival: Rival, task: Task, run: Path, rate: float) -> dict[str, Any
     """The row of a rival on the test images, kept on disk."""
     target = run / "rivals" / f"{rival.name}.json"
     if target.exists():
-        made = Bundle.open(target.with_suffix(".hdrq")).manifest.options.get("lr")
-        if rival.method == "qdrop" and made != rate:
-            raise SystemExit(
-                f"pacs_rivals.py: {target}: found the rate {made}; needed {rate:g}, that of "
-                f"{run / TUNING}: remove the file and its bundle"
-            )
+        refuse_other_rate(target.with_suffix(".hdrq"), rate if rival.method == "qdrop" else None)
         row: dict[str, Any] = json.loads(target.read_text())
         return row
     bundle, seconds = quantized(rival, task, run, rate)

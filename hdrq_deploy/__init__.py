@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .merging import merge
     from .runtime import benchmark, load_engine
 
+    __version__: str
+
 # Since 1.29 ONNX Runtime starts a thread that reports to its makers. Nobody who runs an engine has
 # asked for it, and a process that was forked off waits for that thread for ever when it ends. It
 # must be declined before ONNX Runtime is imported; a value that the user has set stays.
@@ -47,24 +49,26 @@ _DOORS = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name where it is used; ``calibrate`` imports torch.
+if not TYPE_CHECKING:  # checkers of types would take any name for one of this module
 
-    An application that runs engines starts in half the time, and a command can be stopped from
-    its first moment on.
-    """
-    if name == "__version__":
-        from importlib.metadata import version
+    def __getattr__(name: str) -> Any:
+        """Import a public name where it is used; ``calibrate`` imports torch.
 
-        return version("hdrq-deploy")
-    if name not in _DOORS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(importlib.import_module(f".{_DOORS[name]}", __name__), name)
-    except ImportError as error:
-        if name != "calibrate":
-            raise
-        raise ModelError(
-            f"calibration needs {error.name}, which is not installed: "
-            "pip install 'hdrq-deploy[calibrate]'"
-        ) from error
+        An application that runs engines starts in half the time, and a command can be stopped from
+        its first moment on.
+        """
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("hdrq-deploy")
+        if name not in _DOORS:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            return getattr(importlib.import_module(f".{_DOORS[name]}", __name__), name)
+        except ImportError as error:
+            if name != "calibrate":
+                raise
+            raise ModelError(
+                f"calibration needs {error.name}, which is not installed: "
+                "pip install 'hdrq-deploy[calibrate]'"
+            ) from error

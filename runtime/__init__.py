@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "Prediction", "benchmark", "load_engine"]
 
 
-def __getattr__(name: str) -> Any:
-    """Import ``benchmark`` where it is used: an application that runs engines needs none."""
-    if name != "benchmark":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(".bench", __name__).benchmark
+if not TYPE_CHECKING:  # checkers of types would take any name for one of this module
+
+    def __getattr__(name: str) -> Any:
+        """Import ``benchmark`` where it is used: an application that runs engines needs none."""
+        if name != "benchmark":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return importlib.import_module(".bench", __name__).benchmark

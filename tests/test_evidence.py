@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 
+from hdrq_deploy import Bundle
+from hdrq_deploy.errors import SpecError
+
+CORPUS = Path(__file__).parent / "corpus" / "schema-1"
 PAIRS = (("handwriting", "photo"), ("handwriting", "night"), ("photo", "night"))
 WHOLE = ("handwriting", "photo", "night")
 
@@ -149,3 +153,14 @@ def test_rows_that_are_kept_keep_what_they_were_measured_with() -> None:
     for other in (later, {**first, "cpu": "B"}, {**first, "timm": "1.0"}):
         added = beside({"environment": first}, {"model": "c"}, other)
         assert added == {"environment": first, "row": {"model": "c", "environment": other}}
+
+
+@pytest.mark.usefixtures("evidence")
+def test_rows_of_another_learning_rate_are_refused() -> None:
+    refuse_other_rate = importlib.import_module("measured").refuse_other_rate
+    bundle = CORPUS / "night.hdrq"
+    rate = Bundle.open(bundle).manifest.options["lr"]
+    refuse_other_rate(bundle, rate)
+    refuse_other_rate(bundle, None)
+    with pytest.raises(SpecError, match=f"found the learning rate {rate}; needed {2 * rate:g}"):
+        refuse_other_rate(bundle, 2 * rate)

@@ -156,6 +156,13 @@ def test_all_is_the_truth(name: str) -> None:
         getattr(module, entry)
 
 
+def test_checkers_of_types_see_which_names_a_module_has() -> None:
+    """A bare ``__getattr__`` of a module has every name for mypy, so that a wrong import passes."""
+    for name, module in MODULES.items():
+        bare = [node.name for node in module.tree.body if isinstance(node, ast.FunctionDef)]
+        assert "__getattr__" not in bare, name
+
+
 def test_what_other_modules_import_is_public() -> None:
     for name, module in MODULES.items():
         for node in ast.walk(module.tree):

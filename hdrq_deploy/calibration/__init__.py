@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["calibrate", "fake_quantized", "folded_weights"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(".pipeline", __name__), name)
+if not TYPE_CHECKING:  # checkers of types would take any name for one of this module
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(".pipeline", __name__), name)

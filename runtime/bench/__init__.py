@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...deprecations import warn_deprecated
 from ...formats.bench_result import Accuracy, BenchResult, Latency, harmonic_mean
@@ -22,9 +22,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Find ``Plan``, the name that :class:`BenchPlan` had in version 0.1."""
-    if name != "Plan":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warn_deprecated("runtime.bench.Plan")
-    return BenchPlan
+if not TYPE_CHECKING:  # checkers of types would take any name for one of this module
+
+    def __getattr__(name: str) -> Any:
+        """Find ``Plan``, the name that :class:`BenchPlan` had in version 0.1."""
+        if name != "Plan":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        warn_deprecated("runtime.bench.Plan")
+        return BenchPlan
