@@ -4,11 +4,11 @@
         --out build/real_weights --results benchmarks/results
 
 ``DIR`` holds images ``INDEX_ANYTHING.jpg`` (INDEX is the class of ImageNet-1k). Every fourth image
-by class calibrates, the others are tested, and again with fog and snow of ImageNet-C (severity 3,
-``corrupt-tta``) on them. Each bundle is run as ONNX Runtime's and as OpenVINO's engine. Beside them
-stand ``onnxruntime.quantization.quantize_static`` with its defaults and at its best, and NNCF's
-post-training quantization with its ``mixed`` preset, all calibrated on the same images. Finished
-bundles and rows are kept; a library that is not installed leaves its rows out.
+by class calibrates, the others are tested, and again with fog, snow and frost of ImageNet-C
+(severity 3, ``corrupt-tta``) on them. Each bundle is run as ONNX Runtime's and as OpenVINO's
+engine. Beside them stand ``onnxruntime.quantization.quantize_static`` with its defaults and at its
+best, and NNCF's post-training quantization with its ``mixed`` preset, all calibrated on the same
+images. Finished bundles and rows are kept; a library that is not installed leaves its rows out.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from hdrq_deploy.runtime import load_engine
 
 MODEL = "timm:tf_efficientnet_lite0"
 RESIZE, SIDE, CLASSES = 256, 224, 1000
-DOMAINS = ("clean", "fog", "snow")
+DOMAINS = ("clean", "fog", "snow", "frost")
 BATCH = 25
 SCHEMES: dict[str, dict[str, Any]] = {
     "W8A8 per channel": {"wbits": 8, "per_channel": True},

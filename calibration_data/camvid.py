@@ -402,7 +402,7 @@ def _write_frame(image: Path, frame: Picture, turned: int, domain: str, folder: 
 
 
 def corrupted(pixels: Array, kind: str, name: str) -> Array:
-    """A frame (H, W, 3) uint8 in fog or snow; the same name gives the same weather.
+    """An image (H, W, 3) uint8 in fog, snow or frost; the same name gives the same weather.
 
     The package draws from NumPy's global generator, whose state is put back afterwards.
     """
