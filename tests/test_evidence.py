@@ -164,3 +164,18 @@ def test_rows_of_another_learning_rate_are_refused() -> None:
     refuse_other_rate(bundle, None)
     with pytest.raises(SpecError, match=f"found the learning rate {rate}; needed {2 * rate:g}"):
         refuse_other_rate(bundle, 2 * rate)
+
+
+def test_readme_gives_the_figures_of_the_papers_setting(evidence: Any) -> None:
+    record = evidence("records").needed("pacs_paper")
+    whole = {
+        row["method"]: row["single"]["harmonic mean"]["mean"]
+        for row in record["rows"]
+        if (row["setting"], row["bits"], row["way"]) == ("paper", "w4a8", "nearest")
+        and len(row["members"]) == 3
+    }
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    said = (
+        f"HDRQ's models of PACS reach {whole['hdrq']:.1f}% each and QDrop's {whole['qdrop']:.1f}%"
+    )
+    assert said in readme
