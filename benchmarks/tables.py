@@ -64,9 +64,9 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
         ),
     ),
     "merging": (
-        "Merging",
-        "How accurate merged bundles are, by method, bits and rounding, and what the distance to "
-        "the source and the noise do.",
+        "Merging: digits and drawn streets",
+        "How accurate merged bundles are, by method, bits and rounding; merge weights without "
+        "images; what distance to the source and noise do; how flat the loss is, on PACS too.",
         (
             Section("merge_statistics", merge_statistics),
             Section("digits", digits),
@@ -79,7 +79,7 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
     "pacs": (
         "PACS",
         "Merges and single models on paintings, cartoons and sketches, by method, bits and way of "
-        "merging; HDRQ beside QDrop.",
+        "merging; the paper's setting; HDRQ beside QDrop; what averaging breaks, layer by layer.",
         (
             Section("pacs", pacs),
             Section("pacs_paper", pacs_paper),
@@ -89,8 +89,8 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
     ),
     "other-trainings": (
         "PACS, other trainings and networks",
-        "The same on checkpoints of two other trainings, and with a network without depthwise "
-        "kernels; regression in front of BatchNorm and behind it.",
+        "PACS again, on checkpoints of two other trainings and with a network without depthwise "
+        "kernels; regression in front of BatchNorm and behind it, also on CamVid.",
         (
             Section("pacs_first", pacs_first),
             Section("pacs_wide", pacs_wide),

@@ -62,9 +62,10 @@ def camvid_weather(record: Mapping[str, Any]) -> str:
         [
             "## CamVid in fog and snow",
             "",
-            f"`{_on_camvid(own, names)}`: as above on checkpoints of another training, the weather "
-            "made by `corrupt-tta` (ImageNet-C's fog and snow, severity 3) from frames by day, in "
-            f"training and in test ({tests_told(own[0])}).",
+            f"`{_on_camvid(own, names)}`: as [by day and at dusk](#camvid-by-day-and-at-dusk), on "
+            "checkpoints of a third training, the weather made by `corrupt-tta` (ImageNet-C's fog "
+            "and snow, severity 3) from frames by day, in training and in test "
+            f"({tests_told(own[0])}).",
             "",
             *_camvid_figures(record, own, names),
         ]
@@ -81,9 +82,9 @@ def camvid_second(record: Mapping[str, Any]) -> str:
             f"`{_on_camvid(own, names)} --ways {' '.join(quantized_ways(record))}`: as "
             "[by day and at dusk](#camvid-by-day-and-at-dusk) on checkpoints of another "
             "training, so that its rows stand beside its own float rows only; all regression "
-            "solved behind BatchNorm. One calibration seed. That the mean is the float merge to be "
-            "fitted to here was seen on these test images, in the rows of the float models; a user "
-            "needs a few labels to know it.",
+            "solved behind BatchNorm. One calibration seed. The mean was chosen as a target of "
+            "fits after the float models' rows on these test images were seen; a user needs a few "
+            "labels to choose it.",
             "",
             *_camvid_figures(record, own, names),
         ]

@@ -731,7 +731,7 @@ def landscape_pacs(record: Mapping[str, Any]) -> str:
             "## Is the ground flatter on PACS?",
             "",
             f"`benchmarks/landscape.py pacs`: {_measured(record, 'PACS')} The models are those of "
-            "the [first page on PACS](pacs.md#pacs-in-our-setting) in our setting; merges are "
+            "[PACS in our setting](pacs.md#pacs-in-our-setting); merges are "
             "averages, as everywhere in this section.",
             "",
             _ground(record),

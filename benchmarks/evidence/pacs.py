@@ -102,7 +102,7 @@ def pacs_paper(record: Mapping[str, Any]) -> str:
             "",
             "HDRQ's merges less QDrop's, in points:",
             "",
-            beside_qdrop({"at the top": "pacs_paper"}, setting="paper"),
+            beside_qdrop({"that of our setting": "pacs_paper"}, setting="paper"),
             "",
             protocol_table(rows),
             "",
@@ -144,8 +144,9 @@ def pacs_first(record: Mapping[str, Any]) -> str:
             "",
             f"`{_command_of(record)}`, as [PACS in our setting]"
             "(pacs.md#pacs-in-our-setting) but on checkpoints of another training by the same "
-            "command, so that its rows stand beside its own float rows only. Merge weights were "
-            "chosen here too, on the calibration images.",
+            "command, so that its rows stand beside its own float rows only. Merges at "
+            "weights that were chosen on the calibration images were run as well, which the other "
+            "trainings lack.",
             "",
             *beside_floats(rows, quantized_ways(record)),
             "",
@@ -195,15 +196,15 @@ def _trainings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     which = "Another training" if len(places) == 1 else "Other trainings"
     apart = [o["difference"] for name in PACS_TRAININGS for _, o in hdrq_less_qdrop(name)]
+    smaller = sum(abs(points) < max(merged) for points in apart)
     return [
         "",
         f"The checkpoints are one training of each domain. {which} by the same command on other "
         f"machines ({listed(places)}) gave "
         f"single float models whose harmonic means are within {max(single):.1f} points of these, "
-        f"and merges of float models up to {max(merged):.1f} points away; of {len(apart)} "
-        f"differences between HDRQ and QDrop {sum(abs(d) < max(merged) for d in apart)} are "
-        "smaller. No interval here has this spread in it; what counts are differences on the same "
-        "checkpoints.",
+        f"and merges of float models up to {max(merged):.1f} points away; {smaller} of the "
+        f"{len(apart)} differences between HDRQ and QDrop on PACS are smaller than that. No "
+        "interval here has this spread in it; what counts are differences on the same checkpoints.",
     ]
 
 
@@ -216,6 +217,8 @@ def _protocol_distances(tuning: Mapping[str, Any]) -> list[str]:
     (rival,) = (search for search in tuning["searches"] if search["method"] == "qdrop")
     beside = f"`qdrop` at its best {min(trial['score'] for trial in rival['tried']):.3f}"
     names = {"relative": "relative", "norm": "as published"}
+    scores = [row["score"] for row in record["rows"]]
+    span = max(scores) - min(scores)
     tried = ", ".join(
         f"{names[row['distance_form']]}, λ = {row['distance']:g}: {row['score']:.3f}"
         for row in record["rows"]
@@ -224,8 +227,8 @@ def _protocol_distances(tuning: Mapping[str, Any]) -> list[str]:
         "",
         "That search ran with the distance that was our setting's then (relative, λ = 0.3). At the "
         f"rate that it chose, `hdrq` scores on the same held-out images {tried} ({beside}; "
-        "`benchmarks/pacs_distance.py`), which is less apart than neighbouring rates are; the rows "
-        "above have the best of these"
+        f"`benchmarks/pacs_distance.py`). These scores are {span:.2f} nats apart; the rows above "
+        "have the best of these distances"
         f"{', the smallest relative one that was tried' if _is_smallest(record) else ''}.",
     ]
 
@@ -302,15 +305,18 @@ def hdrq_beside_qdrop(_: Mapping[str, Any]) -> str:
         [
             "## HDRQ beside QDrop on PACS",
             "",
-            "HDRQ's merges less QDrop's, in points, as in the table of the [first page]"
-            "(index.md#hdrq-beside-qdrop), with pairs of domains: of the training at the top, of "
-            "the first and the second one, and of an earlier one on which the rates were searched, "
-            "with the distance that was our setting's then (λ = 0.3). Bold is a difference of "
+            "HDRQ's merges less QDrop's, in points, as in the [table that opens the evidence]"
+            "(index.md#hdrq-beside-qdrop), with pairs of domains: of the training of "
+            "[our setting](#pacs-in-our-setting), of the "
+            f"[first]({_MORE}#pacs-on-the-first-training-of-the-checkpoints) and the "
+            f"[second]({_MORE}#pacs-on-the-second-training-of-the-checkpoints) one, and of an "
+            "[earlier one](earlier-figures.md#pacs-at-w4a4) on which the rates were searched, with "
+            "the distance that was our setting's then (λ = 0.3). Bold is a difference of "
             "several calibration seeds whose interval leaves out zero.",
             "",
             beside_qdrop(
                 {
-                    "at the top": "pacs",
+                    "our setting": "pacs",
                     "first": "pacs_first",
                     "second": "pacs_wide",
                     "earlier, λ = 0.3": "pacs_earlier",
@@ -395,8 +401,8 @@ def pacs_resnet(record: Mapping[str, Any]) -> str:
             "## PACS with a plain residual network",
             "",
             f"`{command} --ways {' '.join(ways)}`: {record['form']}, trained on photos and then on "
-            "every domain with labels; all else as for the network of "
-            "the other sections. One calibration seed."
+            "every domain with labels; all else as in [PACS in our setting]"
+            "(pacs.md#pacs-in-our-setting). One calibration seed."
             + (" `latent` is `hdrq` without noise and without distance." if latent else ""),
             "",
             *([protocol_rates(tuning, "the same checkpoints"), ""] if tuning else []),
@@ -427,12 +433,31 @@ def _resnet_read(rows: Sequence[Mapping[str, Any]]) -> str:
         f"the float ones (harmonic mean {real:.1f}), where EfficientNet-Lite0 [loses]"
         "(pacs.md#pacs-in-our-setting) "
         f"{_lost_to_rounding():.0f} when it is rounded to nearest at W4A8. Two things differ: this "
-        "one has no depthwise kernels, and it never saw ImageNet. Its merges lose more than there, "
-        "in float already. A regression with BatchNorm folded into the weights solves for the same "
-        "outputs as one with BatchNorm apart does; merged float models differ by "
+        f"one has no depthwise kernels, and it never saw ImageNet. {_lost_in_float(rows)} A "
+        "regression with BatchNorm folded into the weights solves for the same outputs as one with "
+        "BatchNorm apart does; merged float models differ by "
         f"{within[0] - apart[0]:+.1f} points on pairs and {within[1] - apart[1]:+.1f} on all "
         "domains, where a regression [in front of BatchNorm]"
         "(#regression-in-front-of-batchnorm-and-behind-it) is far behind."
+    )
+
+
+def _lost_in_float(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What merging costs float models of this network and of EfficientNet-Lite0, in points."""
+    there = protocol_rows(needed("pacs"))
+    lost = {}
+    for way in ("nearest", "regression"):
+        for network, own in (("here", rows), ("there", there)):
+            alone, merged = (protocol_means(own, "float", "", w) for w in ("single", way))
+            assert alone is not None and merged is not None
+            lost[network, way] = tuple(a - b for a, b in zip(alone, merged, strict=True))
+    told = {key: " and ".join(f"{points:.1f}" for points in lost[key]) for key in lost}
+    averaged = zip(lost["here", "nearest"], lost["there", "nearest"], strict=True)
+    assert all(here > there + 5 for here, there in averaged), "the sentence says so"
+    return (
+        f"Float models lose more here when they are averaged ({told['here', 'nearest']} points, "
+        f"mean of pairs and all domains) than there ({told['there', 'nearest']}), and about as "
+        f"much by regression ({told['here', 'regression']}, there {told['there', 'regression']})."
     )
 
 

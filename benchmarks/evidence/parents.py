@@ -29,7 +29,8 @@ def parents(record: Mapping[str, Any]) -> str:
         [
             "## What averaging breaks, layer by layer",
             "",
-            "`benchmarks/parents.py`, on PACS, checkpoints of the second training, calibration "
+            "`benchmarks/parents.py`, on PACS, checkpoints of [the second training]"
+            "(other-trainings.md#pacs-on-the-second-training-of-the-checkpoints), calibration "
             "seed 0. *Moved codes* is the share of codes that differ from rounding to nearest. "
             "*Distance* is that of two quantized models, divided by that of their float models. "
             "*Correlation* is that of their quantization errors: an average of two models halves "

@@ -93,7 +93,7 @@ def pacs_rivals(record: Mapping[str, Any]) -> str:
     learned = {row["method"] for row in record["rows"]}
     return "\n".join(
         [
-            "## The same on PACS",
+            "## Merged in float first, on PACS",
             "",
             "`benchmarks/pacs_rivals.py`: the merges of float models of [PACS in our setting]"
             "(pacs.md#pacs-in-our-setting) are quantized at W4A8, one scale per channel, with "

@@ -208,10 +208,11 @@ def _led() -> str:
         "the sentence says so"
     )
     return (
-        "HDRQ leads QDrop with one scale per tensor, as published: single models of PACS reach "
-        f"{alone['hdrq']:.1f} and {alone['qdrop']:.1f}% at W4A8, averages "
+        "On PACS with one scale per tensor, as published, HDRQ leads QDrop: at W4A8 single models "
+        f"reach {alone['hdrq']:.1f} and {alone['qdrop']:.1f}%, averages of all three domains "
         f"{averaged['hdrq']:.1f} and {averaged['qdrop']:.1f}% (a guess {100 / 7:.1f}%; one seed); "
-        "with one scale per channel neither leads throughout: over three seeds on two trainings "
+        "on digits [neither does](aims-and-claims.md#the-papers-claims-on-what-was-run-here). With "
+        "one scale per channel neither leads throughout on PACS: over three seeds on two trainings "
         f"the interval of HDRQ less QDrop is above zero in {plain_ours} and below it in "
         f"{plain_theirs} of {plain} averages, and in {ours} and {theirs} of {rest} other merges "
         "([below](#hdrq-beside-qdrop); not independent, not corrected for their number)."
@@ -260,11 +261,11 @@ def _without_images(
     assert after[0] > solved[0] and after[1] > solved[1], "the sentence says so"
     return (
         "Without images, regression on the statistics in the bundles lifts W4A8 merges of pairs of "
-        f"HDRQ's models of digits from {plain[0]:.1f} to {solved[0]:.1f}%, above the average of "
-        f"the float models ({average[0]:.1f}%) and below their merge by the same regression "
-        f"({exact[0]:.1f}%, and {after[0]:.1f}% after QDrop has quantized it on images); on all "
-        f"three domains it adds {with_spread(whole)} points, and at W3A3 merges stay below the "
-        "float average.",
+        f"HDRQ's models of digits from {plain[0]:.1f} to {solved[0]:.1f}%. Their float models "
+        f"reach {average[0]:.1f}% averaged, {exact[0]:.1f}% merged by the same regression, and "
+        f"{after[0]:.1f}% when QDrop then quantizes that merge on images. On all three domains "
+        f"regression adds {with_spread(whole)} points; at W3A3 its merges stay below the float "
+        "average.",
         ("merge_statistics", "merge_rivals"),
     )
 
@@ -284,10 +285,10 @@ def _fitted(
     return (
         "With 256 unlabelled images a domain, fitted W4A8 merges of pairs of PACS reach "
         f"{min(pairs):.1f} to {late:.1f}%, between the best float merge without a fit "
-        f"({unfitted:.1f}%) and with one ({whole:.1f}%); bundles that were only rounded to nearest "
-        f"({plain:.1f}%) and W4A4 merges stay below both, and on streets (CamVid), with few "
-        f"frames, a fit to the bundles moves merges by {min(streets):+.1f} to {max(streets):+.1f} "
-        "points.",
+        f"({unfitted:.1f}%) and with one ({whole:.1f}%). Bundles that were only rounded to nearest "
+        f"({plain:.1f}%) and W4A4 merges fitted to their bundles stay below both. On streets "
+        "(CamVid, two trainings, few frames) a fit to the bundles moves merges by regression by "
+        f"{min(streets):+.1f} to {max(streets):+.1f} points.",
         ("pacs", "camvid", "camvid_second"),
     )
 
@@ -337,7 +338,7 @@ def _seeds_told() -> str:
             row["bits"].startswith(("w4", "w3")) and row["way"] not in ("single", "guided")
         ):
             key = (
-                ("w4a8", "8-bit `rtn-corrected` merged to 4 bits")
+                ("w4a8", "8-bit `rtn-corrected` merged to 4")
                 if late
                 else (row["bits"], f"`{row['method']}`")
             )
@@ -347,11 +348,20 @@ def _seeds_told() -> str:
         if min(found) > 1:
             told.setdefault((min(found), bits.upper()), []).append(name)
     several = "; ".join(
-        f"at {bits} {count} for {listed(names)}" for (count, bits), names in told.items()
+        f"at {bits} {listed(names)} ({count})" for (count, bits), names in told.items()
     )
+    pairs, whole = (
+        {
+            row["figure"].get("calibrations", 1)
+            for row in protocol_rows(needed("pacs"))
+            if row["way"] == "guided" and len(row["members"]) == members
+        }
+        for members in (2, 3)
+    )
+    assert pairs == {1} and whole == {3}, "the sentence says so"
     return (
-        "Some rows are means of several calibration seeds (fits to the float models aside): "
-        f"{several}. All others are one run."
+        f"Means of several calibration seeds: {several}. In the last column this holds for all "
+        "domains; pairs there are of one seed. All other rows are one run."
     )
 
 
@@ -474,10 +484,12 @@ def summary(pages: Mapping[str, tuple[str, str]], made: str) -> str:
         "Bars are 95% intervals over test images and calibration seeds, of merges of all three "
         "domains of PACS; digits and means of pairs have none here ([tables](pacs.md)).",
         "",
-        "How flat the loss is around the models of QDrop and HDRQ, and what lies between them, is "
-        "on the page on [merging](merging.md#is-the-ground-flatter): "
-        f"{_flatter()}. The left panel shows the mean and the range over pairs of domains and "
-        "seeds on digits; the next shows merges of one pair, a point for every rounding seed:",
+        "The page on [merging](merging.md#is-the-ground-flatter) measures how flat the loss is "
+        "around the models of QDrop and HDRQ, and what lies between them: "
+        f"{_flatter()}. The left panel shows the loss between two models of digits, rounded (the "
+        "mean and the range over pairs of domains and seeds), the next one the accuracy of one "
+        "pair's merges (a point for every rounding seed), and the others the loss in the plane of "
+        "three models:",
         "",
         f"![{PLANES}](landscape.svg)",
         "",
@@ -491,9 +503,9 @@ def summary(pages: Mapping[str, tuple[str, str]], made: str) -> str:
         "## HDRQ beside QDrop",
         "",
         "HDRQ's merges of all domains less QDrop's, in points, with 95% intervals over test images "
-        "and, where several were run, calibration seeds: three in the first column at the bits "
-        "that the table above names, three at W4A8 and W4A4 of the first training (one at chosen "
-        "weights), two at W4A4 and W3A3 of digits, one elsewhere. "
+        "and, where several were run, calibration seeds: three in the column PACS at W4A8, W4A4 "
+        "and W3A3, three at W4A8 and W4A4 of the first training (one at chosen weights), two at "
+        "W4A4 and W3A3 of digits, one elsewhere. "
         "Bold is a difference of several seeds whose interval leaves out zero. An interval of one "
         "seed says nothing of what another seed would give. No interval covers the differences "
         "between trainings; compare the columns for those. Intervals are not corrected for their "
@@ -521,8 +533,8 @@ def summary(pages: Mapping[str, tuple[str, str]], made: str) -> str:
         "",
         _drawn_beside_qdrop(),
         "",
-        "These digits are those of an older run: five rates were tried for each method there, on "
-        "the streets five for QDrop and eight for HDRQ.",
+        "Figures of this second table are of an older run (`merge_statistics.json`): on digits "
+        "five rates were tried for each method, on streets five for QDrop and eight for HDRQ.",
         "",
         "## What was not run",
         "",
@@ -535,6 +547,6 @@ def summary(pages: Mapping[str, tuple[str, str]], made: str) -> str:
             [[f"[{title}]({name}.md)", about] for name, (title, about) in pages.items()],
         ),
         "",
-        f"{made} Sections name their script and their record.",
+        f"{made} On the other pages every section names its script and its record.",
     ]
     return "\n".join(parts) + "\n"
