@@ -221,7 +221,8 @@ def beside_qdrop(records: Mapping[str, str], together: bool = False, setting: st
         setting: Rows of this setting.
 
     Returns:
-        A table; bold where the interval of several calibration seeds leaves out zero.
+        A table; bold where the interval of several calibration seeds leaves out zero. Differences
+        of several seeds say how many they are.
     """
     found: dict[tuple[str, str, str], dict[tuple[str, ...], Mapping[str, Any]]] = {}
     for about, name in records.items():
@@ -236,7 +237,7 @@ def beside_qdrop(records: Mapping[str, str], together: bool = False, setting: st
         last = {key: cell[whole[key[0]]] for key, cell in found.items() if whole[key[0]] in cell}
         bits = sorted({key[1] for key in found}, key=BITS.index)
         lines = [
-            [b.upper(), way_in_full(way), *(_bold(last.get((a, b, way))) for a in records)]
+            [b.upper(), way_in_full(way), *(_bold(last.get((a, b, way)), True) for a in records)]
             for b in bits
             for way in WAY_LABELS
             if any((about, b, way) in last for about in records)
@@ -257,12 +258,16 @@ def beside_qdrop(records: Mapping[str, str], together: bool = False, setting: st
     return table(["training", "bits", "merge", "seeds", *header[:-1], "all domains"], lines)
 
 
-def _bold(other: Mapping[str, Any] | None) -> str:
-    """A difference, bold where the interval of several seeds leaves out zero."""
+def _bold(other: Mapping[str, Any] | None, seeds: bool = False) -> str:
+    """A difference, bold where the interval of several seeds leaves out zero.
+
+    With ``seeds`` it says how many they are.
+    """
     if other is None:
         return "-"
-    text = difference_told(other)
-    bold = other["calibrations"] > 1 and not other["low"] <= 0 <= other["high"]
+    several = other["calibrations"] > 1
+    text = difference_told(other) + f", {other['calibrations']} seeds" * (seeds and several)
+    bold = several and not other["low"] <= 0 <= other["high"]
     return f"**{text}**" if bold else text
 
 

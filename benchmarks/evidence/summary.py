@@ -329,42 +329,6 @@ def _moved_by_fits() -> list[float]:
     return moved
 
 
-def _seeds_told() -> str:
-    """Which lines of :func:`_with_images` are means of several calibration seeds."""
-    counts: dict[tuple[str, str], set[int]] = {}
-    for row in protocol_rows(needed("pacs")):
-        late = row["way"].endswith("-w4") and row["bits"] == "w8a8"
-        if late or (
-            row["bits"].startswith(("w4", "w3")) and row["way"] not in ("single", "guided")
-        ):
-            key = (
-                ("w4a8", "8-bit `rtn-corrected` merged to 4")
-                if late
-                else (row["bits"], f"`{row['method']}`")
-            )
-            counts.setdefault(key, set()).add(row["figure"].get("calibrations", 1))
-    told: dict[tuple[int, str], list[str]] = {}
-    for (bits, name), found in counts.items():
-        if min(found) > 1:
-            told.setdefault((min(found), bits.upper()), []).append(name)
-    several = "; ".join(
-        f"at {bits} {listed(names)} ({count})" for (count, bits), names in told.items()
-    )
-    pairs, whole = (
-        {
-            row["figure"].get("calibrations", 1)
-            for row in protocol_rows(needed("pacs"))
-            if row["way"] == "guided" and len(row["members"]) == members
-        }
-        for members in (2, 3)
-    )
-    assert pairs == {1} and whole == {3}, "the sentence says so"
-    return (
-        f"Means of several calibration seeds: {several}. In the last column this holds for all "
-        "domains; pairs there are of one seed. All other rows are one run."
-    )
-
-
 def _trials() -> str:
     """How many rates were tried for digits in our setting."""
     searches = {
@@ -397,25 +361,40 @@ def _with_images() -> str:
     """PACS at 4 and 3 bits: what every way of merging reaches, pairs and all domains."""
     rows = protocol_rows(needed("pacs"))
     ways = ("single", "nearest", "regression", "renewed", "fitted", "guided")
-    lines: list[tuple[str, str, list[tuple[float, float] | None]]] = []
+    kinds: list[tuple[str, str, str, str, tuple[str, ...]]] = []
     for bits in ("", "w4a8", "w4a4", "w3a3"):
         for method in ("float", "rtn", "rtn-corrected", "brecq", "qdrop", "hdrq"):
-            lines.append((method, bits, [protocol_means(rows, method, bits, w) for w in ways]))
+            kinds.append((method, bits, method, bits, ways))
         if bits == "w4a8":
-            late = [protocol_means(rows, "rtn-corrected", "w8a8", f"{way}-w4") for way in ways]
-            lines.append((_LATE, bits, late))
-    told = [
-        [
-            method,
-            bits.upper() or "FP32",
-            *map(_both, both),
-        ]
-        for method, bits, both in lines
-        if any(both)
-    ]
+            late = tuple(f"{way}-w4" for way in ways)
+            kinds.append((_LATE, bits, "rtn-corrected", "w8a8", late))
+    lines = []
+    for name, bits, method, own, these in kinds:
+        both = [protocol_means(rows, method, own, way) for way in these]
+        if any(both):
+            seeds = _seeds_of(rows, method, own, these)
+            lines.append([name, bits.upper() or "FP32", seeds, *map(_both, both)])
     heads = ["alone", "averaged", "regression", "re-estimated", "fitted"]
     heads.append("fitted to floats, 2 sweeps")
-    return table(["models", "bits", *heads], told)
+    return table(["models", "bits", "seeds", *heads], lines)
+
+
+def _seeds_of(
+    rows: Sequence[Mapping[str, Any]], method: str, bits: str, ways: Sequence[str]
+) -> str:
+    """How many calibration seeds figures are the mean of; fits to float models say it apart."""
+    if method == "float":
+        return "-"
+    own = [row for row in rows if (row["method"], row["bits"]) == (method, bits)]
+    counts = {
+        row["way"]: {r["figure"].get("calibrations", 1) for r in own if r["way"] == row["way"]}
+        for row in own
+        if row["way"] in ways
+    }
+    guided = counts.pop("guided", set())
+    (seeds,) = set.union(*counts.values())
+    assert guided <= {1, seeds}, "pairs are of one seed, all domains of all: the page says so"
+    return str(seeds)
 
 
 def _not_run() -> str:
@@ -496,22 +475,21 @@ def summary(pages: Mapping[str, tuple[str, str]], made: str) -> str:
         "## PACS, merged with and without images",
         "",
         "Harmonic means of top-1 accuracies in %, mean of pairs / all three domains. "
-        f"{_seeds_told()} Intervals are on the page on [PACS](pacs.md).",
+        "A figure is the mean of so many calibration seeds; in the last column pairs are of one. "
+        "Intervals are on the page on [PACS](pacs.md).",
         "",
         _with_images(),
         "",
         "## HDRQ beside QDrop",
         "",
         "HDRQ's merges of all domains less QDrop's, in points, with 95% intervals over test images "
-        "and, where several were run, calibration seeds: three in the column PACS at W4A8, W4A4 "
-        "and W3A3, three at W4A8 and W4A4 of the first training (one at chosen weights), two at "
-        "W4A4 and W3A3 of digits, one elsewhere. "
-        "Bold is a difference of several seeds whose interval leaves out zero. An interval of one "
-        "seed says nothing of what another seed would give. No interval covers the differences "
-        "between trainings; compare the columns for those. Intervals are not corrected for their "
-        "number, and the frames of CamVid are of a few drives. On PACS the rates of both methods "
-        "were searched by five trials each, for averages at W4A4 on the earlier training; other "
-        "widths, ways, trainings and CamVid take them unsearched, and HDRQ's distance to the "
+        "and, where several were run, calibration seeds; all others are of one seed. Bold is a "
+        "difference of several seeds whose interval leaves out zero. An interval of one seed says "
+        "nothing of what another seed would give. No interval covers the differences between "
+        "trainings; compare the columns for those. Intervals are not corrected for their number, "
+        "and the frames of CamVid are of a few drives. On PACS the rates of both methods were "
+        "searched by five trials each, for averages at W4A4 on the earlier training; other widths, "
+        "ways, trainings and CamVid take them unsearched, and HDRQ's distance to the "
         f"source was chosen in addition, among three. On digits rates were searched {_trials()}. "
         "[Pairs of domains](pacs.md#hdrq-beside-qdrop-on-pacs) are on the page on PACS.",
         "",
