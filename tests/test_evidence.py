@@ -114,7 +114,7 @@ def test_a_difference_of_pairs_is_none_of_all_domains(
     records = {"whole": record(*PAIRS, WHOLE), "pairs": record(*PAIRS)}
     monkeypatch.setattr(protocol, "needed", records.__getitem__)
     table = protocol.beside_qdrop({"A": "whole", "B": "pairs"}, together=True)
-    line = "| W4A4 | mean, nearest | **+4.0 (+1.0 to +7.0)** | - |"
+    line = "| W4A4 | mean, nearest | **+4.0 (+1.0 to +7.0), 3 seeds** | - |"
     assert table.splitlines()[2:] == [line]
 
 
