@@ -174,8 +174,11 @@ def test_readme_gives_the_figures_of_the_papers_setting(evidence: Any) -> None:
         if (row["setting"], row["bits"], row["way"]) == ("paper", "w4a8", "nearest")
         and len(row["members"]) == 3
     }
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    streets = evidence("camvid").streets_as_published()
     said = (
-        f"HDRQ's models of PACS reach {whole['hdrq']:.1f}% each and QDrop's {whole['qdrop']:.1f}%"
+        f"HDRQ's models of PACS reach {whole['hdrq']:.1f}% each and QDrop's {whole['qdrop']:.1f}% "
+        f"(W4A8, one seed), those of CamVid, at the rates of PACS, {streets['hdrq'][0]:.1f} and "
+        f"{streets['qdrop'][0]:.1f} mIoU"
     )
-    assert said in readme
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert said in " ".join(readme.split())
