@@ -12,6 +12,7 @@ from evidence.protocol import (
     beside_section,
     learned_options,
     methods_of,
+    moved_scales,
     protocol_missing,
     protocol_rows,
     quantized_ways,
@@ -114,7 +115,8 @@ def camvid_paper(record: Mapping[str, Any]) -> str:
             f"λ = {options['distance']:g} of its own form, averages alone; but {options['iters']} "
             "iterations a block, at the rates that were searched in this setting on PACS, and not "
             "on these models. One calibration seed. Single models, and averages to nearest, in "
-            f"mIoU (harmonic mean of {listed(names)}): {_alone_and_averaged(own)}.",
+            f"mIoU (harmonic mean of {listed(names)}): {_alone_and_averaged(own)}. "
+            f"{moved_scales('camvid')}",
             "",
             *_camvid_table(record, own, names, "paper"),
         ]

@@ -15,6 +15,7 @@ from evidence.protocol import (
     hdrq_less_qdrop,
     learned_bits,
     learned_options,
+    moved_scales,
     paper_read,
     protocol_means,
     protocol_missing,
@@ -98,7 +99,8 @@ def pacs_paper(record: Mapping[str, Any]) -> str:
             f"`{reproduce_command(_ON_PACS, own, rates=rates)}`: the checkpoints of our setting, "
             "as published: one scale per tensor, BatchNorm folded into the weights, the paper's "
             f"quantizers and blocks, λ = {options['distance']:g} of its own form, averages alone; "
-            f"but {options['iters']} iterations a block. {paper_read(rows, 100 / 7)}",
+            f"but {options['iters']} iterations a block. {paper_read(rows, 100 / 7)} "
+            f"{moved_scales('pacs')}",
             "",
             "HDRQ's merges less QDrop's, in points:",
             "",

@@ -1,0 +1,67 @@
+"""How far HDRQ's learning moved the scales of weights in the paper's setting.
+
+    python benchmarks/learned_scales.py --run pacs=OUT --run camvid=OUT --results benchmarks/results
+
+``OUT`` are folders of ``hdrq reproduce TASK --settings paper`` with bundles of ``hdrq`` and ``rtn``
+at the same bits. A row is a bundle, and the layer whose scale is the most times that of rounding to
+nearest.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from evidence.records import write_record
+from measured import here
+
+from hdrq_deploy import Bundle
+from hdrq_deploy.experiments.grid import bundle_path
+
+_SUFFIX = ".weight_scale"
+
+
+def rows_of(task: str, out: Path) -> Iterator[dict[str, Any]]:
+    """Rows of the bundles of a run; of calibration seed 0."""
+    for path in sorted((out / "cells").glob("paper-hdrq-w*-s0-*.hdrq")):
+        _, _, bits, _, domain = path.stem.split("-", 4)
+        rounded = bundle_path(out, f"paper-rtn-{bits}-s0-{domain}")
+        if "+" in domain or not rounded.exists():
+            continue
+        learned, nearest = (Bundle.open(place).tensors() for place in (path, rounded))
+        times = {
+            name.removesuffix(_SUFFIX): float(np.max(learned[name] / nearest[name]))
+            for name in learned
+            if name.endswith(_SUFFIX)
+        }
+        layer = max(times, key=lambda name: times[name])
+        yield {
+            "task": task,
+            "bits": bits,
+            "domain": domain,
+            "layer": layer,
+            "times_rtn": round(times[layer], 2),
+            "median_times_rtn": round(float(np.median(list(times.values()))), 3),
+        }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare, and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", action="append", required=True, metavar="TASK=OUT")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args(argv)
+    rows: list[dict[str, Any]] = []
+    for text in args.run:
+        task, _, out = text.partition("=")
+        rows += rows_of(task, Path(out).absolute())
+    record = {"schema_version": 1, "environment": here(), "rows": rows}
+    write_record(args.results / "learned_scales.json", record)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
