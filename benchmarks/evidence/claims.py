@@ -351,6 +351,7 @@ def _on_camvid() -> Iterator[list[str]]:
         few.format(_signed(fit)) + ", fitted to each domain's own model",
     ]
     yield _alone_at_eight_bits("camvid", "CamVid")
+    yield _alone_at_eight_bits("camvid_second", "CamVid on the second training")
     yield _alone_at_eight_bits("camvid_weather", "CamVid in fog and snow")
 
 

@@ -110,7 +110,7 @@ def plot_headline(target: Path) -> None:
 
     figures, spans = _figures(), _spans()
     with rc_context({"svg.hashsalt": "hdrq", "svg.fonttype": "path", "font.size": 9}):
-        figure = Figure(figsize=(11, 3.6), layout="constrained")
+        figure = Figure(figsize=(11, 3.9), layout="constrained")
         panels = figure.subplots(1, 2, width_ratios=(2, 4))
         for axes, task in zip(panels, ("digits", "PACS"), strict=True):
             own = [column for column in _COLUMNS if column[0] == task]
@@ -137,7 +137,8 @@ def plot_headline(target: Path) -> None:
         for mark, name in (("o", "mean of pairs"), ("D", "all three domains")):
             filled = "#1a202c" if mark == "o" else "none"
             panels[1].plot([], [], mark, color=filled, mec="#1a202c", ms=6, label=name)
-        panels[1].legend(frameon=False, fontsize=8, loc="lower right")
+        marks = panels[1].get_legend_handles_labels()
+        figure.legend(*marks, frameon=False, fontsize=8, ncols=9, loc="outside lower center")
         empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(target, metadata=empty)
 
@@ -438,7 +439,7 @@ def _not_run() -> str:
         "PACS at W8A4": there(every, bits="w8a4"),
         "PACS at W6A6": there(every, bits="w6a6"),
         "`rtn-corrected` on PACS at W4A4": there(every, method="rtn-corrected", bits="w4a4"),
-        "methods that learn on CamVid at W8A8": there(streets, method="qdrop", bits="w8a8"),
+        "QDrop on CamVid at W8A8": there(streets, method="qdrop", bits="w8a8"),
         "methods that learn on CamVid at W4A4": there(streets, method="qdrop", bits="w4a4"),
         "methods that learn on CamVid in fog and snow": there(weather, method="qdrop"),
         "methods that learn on the residual network on PACS": there(plain, method="qdrop"),
