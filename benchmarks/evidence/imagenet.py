@@ -87,14 +87,16 @@ def _brought_back(rows: Sequence[Mapping[str, Any]]) -> str:
     gains = {
         what: top1[key] - rounded
         for what, key in {
-            "corrected biases": ("rtn-corrected", wide),
+            "Corrected biases": ("rtn-corrected", wide),
             "HDRQ": ("hdrq", wide),
             "BatchNorm in the scales": ("rtn", f"{wide}, BatchNorm in the scales"),
         }.items()
     }
     assert min(gains.values()) > 0, "the sentence says so"
-    told = ", ".join(f"{what} {points:.1f}" for what, points in gains.items())
+    (first, points), *others = gains.items()
+    told = listed([f"{what} {more:.1f}" for what, more in others])
     return (
         f"With one scale per tensor at W8A8 rounding to nearest loses "
-        f"{top1['float', 'FP32'] - rounded:.1f} points (ONNX Runtime); of these bring back: {told}."
+        f"{top1['float', 'FP32'] - rounded:.1f} points (ONNX Runtime). {first} bring back "
+        f"{points:.1f} of them, {told}."
     )
