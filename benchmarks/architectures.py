@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from evidence.records import write_record
-from measured import beside, here
+from measured import current_environment, row_with_environment
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -202,11 +202,15 @@ def run_models(
         rows = record["rows"]
         if name in rows and not args.again:
             continue
+        found = current_environment(packages)
         with tempfile.TemporaryDirectory() as scratch:
-            added = beside(record, one(name, Path(scratch)), here(packages))
-        print(json.dumps(added["row"]), flush=True)
-        rows = {**rows, name: added["row"]}
-        record = {"schema_version": 1, "environment": added["environment"], "rows": rows}
+            row = one(name, Path(scratch))
+        others = [kept for key, kept in rows.items() if key != name]
+        # A record none of whose other rows is of its environment takes that of the new row.
+        known = record if any("environment" not in kept for kept in others) else {}
+        of_record, row = row_with_environment(known, row, found)
+        print(json.dumps(row), flush=True)
+        record = {"schema_version": 1, "environment": of_record, "rows": {**rows, name: row}}
         write_record(target, record)
     return 0
 

@@ -26,7 +26,7 @@ import onnx
 import onnxruntime
 from architectures import photographs
 from evidence.records import write_record
-from measured import beside, here
+from measured import current_environment, row_with_environment
 from merge_quality import DOMAINS, Cell, Setting, split
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -369,13 +369,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{model}: measured already")
             continue
         started = time.monotonic()
-        made_with = here(("torch", "timm", "transformers", "tensorrt-rtx"))
-        added = beside(record, one(model), made_with)
+        found = current_environment(("torch", "timm", "transformers", "tensorrt-rtx"))
+        of_record, row = row_with_environment(record, one(model), found)
         record = {
             **record,
             "schema_version": 1,
-            "environment": added["environment"],
-            "rows": [*record["rows"], added["row"]],
+            "environment": of_record,
+            "rows": [*record["rows"], row],
         }
         args.results.mkdir(parents=True, exist_ok=True)
         write_record(target, record)

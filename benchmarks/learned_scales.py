@@ -16,21 +16,30 @@ from typing import Any
 
 import numpy as np
 from evidence.records import write_record
-from measured import here
+from measured import current_environment
 
 from hdrq_deploy import Bundle
+from hdrq_deploy.errors import SpecError
 from hdrq_deploy.experiments.grid import bundle_path
 
 _SUFFIX = ".weight_scale"
 
 
 def rows_of(task: str, out: Path) -> Iterator[dict[str, Any]]:
-    """Rows of the bundles of a run; of calibration seed 0."""
+    """Give the rows of a run's bundles of calibration seed 0.
+
+    Raises:
+        SpecError: There are none, or one has no bundle of ``rtn`` beside it.
+    """
+    given = 0
     for path in sorted((out / "cells").glob("paper-hdrq-w*-s0-*.hdrq")):
         _, _, bits, _, domain = path.stem.split("-", 4)
         rounded = bundle_path(out, f"paper-rtn-{bits}-s0-{domain}")
-        if "+" in domain or not rounded.exists():
+        if "+" in domain:
             continue
+        if not rounded.exists():
+            raise SpecError(f"{path}: found no {rounded.name} beside it; needed one: run rtn too")
+        given += 1
         learned, nearest = (Bundle.open(place).tensors() for place in (path, rounded))
         times = {
             name.removesuffix(_SUFFIX): float(np.max(learned[name] / nearest[name]))
@@ -46,6 +55,8 @@ def rows_of(task: str, out: Path) -> Iterator[dict[str, Any]]:
             "times_rtn": round(times[layer], 2),
             "median_times_rtn": round(float(np.median(list(times.values()))), 3),
         }
+    if not given:
+        raise SpecError(f"{out}: found no bundles of hdrq in the paper's setting; needed some")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,8 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     for text in args.run:
         task, _, out = text.partition("=")
+        if not out:
+            parser.error(f"--run: found {text!r}; needed TASK=OUT")
         rows += rows_of(task, Path(out).absolute())
-    record = {"schema_version": 1, "environment": here(), "rows": rows}
+    record = {"schema_version": 1, "environment": current_environment(), "rows": rows}
     write_record(args.results / "learned_scales.json", record)
     return 0
 

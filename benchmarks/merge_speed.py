@@ -285,18 +285,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.one:
         print(json.dumps(one_merge(Path(args.one[0]), args.one[1])))
         return 0
-    from measured import beside, here
+    from measured import current_environment, row_with_environment
 
-    target, made_with = args.results / "merge_speed.json", here()
+    target, found = args.results / "merge_speed.json", current_environment()
     if args.only:
         record = json.loads(target.read_text())
-        rows = [beside(record, row, made_with)["row"] for row in bundles(args.repeats)]
+        rows = [row_with_environment(record, row, found)[1] for row in bundles(args.repeats)]
         record = {**record, "bundles": rows}
     else:
         record = {
             "schema_version": 1,
             "candidates": CANDIDATES,
-            "environment": made_with,
+            "environment": found,
             "codes": codes_only(args.repeats),
             "whole_pair": whole_pair(),
             "bundles": bundles(args.repeats),

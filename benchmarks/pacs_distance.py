@@ -19,7 +19,7 @@ import torch
 from pacs_run import arguments, task_of, write
 
 from hdrq_deploy.calibration.settings import SETTINGS
-from hdrq_deploy.experiments.cells import WorkFolder
+from hdrq_deploy.experiments.cells import CellContext
 from hdrq_deploy.experiments.grid import Run, bundle_path
 from hdrq_deploy.experiments.tuning import Trial, trial_path, try_rate
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = {"distance_form": form, "distance": weight}
         SETTINGS["ours"] = replace(ours, distance=options)
         if not args.collect:
-            try_rate(WorkFolder(task, out), trial)
+            try_rate(CellContext(task, out), trial)
         if trial_path(out, trial).exists():
             found = json.loads(trial_path(out, trial).read_text())
             kept = ("rate", "score", "merged", "single", "decisions", "images")

@@ -36,7 +36,7 @@ import openvino
 import torch
 from architectures import photographs
 from evidence.records import write_record
-from measured import beside, here
+from measured import current_environment, row_with_environment
 from onnx import TensorProto, helper, numpy_helper
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -255,9 +255,9 @@ def one(model: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         all_of, facts = contenders(model, Path(scratch))
         macs = multiplications(model, photographs(1, MODELS[model], 2))
-        rows = []
+        rows, peaks = [], {}
         for threads in THREADS:
-            fastest = peak(threads)
+            fastest = peaks[str(threads)] = peak(threads)
             for batch in BATCHES:
                 x = photographs(batch, MODELS[model], 3)
                 medians = timed(all_of, x, threads)
@@ -281,6 +281,7 @@ def one(model: str) -> dict[str, Any]:
             "model": model,
             "side": MODELS[model],
             "multiplications": macs,
+            "peak": peaks,
             **facts,
             "rows": rows,
         }
@@ -298,14 +299,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(row["model"] == model for row in record["models"]):
             print(f"{model}: measured already")
             continue
-        begun = here(("torch", "timm", "transformers", "onnxruntime", "openvino", "nncf"))
-        row = {**one(model), "load_1min": begun["load_1min"]}
-        added = beside(record, row, begun)
+        packages = ("torch", "timm", "transformers", "onnxruntime", "openvino", "nncf")
+        found = current_environment(packages)
+        row = {**one(model), "load_1min": found["load_1min"]}
+        of_record, row = row_with_environment(record, row, found)
         record = {
             "schema_version": 1,
-            "environment": added["environment"],
-            "peak": record.get("peak") or {str(n): peak(n) for n in THREADS},
-            "models": [*record["models"], added["row"]],
+            "environment": of_record,
+            "peak": record.get("peak", row["peak"]),
+            "models": [*record["models"], row],
         }
         args.results.mkdir(parents=True, exist_ok=True)
         write_record(target, record)

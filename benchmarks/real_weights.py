@@ -26,7 +26,7 @@ import onnxruntime
 import torch
 from engines import peers
 from evidence.records import write_record
-from measured import beside, here
+from measured import current_environment, refuse_other_rate, row_with_environment
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -35,6 +35,7 @@ from hdrq_deploy.calibration import calibrate
 from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.calibration_data.camvid import corrupted
 from hdrq_deploy.calibration_data.readers import ImageSet
+from hdrq_deploy.errors import SpecError
 from hdrq_deploy.exporters import export
 from hdrq_deploy.models.lite0 import imagenet_whole
 from hdrq_deploy.runtime import load_engine
@@ -106,6 +107,7 @@ def bundle(name: str, out: Path, method: str, options: Mapping[str, Any], x: Arr
     """The bundle of a method and a scheme."""
     path = out / f"{name}.hdrq"
     if path.exists():
+        refuse_other_rate(path, METHODS.get(method, {}).get("lr"))
         return Bundle.open(path)
     return calibrate(
         MODEL, ImageSet(x, None, None, None), "imagenet", path,
@@ -214,15 +216,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     truth = np.array([label(file) for file in others])
     tests = {domain: network_inputs(others, domain) for domain in DOMAINS}
     kept = args.out / "measured.json"
-    record: dict[str, Any] = {"methods": METHODS, "rows": []}
-    record = json.loads(kept.read_text()) if kept.exists() else record
-    if record["methods"] != METHODS:
-        raise SystemExit(
-            f"real_weights.py: {kept}: found rows of methods {record['methods']}; "
-            f"needed {METHODS}: choose another --out, or remove that folder"
-        )
     names = ("torch", "timm", "onnxruntime", "openvino", "nncf", "corrupt_tta")
-    made_with = here([name for name in names if find_spec(name)])
+    made_with = current_environment([name for name in names if find_spec(name)])
+    about = {
+        "schema_version": 1,
+        "images": {"calibration": len(first), "test": len(others)},
+        "domains": list(DOMAINS),
+        "methods": METHODS,
+    }
+    record: dict[str, Any] = {**about, "environment": made_with, "rows": []}
+    if kept.exists():
+        record = json.loads(kept.read_text())
+        for name, needed in about.items():
+            if record.get(name) != needed:
+                raise SpecError(
+                    f"{kept}: found {name} {record.get(name)}; needed {needed}: choose another "
+                    "--out, or remove that folder"
+                )
     expected = {d: decisions(in_onnx_runtime(float_graph(args.out, x)), tests[d]) for d in DOMAINS}
     for method, scheme, engine, start in calls(args.out, x):
         key = {"method": method, "scheme": scheme, "engine": engine}
@@ -233,14 +243,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         call = start()
         found = {d: row_of(decisions(call, tests[d]), expected[d], truth) for d in DOMAINS}
-        added = beside(record, {**key, "domains": found}, made_with)
-        rows = [*record["rows"], added["row"]]
-        record = {**record, "environment": added["environment"], "rows": rows}
+        _, row = row_with_environment(record, {**key, "domains": found}, made_with)
+        record = {**record, "rows": [*record["rows"], row]}
         write_record(kept, record)
         print(key, {d: found[d]["top1"] for d in DOMAINS}, flush=True)
-    images_used = {"calibration": len(first), "test": len(others)}
-    result = {"schema_version": 1, "images": images_used, **record}
-    write_record(args.results / "real_weights.json", result)
+    write_record(args.results / "real_weights.json", record)
     return 0
 
 

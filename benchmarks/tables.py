@@ -7,7 +7,7 @@ Reads ``benchmarks/results/*.json`` only; a test checks that the pages are their
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from evidence.batchnorm import IN_FRONT, in_front, regression_batchnorm
@@ -43,7 +43,7 @@ from evidence.pacs import (
     pacs_wide,
 )
 from evidence.parents import parents
-from evidence.records import ROOT, Section, load, names_read
+from evidence.records import ROOT, Section, environments, load, names_read
 from evidence.rivals import merge_rivals, pacs_rivals
 from evidence.summary import headline, plot_headline, summary
 from landscape import ANALYSED
@@ -164,12 +164,17 @@ _MADE = "Made by `python benchmarks/tables.py` from the JSON in `benchmarks/resu
 _SOFTWARE = ("hdrq-deploy", "torch", "onnxruntime", "openvino")
 
 
+def _environment_told(found: Mapping[str, Any]) -> str:
+    """Software and processor of an environment."""
+    versions = [f"{name} {found[name]}" for name in _SOFTWARE if found.get(name)]
+    return "; ".join(part for part in (", ".join(versions), found.get("cpu")) if part)
+
+
 def _record_of(names: Iterable[str], record: Any) -> str:
     """Where the figures of a section stand, and what those of its own record were measured with."""
     files = ", ".join(f"`{name}.json`" for name in names)
-    found = record.get("environment", {}) if isinstance(record, dict) else {}
-    versions = [f"{name} {found[name]}" for name in _SOFTWARE if found.get(name)]
-    made_with = "; ".join(part for part in (", ".join(versions), found.get("cpu")) if part)
+    told = [_environment_told(found) for found in environments(record)]
+    made_with = "; some rows: ".join(dict.fromkeys(filter(None, told)))
     brought = isinstance(record, dict) and record.get("adaptation") == "brought"
     return (
         f"Record: {files}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -187,4 +187,5 @@ def profile(name: str, shape: Sequence[Any], build: BuildOptions) -> Shapes | No
     return Shapes(smallest=rows[0], best=rows[1], largest=rows[2])
 
 
-__getattr__ = moved_names(__name__)
+if not TYPE_CHECKING:
+    __getattr__ = moved_names(__name__)

@@ -49,7 +49,7 @@ _DOORS = {
 }
 
 
-if not TYPE_CHECKING:  # checkers of types would take any name for one of this module
+if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
         """Import a public name where it is used; ``calibrate`` imports torch.

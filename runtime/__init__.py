@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "Prediction", "benchmark", "load_engine"]
 
 
-if not TYPE_CHECKING:  # checkers of types would take any name for one of this module
+if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
         """Import ``benchmark`` where it is used: an application that runs engines needs none."""

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 from PIL import Image
@@ -402,4 +402,5 @@ def _hint(shape: tuple[int, ...], port: Port) -> str:
     return f": pass x.transpose{order}" if fits and 0 not in shape else ""
 
 
-__getattr__ = moved_names(__name__)
+if not TYPE_CHECKING:
+    __getattr__ = moved_names(__name__)

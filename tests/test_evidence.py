@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hdrq_deploy import Bundle
@@ -25,7 +26,7 @@ def evidence(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     before = set(sys.modules)
     yield lambda name: importlib.import_module(f"evidence.{name}")
     for name in set(sys.modules) - before:
-        if name.partition(".")[0] in ("evidence", "measured"):
+        if name.partition(".")[0] in ("evidence", "measured", "learned_scales"):
             del sys.modules[name]
 
 
@@ -141,18 +142,14 @@ def test_records_that_are_read_are_named(evidence: Any) -> None:
 @pytest.mark.usefixtures("evidence")
 def test_rows_that_are_kept_keep_what_they_were_measured_with() -> None:
     """A row of another machine, or of other versions, says so; its record goes on as it was."""
-    beside = importlib.import_module("measured").beside
+    row_with_environment = importlib.import_module("measured").row_with_environment
     first, later = ({"cpu": "A", "torch": v, "load_1min": 0.1} for v in ("2.14.0", "2.14.1"))
-    added = beside({"rows": []}, {"model": "a"}, first)
-    assert added == {"environment": first, "row": {"model": "a"}}
-    busy = {**first, "load_1min": 1.7}
-    assert beside({"environment": first}, {"model": "b"}, busy) == {
-        "environment": first,
-        "row": {"model": "b"},
-    }
+    assert row_with_environment({"rows": []}, {"model": "a"}, first) == (first, {"model": "a"})
+    known, busy = {"environment": first}, {**first, "load_1min": 1.7}
+    assert row_with_environment(known, {"model": "b"}, busy) == (first, {"model": "b"})
     for other in (later, {**first, "cpu": "B"}, {**first, "timm": "1.0"}):
-        added = beside({"environment": first}, {"model": "c"}, other)
-        assert added == {"environment": first, "row": {"model": "c", "environment": other}}
+        row = {"model": "c", "environment": other}
+        assert row_with_environment(known, {"model": "c"}, other) == (first, row)
 
 
 @pytest.mark.usefixtures("evidence")
@@ -162,8 +159,11 @@ def test_rows_of_another_learning_rate_are_refused() -> None:
     rate = Bundle.open(bundle).manifest.options["lr"]
     refuse_other_rate(bundle, rate)
     refuse_other_rate(bundle, None)
-    with pytest.raises(SpecError, match=f"found the learning rate {rate}; needed {2 * rate:g}"):
+    with pytest.raises(SpecError, match=f"found the learning rate {rate}; needed one that learned"):
         refuse_other_rate(bundle, 2 * rate)
+    refuse_other_rate(CORPUS / "gone.hdrq", None)
+    with pytest.raises(SpecError, match="found no bundle; needed one"):
+        refuse_other_rate(CORPUS / "gone.hdrq", rate)
 
 
 def test_readme_gives_the_figures_of_the_papers_setting(evidence: Any) -> None:
@@ -182,3 +182,39 @@ def test_readme_gives_the_figures_of_the_papers_setting(evidence: Any) -> None:
     )
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     assert said in " ".join(readme.split())
+
+
+def test_a_page_names_every_environment_of_its_record(evidence: Any) -> None:
+    first, other = {"cpu": "A"}, {"cpu": "B"}
+    rows = [{"model": "a"}, {"model": "b", "environment": other}]
+    environments = evidence("records").environments
+    for kept in (rows, {row["model"]: row for row in rows}):
+        assert environments({"environment": first, "rows": kept}) == [first, other]
+    assert environments({"environment": first, "models": rows}) == [first, other]
+    assert environments([1, 2]) == []
+
+
+def test_learned_scales_are_those_of_the_layer_that_moved_most(
+    evidence: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scales = importlib.import_module("learned_scales")
+    rounded = {"a.weight_scale": np.ones(2), "b.weight_scale": np.ones(())}
+    learned = {"a.weight_scale": np.array([0.5, 0.7]), "b.weight_scale": np.array(9.0)}
+    found = {"hdrq": learned, "rtn": rounded}
+
+    class Opened:
+        def __init__(self, path: Path) -> None:
+            self.tensors = lambda: found[path.name.split("-")[1]]
+
+    monkeypatch.setattr(scales, "Bundle", type("Bundle", (), {"open": Opened}))
+    cells = tmp_path / "cells"
+    (cells / "paper-hdrq-w4a8-s0-day.hdrq").mkdir(parents=True)
+    (cells / "paper-hdrq-w4a8-s0-day+dusk-nearest-r0.hdrq").mkdir()
+    with pytest.raises(SpecError, match="found no paper-rtn-w4a8-s0-day.hdrq beside it"):
+        list(scales.rows_of("camvid", tmp_path))
+    (cells / "paper-rtn-w4a8-s0-day.hdrq").mkdir()
+    (row,) = scales.rows_of("camvid", tmp_path)
+    assert (row["layer"], row["times_rtn"], row["bits"]) == ("b", 9.0, "w4a8")
+    assert row["median_times_rtn"] == pytest.approx(4.85)
+    with pytest.raises(SpecError, match="found no bundles of hdrq"):
+        list(scales.rows_of("camvid", tmp_path / "other"))

@@ -456,7 +456,7 @@ def _better(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "differences leave out zero (`digits.json`); on streets the sign changes with the bits, in "
         "our setting on PACS with the training ([table](index.md#hdrq-beside-qdrop)); in the "
         f"paper's setting on PACS yes, but {_averages_told()}, where a guess is {100 / 7:.0f}%, "
-        "and on CamVid no average works",
+        "and on CamVid no W4A8 average works",
     ]
 
 

@@ -456,6 +456,8 @@ def _lost_in_float(rows: Sequence[Mapping[str, Any]]) -> str:
     told = {key: " and ".join(f"{points:.1f}" for points in lost[key]) for key in lost}
     averaged = zip(lost["here", "nearest"], lost["there", "nearest"], strict=True)
     assert all(here > there + 5 for here, there in averaged), "the sentence says so"
+    solved = zip(lost["here", "regression"], lost["there", "regression"], strict=True)
+    assert all(abs(here - there) < 2 for here, there in solved), "the sentence says so"
     return (
         f"Float models lose more here when they are averaged ({told['here', 'nearest']} points, "
         f"mean of pairs and all domains) than there ({told['there', 'nearest']}), and about as "

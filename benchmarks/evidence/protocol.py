@@ -420,14 +420,15 @@ def paper_read(rows: Sequence[Mapping[str, Any]], chance: float) -> str:
 def moved_scales(task: str) -> str:
     """How far HDRQ's learning moved the scales of weights in the paper's setting."""
     rows = [row for row in needed("learned_scales")["rows"] if row["task"] == task]
-    (layer,) = {row["layer"] for row in rows}
+    layers = listed([f"`{name}`" for name in sorted({row["layer"] for row in rows})])
     times, others = ([row[key] for row in rows] for key in ("times_rtn", "median_times_rtn"))
     assert min(times) > 5 > 1 > max(others), "the sentence says so"
+    low, high = (f"{end(others):.1f}" for end in (min, max))
     return (
-        f"As published, HDRQ's rates are absolute, and move the fine scale of the layer `{layer}` "
-        f"to {min(times):.0f} to {max(times):.0f} times what rounding to nearest takes, where the "
-        f"median over layers is {statistics.fmean(others):.1f} times "
-        "(`benchmarks/learned_scales.py`). Our setting bounds every update."
+        f"Over domains and bits, HDRQ's scale of {layers} ends at {min(times):.0f} to "
+        f"{max(times):.0f} times that of rounding to nearest; the median of a bundle's layers is "
+        f"at {low if low == high else f'{low} to {high}'} times (`benchmarks/learned_scales.py`). "
+        "Published rates are absolute; our setting bounds every update relative to the scale."
     )
 
 

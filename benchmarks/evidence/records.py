@@ -70,6 +70,16 @@ def load(name: str) -> dict[str, Any] | None:
     return found
 
 
+def environments(record: Any) -> list[dict[str, Any]]:
+    """What a record was measured with, and those of its rows that say another."""
+    if not isinstance(record, dict):
+        return []
+    parts = [record.get(key, ()) for key in ("rows", "models", "bundles")]
+    rows = [row for part in parts for row in (part.values() if isinstance(part, dict) else part)]
+    every = [record, *(row for row in rows if isinstance(row, dict))]
+    return [kept["environment"] for kept in every if "environment" in kept]
+
+
 _listening: list[dict[str, None]] = []
 
 

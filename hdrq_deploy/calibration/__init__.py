@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["calibrate", "fake_quantized", "folded_weights"]
 
 
-if not TYPE_CHECKING:  # checkers of types would take any name for one of this module
+if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:

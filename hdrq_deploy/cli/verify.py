@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .._moved import moved_names
 from .start import importing, run
@@ -122,4 +123,5 @@ def show(verification: Verification) -> None:
     Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
-__getattr__ = moved_names(__name__)
+if not TYPE_CHECKING:
+    __getattr__ = moved_names(__name__)

@@ -44,7 +44,7 @@ from .threads import calibration_threads
 from .ways import WAYS, Way
 
 __all__ = [
-    "WorkFolder",
+    "CellContext",
     "accuracies_of",
     "calibrate_cell",
     "engine_of",
@@ -60,7 +60,7 @@ _MADE_OF = ("parents", "guides")
 
 
 @dataclass(frozen=True)
-class WorkFolder:
+class CellContext:
     """Where the cells of a task are made, and with what.
 
     Attributes:
@@ -78,7 +78,7 @@ class WorkFolder:
 
 def jobs(grid: Grid, out: Path, device: str, threads: int) -> Iterator[Job]:
     """All work of a grid: calibrations first, then what reads them."""
-    common = {"work": WorkFolder(grid.task, out, device, threads)}
+    common = {"context": CellContext(grid.task, out, device, threads)}
     graphs = GraphCache()
     for run in grid.runs():
         names = {domain: run.single(domain) for domain in grid.domains}
@@ -95,7 +95,7 @@ def jobs(grid: Grid, out: Path, device: str, threads: int) -> Iterator[Job]:
 
 
 def calibrate_cell(
-    work: WorkFolder,
+    context: CellContext,
     run: Run,
     domain: str,
     statistics: bool = False,
@@ -103,15 +103,15 @@ def calibrate_cell(
     rate: float | None = None,
 ) -> None:
     """The bundle of one domain, and its engine's accuracy there; ``rate`` was searched."""
-    make_bundle(request_of(work, run, domain, statistics, rate), graphs)
-    _measure(work, run.single(domain), (domain,), {"setting": run.setting})
+    make_bundle(request_of(context, run, domain, statistics, rate), graphs)
+    _measure(context, run.single(domain), (domain,), {"setting": run.setting})
 
 
 def request_of(
-    work: WorkFolder, run: Run, domain: str, statistics: bool, rate: float | None
+    context: CellContext, run: Run, domain: str, statistics: bool, rate: float | None
 ) -> CalibrationRequest:
     """How the bundle of one domain is calibrated."""
-    task = work.task
+    task = context.task
     where = next(d for d in task.domains if d.name == domain)
     # Float models of no setting are the paper's, whose BatchNorm is in the weights.
     method = "float-folded" if run.setting == "float" else run.method
@@ -120,7 +120,7 @@ def request_of(
         model=task.model,
         data=where.images,
         domain=domain,
-        output=bundle_path(work.out, run.single(domain)),
+        output=bundle_path(context.out, run.single(domain)),
         weights=where.weights,
         base=task.source,
         method=method,
@@ -131,14 +131,14 @@ def request_of(
         wanted=task.wanted,
         seed=run.seed,
         statistics="auto" if statistics else "off",
-        device=work.device,
+        device=context.device,
         **codes,
     )
 
 
-def merge_cells(work: WorkFolder, merge: Merge) -> None:
+def merge_cells(context: CellContext, merge: Merge) -> None:
     """The merged bundles of one way, and their engines' accuracies."""
-    task, out = work.task, work.out
+    task, out = context.task, context.out
     parents = [Bundle.open(bundle_path(out, merge.run.single(m))) for m in merge.members]
     guides = []
     if WAYS[merge.way].reads_floats:
@@ -170,12 +170,12 @@ def merge_cells(work: WorkFolder, merge: Merge) -> None:
                 merger = Merger(
                     parents, way.rounding, candidates, draw, way.method, wbits=way.wbits
                 )
-                write_merge(merger, targets[draw], mix, record, renewed, guiding, work.threads)
+                write_merge(merger, targets[draw], mix, record, renewed, guiding, context.threads)
                 record_ingredients(targets[draw], ingredients[draw])
     for draw in range(merge.draws):
         extra = {"setting": merge.run.setting, "way": merge.way, "draw": draw}
         made_of = {key: ingredients[draw][key] for key in _MADE_OF if key in ingredients[draw]}
-        _measure(work, merge.cell(draw), merge.members, extra, made_of)
+        _measure(context, merge.cell(draw), merge.members, extra, made_of)
 
 
 def _check_statistics(way: Way, parents: Sequence[Bundle]) -> None:
@@ -237,7 +237,7 @@ def _unlabelled(task: Task, merge: Merge, like: Bundle, limit: int) -> dict[str,
 
 
 def _measure(
-    work: WorkFolder,
+    context: CellContext,
     cell: str,
     domains: tuple[str, ...],
     extra: dict[str, Any],
@@ -247,7 +247,7 @@ def _measure(
 
     ``made_of`` are the hashes of the bundles that a merge read, by their part.
     """
-    task, out = work.task, work.out
+    task, out = context.task, context.out
     bundle = Bundle.open(bundle_path(out, cell))
     target = row_path(out, cell)
     tests = [domain for domain in task.domains if domain.name in domains]
@@ -265,8 +265,8 @@ def _measure(
             return
         _log.info("%s: %s; measuring it again", cell, change)
     seen = Decisions()
-    device = _engine_device(work.device)
-    accuracies = accuracies_of(bundle, task, domains, device, work.threads, seen)
+    device = _engine_device(context.device)
+    accuracies = accuracies_of(bundle, task, domains, device, context.threads, seen)
     row = {
         "kind": CELL_ROW.kind,
         "cell": cell,

@@ -16,7 +16,7 @@ from ..formats.atomic_files import read_json
 from ..formats.bundle import Bundle
 from ..formats.staleness import is_stamp
 from .bundles import finished_change, inputs_of, whole_bundle
-from .cells import WorkFolder, request_of
+from .cells import CellContext, request_of
 from .grid import Grid, Merge, bundle_path, read_row, row_path
 from .ways import WAYS
 
@@ -55,7 +55,7 @@ class _Check:
     def run(self) -> None:
         """Look at every row of the grid, singles before their merges."""
         grid, out = self._grid, self._out
-        work = WorkFolder(grid.task, out, "auto")
+        context = CellContext(grid.task, out, "auto")
         for run in grid.runs():
             for domain in grid.domains:
                 cell = run.single(domain)
@@ -63,7 +63,7 @@ class _Check:
                 if row is None:
                     continue
                 needed = grid.needs_statistics(run)
-                request = request_of(work, run, domain, needed, grid.rate(run))
+                request = request_of(context, run, domain, needed, grid.rate(run))
                 if change := finished_change(request):
                     raise SpecError(
                         f"{row_path(out, cell)}: found figures of another run ({change}); give "

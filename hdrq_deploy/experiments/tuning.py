@@ -35,7 +35,7 @@ from ..formats.staleness import (
 from ..jobs.job import Job, Pool, run_jobs
 from ..typing import Progress
 from .bundles import forget, make_bundle
-from .cells import WorkFolder, calibrate_cell, request_of
+from .cells import CellContext, calibrate_cell, request_of
 from .grid import Grid, Run, bundle_path, search_name
 from .rate_search import RateSearch, hold_out, images_for, judge, protocol
 from .tasks import Domain, Task
@@ -99,7 +99,7 @@ def tune(
     """
     runs = searched_runs(grid, bits)
     make_directory(out / "tuning")
-    common = {"work": WorkFolder(grid.task, out, device, threads)}
+    common = {"context": CellContext(grid.task, out, device, threads)}
     graphs = GraphCache()
     while True:
         waiting = [trial for run in runs for trial in _waiting(grid.task, run, out)]
@@ -239,12 +239,12 @@ def trial_path(out: Path, trial: Trial) -> Path:
     return out / "tuning" / f"{trial.name}.json"
 
 
-def try_rate(work: WorkFolder, trial: Trial, graphs: GraphCache | None = None) -> None:
+def try_rate(context: CellContext, trial: Trial, graphs: GraphCache | None = None) -> None:
     """Calibrate all domains at one rate, merge them and write how they are judged.
 
     The bundles are removed when the figures are written.
     """
-    task, out = work.task, work.out
+    task, out = context.task, context.out
     target, ingredients = trial_path(out, trial), _ingredients(task, trial)
     if not _change(target, ingredients):
         return
@@ -252,7 +252,7 @@ def try_rate(work: WorkFolder, trial: Trial, graphs: GraphCache | None = None) -
     for domain in task.domains:
         expert = Bundle.open(bundle_path(out, f"float-{domain.name}"))
         learned, judges = hold_out(_read(task, domain, expert, trial.run.seed))
-        bundles.append(Bundle.open(_calibrated(work, trial, domain, learned, graphs)))
+        bundles.append(Bundle.open(_calibrated(context, trial, domain, learned, graphs)))
         experts[domain.name], held[domain.name] = expert, judges.x
         images[domain.name] = {"learned_from": len(learned), "held_out": len(judges)}
     row = {
@@ -281,14 +281,14 @@ def _place(out: Path, trial: Trial, domain: Domain) -> Path:
 
 
 def _calibrated(
-    work: WorkFolder,
+    context: CellContext,
     trial: Trial,
     domain: Domain,
     images: ImageSet,
     graphs: GraphCache | None,
 ) -> Path:
-    output = _place(work.out, trial, domain)
-    request = request_of(work, trial.run, domain.name, False, trial.rate)
+    output = _place(context.out, trial, domain)
+    request = request_of(context, trial.run, domain.name, False, trial.rate)
     request = replace(request, data=images, output=output)
     make_bundle(request, graphs, [stamp(domain.images), "without those held out"])
     return output

@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # checkers of types would take any name for one of this module
+if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
         """Find ``Plan``, the name that :class:`BenchPlan` had in version 0.1."""

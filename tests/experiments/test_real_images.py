@@ -445,11 +445,11 @@ def test_a_table_mixes_no_runs(
     whole = {path: path.read_bytes() for path in (out / "table.md", out / "results.json")}
     measured, waited = cells._measure, set[str]()
 
-    def stopping(work: cells.WorkFolder, cell: str, *others: Any) -> None:
+    def stopping(context: cells.CellContext, cell: str, *others: Any) -> None:
         """Stops where figures are to be measured of the cells to come."""
         if cell in waited:
             raise Stopped
-        measured(work, cell, *others)
+        measured(context, cell, *others)
 
     def calibrated_again(cell: str) -> None:
         assert reproduce.main([*argv, "--images", "8"]) == 0

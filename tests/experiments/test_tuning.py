@@ -17,7 +17,7 @@ from hdrq_deploy.calibration.methods import METHODS
 from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.errors import DataError, SpecError
 from hdrq_deploy.experiments import rate_search, tuning
-from hdrq_deploy.experiments.cells import WorkFolder, calibrate_cell
+from hdrq_deploy.experiments.cells import CellContext, calibrate_cell
 from hdrq_deploy.experiments.grid import Grid, Run, bundle_path
 from hdrq_deploy.experiments.rate_search import FACTOR, MOST, START, RateSearch, hold_out
 from hdrq_deploy.experiments.table import markdown, notes
@@ -171,10 +171,10 @@ def test_a_search_is_kept_resumes_and_gives_the_grid_its_rates(
     before = lost.read_bytes()
     lost.unlink()
     blind = replace(task, domains=tuple(replace(d, test="/nowhere") for d in task.domains))
-    try_rate(WorkFolder(blind, tmp_path), trial)
+    try_rate(CellContext(blind, tmp_path), trial)
     assert lost.read_bytes() == before
     with pytest.raises(DataError, match="/nowhere"):
-        calibrate_cell(WorkFolder(blind, tmp_path), Run("float", "float", 8, 8, 0), "night")
+        calibrate_cell(CellContext(blind, tmp_path), Run("float", "float", 8, 8, 0), "night")
     # Images that were copied again are the same images.
     times = {domain.images: Path(domain.images).stat().st_mtime_ns for domain in task.domains}
     for images in times:
@@ -191,7 +191,7 @@ def test_a_search_is_kept_resumes_and_gives_the_grid_its_rates(
     tuned = replace(grid, rates=chosen_rates(record))
     rate = tuned.rate(Run("ours", "hdrq", 4, 4, 0))
     run_of_cell = Run("ours", "hdrq", 4, 4, 0)
-    calibrate_cell(WorkFolder(task, tmp_path), run_of_cell, "night", rate=rate)
+    calibrate_cell(CellContext(task, tmp_path), run_of_cell, "night", rate=rate)
     manifest = Bundle.open(bundle_path(tmp_path, "ours-hdrq-w4a4-s0-night")).manifest
     assert manifest.options["lr"] == rate == record["searches"][0]["chosen"]
     assert TUNING in notes(tuned)[0] and notes(tuned)[0] in markdown(tuned, [])

@@ -266,7 +266,7 @@ def test_figures(
 
     def again() -> int:
         measured.clear()
-        cells._measure(cells.WorkFolder(task, tmp_path), "cell", ("night",), {})
+        cells._measure(cells.CellContext(task, tmp_path), "cell", ("night",), {})
         return len(measured)
 
     assert (again(), again()) == (1, 0)
@@ -302,7 +302,7 @@ def test_merged_cells(
 
     def again() -> int:
         written.clear()
-        cells.merge_cells(cells.WorkFolder(task, tmp_path), merge)
+        cells.merge_cells(cells.CellContext(task, tmp_path), merge)
         return len(written)
 
     assert (again(), again()) == (2, 0)
