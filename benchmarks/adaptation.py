@@ -12,12 +12,12 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from evidence.records import write_record
+from measured import current_environment
 from safetensors.torch import load_file
 
 from hdrq_deploy.adaptation.adapt import AdaptationOptions, adapt
@@ -28,7 +28,6 @@ from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.calibration_data.streets import make_checkpoints as on_streets
 from hdrq_deploy.formats.bench_result import harmonic_mean
 from hdrq_deploy.merging import merge_checkpoints
-from hdrq_deploy.runtime.bench.environment import environment
 
 MODELS = "hdrq_deploy.calibration_data.models"
 STREET_SCENES = 200
@@ -95,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]  # fmt: skip
     record = {
         "schema_version": 1,
-        "environment": {**environment(), "torch": version("torch")},
+        "environment": current_environment(("torch",)),
         "rows": rows,
     }
     target = args.results / "adaptation.json"

@@ -22,13 +22,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from evidence.records import write_record
+from measured import current_environment
 from torch import Tensor, nn
 
 from hdrq_deploy.calibration import reconstruction as ours
@@ -44,7 +44,6 @@ from hdrq_deploy.calibration.preparation import Preparation
 from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.calibration.request import Quantization
 from hdrq_deploy.numerics.spec import QuantSpec
-from hdrq_deploy.runtime.bench.environment import environment
 
 BATCH = 16
 
@@ -393,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part in args.parts:
         record[part] = PARTS[part]()
         record["environment"] = {
-            **environment(), "torch": version("torch"), "threads": torch.get_num_threads(),
+            **current_environment(("torch",)), "threads": torch.get_num_threads(),
             "numpy": np.__version__,
         }  # fmt: skip
         write_record(target, record)

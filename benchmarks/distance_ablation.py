@@ -20,12 +20,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from evidence.records import write_record
+from measured import current_environment
 from merge_quality import DOMAINS, GROUPS, MODEL, Judge, harmonic, split
 from merge_statistics import ITERS, RATES
 
@@ -38,7 +38,6 @@ from hdrq_deploy.calibration_data.digits.make_checkpoints import CHECKPOINTS
 from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.merging import Merger
-from hdrq_deploy.runtime.bench.environment import environment
 
 BITS = ("w8a8", "w4a4", "w3a3")
 # The paper's weight of the distance, and others beside it and beside none.
@@ -165,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [json.loads(row_of(*p, args.out).read_text()) for p in grid if p not in missing]
     record = {
         "schema_version": 2,
-        "environment": {**environment(), "torch": version("torch")},
+        "environment": current_environment(("torch",)),
         "iterations_per_block": ITERS,
         "missing": [f"{setting.name}-s{seed}" for setting, seed in missing],
         "rows": rows,

@@ -10,7 +10,7 @@ nearest.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,20 @@ from hdrq_deploy.experiments.grid import bundle_path
 _SUFFIX = ".weight_scale"
 
 
-def rows_of(task: str, out: Path) -> Iterator[dict[str, Any]]:
-    """Give the rows of a run's bundles of calibration seed 0.
+def rows_of(task: str, out: Path) -> list[dict[str, Any]]:
+    """Compare scales, and give the rows of a run's bundles of calibration seed 0.
 
     Raises:
         SpecError: There are none, or one has no bundle of ``rtn`` beside it.
     """
-    given = 0
+    rows = []
     for path in sorted((out / "cells").glob("paper-hdrq-w*-s0-*.hdrq")):
         _, _, bits, _, domain = path.stem.split("-", 4)
-        rounded = bundle_path(out, f"paper-rtn-{bits}-s0-{domain}")
-        if "+" in domain:
+        if "+" in domain:  # a merge
             continue
+        rounded = bundle_path(out, f"paper-rtn-{bits}-s0-{domain}")
         if not rounded.exists():
             raise SpecError(f"{path}: found no {rounded.name} beside it; needed one: run rtn too")
-        given += 1
         learned, nearest = (Bundle.open(place).tensors() for place in (path, rounded))
         times = {
             name.removesuffix(_SUFFIX): float(np.max(learned[name] / nearest[name]))
@@ -47,7 +46,7 @@ def rows_of(task: str, out: Path) -> Iterator[dict[str, Any]]:
             if name.endswith(_SUFFIX)
         }
         layer = max(times, key=lambda name: times[name])
-        yield {
+        row = {
             "task": task,
             "bits": bits,
             "domain": domain,
@@ -55,8 +54,10 @@ def rows_of(task: str, out: Path) -> Iterator[dict[str, Any]]:
             "times_rtn": round(times[layer], 2),
             "median_times_rtn": round(float(np.median(list(times.values()))), 3),
         }
-    if not given:
+        rows.append(row)
+    if not rows:
         raise SpecError(f"{out}: found no bundles of hdrq in the paper's setting; needed some")
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from importlib.metadata import version
 from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from evidence.records import write_record
+from measured import current_environment
 
 from hdrq_deploy import Bundle
 from hdrq_deploy.errors import HdrqError
@@ -39,7 +39,6 @@ from hdrq_deploy.graph import reference_session
 from hdrq_deploy.merging import Merger, choose_weights
 from hdrq_deploy.merging.re_estimate import moved
 from hdrq_deploy.runtime.bench import harmonic_mean
-from hdrq_deploy.runtime.bench.environment import environment
 
 MODEL = "hdrq_deploy.calibration_data.models:resnet14"
 DOMAINS = ("handwriting", "photo", "night")
@@ -407,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cells": len(there),
         "cells_in_grid": len(list(cells())),
         "seconds_of_this_run": round(time.monotonic() - started),
-        "environment": {**environment(), "torch": version("torch"), "node": platform.machine()},
+        "environment": {**current_environment(("torch",)), "node": platform.machine()},
         "rows": rows,
     }
     args.results.mkdir(parents=True, exist_ok=True)

@@ -21,13 +21,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from evidence.records import write_record
-from measured import refuse_other_rate
+from measured import current_environment, refuse_other_rate
 from merge_statistics import (
     ITERS,
     RATES,
@@ -48,7 +47,6 @@ from hdrq_deploy.experiments.tasks import Domain
 from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.merging import merge_checkpoints
 from hdrq_deploy.merging.weight_search import score
-from hdrq_deploy.runtime.bench.environment import environment
 
 TASK = "digits"
 FLOAT_MERGES = ("mean", "regression")
@@ -275,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "experts": {"targets": TARGETS, "anchor": ANCHOR},
         "experts_tried": json.loads(tuning.read_text()) if tuning.exists() else [],
         "missing": [rival.name for rival in missing] if args.collect else [],
-        "environment": {**environment(), "torch": version("torch")},
+        "environment": current_environment(("torch",)),
         "rows": rows,
     }
     write_record(args.results / "merge_rivals.json", result)

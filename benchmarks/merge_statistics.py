@@ -21,7 +21,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from itertools import combinations, product
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,7 +29,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from evidence.records import write_record
-from measured import refuse_other_rate
+from measured import current_environment, refuse_other_rate
 
 from hdrq_deploy import Bundle, merge
 from hdrq_deploy.calibration_data.readers import ImageSet, read
@@ -42,7 +41,6 @@ from hdrq_deploy.formats.bundle import GRAPH
 from hdrq_deploy.graph import reference_session
 from hdrq_deploy.merging import fit, re_estimate
 from hdrq_deploy.runtime.bench.accuracy import confusion
-from hdrq_deploy.runtime.bench.environment import environment
 from hdrq_deploy.runtime.predictions import enlarge
 
 Array = npt.NDArray[Any]
@@ -534,7 +532,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rates_tried": kept("rates_tried") + tried,
         "rounding_seeds": ROUNDING_SEEDS,
         "missing": kept("missing") + missing,
-        "environment": {**environment(), "torch": version("torch")},
+        "environment": current_environment(("torch",)),
         "rows": kept("rows") + rows,
     }
     write_record(target, result)

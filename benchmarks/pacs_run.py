@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from evidence.records import write_record
+from measured import current_environment
 
 from hdrq_deploy.experiments.real_images import Choice, prepare
 from hdrq_deploy.experiments.tasks import Task
-from hdrq_deploy.runtime.bench.environment import environment
 
 __all__ = ["arguments", "task_of", "write"]
 
@@ -35,6 +34,6 @@ def task_of(args: argparse.Namespace) -> Task:
 
 def write(target: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
     """Write the rows, what they were measured with, and what else is known ``about`` them."""
-    measured = {"environment": {**environment(), "torch": version("torch")}, "rows": rows}
+    measured = {"environment": current_environment(("torch",)), "rows": rows}
     record = {"schema_version": 1, **about, **measured}
     write_record(target, record)

@@ -7,8 +7,10 @@ from typing import Any
 
 from evidence.protocol import (
     BITS,
+    PAPER_RATES,
     RATES,
     WAY_LABELS,
+    as_published,
     beside_section,
     learned_options,
     methods_of,
@@ -104,17 +106,14 @@ def camvid_paper(record: Mapping[str, Any]) -> str:
     assert record["checkpoints_sha256"] == needed("camvid_second")["checkpoints_sha256"]
     own, names = _camvid_rows(record, "paper")
     options = learned_options([row for row in own if row["bits"]])
-    rates = " --rates benchmarks/results/pacs_paper_tuning.json --settings paper"
     return "\n".join(
         [
             "## CamVid in the paper's setting",
             "",
-            f"`{_on_camvid(own, names, rates)}`: the checkpoints of [the second training]"
-            "(#camvid-on-a-second-training-of-the-checkpoints), as published: one scale per "
-            "tensor, BatchNorm folded into the weights, the paper's quantizers and blocks, "
-            f"λ = {options['distance']:g} of its own form, averages alone; but {options['iters']} "
-            "iterations a block, at the rates that were searched in this setting on PACS, and not "
-            "on these models. One calibration seed. Single models, and averages to nearest, in "
+            f"`{_on_camvid(own, names, PAPER_RATES)}`: the checkpoints of [the second training]"
+            f"(#camvid-on-a-second-training-of-the-checkpoints), {as_published(options)}, at the "
+            "rates that were searched in this setting on PACS, and not on these models. One "
+            "calibration seed. Single models, and averages to nearest, in "
             f"mIoU (harmonic mean of {listed(names)}): {_alone_and_averaged(own)}. "
             f"{moved_scales('camvid')}",
             "",

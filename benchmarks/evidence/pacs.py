@@ -8,6 +8,8 @@ from typing import Any
 
 from evidence.protocol import (
     PACS_TRAININGS,
+    PAPER_RATES,
+    as_published,
     beside_floats,
     beside_qdrop,
     difference_told,
@@ -90,16 +92,12 @@ def pacs_paper(record: Mapping[str, Any]) -> str:
     rows, tuning = protocol_rows(record, "paper"), needed("pacs_paper_tuning")
     assert record["checkpoints_sha256"] == needed("pacs")["checkpoints_sha256"], "one training"
     own = [row for row in record["rows"] if row["bits"]]
-    options = learned_options(own)
-    rates = " --rates benchmarks/results/pacs_paper_tuning.json --settings paper"
     return "\n".join(
         [
             "## PACS in the paper's setting",
             "",
-            f"`{reproduce_command(_ON_PACS, own, rates=rates)}`: the checkpoints of our setting, "
-            "as published: one scale per tensor, BatchNorm folded into the weights, the paper's "
-            f"quantizers and blocks, λ = {options['distance']:g} of its own form, averages alone; "
-            f"but {options['iters']} iterations a block. {paper_read(rows, 100 / 7)} "
+            f"`{reproduce_command(_ON_PACS, own, rates=PAPER_RATES)}`: the checkpoints of our "
+            f"setting, {as_published(learned_options(own))}. {paper_read(rows, 100 / 7)} "
             f"{moved_scales('pacs')}",
             "",
             "HDRQ's merges less QDrop's, in points:",

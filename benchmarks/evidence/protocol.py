@@ -14,8 +14,10 @@ __all__ = [
     "BITS",
     "METHOD_ORDER",
     "PACS_TRAININGS",
+    "PAPER_RATES",
     "RATES",
     "WAY_LABELS",
+    "as_published",
     "away_table",
     "beside_floats",
     "beside_qdrop",
@@ -71,8 +73,9 @@ METHOD_ORDER = ("rtn", "rtn-corrected", "brecq", "qdrop", "latent", "hdrq")
 _ASKED = ("rtn", "brecq", "qdrop", "hdrq")
 # Bits at which three calibration seeds are wanted; elsewhere one.
 _SEVERAL = ("w4a8", "w4a4", "w3a3")
-# Where the rates of methods that learn are read, but where another search says otherwise.
+# Where the rates of methods that learn are read, in our setting and in the paper's.
 RATES = " --rates benchmarks/results/pacs_tuning.json"
+PAPER_RATES = " --rates benchmarks/results/pacs_paper_tuning.json --settings paper"
 BITS = ("w8a8", "w8a4", "w6a6", "w4a8", "w4a4", "w3a3")
 # Records of PACS in our setting as it is, one a training of the checkpoints.
 PACS_TRAININGS = ("pacs", "pacs_first", "pacs_wide")
@@ -390,6 +393,15 @@ def beside_floats(rows: Sequence[Mapping[str, Any]], ways: Sequence[str]) -> lis
         *with_end(beside_section(rows)),
         protocol_table(rows),
     ]
+
+
+def as_published(options: Mapping[str, Any]) -> str:
+    """What the paper's setting is, with the ``options`` of ``hdrq`` in it."""
+    return (
+        "as published: one scale per tensor, BatchNorm folded into the weights, the paper's "
+        f"quantizers and blocks, λ = {options['distance']:g} of its own form, averages alone; but "
+        f"{options['iters']} iterations a block"
+    )
 
 
 def paper_read(rows: Sequence[Mapping[str, Any]], chance: float) -> str:

@@ -201,14 +201,6 @@ def _led() -> str:
     """The sentence on HDRQ beside QDrop: how often which of them leads on PACS."""
     (plain_ours, plain_theirs, plain), (ours, theirs, rest) = _leads()
     assert plain_ours > plain_theirs and theirs > ours, "the sentence says so"
-    several = [
-        (name, other["calibrations"])
-        for name in PACS_TRAININGS
-        for _, other in hdrq_less_qdrop(name)
-        if other["calibrations"] > 1
-    ]
-    assert len({name for name, _ in several}) == 2, "the sentence says two trainings"
-    assert {count for _, count in several} == {3}, "the sentence says three seeds"
     paper = protocol_rows(needed("pacs_paper"), "paper")
     assert {row["figure"].get("calibrations", 1) for row in paper} == {1}, "the sentence says one"
     alone, averaged = (
@@ -241,14 +233,16 @@ def _leads() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         Above, below, and of how many: of averages, and of all other merges of PACS.
     """
     every = [
-        (row["way"] == "nearest", other)
+        (name, row["way"] == "nearest", other)
         for name in PACS_TRAININGS
         for row, other in hdrq_less_qdrop(name)
         if other["calibrations"] > 1
     ]
+    assert len({name for name, *_ in every}) == 2, "the sentence says two trainings"
+    assert {other["calibrations"] for *_, other in every} == {3}, "the sentence says three seeds"
 
     def counts(average: bool) -> tuple[int, int, int]:
-        own = [other for kind, other in every if kind is average]
+        own = [other for _, kind, other in every if kind is average]
         above, below = sum(o["low"] > 0 for o in own), sum(o["high"] < 0 for o in own)
         return above, below, len(own)
 
