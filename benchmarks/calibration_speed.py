@@ -25,10 +25,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from evidence.records import write_record
-from measured import current_environment
+from measured import current_environment, put_part
 from torch import Tensor, nn
 
 from hdrq_deploy.calibration import reconstruction as ours
@@ -390,11 +389,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     target = args.results / "calibration_speed.json"
     record = json.loads(target.read_text()) if target.exists() else {"schema_version": 1}
     for part in args.parts:
-        record[part] = PARTS[part]()
-        record["environment"] = {
-            **current_environment(("torch",)), "threads": torch.get_num_threads(),
-            "numpy": np.__version__,
-        }  # fmt: skip
+        found = PARTS[part]()
+        threads = {"threads": torch.get_num_threads()}
+        made_with = {**current_environment(("torch", "numpy")), **threads}
+        put_part(record, PARTS, part, found, made_with)
         write_record(target, record)
     return 0
 

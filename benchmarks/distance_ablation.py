@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from evidence.records import write_record
-from measured import current_environment
+from measured import gathered, measured_here
 from merge_quality import DOMAINS, GROUPS, MODEL, Judge, harmonic, split
 from merge_statistics import ITERS, RATES
 
@@ -110,7 +110,7 @@ def measure(setting: Setting, seed: int, folder: Path) -> None:
         "cpu_seconds": round(time.process_time() - started),
         **measured,
     }
-    write_bytes(target, json.dumps(row).encode())
+    write_bytes(target, json.dumps(measured_here(row)).encode())
     print(f"{setting.name} seed {seed}: {measured['test']}", flush=True)
 
 
@@ -164,10 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [json.loads(row_of(*p, args.out).read_text()) for p in grid if p not in missing]
     record = {
         "schema_version": 2,
-        "environment": current_environment(("torch",)),
         "iterations_per_block": ITERS,
         "missing": [f"{setting.name}-s{seed}" for setting, seed in missing],
-        "rows": rows,
+        **gathered(rows),
     }
     args.results.mkdir(parents=True, exist_ok=True)
     write_record(args.results / "distance.json", record)

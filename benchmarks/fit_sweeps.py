@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from measured import measured_here
 from pacs_run import arguments, task_of, write
 
 from hdrq_deploy import Bundle
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     bundle = fit(start, parents, fitted, target, guides=guides, sweeps=sweeps)
                 about["cpu_seconds"] = round(time.process_time() - begun, 1)
                 row = evaluated(bundle, floats, judges, about)
-                write_bytes(file, json.dumps(row).encode())
+                write_bytes(file, json.dumps(measured_here(row)).encode())
             if file.exists():
                 rows.append(json.loads(file.read_text()))
                 print(file.stem, round(rows[-1]["score"], 3), flush=True)

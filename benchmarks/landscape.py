@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from evidence.records import METHOD_COLOURS
+from measured import measured_here
 from pacs_run import arguments, task_of, write
 
 from hdrq_deploy import Bundle
@@ -237,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     place = run / "landscape" / f"{method}-{bits}-s{seed}.json"
                     if not (args.collect or place.exists()) and method in args.methods:
                         row = analysis(of, data, run / "cells", method, bits, seed)
-                        write_bytes(place, json.dumps(row).encode())
+                        write_bytes(place, json.dumps(measured_here(row)).encode())
                         print(method, bits, seed, row["own_curvature"], flush=True)
                     if place.exists():
                         rows.append(json.loads(place.read_text()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,14 @@ from hdrq_deploy import Bundle
 from hdrq_deploy.errors import SpecError
 from hdrq_deploy.runtime.bench.environment import environment
 
-__all__ = ["current_environment", "refuse_other_rate", "row_with_environment"]
+__all__ = [
+    "current_environment",
+    "gathered",
+    "measured_here",
+    "put_part",
+    "refuse_other_rate",
+    "row_with_environment",
+]
 
 # Facts that differ from call to call on one machine.
 _PASSING = ("load_1min",)
@@ -42,6 +49,57 @@ def row_with_environment(
         found.get(name) == of_record.get(name) for name in {*found, *of_record}.difference(_PASSING)
     )
     return of_record, {**row, **({} if same else {"environment": dict(found)})}
+
+
+def measured_here(row: Mapping[str, Any], packages: Sequence[str] = ("torch",)) -> dict[str, Any]:
+    """A row with what it was measured with, to be kept until :func:`gathered` collects it."""
+    return {**row, "environment": current_environment(packages)}
+
+
+def gathered(
+    rows: Iterable[Mapping[str, Any]], packages: Sequence[str] = ("torch",)
+) -> dict[str, Any]:
+    """The ``environment`` and the ``rows`` of a record whose rows were kept one by one.
+
+    Args:
+        rows: Each with what :func:`measured_here` added. Rows without it (kept before that was
+            recorded) are of the record's environment.
+        packages: Those whose versions are told where no row says what it was measured with.
+
+    Returns:
+        The environment of the first row that names one; rows that differ from it name their own.
+    """
+    kept = [dict(row) for row in rows]
+    known = [row["environment"] for row in kept if "environment" in row]
+    of_record = known[0] if known else current_environment(packages)
+    told = []
+    for row in kept:
+        own = row.pop("environment", of_record)
+        told.append(row_with_environment({"environment": of_record}, row, own)[1])
+    return {"environment": of_record, "rows": told}
+
+
+def put_part(
+    record: dict[str, Any],
+    parts: Iterable[str],
+    name: str,
+    found: Any,
+    made_with: Mapping[str, Any],
+) -> None:
+    """Put a part into a record that is measured part by part, and what it was measured with.
+
+    Args:
+        record: Changed in place. Its ``environment`` is that of parts that name none, and goes
+            with the last of them.
+        parts: The names of all parts.
+        name: The part that was measured.
+        found: Its figures.
+        made_with: What it was measured with, by :func:`current_environment`.
+    """
+    own = {**record.get("environment_of", {}), name: dict(made_with)}
+    record |= {name: found, "environment_of": own}
+    if all(part in own for part in parts if part in record):
+        record.pop("environment", None)
 
 
 def refuse_other_rate(bundle: Path, wanted: float | None) -> None:

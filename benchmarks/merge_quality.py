@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from evidence.records import write_record
-from measured import current_environment
+from measured import gathered, measured_here
 
 from hdrq_deploy import Bundle
 from hdrq_deploy.errors import HdrqError
@@ -358,7 +357,7 @@ def _evaluate_task(setting: Setting, seed: int, out: Path, folder: Path) -> None
     target = folder / f"{setting.name}-s{seed}.json"
     if target.exists():
         return
-    rows = evaluate(setting, seed, out)
+    rows = [measured_here(row) for row in evaluate(setting, seed, out)]
     if rows:
         write_bytes(target, json.dumps(rows).encode())
 
@@ -374,13 +373,13 @@ def evaluate_all(out: Path, workers: int, finished: bool = False) -> list[dict[s
         for i, future in enumerate(as_completed(futures)):
             future.result()
             print(f"evaluated {i + 1}/{len(futures)}", flush=True)
-    rows = [*evaluate_folded_float(out)]
+    rows = [measured_here(row) for row in evaluate_folded_float(out)]
     for setting, seed in tasks:
         path = folder / f"{setting.name}-s{seed}.json"
         if path.exists():
             rows += json.loads(path.read_text())
     for setting in MERGED_FIRST:
-        rows += evaluate_merged_first(setting, out)
+        rows += map(measured_here, evaluate_merged_first(setting, out))
     return rows
 
 
@@ -406,8 +405,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cells": len(there),
         "cells_in_grid": len(list(cells())),
         "seconds_of_this_run": round(time.monotonic() - started),
-        "environment": {**current_environment(("torch",)), "node": platform.machine()},
-        "rows": rows,
+        **gathered(rows),
     }
     args.results.mkdir(parents=True, exist_ok=True)
     write_record(args.results / "merge_quality.json", record)

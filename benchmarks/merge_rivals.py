@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 from evidence.records import write_record
-from measured import current_environment, refuse_other_rate
+from measured import gathered, measured_here, refuse_other_rate
 from merge_statistics import (
     ITERS,
     RATES,
@@ -213,6 +213,7 @@ def evaluated(rival: Rival, out: Path) -> dict[str, Any]:
     parents = Parents(TASK, rival.method, rival.wbits, rival.abits, "weights", rival.seed)
     row = record(parents, rival.members, f"{rival.merge}-first", [measured])
     row["cpu_seconds"] = round(seconds, 1)
+    row = measured_here(row)
     write_bytes(target, json.dumps(row).encode())
     return row
 
@@ -273,8 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "experts": {"targets": TARGETS, "anchor": ANCHOR},
         "experts_tried": json.loads(tuning.read_text()) if tuning.exists() else [],
         "missing": [rival.name for rival in missing] if args.collect else [],
-        "environment": current_environment(("torch",)),
-        "rows": rows,
+        **gathered(rows),
     }
     write_record(args.results / "merge_rivals.json", result)
     print(f"{len(rows)} rows in {args.results / 'merge_rivals.json'}")

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from evidence.records import write_record
-from measured import current_environment, refuse_other_rate
+from measured import gathered, measured_here, refuse_other_rate
 
 from hdrq_deploy import Bundle, merge
 from hdrq_deploy.calibration_data.readers import ImageSet, read
@@ -469,7 +469,8 @@ def work(parents: Parents, out: Path) -> str:
             if "-trial-" not in place.name:
                 refuse_other_rate(place, _learning_rate(parents))
     else:
-        write_bytes(target, json.dumps(evaluate(parents, out)).encode())
+        rows = [measured_here(row) for row in evaluate(parents, out)]
+        write_bytes(target, json.dumps(rows).encode())
     return parents.name
 
 
@@ -514,7 +515,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = [out / "rows" / f"{p.name}.json" for p in parents]
     rows = [row for file in files if file.exists() for row in json.loads(file.read_text())]
     for task in args.tasks:
-        rows += folded_float(task, out)
+        rows += map(measured_here, folded_float(task, out))
     tunings = [out / f"tuning-{task}.json" for task in args.tasks]
     tried = [r for f in tunings if f.exists() for r in json.loads(f.read_text())]
     missing = [f.stem for f in files if not f.exists()]
@@ -525,6 +526,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         """What was found of other tasks."""
         return [r for r in before.get(key, []) if _task_of_entry(r) not in args.tasks]
 
+    others = [{"environment": before["environment"], **row} for row in kept("rows")]
+
     result: dict[str, Any] = {
         "schema_version": 1,
         "iterations_per_block": ITERS,
@@ -532,8 +535,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rates_tried": kept("rates_tried") + tried,
         "rounding_seeds": ROUNDING_SEEDS,
         "missing": kept("missing") + missing,
-        "environment": current_environment(("torch",)),
-        "rows": kept("rows") + rows,
+        **gathered(others + rows),
     }
     write_record(target, result)
     print(f"{len(result['rows'])} rows in {target}")

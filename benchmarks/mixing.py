@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from engines import bundle
 from evidence.records import write_record
+from measured import current_environment, put_part
 from merge_quality import DOMAINS, Cell, Setting, harmonic, split
 
 from hdrq_deploy.formats.bundle import Bundle
@@ -36,7 +37,6 @@ from hdrq_deploy.merging.unrounded_network import UnroundedNetwork
 from hdrq_deploy.merging.weight_search import simplex
 from hdrq_deploy.mixing import DomainMixer
 from hdrq_deploy.numerics.layer_statistics import InputStatistics
-from hdrq_deploy.runtime.bench.environment import environment
 
 MODEL = "timm:resnet50"
 
@@ -61,6 +61,7 @@ WAYS = (
     Way("regression", "compensated", 3, 1),
 )
 FRAMES = 128
+PARTS = ("speed", "adapt")
 
 Array = np.ndarray[Any, Any]
 
@@ -201,22 +202,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cells", type=Path, default=Path("build/merge_quality"), help="of merge_quality.py"
     )
-    parser.add_argument(
-        "--parts", nargs="+", choices=("speed", "adapt"), default=["speed", "adapt"]
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--pair", type=Path, help="folder of the pair, which is kept there")
     args = parser.parse_args(argv)
     target = args.results / "mixing.json"
     record = json.loads(target.read_text()) if target.exists() else {"schema_version": 1}
     record |= {"model": MODEL}
 
-    def put(part: str, found: list[Any]) -> None:
-        record[part] = found
+    def put(part: str, found: list[Any], made_with: Mapping[str, Any]) -> None:
+        put_part(record, PARTS, part, found, made_with)
         args.results.mkdir(parents=True, exist_ok=True)
         write_record(target, record)
 
     if "speed" in args.parts:
-        record["environment"] = environment()
+        before = current_environment()  # its load is that before the frames flow
         with tempfile.TemporaryDirectory() as scratch:
             folder = args.pair or Path(scratch)
             paths = sorted(folder.glob("*.hdrq"))
@@ -225,10 +224,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             for way in WAYS:
                 speed.append(swaps(paths, way))
                 print(speed[-1], flush=True)
-                put("speed", speed)
+                put("speed", speed, before)
     if "adapt" in args.parts:
         settings = (Setting("hdrq", 8, 8, "fold", (0,)), Setting("hdrq", 4, 4, "fold", (0,)))
-        put("adapt", [adapting(args.cells, setting) for setting in settings])
+        found = [adapting(args.cells, setting) for setting in settings]
+        put("adapt", found, current_environment())
     return 0
 
 

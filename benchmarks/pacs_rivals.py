@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measured import refuse_other_rate
+from measured import measured_here, refuse_other_rate
 from pacs_run import arguments, task_of, write
 from safetensors.numpy import save_file
 
@@ -135,6 +135,7 @@ def evaluated(rival: Rival, task: Task, run: Path, rate: float) -> dict[str, Any
         "high": 100 * limits.high,
         "cpu_seconds": round(seconds, 1),
     }
+    row = measured_here(row)
     write_bytes(target, json.dumps(row).encode())
     return row
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence.records import write_record
-from measured import current_environment
+from measured import gathered
 
 from hdrq_deploy.experiments.real_images import Choice, prepare
 from hdrq_deploy.experiments.tasks import Task
@@ -34,6 +34,4 @@ def task_of(args: argparse.Namespace) -> Task:
 
 def write(target: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
     """Write the rows, what they were measured with, and what else is known ``about`` them."""
-    measured = {"environment": current_environment(("torch",)), "rows": rows}
-    record = {"schema_version": 1, **about, **measured}
-    write_record(target, record)
+    write_record(target, {"schema_version": 1, **about, **gathered(rows)})

@@ -30,6 +30,7 @@ from typing import Any
 import merge_statistics
 import numpy as np
 import numpy.typing as npt
+from measured import measured_here
 from merge_statistics import Parents, calibrated, images_of, logits_of, scored
 from pacs_run import task_of, write
 
@@ -183,6 +184,7 @@ def row_of(found: Mapping[str, Any]) -> dict[str, Any]:
         "images": at(mixes.index(tuple(found["images"]))),
         "rules": rules,
         "points": [[*(round(w, 4) for w in mix), r] for mix, r in zip(mixes, reached, strict=True)],
+        **{key: found[key] for key in ("environment",) if key in found},
     }
 
 
@@ -220,7 +222,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for group in (*combinations(names, 2), names):
                 target = kept / f"{case.name.replace(', ', '-')}-{'+'.join(group)}.json"
                 if not target.exists():
-                    write_bytes(target, json.dumps(measured(case, group, kept)).encode())
+                    found = measured_here(measured(case, group, kept))
+                    write_bytes(target, json.dumps(found).encode())
                 rows.append(row_of(json.loads(target.read_text())))
                 print(json.dumps({k: v for k, v in rows[-1].items() if k != "points"}), flush=True)
     target = kept / "cost.json"

@@ -153,6 +153,41 @@ def test_rows_that_are_kept_keep_what_they_were_measured_with() -> None:
 
 
 @pytest.mark.usefixtures("evidence")
+def test_rows_are_collected_with_what_they_were_measured_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows of two machines, collected on a third: no row gets the environment of that one."""
+    measured = importlib.import_module("measured")
+    places = iter(({"cpu": "A", "load_1min": 0.1}, {"cpu": "A", "load_1min": 2.0}, {"cpu": "B"}))
+    monkeypatch.setattr(measured, "current_environment", lambda _: next(places, {"cpu": "C"}))
+    rows = [measured.measured_here({"row": place}) for place in range(3)]
+    assert measured.gathered([{"row": "old"}, *rows]) == {
+        "environment": {"cpu": "A", "load_1min": 0.1},
+        "rows": [{"row": "old"}, {"row": 0}, {"row": 1}, {"row": 2, "environment": {"cpu": "B"}}],
+    }
+    assert measured.gathered([{"row": "old"}])["environment"] == {"cpu": "C"}
+    assert rows[0] == {"row": 0, "environment": {"cpu": "A", "load_1min": 0.1}}
+
+
+def test_a_part_measured_later_leaves_the_environment_of_others(evidence: Any) -> None:
+    environments, put_part = (
+        evidence("records").environments,
+        importlib.import_module("measured").put_part,
+    )
+    first, later = {"cpu": "A"}, {"cpu": "B"}
+    record = {"environment": first, "noise": [1], "speed": [2]}
+    put_part(record, ("noise", "speed", "memory"), "speed", [3], later)
+    assert record == {
+        "environment": first, "noise": [1], "speed": [3], "environment_of": {"speed": later},
+    }  # fmt: skip
+    assert environments(record) == [first, later]
+    environment_of = evidence("records").environment_of
+    assert (environment_of(record, "noise"), environment_of(record, "speed")) == (first, later)
+    put_part(record, ("noise", "speed", "memory"), "noise", [4], later)
+    assert environments(record) == [later, later]
+
+
+@pytest.mark.usefixtures("evidence")
 def test_rows_of_another_learning_rate_are_refused() -> None:
     refuse_other_rate = importlib.import_module("measured").refuse_other_rate
     bundle = CORPUS / "night.hdrq"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from evidence.records import table
+from evidence.records import environment_of, table
 
 
 def mixing(record: Mapping[str, Any]) -> str:
@@ -48,10 +48,10 @@ def mixing(record: Mapping[str, Any]) -> str:
             "",
             f"`DomainMixer`, two bundles of {record['model'].removeprefix('timm:')}, one thread an "
             "operator, 2 cores, a load average of "
-            f"{record['environment']['load_1min']:.1f} before it began (`benchmarks/mixing.py`). "
-            "Under load a thread pulls frames all the time and compares each output with those of "
-            "the mix it says it came from. The first mix is made with the mixer; regression "
-            "prepares its systems for all later mixes then:",
+            f"{environment_of(record, 'speed')['load_1min']:.1f} before it began "
+            "(`benchmarks/mixing.py`). Under load a thread pulls frames all the time and compares "
+            "each output with those of the mix it says it came from. The first mix is made with "
+            "the mixer; regression prepares its systems for all later mixes then:",
             "",
             table(
                 ["method", "rounding", "first mix, s", "swap, processor s",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,13 +71,20 @@ def load(name: str) -> dict[str, Any] | None:
 
 
 def environments(record: Any) -> list[dict[str, Any]]:
-    """What a record was measured with, and those of its rows that say another."""
+    """What a record was measured with, and those of its rows and parts that say another."""
     if not isinstance(record, dict):
         return []
     parts = [record.get(key, ()) for key in ("rows", "models", "bundles")]
     rows = [row for part in parts for row in (part.values() if isinstance(part, dict) else part)]
     every = [record, *(row for row in rows if isinstance(row, dict))]
-    return [kept["environment"] for kept in every if "environment" in kept]
+    told = [kept["environment"] for kept in every if "environment" in kept]
+    return [*told, *record.get("environment_of", {}).values()]
+
+
+def environment_of(record: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """What a part of a record was measured with."""
+    found: dict[str, Any] = record.get("environment_of", {}).get(part) or record["environment"]
+    return found
 
 
 _listening: list[dict[str, None]] = []
