@@ -3,13 +3,14 @@
     python benchmarks/learned_scales.py --run pacs=OUT --run camvid=OUT --results benchmarks/results
 
 ``OUT`` are folders of ``hdrq reproduce TASK --settings paper`` with bundles of ``hdrq`` and ``rtn``
-at the same bits. A row is a bundle, and the layer whose scale is the most times that of rounding to
-nearest.
+at the same bits, and the ``results.json`` that it ends with. A row is a bundle, and the layer whose
+scale is the most times that of rounding to nearest.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
+    checkpoints = {}
     for text in args.run:
         task, _, out = text.partition("=")
         if not out:
             parser.error(f"--run: found {text!r}; needed TASK=OUT")
         rows += rows_of(task, Path(out).absolute())
-    record = {"schema_version": 1, "environment": current_environment(), "rows": rows}
+        results = json.loads((Path(out) / "results.json").read_text())
+        checkpoints[task] = results["checkpoints_sha256"]
+    record = {
+        "schema_version": 1,
+        "checkpoints_sha256": checkpoints,
+        "environment": current_environment(),
+        "rows": rows,
+    }
     write_record(args.results / "learned_scales.json", record)
     return 0
 

@@ -431,7 +431,10 @@ def paper_read(rows: Sequence[Mapping[str, Any]], chance: float) -> str:
 
 def moved_scales(task: str) -> str:
     """How far HDRQ's learning moved the scales of weights in the paper's setting."""
-    rows = [row for row in needed("learned_scales")["rows"] if row["task"] == task]
+    found = needed("learned_scales")
+    trained = needed(f"{task}_paper")["checkpoints_sha256"]
+    assert found["checkpoints_sha256"][task] == trained, "one training"
+    rows = [row for row in found["rows"] if row["task"] == task]
     layers = listed([f"`{name}`" for name in sorted({row["layer"] for row in rows})])
     times, others = ([row[key] for row in rows] for key in ("times_rtn", "median_times_rtn"))
     assert min(times) > 5 > 1 > max(others), "the sentence says so"
