@@ -95,22 +95,26 @@ def progress_bar(title: str) -> Iterator[Progress]:
 
 @contextmanager
 def progress_lines(title: str) -> Iterator[Progress]:
-    """For pieces of minutes: a bar on a terminal, a line for each that ends otherwise."""
+    """For pieces of minutes: a bar on a terminal, a line for each that ends otherwise.
+
+    A line tells the time since the start, not that of its piece: pieces may run side by side.
+    """
     if sys.stderr.isatty():
         with progress_bar(title) as show:
             yield show
         return
-    last = time.monotonic()
-    spent: list[float] = []
+    started = begun = time.monotonic()
+    kept, worked = 0, False
 
     def line(done: int, total: int, what: str) -> None:
-        nonlocal last
+        nonlocal begun, kept, worked
         now = time.monotonic()
-        took, last = now - last, now
-        if took > 1:  # what was there already says nothing of what is to come
-            spent.append(took)
-        left = sum(spent) / max(len(spent), 1) * (total - done)
-        text = f"{title} {done}/{total} {what}: {took:.0f} s, {left:.0f} s left"
+        text = f"{title} {done}/{total} {what}: {now - started:.0f} s so far"
+        worked = worked or now - begun >= 1
+        if not worked:  # what was there already says nothing of what is to come
+            begun, kept = now, done
+        else:
+            text += f", {(now - begun) / max(done - kept, 1) * (total - done):.0f} s left"
         print(text, file=sys.stderr, flush=True)
 
     yield line

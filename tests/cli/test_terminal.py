@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hdrq_deploy.cli import start
+from hdrq_deploy.cli import common, start
 from hdrq_deploy.cli.common import parser
 from hdrq_deploy.errors import HdrqError
 
@@ -421,3 +421,20 @@ def _children(pid: int) -> list[str]:
     """Processes that a process started."""
     file = Path(f"/proc/{pid}/task/{pid}/children")
     return file.read_text().split() if file.exists() else []
+
+
+def test_lines_of_pieces_tell_the_time_since_the_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two pieces that ran side by side end one second apart: the second did not take one second."""
+    now = iter([0.0, 0.5, 600.5, 601.5, 1201.5])
+    monkeypatch.setattr(common.time, "monotonic", lambda: next(now))
+    with common.progress_lines("pacs") as report:
+        for done, name in enumerate(("kept", "first", "second", "third"), 1):
+            report(done, 6, name)
+    assert capsys.readouterr().err.splitlines() == [
+        "pacs 1/6 kept: 0 s so far",
+        "pacs 2/6 first: 600 s so far, 2400 s left",
+        "pacs 3/6 second: 602 s so far, 902 s left",
+        "pacs 4/6 third: 1202 s so far, 801 s left",
+    ]
