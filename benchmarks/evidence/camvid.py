@@ -57,8 +57,9 @@ def camvid(record: Mapping[str, Any]) -> str:
             "intersection over union in % on contiguous stretches of the drives that no training "
             f"saw ({tests_told(own[0])}), of ONNX Runtime engines; harmonic means with half of "
             "the 95% interval. Neighbouring frames are alike, and all those of dusk are "
-            "one stretch of one drive: the intervals are of these frames, not of other drives, and "
-            "no test between methods is shown. The images are not part of this project.",
+            "one stretch of one drive: the intervals, those of differences too, are of these "
+            "frames, not of other drives, and no p is shown. The images are not part of this "
+            "project.",
             "",
             *_camvid_figures(record, own, names),
         ]

@@ -703,11 +703,16 @@ def _lower(record: Mapping[str, Any]) -> str:
 
 def landscape(record: Mapping[str, Any]) -> str:
     """The section on curvature and barriers of models of the digits."""
+    searched = needed("merge_statistics")
+    assert searched["iterations_per_block"] == 200, "the sentence says so"
+    rates = [f"`{name}` at {rate:g}" for name, rate in searched["rates"]["digits"].items()]
     return "\n".join(
         [
             "## Is the ground flatter?",
             "",
-            f"`benchmarks/landscape.py digits`: {_measured(record, 'the digits')}",
+            f"`benchmarks/landscape.py digits`: {_measured(record, 'the digits')} "
+            "The models are those of [merges by statistics](#merging-with-what-calibration-saw) "
+            f"({listed(rates)}, searched there; 200 iterations a block).",
             "",
             _ground(record),
             "",

@@ -98,7 +98,10 @@ def pacs_rivals(record: Mapping[str, Any]) -> str:
             "`benchmarks/pacs_rivals.py`: the merges of float models of [PACS in our setting]"
             "(pacs.md#pacs-in-our-setting) are quantized at W4A8, one scale per channel, with "
             "256 images of every domain; targets and anchor of the experts are those that were "
-            "best on the digits. Re-estimated merges of bundles see 64 images a domain, fitted "
+            "best on the digits"
+            + f", the rate of `qdrop` ({record['rates']['qdrop']:.3g}) is that of its bundles"
+            * ("qdrop" in learned)
+            + ". Re-estimated merges of bundles see 64 images a domain, fitted "
             "ones 256, and no float model but for those that are fitted to them. Harmonic means of "
             "top-1 accuracies in % on the test images, with half of the 95% interval over them "
             "(and over calibration seeds, where there are several)."
@@ -200,8 +203,9 @@ def _rivals_read(rows: Sequence[Mapping[str, Any]], merged: Sequence[Mapping[str
     return (
         "With the experts' float models and the images of all domains in one place, merging in "
         "float and quantizing towards the experts' outputs is the best of these ways at every "
-        "bit-width. Merged by regression in float and then quantized, less HDRQ's bundles, in "
-        f"points (mean of pairs and all domains): {'; '.join(told)}."
+        "bit-width, by the sum of the mean of pairs and the figure of all domains; its targets and "
+        "anchor were chosen among ten. Merged by regression in float and then quantized, less "
+        f"HDRQ's bundles, in points (mean of pairs and all domains): {'; '.join(told)}."
     )
 
 

@@ -37,7 +37,9 @@ __all__ = ["arguments", "main", "run_file"]
 
 _FILE = "hdrq.yaml"
 _TITLE = "hdrq demo: digits, three domains, one engine"
-_EVIDENCE = "These digits show how it works; figures on real images are in docs/evidence/"
+_EVIDENCE = (
+    "These digits show how it works; figures on real images are in docs/evidence/ of the source"
+)
 # What a short run has instead.
 _QUICK = {
     "bits: [w8a8, w4a8, w3a3]": "bits: [w8a8, w3a3]",

@@ -252,7 +252,8 @@ def test_the_readme_demo_command_works(tmp_path: Path) -> None:
     report = (out / "report.html").read_text()
     (opening, _) = report.split("<table", 1)
     assert re.findall("<figcaption>(.*?) <", opening) == ["handwriting", "photo", "night"]
-    assert run.stdout.splitlines()[-1].endswith("figures on real images are in docs/evidence/")
+    ending = "figures on real images are in docs/evidence/ of the source"
+    assert run.stdout.splitlines()[-1].endswith(ending)
     # It is a run like any other, of the file that it leaves.
     flags = ["run", str(out / "hdrq.yaml"), "--dry-run"]
     again = subprocess.run([program, *flags], capture_output=True, text=True, check=False)
