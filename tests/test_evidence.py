@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,11 @@ from hdrq_deploy.errors import SpecError
 CORPUS = Path(__file__).parent / "corpus" / "schema-1"
 PAIRS = (("handwriting", "photo"), ("handwriting", "night"), ("photo", "night"))
 WHOLE = ("handwriting", "photo", "night")
+# Modules of ``benchmarks`` that tests import.
+_OURS = (
+    *("evidence", "learned_scales", "measured"),
+    *("mended_stages", "rates_by_singles", "real_weights"),
+)
 
 
 @pytest.fixture
@@ -26,7 +32,7 @@ def evidence(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     before = set(sys.modules)
     yield lambda name: importlib.import_module(f"evidence.{name}")
     for name in set(sys.modules) - before:
-        if name.partition(".")[0] in ("evidence", "measured", "learned_scales"):
+        if name.partition(".")[0] in _OURS:
             del sys.modules[name]
 
 
@@ -253,3 +259,84 @@ def test_learned_scales_are_those_of_the_layer_that_moved_most(
     assert row["median_times_rtn"] == pytest.approx(4.85)
     with pytest.raises(SpecError, match="found no bundles of hdrq"):
         list(scales.rows_of("camvid", tmp_path / "other"))
+
+
+def test_a_part_is_compared_with_the_method_before_it(evidence: Any) -> None:
+    """Steps of all domains alone, each against the method that lacks that part alone."""
+    parts = evidence("parts")
+    every, pair = ["art_painting", "cartoon", "sketch"], ["art_painting", "cartoon"]
+
+    def row(method: str, members: list[str], **against: tuple[float, float, float]) -> Any:
+        names = ("difference", "low", "high")
+        other = [
+            {"method": name.replace("_", "-"), **dict(zip(names, figures, strict=True))}
+            for name, figures in against.items()
+        ]
+        kind = {"bits": "w4a8", "way": "nearest", "figure": {"mean": 50.0}}
+        return {**kind, "method": method, "members": members, "against": other}
+
+    rows = [
+        row("qdrop", every),
+        row("latent", every, qdrop=(9, 2, 16)),
+        row("latent", pair, qdrop=(-9, -16, -2)),
+        row("latent-noise", every, qdrop=(8, 1, 15), latent=(-1, -8, 6)),
+        row("hdrq", every, qdrop=(5, -2, 12), latent=(-4, -9, 1), latent_noise=(-3, -5, -1)),
+    ]
+    assert parts._read(rows) == (
+        "The interval of what a part adds is above and below zero of learned weights and scales "
+        "in 1 and 0 of 1 merges, of noise in 0 and 0 of 1 merges and of distance in 0 and 1 of 1 "
+        "merges."
+    )
+    assert parts._steps_table(rows).splitlines()[-1] == (
+        "| W4A8 | mean, nearest | +9.0 (+2.0 to +16.0) | -1.0 (-8.0 to +6.0) | "
+        "-3.0 (-5.0 to -1.0) |"
+    )
+
+
+def test_stages_are_mended_alone_and_with_all_before(evidence: Any) -> None:
+    stages = importlib.import_module("mended_stages")
+    named = {"conv_stem": "stem", "bn1.act": "stem", "blocks.10.1.conv_dw": "blocks.10"}
+    named |= {"conv_head": "head", "bn2.act": "head", "classifier": "head"}
+    assert {name: stages.stage_of(name) for name in named} == named
+    few, many = np.array([[8], [-9]], np.int8), np.array([[-127]], np.int8)
+    weights = {"conv_stem.w": few, "blocks.0.w": many, "blocks.0.act": np.array(0)}
+    layers = [
+        SimpleNamespace(module=name, weight=f"{name}.w") for name in ("conv_stem", "blocks.0")
+    ]
+    blocks = [
+        {"name": name, "loss_before": 2.0, "loss_after": after}
+        for name, after in (("conv_stem", 1.0), ("blocks.0", 2.0))
+    ]
+
+    def bundle(add: int) -> Any:
+        manifest = SimpleNamespace(layers=layers, metrics={"blocks": blocks})
+        found = {name: value + add for name, value in weights.items()}
+        return SimpleNamespace(manifest=manifest, path=Path("x"), tensors=lambda: found)
+
+    def measure(tensors: Any) -> dict[str, Any]:
+        return {name: int((value != weights[name]).all()) for name, value in tensors.items()}
+
+    stem, block = stages.rows_of(bundle(0), bundle(1), measure)
+    assert stem["alone"] == stem["with_all_before"] == dict(zip(weights, (1, 0, 0), strict=True))
+    assert block["alone"] == dict(zip(weights, (0, 1, 1), strict=True))
+    assert block["with_all_before"] == dict(zip(weights, (1, 1, 1), strict=True))
+    assert (stem["channels"], stem["channels_of_few_codes"], stem["loss_after"]) == (2, 1, 1.0)
+    assert (block["channels"], block["channels_of_few_codes"]) == (1, 0)
+
+
+@pytest.mark.usefixtures("evidence")
+def test_rates_are_chosen_anew_by_single_models() -> None:
+    chosen_anew = importlib.import_module("rates_by_singles").chosen_anew
+    tried = [
+        {"rate": 0.1, "score": 3.0, "single": {"a": 2.0, "b": 1.0}},
+        {"rate": 0.3, "score": 2.0, "single": {"a": 2.0, "b": 2.0}},
+        {"rate": 1.0, "score": 4.0, "single": {"a": 0.5, "b": 3.0}},
+    ]
+    search = {"method": "qdrop", "tried": tried, "chosen": 0.3, "is_at_edge": False}
+    record = {"kind": "hdrq-tuning", "protocol": {"criterion": "merged"}, "searches": [search]}
+    found = chosen_anew(record)
+    (anew,) = found["searches"]
+    assert (anew["chosen"], anew["is_at_edge"]) == (0.1, True)
+    assert [trial["score"] for trial in anew["tried"]] == [1.5, 2.0, 1.75]
+    assert found["protocol"]["criterion"].startswith("cross entropy of each single model")
+    assert record["protocol"]["criterion"] == "merged" and search["chosen"] == 0.3

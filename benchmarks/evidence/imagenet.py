@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evidence.records import listed, table
+from evidence.records import listed, needed, table
 
 __all__ = ["real_weights"]
 
@@ -71,8 +71,56 @@ def real_weights(record: Mapping[str, Any]) -> str:
                 ],
                 lines,
             ),
+            "",
+            *_mended(),
         ]
     )
+
+
+def _mended() -> list[str]:
+    """Where in the network HDRQ mends what one scale per tensor costs."""
+    record = needed("mended_stages")
+    rows, few = record["rows"], 2 * record["few"] + 1
+
+    def cells(row: Mapping[str, Any], way: str) -> list[str]:
+        return [f"{row[way][domain]['top1']:.1f}" for domain in ("clean", "frost")]
+
+    lines = [
+        [
+            row["stage"],
+            f"{row['channels_of_few_codes']} of {row['channels']}",
+            f"{row['loss_after'] / row['loss_before']:.2f}",
+            *cells(row, "alone"),
+            *cells(row, "with_all_before"),
+        ]
+        for row in rows
+    ]
+    start = record["nearest"]
+    first = rows[: [row["stage"] for row in rows].index("blocks.0") + 1]
+    early, whole = (
+        {d: row["with_all_before"][d]["top1"] - start[d]["top1"] for d in ("clean", "frost")}
+        for row in (first[-1], rows[-1])
+    )
+    assert early["clean"] > whole["clean"] / 2 and early["frost"] < whole["frost"] / 3, (
+        "the sentence says so"
+    )
+    channels, of_all = (sum(row["channels"] for row in some) for some in (first, rows))
+    head = ["stage", f"channels of {few} levels at most", "loss of its blocks, times"]
+    return [
+        "Where HDRQ mends it (`benchmarks/mended_stages.py`): top-1 with HDRQ's codes, scales and "
+        "biases in one stage, or in it and all before it, and rounding to nearest elsewhere "
+        f"({start['clean']['top1']:.1f} everywhere, {start['frost']['top1']:.1f} in frost; the "
+        "bundles' graph in ONNX Runtime). One scale leaves some channels few of 255 "
+        "levels. The loss is what calibration learned to lower, on calibration images. "
+        f"{channels} of {of_all:,} channels, those of the stem and of `blocks.0`, bring back "
+        f"{early['clean']:.1f} of {whole['clean']:.1f} points, and {early['frost']:.1f} of "
+        f"{whole['frost']:.1f} in frost, where later stages bring the rest.",
+        "",
+        table(
+            [*head, "this stage alone", "in frost", "with all before", "in frost"],
+            lines,
+        ),
+    ]
 
 
 def _brought_back(rows: Sequence[Mapping[str, Any]], tests: int) -> str:

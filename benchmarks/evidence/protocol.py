@@ -68,7 +68,7 @@ WAY_LABELS = {
     "guided-mean-w4": "the same, 8 bits to 4",
     "guided-mean-w3": "the same, 8 bits to 3",
 }
-METHOD_ORDER = ("rtn", "rtn-corrected", "brecq", "qdrop", "latent", "hdrq")
+METHOD_ORDER = ("rtn", "rtn-corrected", "brecq", "qdrop", "latent", "latent-noise", "hdrq")
 # Methods of the grid; `rtn-corrected` and `latent` stand beside them where they were run.
 _ASKED = ("rtn", "brecq", "qdrop", "hdrq")
 # Bits at which three calibration seeds are wanted; elsewhere one.

@@ -32,7 +32,7 @@ from evidence.protocol import (
     protocol_means,
     protocol_rows,
 )
-from evidence.records import METHOD_COLOURS, WIDTHS, listed, needed, table, with_spread
+from evidence.records import METHOD_COLOURS, WIDTHS, listed, load, needed, table, with_spread
 
 __all__ = ["headline", "plot_headline", "summary"]
 
@@ -458,6 +458,7 @@ def _not_run() -> str:
         "methods that learn on CamVid in fog and snow": there(weather, method="qdrop"),
         "methods that learn on the residual network on PACS": there(plain, method="qdrop"),
         "noise and distance of HDRQ one by one on PACS (they were on digits)": False,
+        "PACS and CamVid adapted without labels": load("pacs_unlabelled") is not None,
         "any engine on a GPU": False,
     }
     return "Not run: " + "; ".join(what for what, is_run in candidates.items() if not is_run) + "."
