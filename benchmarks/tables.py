@@ -43,6 +43,7 @@ from evidence.pacs import (
     pacs_wide,
 )
 from evidence.parents import parents
+from evidence.parts import pacs_parts
 from evidence.records import ROOT, Section, environments, load, names_read
 from evidence.rivals import merge_rivals, pacs_rivals
 from evidence.summary import headline, plot_headline, summary
@@ -79,10 +80,12 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
     "pacs": (
         "PACS",
         "Merges and single models on paintings, cartoons and sketches, by method, bits and way of "
-        "merging; the paper's setting; HDRQ beside QDrop; what averaging breaks, layer by layer.",
+        "merging; the paper's setting; HDRQ's parts; HDRQ beside QDrop; what averaging breaks, "
+        "layer by layer.",
         (
             Section("pacs", pacs),
             Section("pacs_paper", pacs_paper),
+            Section("pacs_parts", pacs_parts),
             Section("pacs", hdrq_beside_qdrop),
             Section("parents", parents),
         ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 from evidence.protocol import (
@@ -17,16 +16,18 @@ from evidence.protocol import (
     reproduce_command,
     way_in_full,
 )
-from evidence.records import listed, needed, table
+from evidence.records import load, needed, table
 
 __all__ = ["pacs_parts"]
 
-# From QDrop to HDRQ, a part at a time, and what each one adds.
+# From QDrop to HDRQ, a part at a time.
+_METHODS = ("qdrop", "latent", "latent-noise", "hdrq")
+# What the second method of each has more than the first.
 _PARTS = {
-    "qdrop": "",
-    "latent": "learned weights and scales",
-    "latent-noise": "noise",
-    "hdrq": "distance",
+    ("qdrop", "latent"): "learned weights and scales",
+    ("latent", "latent-noise"): "noise",
+    ("latent-noise", "hdrq"): "distance",
+    ("latent", "hdrq"): "noise and distance",
 }
 _RATES = " --rates benchmarks/results/pacs_parts_tuning.json"
 _SEARCHED_ON = (
@@ -37,11 +38,11 @@ _SEARCHED_ON = (
 
 def pacs_parts(record: Mapping[str, Any]) -> str:
     """The section on HDRQ without its distance, and without its noise."""
-    rows = protocol_rows(record)
-    assert record["checkpoints_sha256"] == needed("pacs")["checkpoints_sha256"], "one training"
+    rows, tuning = protocol_rows(record), needed("pacs_parts_tuning")
     own = [row for row in record["rows"] if row["bits"]]
-    ways = list(dict.fromkeys(row["way"] for row in own))
-    options = learned_options(own)
+    ways, options = list(dict.fromkeys(row["way"] for row in own)), learned_options(own)
+    assert _seeds(rows) == {1}, "the section says one"
+    assert record["checkpoints_sha256"] == needed("pacs")["checkpoints_sha256"], "one training"
     return "\n".join(
         [
             "## HDRQ's parts on PACS",
@@ -56,61 +57,108 @@ def pacs_parts(record: Mapping[str, Any]) -> str:
             "",
             _figures(rows),
             "",
-            f"{_read(rows)} Differences on all domains in points, with 95% intervals over test "
-            "images; another calibration seed can move them by more:",
+            _alone(rows),
             "",
-            _steps_table(rows),
+            "What a part adds to merges of all domains, in points, with 95% intervals over test "
+            f"images; other calibration seeds can differ by more. {_read(rows)}",
             "",
-            protocol_rates(needed("pacs_parts_tuning"), _SEARCHED_ON),
+            _added_table(rows),
+            "",
+            *_more_seeds(record),
+            protocol_rates(tuning, _SEARCHED_ON),
         ]
     )
 
 
+def _alone(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How near single models are to those in float."""
+    real = protocol_means(protocol_rows(needed("pacs")), "float", "", "single")
+    both = [other for (part, *_), other in _added(rows).items() if part == "noise and distance"]
+    assert not any(other["low"] > 0 for other in both), "the sentence says so"
+    assert real is not None
+    told = []
+    for bits in dict.fromkeys(bits for bits, _ in _kinds(rows)):
+        found = {m: protocol_means(rows, m, bits, "single") for m in _METHODS}
+        away = {m: figures[1] - real[1] for m, figures in found.items() if figures}
+        assert max(away, key=lambda method: away[method]) == "latent", "the sentence says so"
+        told.append(f"{bits.upper()} " + ", ".join(f"`{m}` {v:+.1f}" for m, v in away.items()))
+    return (
+        "Single models of `latent` are the nearest to float at both widths; less the float ones, "
+        f"in points: {'; '.join(told)}. Noise and distance, which are there for the merge, cost "
+        "single models accuracy, and no merge of all domains gains from them beyond its interval "
+        "on this seed."
+    )
+
+
+def _more_seeds(first: Mapping[str, Any]) -> list[str]:
+    """The same of more calibration seeds, for the methods that have them."""
+    record = load("pacs_latent")
+    if record is None:
+        return []
+    assert record["checkpoints_sha256"] == first["checkpoints_sha256"], "one training"
+    rows = protocol_rows(record)
+    (seeds,) = _seeds(rows)
+    return [
+        f"Over {seeds} calibration seeds, without `latent-noise`:",
+        "",
+        _figures(rows),
+        "",
+        f"With 95% intervals over test images and calibration seeds: {_read(rows)}",
+        "",
+        _added_table(rows),
+        "",
+    ]
+
+
+def _seeds(rows: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Calibration seeds of the methods of a table."""
+    return {row["figure"]["calibrations"] for row in rows if row["method"] in _METHODS}
+
+
 def _kinds(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     """Bits and ways that some method of the parts was merged in."""
-    there = {(row["bits"], row["way"]) for row in rows if row["method"] in _PARTS}
+    there = {(row["bits"], row["way"]) for row in rows if row["method"] in _METHODS}
     return ((bits, way) for bits in BITS for way in WAY_LABELS if (bits, way) in there)
 
 
 def _figures(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = []
+    methods, lines = [m for m in _METHODS if any(m == row["method"] for row in rows)], []
     for bits, way in _kinds(rows):
-        found = [protocol_means(rows, method, bits, way) for method in _PARTS]
+        found = [protocol_means(rows, method, bits, way) for method in methods]
         cells = [f"{cell[0]:.1f} / {cell[1]:.1f}" if cell else "-" for cell in found]
         lines.append([bits.upper(), way_in_full(way), *cells])
-    return table(["bits", "merge", *(f"`{method}`" for method in _PARTS)], lines)
+    return table(["bits", "merge", *(f"`{method}`" for method in methods)], lines)
 
 
-def _steps(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str], Mapping[str, Any]]:
+def _added(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str], Mapping[str, Any]]:
     """What every part adds to merges of all domains, by the part, bits and way."""
     every = max(len(row["members"]) for row in rows)
-    steps = {after: before for before, after in pairwise(_PARTS)}
     return {
-        (row["method"], row["bits"], row["way"]): other
+        (_PARTS[other["method"], row["method"]], row["bits"], row["way"]): other
         for row in rows
         for other in row["against"]
-        if len(row["members"]) == every and steps.get(row["method"]) == other["method"]
+        if len(row["members"]) == every and (other["method"], row["method"]) in _PARTS
     }
 
 
-def _steps_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    found, parts = _steps(rows), [part for part in _PARTS if _PARTS[part]]
-    lines = []
+def _added_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    found, lines = _added(rows), []
+    parts = [adds for adds in _PARTS.values() if any(part == adds for part, *_ in found)]
     for bits, way in _kinds(rows):
         cells = [found.get((part, bits, way)) for part in parts]
         if any(cells):
             told = (difference_told(cell) if cell else "-" for cell in cells)
             lines.append([bits.upper(), way_in_full(way), *told])
-    return table(["bits", "merge", *(_PARTS[part] for part in parts)], lines)
+    return table(["bits", "merge", *parts], lines)
 
 
 def _read(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How often each part helps, and how often it costs."""
+    """How many merges each part raises and lowers."""
     told = []
-    for part, adds in _PARTS.items():
-        found = [other for (method, *_), other in _steps(rows).items() if method == part]
+    for adds in _PARTS.values():
+        found = [other for (part, *_), other in _added(rows).items() if part == adds]
+        above = sum(other["low"] > 0 for other in found)
+        below = sum(other["high"] < 0 for other in found)
         if found:
-            above = sum(other["low"] > 0 for other in found)
-            below = sum(other["high"] < 0 for other in found)
-            told.append(f"of {adds} in {above} and {below} of {len(found)} merges")
-    return f"The interval of what a part adds is above and below zero {listed(told)}."
+            told.append(f"{adds} {above} and {below} of {len(found)}")
+    return f"Beyond its interval each raises and lowers so many merges: {'; '.join(told)}."

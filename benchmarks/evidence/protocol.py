@@ -23,6 +23,7 @@ __all__ = [
     "beside_qdrop",
     "beside_section",
     "best_float_merges",
+    "by_singles",
     "difference_told",
     "groups_of",
     "hdrq_less_qdrop",
@@ -427,6 +428,24 @@ def paper_read(rows: Sequence[Mapping[str, Any]], chance: float) -> str:
         f"(mean of pairs, all domains; a guess {chance:.1f}). Single models less the float ones, "
         f"in points, and averages to nearest: {'; '.join(told)}."
     )
+
+
+def by_singles(bits: str = "w4a8") -> dict[str, tuple[float, float, float]]:
+    """Methods in the paper's setting on PACS, at the rates that are best for single models.
+
+    Returns:
+        Single models and averages to nearest of all domains, in %, and the learning rate.
+    """
+    record = needed("pacs_paper_singles")
+    assert record["checkpoints_sha256"] == needed("pacs_paper")["checkpoints_sha256"]
+    rows = protocol_rows(record, "paper")
+    rates = {s["method"]: s["chosen"] for s in needed("pacs_paper_singles_tuning")["searches"]}
+    found = {}
+    for method, rate in rates.items():
+        alone, averaged = (protocol_means(rows, method, bits, w) for w in ("single", "nearest"))
+        assert alone is not None and averaged is not None
+        found[method] = (alone[1], averaged[1], rate)
+    return found
 
 
 def moved_scales(task: str) -> str:
