@@ -114,7 +114,7 @@ def pacs_paper(record: Mapping[str, Any]) -> str:
             f"held-out images, the mean of the domains, is {_tried_alone(tuning)} Every rate of "
             "`hdrq` is better than the best one of `qdrop`. At the rates that are best for single "
             f"models (`benchmarks/rates_by_singles.py`) W4A8 models reach {_by_singles()}: "
-            "the order of the methods does not hang on how the rates were chosen.",
+            "the order of the methods is the same.",
             "",
             protocol_missing(rows, paper=True),
         ]

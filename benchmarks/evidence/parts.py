@@ -18,7 +18,7 @@ from evidence.protocol import (
 )
 from evidence.records import load, needed, table
 
-__all__ = ["pacs_parts"]
+__all__ = ["added", "pacs_parts"]
 
 # From QDrop to HDRQ, a part at a time.
 _METHODS = ("qdrop", "latent", "latent-noise", "hdrq")
@@ -73,7 +73,7 @@ def pacs_parts(record: Mapping[str, Any]) -> str:
 def _alone(rows: Sequence[Mapping[str, Any]]) -> str:
     """How near single models are to those in float."""
     real = protocol_means(protocol_rows(needed("pacs")), "float", "", "single")
-    both = [other for (part, *_), other in _added(rows).items() if part == "noise and distance"]
+    both = [other for (part, *_), other in added(rows).items() if part == "noise and distance"]
     assert not any(other["low"] > 0 for other in both), "the sentence says so"
     assert real is not None
     told = []
@@ -130,7 +130,7 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> str:
     return table(["bits", "merge", *(f"`{method}`" for method in methods)], lines)
 
 
-def _added(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str], Mapping[str, Any]]:
+def added(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str], Mapping[str, Any]]:
     """What every part adds to merges of all domains, by the part, bits and way."""
     every = max(len(row["members"]) for row in rows)
     return {
@@ -142,7 +142,7 @@ def _added(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str], Mapp
 
 
 def _added_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    found, lines = _added(rows), []
+    found, lines = added(rows), []
     parts = [adds for adds in _PARTS.values() if any(part == adds for part, *_ in found)]
     for bits, way in _kinds(rows):
         cells = [found.get((part, bits, way)) for part in parts]
@@ -156,7 +156,7 @@ def _read(rows: Sequence[Mapping[str, Any]]) -> str:
     """How many merges each part raises and lowers."""
     told = []
     for adds in _PARTS.values():
-        found = [other for (part, *_), other in _added(rows).items() if part == adds]
+        found = [other for (part, *_), other in added(rows).items() if part == adds]
         above = sum(other["low"] > 0 for other in found)
         below = sum(other["high"] < 0 for other in found)
         if found:

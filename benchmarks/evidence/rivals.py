@@ -204,7 +204,7 @@ def _rivals_read(rows: Sequence[Mapping[str, Any]], merged: Sequence[Mapping[str
         "With the experts' float models and the images of all domains in one place, merging in "
         "float and quantizing towards the experts' outputs is the best of these ways at every "
         "bit-width, by the sum of the mean of pairs and the figure of all domains; its targets and "
-        "anchor were chosen among ten. Merged by regression in float and then quantized, less "
+        "anchor were chosen, as told above. Merged by regression in float and then quantized, less "
         f"HDRQ's bundles, in points (mean of pairs and all domains): {'; '.join(told)}."
     )
 
