@@ -103,7 +103,7 @@ def _more_seeds(first: Mapping[str, Any]) -> list[str]:
         "",
         _figures(rows),
         "",
-        f"With 95% intervals over test images and calibration seeds: {_read(rows)}",
+        f"With 95% intervals over test images and calibration seeds. {_read(rows)}",
         "",
         _added_table(rows),
         "",
