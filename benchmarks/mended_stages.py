@@ -10,24 +10,22 @@ scales and biases in this stage alone, and in this one and all before it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from evidence.records import write_record
 from measured import current_environment
-from real_weights import decisions, images, label, network_inputs, row_of
+from merge_quality import Judge
+from real_weights import decisions, images, kept_name, label, network_inputs, row_of
 
 from hdrq_deploy import Bundle
 from hdrq_deploy.errors import SpecError
-from hdrq_deploy.formats.bundle import GRAPH, WEIGHTS
-from hdrq_deploy.formats.safetensors_layout import serialize
-from hdrq_deploy.graph import reference_session
 
 Array = np.ndarray[Any, Any]
 
-SCHEME = "W8A8-per-tensor"
+SCHEME = "W8A8 per tensor"
 DOMAINS = ("clean", "frost")
 # A channel whose largest code is at most this has at most 17 of 255 levels.
 FEW = 8
@@ -58,28 +56,31 @@ def rows_of(
     if rounded.keys() != mended.keys():
         raise SpecError(f"{learned.path}: found other tensors than in {nearest.path}")
     every = {name: stage_of(name) for name in rounded}
-    losses = {block["name"]: block for block in learned.manifest.metrics["blocks"]}
-    rows, before = [], set[str]()
+
+    def reached(stages: Collection[str]) -> dict[str, Any]:
+        return measure({n: (mended if every[n] in stages else rounded)[n] for n in rounded})
+
+    rows, before = [], list[str]()
     for stage in dict.fromkeys(stage_of(layer.module) for layer in nearest.manifest.layers):
-        before.add(stage)
-        ways = {"alone": {stage}, "with_all_before": set(before)}
+        before.append(stage)
         own = [
             rounded[layer.weight]
             for layer in nearest.manifest.layers
             if layer.weight and stage_of(layer.module) == stage
         ]
         codes = [np.abs(weight.astype(np.int64)).reshape(len(weight), -1) for weight in own]
-        blocks = [block for name, block in losses.items() if stage_of(name) == stage]
+        learning = learned.manifest.metrics["blocks"]
+        blocks = [block for block in learning if stage_of(block["name"]) == stage]
+        alone = reached([stage])
         row = {
             "stage": stage,
             "channels": sum(len(layer) for layer in codes),
             "channels_of_few_codes": int(sum((layer.max(1) <= FEW).sum() for layer in codes)),
             "loss_before": sum(block["loss_before"] for block in blocks),
             "loss_after": sum(block["loss_after"] for block in blocks),
+            "alone": alone,
+            "with_all_before": alone if before == [stage] else reached(before),
         }
-        for way, stages in ways.items():
-            mixed = {n: (mended if every[n] in stages else rounded)[n] for n in rounded}
-            row[way] = measure(mixed)
         rows.append(row)
         print(row, flush=True)
     return rows
@@ -92,21 +93,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("build/real_weights"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args(argv)
-    nearest, learned = (Bundle.open(args.out / f"{m}-{SCHEME}.hdrq") for m in ("rtn", "hdrq"))
+    nearest, learned = (
+        Bundle.open(args.out / f"{kept_name(method, SCHEME)}.hdrq") for method in ("rtn", "hdrq")
+    )
     _, others = images(args.imagenet)
     truth = np.array([label(file) for file in others])
     tests = {domain: network_inputs(others, domain) for domain in DOMAINS}
-    graph = (nearest.path / GRAPH).read_bytes()
+    judge = Judge(nearest)
 
     def found(tensors: Mapping[str, Array]) -> dict[str, Array]:
-        weights = serialize(tensors, nearest.manifest.tensors)
-        session = reference_session.unfused_session(graph, {WEIGHTS: weights}, threads=1)
-        port = session.get_inputs()[0].name
-
-        def call(x: Array) -> Array:
-            return np.asarray(session.run(None, {port: x})[0])
-
-        return {domain: decisions(call, x) for domain, x in tests.items()}
+        network = judge.network(tensors)
+        return {domain: decisions(network, x) for domain, x in tests.items()}
 
     base = found(nearest.tensors())
 

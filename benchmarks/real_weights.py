@@ -105,6 +105,11 @@ def checkpoint(weights: Path, out: Path) -> Path:
     return target
 
 
+def kept_name(method: str, scheme: str) -> str:
+    """The name of the bundle of a method and a scheme in ``OUT``, and of its engines."""
+    return f"{method}-{scheme}".replace(" ", "-").replace(",", "")
+
+
 def bundle(name: str, out: Path, method: str, options: Mapping[str, Any], x: Array) -> Bundle:
     """The bundle of a method and a scheme."""
     path = out / f"{name}.hdrq"
@@ -186,7 +191,7 @@ def calls(out: Path, x: Array) -> Iterator[tuple[str, str, str, Callable[[], Any
     yield "float", "FP32", "ort", lambda: in_onnx_runtime(graph)
 
     def engine(method: str, scheme: str, name: str) -> Callable[[Array], Array]:
-        kept = f"{method}-{scheme}".replace(" ", "-").replace(",", "")
+        kept = kept_name(method, scheme)
         made = bundle(kept, out, method, SCHEMES[scheme], x)
         folder = out / f"{kept}.{name}"
         if not folder.exists():

@@ -346,3 +346,14 @@ def test_rates_are_chosen_anew_by_single_models() -> None:
     assert [trial["score"] for trial in anew["tried"]] == [1.5, 2.0, 1.75]
     assert found["protocol"]["criterion"].startswith("cross entropy of each single model")
     assert record["protocol"]["criterion"] == "merged" and search["chosen"] == 0.3
+
+
+def test_records_of_searches_that_hold_others_agree_with_them(evidence: Any) -> None:
+    """Both stand beside their sources because ``--rates`` takes one file."""
+    needed = evidence("records").needed
+    chosen_anew = importlib.import_module("rates_by_singles").chosen_anew
+    assert needed("pacs_paper_singles_tuning") == chosen_anew(needed("pacs_paper_tuning"))
+    searched = {row["method"]: row for row in needed("pacs_tuning")["searches"]}
+    held = {row["method"]: row for row in needed("pacs_parts_tuning")["searches"]}
+    assert list(held) == ["qdrop", "latent", "latent-noise", "hdrq"]
+    assert all(held[method] == searched[method] for method in ("qdrop", "hdrq"))

@@ -584,9 +584,13 @@ def _parts() -> list[str]:
     ]
     alone = ", ".join(f"{bits.upper()} {spread:.2f}" for bits, spread in spreads.items())
     photos = added(protocol_rows(needed("pacs_parts")))
-    ways = {"nearest": "averaged", "regression": "by regression", "renewed": "re-estimated"}
-    gains = []
-    for way, how in {**ways, "fitted": "fitted"}.items():
+    gains, ways = [], {
+        "nearest": "averaged",
+        "regression": "by regression",
+        "renewed": "re-estimated",
+        "fitted": "fitted",
+    }  # fmt: skip
+    for way, how in ways.items():
         noise, distance = (photos[part, "w4a8", way] for part in ("noise", "distance"))
         assert noise["low"] <= 0 and distance["low"] <= 0, "the row says so"
         gains.append(f"{how} {noise['difference']:+.1f} and {distance['difference']:+.1f}")

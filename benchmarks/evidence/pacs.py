@@ -124,14 +124,13 @@ def pacs_paper(record: Mapping[str, Any]) -> str:
 def _tried_alone(tuning: Mapping[str, Any]) -> str:
     """How far single models are from their float models, at all rates and at the chosen one."""
     told, spans = [], {}
-    for search in tuning["searches"]:
-        means = {
-            trial["rate"]: statistics.fmean(trial["single"].values()) for trial in search["tried"]
-        }
+    chosen = {search["method"]: search["chosen"] for search in tuning["searches"]}
+    for search in needed("pacs_paper_singles_tuning")["searches"]:
+        means = {trial["rate"]: trial["score"] for trial in search["tried"]}
         low, high = spans[search["method"]] = (min(means.values()), max(means.values()))
         told.append(
             f"{low:.2f} to {high:.2f} nats for `{search['method']}` "
-            f"({means[search['chosen']]:.2f} at the rate that was chosen)"
+            f"({means[chosen[search['method']]]:.2f} at the rate that was chosen)"
         )
     assert spans["hdrq"][1] < spans["qdrop"][0], "the next sentence says so"
     return f"{listed(told)}."

@@ -16,7 +16,7 @@ from evidence.protocol import (
     reproduce_command,
     way_in_full,
 )
-from evidence.records import load, needed, table
+from evidence.records import needed, table
 
 __all__ = ["added", "pacs_parts"]
 
@@ -92,9 +92,7 @@ def _alone(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _more_seeds(first: Mapping[str, Any]) -> list[str]:
     """The same of more calibration seeds, for the methods that have them."""
-    record = load("pacs_latent")
-    if record is None:
-        return []
+    record = needed("pacs_latent")
     assert record["checkpoints_sha256"] == first["checkpoints_sha256"], "one training"
     rows = protocol_rows(record)
     (seeds,) = _seeds(rows)
