@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from evidence.records import write_record
-from measured import gathered, measured_here
+from measured import gathered, keep_row
 from merge_quality import DOMAINS, GROUPS, MODEL, Judge, harmonic, split
 from merge_statistics import ITERS, RATES
 
@@ -36,7 +36,6 @@ from hdrq_deploy.calibration.pipeline import run_calibration
 from hdrq_deploy.calibration.request import CalibrationRequest
 from hdrq_deploy.calibration_data.digits.make_checkpoints import CHECKPOINTS
 from hdrq_deploy.calibration_data.readers import ImageSet
-from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.merging import Merger
 
 BITS = ("w8a8", "w4a4", "w3a3")
@@ -110,7 +109,7 @@ def measure(setting: Setting, seed: int, folder: Path) -> None:
         "cpu_seconds": round(time.process_time() - started),
         **measured,
     }
-    write_bytes(target, json.dumps(measured_here(row)).encode())
+    keep_row(row, target)
     print(f"{setting.name} seed {seed}: {measured['test']}", flush=True)
 
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from measured import measured_here
+from measured import keep_row
 from pacs_run import arguments, task_of, write
 
 from hdrq_deploy import Bundle
@@ -28,7 +28,6 @@ from hdrq_deploy.calibration_data.readers import Wanted, read, spread
 from hdrq_deploy.experiments.grid import Merge, Run, bundle_path
 from hdrq_deploy.experiments.rate_search import agreements, hold_out
 from hdrq_deploy.experiments.tasks import Task
-from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.merging import fit
 from hdrq_deploy.typing import Array
 
@@ -91,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     guides = list(floats.values()) if targets == "floats" else []
                     bundle = fit(start, parents, fitted, target, guides=guides, sweeps=sweeps)
                 about["cpu_seconds"] = round(time.process_time() - begun, 1)
-                row = evaluated(bundle, floats, judges, about)
-                write_bytes(file, json.dumps(measured_here(row)).encode())
+                keep_row(evaluated(bundle, floats, judges, about), file)
             if file.exists():
                 rows.append(json.loads(file.read_text()))
                 print(file.stem, round(rows[-1]["score"], 3), flush=True)

@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 from evidence.records import METHOD_COLOURS
-from measured import measured_here
+from measured import keep_row
 from pacs_run import arguments, task_of, write
 
 from hdrq_deploy import Bundle
 from hdrq_deploy.analysis import Settings, analyze
 from hdrq_deploy.analysis.landscape import Landscape, real_weights, top_eigenvalue, trace
 from hdrq_deploy.calibration_data.readers import read
-from hdrq_deploy.formats.atomic_files import make_directory, write_bytes
+from hdrq_deploy.formats.atomic_files import make_directory
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("qdrop", "hdrq")
@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     place = run / "landscape" / f"{method}-{bits}-s{seed}.json"
                     if not (args.collect or place.exists()) and method in args.methods:
                         row = analysis(of, data, run / "cells", method, bits, seed)
-                        write_bytes(place, json.dumps(measured_here(row)).encode())
+                        keep_row(row, place)
                         print(method, bits, seed, row["own_curvature"], flush=True)
                     if place.exists():
                         rows.append(json.loads(place.read_text()))

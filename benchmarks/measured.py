@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import Any
 
 from hdrq_deploy import Bundle
 from hdrq_deploy.errors import SpecError
+from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.runtime.bench.environment import environment
 
 __all__ = [
     "current_environment",
     "gathered",
+    "keep_row",
     "measured_here",
     "put_part",
-    "refuse_other_rate",
+    "refuse_other_options",
     "row_with_environment",
 ]
 
@@ -54,6 +57,13 @@ def row_with_environment(
 def measured_here(row: Mapping[str, Any], packages: Sequence[str] = ("torch",)) -> dict[str, Any]:
     """A row with what it was measured with, to be kept until :func:`gathered` collects it."""
     return {**row, "environment": current_environment(packages)}
+
+
+def keep_row(row: Mapping[str, Any], target: Path) -> dict[str, Any]:
+    """Write what :func:`measured_here` says of a row, as JSON, and return it."""
+    kept = measured_here(row)
+    write_bytes(target, json.dumps(kept).encode())
+    return kept
 
 
 def gathered(
@@ -102,23 +112,22 @@ def put_part(
         record.pop("environment", None)
 
 
-def refuse_other_rate(bundle: Path, wanted: float | None) -> None:
-    """Refuse a bundle that learned at another rate than its figures are to be of.
+def refuse_other_options(bundle: Path, **wanted: float) -> None:
+    """Refuse a bundle that learned with other options than its figures are to be of.
 
     Args:
         bundle: Its folder.
-        wanted: The rate; None for methods that do not learn.
+        wanted: Options by name, as ``lr`` and ``iters``; none for a method that does not learn.
 
     Raises:
-        SpecError: It learned at another one, or is gone, so that nothing says its rate.
+        SpecError: It learned with other ones, or is gone, so that nothing says them.
     """
-    if wanted is None:
-        return
-    found = None
-    if bundle.exists():
-        found = Bundle.open(bundle, check=False).manifest.options.get("lr")
-    if found != wanted:
-        raise SpecError(
-            f"{bundle}: found {'no bundle' if found is None else f'the learning rate {found}'}; "
-            f"needed one that learned at {wanted:g}: remove it, and its row where there is one"
-        )
+    for name, value in wanted.items():
+        found = None
+        if bundle.exists():
+            found = Bundle.open(bundle, check=False).manifest.options.get(name)
+        if found != value:
+            raise SpecError(
+                f"{bundle}: found {'no bundle' if found is None else f'{name} {found:g}'}; needed "
+                f"one that learned with {name} {value:g}: remove it, and its row where there is one"
+            )

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 from evidence.records import write_record
-from measured import gathered, measured_here, refuse_other_rate
+from measured import gathered, keep_row, refuse_other_options
 from merge_statistics import (
     ITERS,
     RATES,
@@ -157,6 +157,11 @@ def graphs() -> GraphCache:
     return GraphCache()
 
 
+def _learning(method: str) -> dict[str, Any]:
+    """Options of the methods that learn."""
+    return {"iters": ITERS, "lr": RATES[TASK]["qdrop"]} if method == "qdrop" else {}
+
+
 def quantized(rival: Rival, out: Path) -> tuple[Bundle, float]:
     """The bundle of a rival, made anew, and the CPU seconds of its calibration."""
     import torch
@@ -169,7 +174,6 @@ def quantized(rival: Rival, out: Path) -> tuple[Bundle, float]:
     torch.set_num_threads(1)
     task, domains = task_of(TASK, out), domains_of(rival, out)
     method = "qdrop" if rival.method == "qdrop" else "gptq"
-    learning = {"iters": ITERS, "lr": RATES[TASK]["qdrop"]} if method == "qdrop" else {}
     request = CalibrationRequest(
         model=task.model,
         data=[domain.images for domain in domains],
@@ -179,7 +183,7 @@ def quantized(rival: Rival, out: Path) -> tuple[Bundle, float]:
         method=method,
         wbits=rival.wbits,
         abits=rival.abits,
-        options=Options.of(method, **learning),
+        options=Options.of(method, **_learning(method)),
         images=task.images,
         wanted=task.wanted,
         seed=rival.seed,
@@ -204,8 +208,7 @@ def evaluated(rival: Rival, out: Path) -> dict[str, Any]:
     """The row of a rival on the test images, kept on disk."""
     target = row_of(rival, out)
     if target.exists():
-        rate = RATES[TASK]["qdrop"] if rival.method == "qdrop" else None
-        refuse_other_rate(out / "rivals" / f"{rival.name}.hdrq", rate)
+        refuse_other_options(out / "rivals" / f"{rival.name}.hdrq", **_learning(rival.method))
         row: dict[str, Any] = json.loads(target.read_text())
         return row
     bundle, seconds = quantized(rival, out)
@@ -213,9 +216,7 @@ def evaluated(rival: Rival, out: Path) -> dict[str, Any]:
     parents = Parents(TASK, rival.method, rival.wbits, rival.abits, "weights", rival.seed)
     row = record(parents, rival.members, f"{rival.merge}-first", [measured])
     row["cpu_seconds"] = round(seconds, 1)
-    row = measured_here(row)
-    write_bytes(target, json.dumps(row).encode())
-    return row
+    return keep_row(row, target)
 
 
 def tuned(out: Path) -> list[dict[str, Any]]:

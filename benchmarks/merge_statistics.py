@@ -29,7 +29,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from evidence.records import write_record
-from measured import gathered, measured_here, refuse_other_rate
+from measured import gathered, measured_here, refuse_other_options
 
 from hdrq_deploy import Bundle, merge
 from hdrq_deploy.calibration_data.readers import ImageSet, read
@@ -233,15 +233,13 @@ def calibrated(
 
     torch.set_num_threads(1)
     task = task_of(parents.task, out)
-    lr = _learning_rate(parents, rate)
+    learning = _learning(parents, rate)
     suffix = "" if learned is None else f"-trial-lr{rate:g}"
     path = out / "cells" / f"{parents.name}{suffix}-{domain}.hdrq"
     if path.exists():
-        refuse_other_rate(path, lr)
+        refuse_other_options(path, **learning)
         return path
-    learning = dict(task.learning.get(parents.method, {}))
-    if lr is not None:
-        learning |= {"iters": parents.iters, "lr": lr}
+    learning = {**task.learning.get(parents.method, {}), **learning}
     place = next(d for d in task.domains if d.name == domain)
     request = CalibrationRequest(
         model=task.model,
@@ -455,10 +453,10 @@ def trial(parents: Parents, rate: float, out: Path) -> dict[str, Any]:
     return row
 
 
-def _learning_rate(parents: Parents, rate: float | None = None) -> float | None:
-    """The rate for the iterations of some parents; by default that of ``RATES``, if they learn."""
+def _learning(parents: Parents, rate: float | None = None) -> dict[str, float]:
+    """Iterations and the rate for them, by default that of ``RATES``; none if they do not learn."""
     rate = rate or RATES[parents.task].get(parents.method)
-    return None if rate is None else rate * ITERS / parents.iters
+    return {} if rate is None else {"iters": parents.iters, "lr": rate * ITERS / parents.iters}
 
 
 def work(parents: Parents, out: Path) -> str:
@@ -467,7 +465,7 @@ def work(parents: Parents, out: Path) -> str:
     if target.exists():
         for place in (out / "cells").glob(f"{parents.name}-*.hdrq"):
             if "-trial-" not in place.name:
-                refuse_other_rate(place, _learning_rate(parents))
+                refuse_other_options(place, **_learning(parents))
     else:
         rows = [measured_here(row) for row in evaluate(parents, out)]
         write_bytes(target, json.dumps(rows).encode())

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measured import measured_here, refuse_other_rate
+from measured import keep_row, refuse_other_options
 from pacs_run import arguments, task_of, write
 from safetensors.numpy import save_file
 
@@ -39,7 +39,6 @@ from hdrq_deploy.experiments.decisions import Decisions
 from hdrq_deploy.experiments.grid import Merge, Run, bundle_path
 from hdrq_deploy.experiments.tasks import Task
 from hdrq_deploy.experiments.tuning import TUNING, chosen_rates
-from hdrq_deploy.formats.atomic_files import write_bytes
 from hdrq_deploy.numerics.intervals import Bootstrap
 
 # Ways in which hdrq reproduce merges float models.
@@ -80,6 +79,11 @@ def graphs() -> GraphCache:
     return GraphCache()
 
 
+def _learning(method: str, task: Task, rate: float) -> dict[str, Any]:
+    """Options of the methods that learn."""
+    return {"iters": task.learning["qdrop"]["iters"], "lr": rate} if method == "qdrop" else {}
+
+
 def quantized(rival: Rival, task: Task, run: Path, rate: float) -> tuple[Bundle, float]:
     """The bundle of a rival, made anew, and the CPU seconds of its calibration."""
     folder = run / "rivals"
@@ -88,7 +92,6 @@ def quantized(rival: Rival, task: Task, run: Path, rate: float) -> tuple[Bundle,
         save_file(Bundle.open(bundle_path(run, rival.float_cell)).tensors(), checkpoint)
     domains = [domain for domain in task.domains if domain.name in rival.members]
     method = "qdrop" if rival.method == "qdrop" else "gptq"
-    learning = {"iters": task.learning["qdrop"]["iters"], "lr": rate} if method == "qdrop" else {}
     request = CalibrationRequest(
         model=task.model,
         data=[domain.images for domain in domains],
@@ -99,7 +102,7 @@ def quantized(rival: Rival, task: Task, run: Path, rate: float) -> tuple[Bundle,
         wbits=4,
         abits=8,
         per_channel=True,
-        options=Options.of(method, **learning),
+        options=Options.of(method, **_learning(method, task, rate)),
         images=task.images,
         wanted=task.wanted,
         statistics="off",
@@ -117,7 +120,7 @@ def evaluated(rival: Rival, task: Task, run: Path, rate: float) -> dict[str, Any
     """The row of a rival on the test images, kept on disk."""
     target = run / "rivals" / f"{rival.name}.json"
     if target.exists():
-        refuse_other_rate(target.with_suffix(".hdrq"), rate if rival.method == "qdrop" else None)
+        refuse_other_options(target.with_suffix(".hdrq"), **_learning(rival.method, task, rate))
         row: dict[str, Any] = json.loads(target.read_text())
         return row
     bundle, seconds = quantized(rival, task, run, rate)
@@ -135,9 +138,7 @@ def evaluated(rival: Rival, task: Task, run: Path, rate: float) -> dict[str, Any
         "high": 100 * limits.high,
         "cpu_seconds": round(seconds, 1),
     }
-    row = measured_here(row)
-    write_bytes(target, json.dumps(row).encode())
-    return row
+    return keep_row(row, target)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

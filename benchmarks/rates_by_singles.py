@@ -10,11 +10,14 @@ guess, as in the paper's setting on PACS, this says little of the models. Both r
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evidence.records import RESULTS, needed, write_record
+
+from hdrq_deploy.errors import SpecError
 
 _CRITERION = (
     "cross entropy of each single model with its domain's float expert on held-out calibration "
@@ -30,6 +33,9 @@ def chosen_anew(record: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         A copy, whose trials have the mean of ``single`` for a score; ``is_at_edge`` follows it.
+
+    Raises:
+        SpecError: No single model of a search gave finite outputs.
     """
     searches = []
     for search in record["searches"]:
@@ -37,7 +43,13 @@ def chosen_anew(record: Mapping[str, Any]) -> dict[str, Any]:
             {**trial, "score": statistics.fmean(trial["single"].values())}
             for trial in search["tried"]
         ]
-        best = min(tried, key=lambda trial: trial["score"])
+        usable = [trial for trial in tried if math.isfinite(trial["score"])]
+        if not usable:
+            raise SpecError(
+                f"{search['method']} {search['bits']}: found no trial whose single models give "
+                "finite outputs; needed one: search other rates"
+            )
+        best = min(usable, key=lambda trial: trial["score"])
         searches.append(
             {
                 **search,

@@ -27,7 +27,7 @@ import onnxruntime
 import torch
 from engines import Images, peers
 from evidence.records import write_record
-from measured import current_environment, refuse_other_rate, row_with_environment
+from measured import current_environment, refuse_other_options, row_with_environment
 from onnxruntime.quantization import QuantType, quantize_static
 from PIL import Image
 from safetensors.torch import save_file
@@ -114,7 +114,7 @@ def bundle(name: str, out: Path, method: str, options: Mapping[str, Any], x: Arr
     """The bundle of a method and a scheme."""
     path = out / f"{name}.hdrq"
     if path.exists():
-        refuse_other_rate(path, METHODS.get(method, {}).get("lr"))
+        refuse_other_options(path, **METHODS.get(method, {}))
         return Bundle.open(path)
     return calibrate(
         MODEL, ImageSet(x, None, None, None), "imagenet", path,

@@ -30,7 +30,7 @@ from typing import Any
 import merge_statistics
 import numpy as np
 import numpy.typing as npt
-from measured import measured_here
+from measured import keep_row
 from merge_statistics import Parents, calibrated, images_of, logits_of, scored
 from pacs_run import task_of, write
 
@@ -222,8 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for group in (*combinations(names, 2), names):
                 target = kept / f"{case.name.replace(', ', '-')}-{'+'.join(group)}.json"
                 if not target.exists():
-                    found = measured_here(measured(case, group, kept))
-                    write_bytes(target, json.dumps(found).encode())
+                    keep_row(measured(case, group, kept), target)
                 rows.append(row_of(json.loads(target.read_text())))
                 print(json.dumps({k: v for k, v in rows[-1].items() if k != "points"}), flush=True)
     target = kept / "cost.json"

@@ -194,17 +194,20 @@ def test_a_part_measured_later_leaves_the_environment_of_others(evidence: Any) -
 
 
 @pytest.mark.usefixtures("evidence")
-def test_rows_of_another_learning_rate_are_refused() -> None:
-    refuse_other_rate = importlib.import_module("measured").refuse_other_rate
+def test_rows_that_learned_with_other_options_are_refused() -> None:
+    refuse_other_options = importlib.import_module("measured").refuse_other_options
     bundle = CORPUS / "night.hdrq"
-    rate = Bundle.open(bundle).manifest.options["lr"]
-    refuse_other_rate(bundle, rate)
-    refuse_other_rate(bundle, None)
-    with pytest.raises(SpecError, match=f"found the learning rate {rate}; needed one that learned"):
-        refuse_other_rate(bundle, 2 * rate)
-    refuse_other_rate(CORPUS / "gone.hdrq", None)
+    options = Bundle.open(bundle).manifest.options
+    rate, iters = options["lr"], options["iters"]
+    refuse_other_options(bundle, lr=rate, iters=iters)
+    refuse_other_options(bundle)
+    with pytest.raises(SpecError, match=f"found lr {rate}; needed one that learned with lr"):
+        refuse_other_options(bundle, iters=iters, lr=2 * rate)
+    with pytest.raises(SpecError, match=f"found iters {iters}; needed one that learned with iters"):
+        refuse_other_options(bundle, lr=rate, iters=2 * iters)
+    refuse_other_options(CORPUS / "gone.hdrq")
     with pytest.raises(SpecError, match="found no bundle; needed one"):
-        refuse_other_rate(CORPUS / "gone.hdrq", rate)
+        refuse_other_options(CORPUS / "gone.hdrq", lr=rate)
 
 
 def test_readme_gives_the_figures_of_the_papers_setting(evidence: Any) -> None:
