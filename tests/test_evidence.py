@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -218,12 +219,10 @@ def test_readme_gives_the_figures_of_the_papers_setting(evidence: Any) -> None:
         if (row["setting"], row["bits"], row["way"]) == ("paper", "w4a8", "nearest")
         and len(row["members"]) == 3
     }
-    streets, singles = evidence("camvid").streets_as_published(), evidence("protocol").by_singles()
+    streets = evidence("camvid").streets_as_published()
     said = (
-        f"HDRQ's models of PACS reach {whole['hdrq']:.1f}% each and QDrop's {whole['qdrop']:.1f}% "
-        f"(W4A8, one seed; {singles['hdrq'][0]:.1f} and {singles['qdrop'][0]:.1f}% at rates chosen "
-        f"by single models), those of CamVid, at the rates of PACS, {streets['hdrq'][0]:.1f} and "
-        f"{streets['qdrop'][0]:.1f} mIoU"
+        f"HDRQ's models of PACS reach {whole['hdrq']:.1f}% each and QDrop's {whole['qdrop']:.1f}%, "
+        f"those of CamVid {streets['hdrq'][0]:.1f} and {streets['qdrop'][0]:.1f} mIoU"
     )
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     assert said in " ".join(readme.split())
@@ -250,6 +249,9 @@ def test_learned_scales_are_those_of_the_layer_that_moved_most(
     class Opened:
         def __init__(self, path: Path) -> None:
             self.tensors = lambda: found[path.name.split("-")[1]]
+            self.manifest = SimpleNamespace(
+                options={"lr": 1e-4, "iters": 200, "scale_rates": True, "batch": 8}
+            )
 
     monkeypatch.setattr(scales, "Bundle", type("Bundle", (), {"open": Opened}))
     cells = tmp_path / "cells"
@@ -260,9 +262,37 @@ def test_learned_scales_are_those_of_the_layer_that_moved_most(
     (cells / "paper-rtn-w4a8-s0-day.hdrq").mkdir()
     (row,) = scales.rows_of("camvid", tmp_path)
     assert (row["layer"], row["times_rtn"], row["bits"]) == ("b", 9.0, "w4a8")
+    assert row["rate"] == 0.01
     assert row["median_times_rtn"] == pytest.approx(4.85)
     with pytest.raises(SpecError, match="found no bundles of hdrq"):
         list(scales.rows_of("camvid", tmp_path / "other"))
+
+
+def test_scales_of_two_trainings_are_refused(
+    evidence: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scales = importlib.import_module("learned_scales")
+    monkeypatch.setattr(scales, "rows_of", lambda task, out: [{"task": task, "out": out.name}])
+    for name, trained in (
+        ("first", {"day": "1"}),
+        ("again", {"day": "1"}),
+        ("other", {"day": "2"}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({"checkpoints_sha256": trained}))
+    results = ["--results", str(tmp_path)]
+    first, again, other = (f"--run=camvid={tmp_path / n}" for n in ("first", "again", "other"))
+    assert scales.main([first, again, *results]) == 0
+    found = json.loads((tmp_path / "learned_scales.json").read_text())
+    assert [row["out"] for row in found["rows"]] == ["first", "again"]
+    with pytest.raises(SpecError, match="found bundles of other checkpoints than an earlier --run"):
+        scales.main([first, other, *results])
+
+
+def test_a_search_is_called_smooth_where_its_scores_have_one_valley(evidence: Any) -> None:
+    smooth = evidence("protocol")._has_one_valley
+    assert smooth([5.6, 2.6, 2.2, 2.3, 2.4]) and smooth([1, 2, 3]) and smooth([3, 2, 1])
+    assert not smooth([3.6, 5.5, 3.5, 4.0]) and not smooth([3.6, 3.5, 5.5, 5.4])
 
 
 def test_a_part_is_compared_with_the_method_before_it(evidence: Any) -> None:
@@ -355,7 +385,9 @@ def test_records_of_searches_that_hold_others_agree_with_them(evidence: Any) -> 
     """Both stand beside their sources because ``--rates`` takes one file."""
     needed = evidence("records").needed
     chosen_anew = importlib.import_module("rates_by_singles").chosen_anew
-    assert needed("pacs_paper_singles_tuning") == chosen_anew(needed("pacs_paper_tuning"))
+    for task in ("pacs", "camvid"):
+        searched = needed(f"{task}_paper_tuning")
+        assert needed(f"{task}_paper_singles_tuning") == chosen_anew(searched)
     searched = {row["method"]: row for row in needed("pacs_tuning")["searches"]}
     held = {row["method"]: row for row in needed("pacs_parts_tuning")["searches"]}
     assert list(held) == ["qdrop", "latent", "latent-noise", "hdrq"]

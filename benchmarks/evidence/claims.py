@@ -28,6 +28,7 @@ from evidence.parts import added
 from evidence.protocol import (
     PACS_TRAININGS,
     best_float_merges,
+    difference_told,
     hdrq_less_qdrop,
     protocol_means,
     protocol_rows,
@@ -394,11 +395,12 @@ def claims(record: Mapping[str, Any]) -> str:
             "",
             "None of this was measured on the paper's own networks and data, and "
             f"{iterations_said()}; the paper's calibrations have 20,000. Both methods' rates were "
-            "searched by equal trials on digits and, at W4A4, on one training of PACS in each "
-            "setting; the other trainings, bits and CamVid take those of PACS, and on drawn "
-            "streets HDRQ had eight trials, QDrop five. On PACS in our setting HDRQ has a relative "
-            "distance, chosen among three, in the paper's the published one. Figures are in "
-            "points; those of both methods are HDRQ's less QDrop's.",
+            "searched by equal trials on digits, at W4A4 on one training of PACS in each setting, "
+            "and at W4A8 on CamVid in the paper's. Other trainings and bits of PACS, and CamVid in "
+            "our setting, take those of PACS; on drawn streets HDRQ had eight trials, QDrop five. "
+            "On PACS in our setting HDRQ has a relative distance, chosen among three, in the "
+            "paper's the published one. Figures are in points; those of both methods are HDRQ's "
+            "less QDrop's.",
             "",
             table(["claim", "here", "does it show?"], [*_claimed(record)]),
         ]
@@ -451,21 +453,31 @@ def _better(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     drawn = "; ".join(f"{b.upper()} {with_spread(d, '+')}" for b, d in streets.items() if d)
     published = [other for _, other in hdrq_less_qdrop("digits", "paper")]
     apart = sum(not other["low"] <= 0 <= other["high"] for other in published)
-    works = streets_as_published()
-    averages = works["hdrq"][1] - works["qdrop"][1]
-    assert max(works[method][1] for method in _TUNED) < 10, "the verdict says so"
+    merged = streets_as_published()["hdrq"][1]
+    less = {row["way"]: other for row, other in hdrq_less_qdrop("camvid_paper", "paper")}
+    nearest, drawn_ties = less["nearest"], less["advanced"]
+    assert nearest["low"] > 0 > drawn_ties["low"] and merged < 20, "the verdict says so"
     return [
         "HDRQ's bundles merge better than QDrop's, by the published merge",
         "digits, mean of pairs and all domains: "
         + "; ".join(f"{b.upper()} {_less(rows, 'mean-advanced', b)}" for b in WIDTHS)
-        + f". Streets, all domains: {drawn}. PACS in the paper's setting, all domains (one seed): "
-        f"{_in_the_papers_setting('nearest')}; CamVid in it, mIoU at W4A8: {averages:+.1f}",
+        + f". Streets, all domains: {drawn}. In the paper's setting (one seed) PACS, all domains, "
+        "ties to nearest: "
+        f"{_in_the_papers_setting('nearest')}; CamVid, mIoU at W4A8: ties to nearest "
+        f"{difference_told(nearest)}, drawn {difference_told(drawn_ties)}",
         f"not on digits: in the paper's setting the intervals of {apart} of {len(published)} "
         "differences leave out zero (`digits.json`); on streets the sign changes with the bits, in "
         "our setting on PACS with the training ([table](index.md#hdrq-beside-qdrop)); in the "
-        f"paper's setting on PACS yes, but {_averages_told()}, where a guess is {100 / 7:.0f}%, "
-        "and on CamVid no W4A8 average works",
+        "paper's setting with ties to nearest yes (with drawn ones not beyond the interval on "
+        f"CamVid), but {_averages_told()} on PACS, where a guess is {100 / 7:.0f}%, and at "
+        f"{merged:.0f} mIoU at W4A8 on CamVid, where float models reach {_float_streets():.0f}",
     ]
+
+
+def _float_streets() -> float:
+    """The average of float models of CamVid in the paper's setting, mIoU."""
+    (row,) = (row for row in needed("camvid_paper")["rows"] if row["method"] == "float")
+    return float(row["merged"]["harmonic mean"]["mean"])
 
 
 def _averages_told() -> str:
@@ -516,7 +528,7 @@ def _level(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     works = streets_as_published()
     on_streets = works["hdrq"][0] - works["qdrop"][0]
-    assert on_streets < -5, "the verdict says so"
+    assert on_streets > 2, "the verdict says so"
     told, real = [], list[float]()
     for name, training in zip(PACS_TRAININGS, ("our setting", "first", "second"), strict=True):
         found = _on_pacs(protocol_rows(needed(name)), "single")
@@ -529,7 +541,7 @@ def _level(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"the paper's setting, mIoU at W4A8 {on_streets:+.1f}",
         f"within {math.ceil(10 * max(map(abs, on_digits))) / 10:.1f} points on digits; "
         f"{min(real):+.1f} to {max(real):+.1f} on PACS in our setting; in the paper's setting "
-        "they are not level, on PACS HDRQ leads, on CamVid QDrop",
+        "they are not level: HDRQ leads",
     ]
 
 

@@ -449,19 +449,25 @@ def by_singles(bits: str = "w4a8") -> dict[str, tuple[float, float, float]]:
 
 
 def moved_scales(task: str) -> str:
-    """How far HDRQ's learning moved the scales of weights in the paper's setting."""
+    """How far HDRQ's learning moved the scales of weights in the paper's setting, rate by rate."""
     found = needed("learned_scales")
     trained = needed(f"{task}_paper")["checkpoints_sha256"]
     assert found["checkpoints_sha256"][task] == trained, "one training"
     rows = [row for row in found["rows"] if row["task"] == task]
     layers = listed([f"`{name}`" for name in sorted({row["layer"] for row in rows})])
-    times, others = ([row[key] for row in rows] for key in ("times_rtn", "median_times_rtn"))
-    assert min(times) > 5 > 1 > max(others), "the sentence says so"
+    others = [row["median_times_rtn"] for row in rows]
     low, high = (f"{end(others):.1f}" for end in (min, max))
+    rates = sorted({row["rate"] for row in rows})
+    told = []
+    for rate in rates:
+        times = [row["times_rtn"] for row in rows if row["rate"] == rate]
+        assert min(times) > 1 > max(others), "the sentence says so"
+        of_rate = f" at the rate {rate:g}" if len(rates) > 1 else ""
+        told.append(f"{min(times):.0f} to {max(times):.0f} times{of_rate}")
     return (
-        f"Over domains and bits, HDRQ's scale of {layers} ends at {min(times):.0f} to "
-        f"{max(times):.0f} times that of rounding to nearest; the median of a bundle's layers is "
-        f"at {low if low == high else f'{low} to {high}'} times (`benchmarks/learned_scales.py`). "
+        f"Over domains and bits, HDRQ's largest scale beside rounding to nearest, that of {layers},"
+        f" ends at {listed(told)}; the median of a bundle's layers is at "
+        f"{low if low == high else f'{low} to {high}'} times (`benchmarks/learned_scales.py`). "
         "Published rates are absolute; our setting bounds every update relative to the scale."
     )
 
@@ -507,24 +513,33 @@ def protocol_missing(
 
 def protocol_rates(record: Mapping[str, Any], on: str) -> str:
     """How learning rates were searched, from a ``tuning.json``; ``on`` which checkpoints."""
-    searches, steps = [], list[float]()
+    searches, steps, smooth = [], list[float](), True
     for search in record["searches"]:
         tried = ", ".join(f"{t['rate']:.3g} ({_score_told(t)})" for t in search["tried"])
         searches.append(f"`{search['method']}` {tried}, chosen {search['chosen']:.3g}")
         scores = [trial["score"] for trial in search["tried"] if trial["score"] is not None]
         steps += [abs(a - b) for a, b in pairwise(scores)]
-    protocol, bits = record["protocol"], record["searches"][0]["bits"].upper()
+        smooth &= _has_one_valley(scores)
+    protocol, bits = record["protocol"], record["searches"][0]["bits"]
     edges = [search["method"] for search in record["searches"] if search["is_at_edge"]]
     return (
-        f"Learning rates were searched in the same way for every method (`--tune w4a4`, on {on}): "
+        "Learning rates were searched in the same way for every method "
+        f"(`--tune {bits}`, on {on}): "
         f"{protocol['rates_at_first']} rates, each {protocol['factor']:.2f} times the one before; "
         "while the best is the lowest or the highest, one more beyond it; "
-        f"at {bits}, by {protocol['criterion']} ({protocol['held_out']}). Rates and "
+        f"at {bits.upper()}, by {protocol['criterion']} ({protocol['held_out']}). Rates and "
         f"nats: {'; '.join(searches)}. Neighbouring rates are {min(steps):.2f} to "
-        f"{max(steps):.2f} nats apart and do not rise and fall smoothly: a trial is one "
-        "merge of one calibration seed."
+        f"{max(steps):.2f} nats apart{'' if smooth else ' and do not rise and fall smoothly'}: a "
+        "trial is one merge of one calibration seed."
         + (f" At the end of its search: {', '.join(edges)}." if edges else "")
     )
+
+
+def _has_one_valley(scores: Sequence[float]) -> bool:
+    """Whether scores fall up to the lowest one, and rise from there."""
+    lowest = min(range(len(scores)), key=scores.__getitem__)
+    before, behind = scores[: lowest + 1], scores[lowest:]
+    return before == sorted(before, reverse=True) and behind == sorted(behind)
 
 
 def _score_told(trial: Mapping[str, Any]) -> str:

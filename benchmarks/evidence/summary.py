@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence.batchnorm import IN_FRONT, SOLVED
-from evidence.camvid import streets_as_published
+from evidence.camvid import streets_as_published, streets_by_singles
 from evidence.merging import (
     BARRIERS,
     CURVATURES,
@@ -191,7 +191,13 @@ def _sentences() -> Iterator[tuple[str, tuple[str, ...]]]:
     )
     yield _without_images(figures)
     yield _fitted(figures, real)
-    yield _led(), (*PACS_TRAININGS, "pacs_paper", "pacs_paper_singles", "camvid_paper")
+    yield (
+        _led(),
+        (
+            *PACS_TRAININGS,
+            *("pacs_paper", "pacs_paper_singles", "camvid_paper", "camvid_paper_singles"),
+        ),
+    )
     cells = [
         row["times_quantize_static"]
         for model in needed("peers")["models"]
@@ -219,25 +225,22 @@ def _led() -> str:
         {m: both[1] for m in ("hdrq", "qdrop") if (both := protocol_means(paper, m, "w4a8", way))}
         for way in ("single", "nearest")
     )
-    singles = by_singles()
-    assert singles["hdrq"][0] > 2 * singles["qdrop"][0], "the sentence says so"
     streets = streets_as_published()
-    assert streets["qdrop"][0] > 2 * streets["hdrq"][0], "the sentence says so"
-    assert alone["hdrq"] > 2 * alone["qdrop"] and max(averaged.values()) < 50, (
-        "the sentence says so"
-    )
+    orders = [(found["hdrq"], found["qdrop"]) for found in (alone, averaged)]
+    for found in (by_singles(), streets, streets_by_singles()):
+        orders += [(found["hdrq"][place], found["qdrop"][place]) for place in (0, 1)]
+    assert all(ours > theirs for ours, theirs in orders), "the sentences say so"
     return (
-        "On PACS with one scale per tensor, as published, HDRQ leads QDrop: at W4A8 (one seed) "
-        f"single models reach {alone['hdrq']:.1f} and {alone['qdrop']:.1f}%, or "
-        f"{singles['hdrq'][0]:.1f} and {singles['qdrop'][0]:.1f}% at rates chosen by single models "
-        "in place of averages; averages of all three domains reach "
-        f"{averaged['hdrq']:.1f} and {averaged['qdrop']:.1f}% (a guess {100 / 7:.1f}%). "
-        "On digits [neither leads](aims-and-claims.md#the-papers-claims-on-what-was-run-here), and "
-        "on CamVid, at the rates of PACS, QDrop's single models lead "
-        f"({streets['qdrop'][0]:.1f} to {streets['hdrq'][0]:.1f} mIoU). With one scale per channel "
-        "neither leads throughout on PACS: over three seeds on two trainings the interval of HDRQ "
-        f"less QDrop is above zero in {plain_ours} and below it in {plain_theirs} of {plain} "
-        f"averages, and in {ours} and {theirs} of {rest} other merges "
+        "With one scale per tensor, as published, HDRQ leads QDrop on PACS and on CamVid, at rates "
+        f"searched on each (W4A8, one seed): single models reach {alone['hdrq']:.1f} and "
+        f"{alone['qdrop']:.1f}%, and {streets['hdrq'][0]:.1f} and {streets['qdrop'][0]:.1f} mIoU; "
+        f"averages to nearest fail, at {averaged['hdrq']:.1f} and {averaged['qdrop']:.1f}% (a "
+        f"guess {100 / 7:.1f}%), and {streets['hdrq'][1]:.1f} and {streets['qdrop'][1]:.1f} mIoU. "
+        "Rates chosen by single models in place of averages leave that order. On digits [neither "
+        "leads](aims-and-claims.md#the-papers-claims-on-what-was-run-here). With one scale per "
+        "channel neither leads throughout on PACS: over three seeds on two trainings the interval "
+        f"of HDRQ less QDrop is above zero in {plain_ours} and below it in {plain_theirs} of "
+        f"{plain} averages, and in {ours} and {theirs} of {rest} other merges "
         "([below](#hdrq-beside-qdrop); not independent, not corrected for their number)."
     )
 
@@ -447,9 +450,9 @@ def _not_run() -> str:
         ),
         "fits at W3A3 on PACS": there(every, bits="w3a3", way="fitted"),
         "`qdrop` after a float merge on PACS": there(needed("pacs_rivals")["rows"], method="qdrop"),
-        "a search of rates on CamVid": any(
+        "a search of rates on CamVid in our setting": any(
             needed(name).get("searched_on", "").startswith("camvid")
-            for name in ("camvid", "camvid_second", "camvid_paper")
+            for name in ("camvid", "camvid_second")
         ),
         "BRECQ on CamVid": there(streets, method="brecq"),
         "PACS at W8A4": there(every, bits="w8a4"),
