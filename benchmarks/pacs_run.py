@@ -16,13 +16,22 @@ from hdrq_deploy.experiments.tasks import Task
 __all__ = ["arguments", "task_of", "write"]
 
 
-def arguments(about: str | None, needed: bool = True) -> argparse.ArgumentParser:
-    """The flags of such a benchmark; some do without the data where others are analysed."""
+def arguments(
+    about: str | None, needed: bool = True, collects: bool = True
+) -> argparse.ArgumentParser:
+    """The flags of such a benchmark.
+
+    Some do without the data where others are analysed (not ``needed``); those that keep rows on
+    disk collect them (``collects``).
+    """
     parser = argparse.ArgumentParser(description=about)
     for name in ("--data", "--weights", "--run"):
         parser.add_argument(name, type=Path, required=needed)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--collect", action="store_true", help="write the finished rows, no more")
+    if collects:
+        parser.add_argument(
+            "--collect", action="store_true", help="write the finished rows, no more"
+        )
     return parser
 
 

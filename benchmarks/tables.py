@@ -40,6 +40,7 @@ from evidence.pacs import (
     pacs_first,
     pacs_paper,
     pacs_resnet,
+    pacs_unlabelled,
     pacs_wide,
 )
 from evidence.parents import parents
@@ -92,12 +93,14 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
     ),
     "other-trainings": (
         "PACS, other trainings and networks",
-        "PACS again, on checkpoints of two other trainings and with a network without depthwise "
-        "kernels; regression in front of BatchNorm and behind it, also on CamVid.",
+        "PACS again, on checkpoints of two other trainings, with a network without depthwise "
+        "kernels, and adapted without labels; regression in front of BatchNorm and behind it, also "
+        "on CamVid.",
         (
             Section("pacs_first", pacs_first),
             Section("pacs_wide", pacs_wide),
             Section("pacs_resnet", pacs_resnet),
+            Section("pacs_unlabelled", pacs_unlabelled),
             Section("regression_batchnorm", regression_batchnorm),
         ),
     ),

@@ -104,6 +104,8 @@ def adaptation(record: Mapping[str, Any]) -> str:
                 cells,
             ),
             "",
-            f"Harmonic means: {'; '.join(means)}.",
+            f"Harmonic means: {'; '.join(means)}. Models of photographs and drawings that were "
+            "adapted in this way, and their merges, are on [another page]"
+            "(other-trainings.md#pacs-adapted-without-labels).",
         ]
     )

@@ -12,6 +12,7 @@ from evidence.protocol import (
     as_published,
     beside_floats,
     beside_qdrop,
+    best_float_merges,
     by_singles,
     difference_told,
     groups_of,
@@ -38,6 +39,7 @@ __all__ = [
     "pacs_first",
     "pacs_paper",
     "pacs_resnet",
+    "pacs_unlabelled",
     "pacs_wide",
 ]
 
@@ -426,6 +428,48 @@ def pacs_resnet(record: Mapping[str, Any]) -> str:
             "",
             protocol_missing(rows),
         ]
+    )
+
+
+def pacs_unlabelled(record: Mapping[str, Any]) -> str:
+    """The section on models that were adapted to their domains without labels."""
+    rows, ways = protocol_rows(record), quantized_ways(record)
+    own = [row for row in record["rows"] if row["bits"]]
+    command = reproduce_command(f"{_ON_PACS} --adaptation {record['adaptation']}", own)
+    return "\n".join(
+        [
+            "## PACS adapted without labels",
+            "",
+            f"`{command} --ways {' '.join(ways)}`: as [PACS in our setting]"
+            "(pacs.md#pacs-in-our-setting), from the same source checkpoint, but `hdrq adapt` sees "
+            f"the images of a domain without labels. {_labels_missed(record, rows)}",
+            "",
+            *beside_floats(rows, ways),
+            "",
+            protocol_missing(rows),
+        ]
+    )
+
+
+def _labels_missed(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """What float models reach, alone and in their best merge, beside those adapted with labels."""
+    first, labelled = needed("pacs_source"), needed("pacs")
+    (before,) = first["rows"]
+    for other in (first, labelled):
+        trained = (some["checkpoints_sha256"]["source"] for some in (record, other))
+        assert len(set(trained)) == 1, "one source"
+    alone, best = [], []
+    for some in (rows, protocol_rows(labelled)):
+        single = protocol_means(some, "float", "", "single")
+        assert single is not None
+        alone.append(single[1])
+        best.append(best_float_merges(some)[1])
+    lost = [single - merged for single, merged in zip(alone, best, strict=True)]
+    return (
+        f"The source reaches {before['harmonic_mean']:.1f}% on the three domains "
+        f"(`benchmarks/pacs_source.py`), models that were adapted to them {alone[0]:.1f}% each, "
+        f"with labels {alone[1]:.1f}%. The best float merge of all domains that is not fitted is "
+        f"{lost[0]:.1f} points below its single models, with labels {lost[1]:.1f}."
     )
 
 

@@ -1,0 +1,71 @@
+"""What the source model of PACS reaches on the other domains, before it is adapted to them.
+
+    python benchmarks/pacs_source.py --data PACS/ --weights efficientnet-lite0.pth \
+        --run build/pacs --results benchmarks/results
+
+``--run`` is the folder of ``hdrq reproduce pacs``, whose splits and source checkpoint are used. The
+float model's engine is measured on the test images as cells of the run are.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from measured import measured_here
+from pacs_run import arguments, task_of, write
+
+from hdrq_deploy.calibration.pipeline import run_calibration
+from hdrq_deploy.calibration.request import CalibrationRequest
+from hdrq_deploy.experiments.cells import accuracies_of
+from hdrq_deploy.experiments.decisions import Decisions
+from hdrq_deploy.experiments.tasks import Task
+from hdrq_deploy.formats.staleness import fingerprint
+from hdrq_deploy.numerics.intervals import Bootstrap
+
+
+def measured(task: Task) -> dict[str, Any]:
+    """Accuracies in % by domain, and their harmonic mean with its 95% interval over test images."""
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle = run_calibration(
+            CalibrationRequest(
+                model=task.model,
+                data=task.domains[0].images,
+                domain="source",
+                output=Path(scratch) / "source.hdrq",
+                weights=task.source,
+                method="float",
+                images=task.images,
+                wanted=task.wanted,
+                statistics="off",
+            )
+        )
+        seen = Decisions()
+        names = [domain.name for domain in task.domains]
+        found = accuracies_of(bundle, task, names, seen=seen)
+    boot = Bootstrap()
+    limits = boot.interval(boot.sample({0: [seen.measured]}))
+    return {
+        "source": task.source_domain,
+        "domains": {name: 100 * value for name, value in found.domains.items()},
+        "harmonic_mean": 100 * limits.value,
+        "low": 100 * limits.low,
+        "high": 100 * limits.high,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, and write JSON."""
+    args = arguments(__doc__, collects=False).parse_args(argv)
+    torch.set_num_threads(1)
+    task = task_of(args)
+    about = {"checkpoints_sha256": {"source": fingerprint(Path(task.source))}}
+    write(args.results / "pacs_source.json", [measured_here(measured(task))], about)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
