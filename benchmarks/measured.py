@@ -122,10 +122,11 @@ def refuse_other_options(bundle: Path, **wanted: float) -> None:
     Raises:
         SpecError: It learned with other ones, or is gone, so that nothing says them.
     """
+    options: Mapping[str, Any] = {}
+    if wanted and bundle.exists():
+        options = Bundle.open(bundle, check=False).manifest.options
     for name, value in wanted.items():
-        found = None
-        if bundle.exists():
-            found = Bundle.open(bundle, check=False).manifest.options.get(name)
+        found = options.get(name)
         if found != value:
             raise SpecError(
                 f"{bundle}: found {'no bundle' if found is None else f'{name} {found:g}'}; needed "

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from measured import keep_row, refuse_other_options
-from pacs_run import arguments, task_of, write
+from pacs_run import arguments, figures_of, task_of, write
 from safetensors.numpy import save_file
 
 from hdrq_deploy import Bundle
@@ -34,12 +34,9 @@ from hdrq_deploy.calibration.graph_cache import GraphCache
 from hdrq_deploy.calibration.methods import Options
 from hdrq_deploy.calibration.pipeline import run_calibration
 from hdrq_deploy.calibration.request import CalibrationRequest
-from hdrq_deploy.experiments.cells import accuracies_of
-from hdrq_deploy.experiments.decisions import Decisions
 from hdrq_deploy.experiments.grid import Merge, Run, bundle_path
 from hdrq_deploy.experiments.tasks import Task
 from hdrq_deploy.experiments.tuning import TUNING, chosen_rates
-from hdrq_deploy.numerics.intervals import Bootstrap
 
 # Ways in which hdrq reproduce merges float models.
 FLOAT_MERGES = {"nearest": "mean", "renewed": "regression, BatchNorm re-estimated"}
@@ -124,18 +121,11 @@ def evaluated(rival: Rival, task: Task, run: Path, rate: float) -> dict[str, Any
         row: dict[str, Any] = json.loads(target.read_text())
         return row
     bundle, seconds = quantized(rival, task, run, rate)
-    seen = Decisions()
-    found = accuracies_of(bundle, task, rival.members, seen=seen)
-    boot = Bootstrap()
-    limits = boot.interval(boot.sample({0: [seen.measured]}))
     row = {
         "members": rival.members,
         "merge": FLOAT_MERGES[rival.merge],
         "method": rival.method,
-        "domains": {name: 100 * value for name, value in found.domains.items()},
-        "harmonic_mean": 100 * limits.value,
-        "low": 100 * limits.low,
-        "high": 100 * limits.high,
+        **figures_of(bundle, task, rival.members),
         "cpu_seconds": round(seconds, 1),
     }
     return keep_row(row, target)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from evidence.records import write_record
 from measured import gathered
 
+from hdrq_deploy import Bundle
+from hdrq_deploy.experiments.cells import accuracies_of
+from hdrq_deploy.experiments.decisions import Decisions
 from hdrq_deploy.experiments.real_images import Choice, prepare
 from hdrq_deploy.experiments.tasks import Task
+from hdrq_deploy.numerics.intervals import Bootstrap
 
-__all__ = ["arguments", "task_of", "write"]
+__all__ = ["arguments", "figures_of", "task_of", "write"]
 
 
 def arguments(
@@ -39,6 +43,19 @@ def task_of(args: argparse.Namespace) -> Task:
     """The task of the run."""
     choice = Choice(args.data.absolute(), args.run.absolute(), imagenet=args.weights)
     return prepare("pacs", choice).task
+
+
+def figures_of(bundle: Bundle, task: Task, domains: Collection[str]) -> dict[str, Any]:
+    """Accuracies in % by domain, and their harmonic mean with its 95% interval over test images."""
+    seen, boot = Decisions(), Bootstrap()
+    found = accuracies_of(bundle, task, domains, seen=seen)
+    limits = boot.interval(boot.sample({0: [seen.measured]}))
+    return {
+        "domains": {name: 100 * value for name, value in found.domains.items()},
+        "harmonic_mean": 100 * limits.value,
+        "low": 100 * limits.low,
+        "high": 100 * limits.high,
+    }
 
 
 def write(target: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:

@@ -16,19 +16,16 @@ from typing import Any
 
 import torch
 from measured import measured_here
-from pacs_run import arguments, task_of, write
+from pacs_run import arguments, figures_of, task_of, write
 
 from hdrq_deploy.calibration.pipeline import run_calibration
 from hdrq_deploy.calibration.request import CalibrationRequest
-from hdrq_deploy.experiments.cells import accuracies_of
-from hdrq_deploy.experiments.decisions import Decisions
 from hdrq_deploy.experiments.tasks import Task
 from hdrq_deploy.formats.staleness import fingerprint
-from hdrq_deploy.numerics.intervals import Bootstrap
 
 
 def measured(task: Task) -> dict[str, Any]:
-    """Accuracies in % by domain, and their harmonic mean with its 95% interval over test images."""
+    """What :func:`pacs_run.figures_of` says of the source model, and its domain."""
     with tempfile.TemporaryDirectory() as scratch:
         bundle = run_calibration(
             CalibrationRequest(
@@ -43,18 +40,8 @@ def measured(task: Task) -> dict[str, Any]:
                 statistics="off",
             )
         )
-        seen = Decisions()
         names = [domain.name for domain in task.domains]
-        found = accuracies_of(bundle, task, names, seen=seen)
-    boot = Bootstrap()
-    limits = boot.interval(boot.sample({0: [seen.measured]}))
-    return {
-        "source": task.source_domain,
-        "domains": {name: 100 * value for name, value in found.domains.items()},
-        "harmonic_mean": 100 * limits.value,
-        "low": 100 * limits.low,
-        "high": 100 * limits.high,
-    }
+        return {"source": task.source_domain, **figures_of(bundle, task, names)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from evidence.protocol import (
     learned_options,
     methods_of,
     moved_scales,
+    paper_rates,
     protocol_missing,
     protocol_rates,
     protocol_rows,
@@ -28,7 +29,6 @@ from evidence.protocol import (
 )
 from evidence.records import listed, needed, table
 
-_PAPER_RATES = " --rates benchmarks/results/camvid_paper_tuning.json --settings paper"
 # Records of the paper's setting, by what their rates were chosen by.
 _AVERAGES, _SINGLES, _ELSEWHERE = (
     "averages on CamVid",
@@ -48,7 +48,6 @@ __all__ = [
     "camvid_weather",
     "streets_as_published",
     "streets_away",
-    "streets_by_rates",
     "streets_by_singles",
 ]
 
@@ -126,7 +125,8 @@ def camvid_paper(record: Mapping[str, Any]) -> str:
         [
             "## CamVid in the paper's setting",
             "",
-            f"`{_on_camvid(own, names, _PAPER_RATES)}`: the checkpoints of [the second training]"
+            f"`{_on_camvid(own, names, paper_rates('camvid'))}`: the checkpoints of "
+            "[the second training]"
             f"(#camvid-on-a-second-training-of-the-checkpoints), {as_published(options)}. One "
             "calibration seed. Single models, and averages to nearest, in "
             f"mIoU (harmonic mean of {listed(names)}): {_alone_and_averaged(own)}.",
@@ -143,7 +143,7 @@ def camvid_paper(record: Mapping[str, Any]) -> str:
 
 def _rates_compared() -> list[str]:
     """How the rates were searched, and what both methods reach at those of other searches."""
-    tuning, found = needed("camvid_paper_tuning"), streets_by_rates()
+    tuning, found = needed("camvid_paper_tuning"), _streets_by_rates()
     methods = [search["method"] for search in tuning["searches"]]
     lines = [
         [about, *(part for method in methods for part in _at_a_rate(*by_method[method]))]
@@ -165,18 +165,18 @@ def _rates_compared() -> list[str]:
 
 def _rates_read(found: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> str:
     """HDRQ's figures less QDrop's, by what the rates were chosen by."""
-    alone, averaged = (
-        [found[about]["hdrq"][place] - found[about]["qdrop"][place] for about in found]
-        for place in (0, 1)
-    )
-    here = list(found).index(_ELSEWHERE)
-    assert min(*alone[:here], *averaged[:here]) > 0 > alone[here], "the sentences say so"
+    less = {
+        about: tuple(ours - theirs for ours, theirs in zip(of["hdrq"], of["qdrop"], strict=True))
+        for about, of in found.items()
+    }
+    (alone, averaged, _), (singly, too, _) = less[_AVERAGES], less[_SINGLES]
+    elsewhere = less[_ELSEWHERE][0]
+    assert min(alone, averaged, singly, too) > 0 > elsewhere, "the sentences say so"
     return (
-        f"At rates chosen on CamVid HDRQ's single models lead QDrop's by {alone[0]:.1f} and "
-        f"{alone[1]:.1f} mIoU and its averages by {averaged[0]:.1f} and {averaged[1]:.1f}, all far "
-        f"below float. At the rates of PACS they fall {-alone[here]:.1f} behind: in this "
-        "setting a rate does not carry over from one network to another. Our setting takes those "
-        "of PACS on CamVid, too."
+        f"At rates chosen on CamVid HDRQ's single models lead QDrop's by {alone:.1f} and "
+        f"{singly:.1f} mIoU and its averages by {averaged:.1f} and {too:.1f}, all far below float. "
+        f"At the rates of PACS they fall {-elsewhere:.1f} behind: in this setting a rate does not "
+        "carry over from one network to another. Our setting takes those of PACS on CamVid, too."
     )
 
 
@@ -288,16 +288,16 @@ def _camvid_read(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
 
 
 def streets_as_published() -> dict[str, tuple[float, float, float]]:
-    """QDrop and HDRQ at the rates of the search on CamVid, as :func:`streets_by_rates` has them."""
-    return streets_by_rates()[_AVERAGES]
+    """QDrop and HDRQ at the rates that are best for averages of CamVid."""
+    return _streets_by_rates()[_AVERAGES]
 
 
 def streets_by_singles() -> dict[str, tuple[float, float, float]]:
     """QDrop and HDRQ at rates that are best for single models of CamVid."""
-    return streets_by_rates()[_SINGLES]
+    return _streets_by_rates()[_SINGLES]
 
 
-def streets_by_rates() -> dict[str, dict[str, tuple[float, float, float]]]:
+def _streets_by_rates() -> dict[str, dict[str, tuple[float, float, float]]]:
     """QDrop and HDRQ at W4A8 in the paper's setting, by what their rates were chosen by.
 
     Returns:

@@ -8,7 +8,6 @@ from typing import Any
 
 from evidence.protocol import (
     PACS_TRAININGS,
-    PAPER_RATES,
     as_published,
     beside_floats,
     beside_qdrop,
@@ -20,6 +19,7 @@ from evidence.protocol import (
     learned_bits,
     learned_options,
     moved_scales,
+    paper_rates,
     paper_read,
     protocol_means,
     protocol_missing,
@@ -99,8 +99,8 @@ def pacs_paper(record: Mapping[str, Any]) -> str:
         [
             "## PACS in the paper's setting",
             "",
-            f"`{reproduce_command(_ON_PACS, own, rates=PAPER_RATES)}`: the checkpoints of our "
-            f"setting, {as_published(learned_options(own))}. {paper_read(rows, 100 / 7)} "
+            f"`{reproduce_command(_ON_PACS, own, rates=paper_rates('pacs'))}`: the checkpoints of "
+            f"our setting, {as_published(learned_options(own))}. {paper_read(rows, 100 / 7)} "
             f"{moved_scales('pacs')}",
             "",
             "HDRQ's merges less QDrop's, in points:",

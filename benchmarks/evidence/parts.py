@@ -152,9 +152,9 @@ def _added_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _read(rows: Sequence[Mapping[str, Any]]) -> str:
     """How many merges each part raises and lowers."""
-    told = []
+    every, told = added(rows), []
     for adds in _PARTS.values():
-        found = [other for (part, *_), other in added(rows).items() if part == adds]
+        found = [other for (part, *_), other in every.items() if part == adds]
         above = sum(other["low"] > 0 for other in found)
         below = sum(other["high"] < 0 for other in found)
         if found:

@@ -14,7 +14,6 @@ __all__ = [
     "BITS",
     "METHOD_ORDER",
     "PACS_TRAININGS",
-    "PAPER_RATES",
     "RATES",
     "WAY_LABELS",
     "as_published",
@@ -32,6 +31,7 @@ __all__ = [
     "learned_seeds",
     "methods_of",
     "moved_scales",
+    "paper_rates",
     "paper_read",
     "protocol_means",
     "protocol_missing",
@@ -74,9 +74,8 @@ METHOD_ORDER = ("rtn", "rtn-corrected", "brecq", "qdrop", "latent", "latent-nois
 _ASKED = ("rtn", "brecq", "qdrop", "hdrq")
 # Bits at which three calibration seeds are wanted; elsewhere one.
 _SEVERAL = ("w4a8", "w4a4", "w3a3")
-# Where the rates of methods that learn are read, in our setting and in the paper's.
+# Where the rates of methods that learn are read in our setting.
 RATES = " --rates benchmarks/results/pacs_tuning.json"
-PAPER_RATES = " --rates benchmarks/results/pacs_paper_tuning.json --settings paper"
 BITS = ("w8a8", "w8a4", "w6a6", "w4a8", "w4a4", "w3a3")
 # Records of PACS in our setting as it is, one a training of the checkpoints.
 PACS_TRAININGS = ("pacs", "pacs_first", "pacs_wide")
@@ -403,6 +402,11 @@ def as_published(options: Mapping[str, Any]) -> str:
         f"quantizers and blocks, λ = {options['distance']:g} of its own form, averages alone; but "
         f"{options['iters']} iterations a block"
     )
+
+
+def paper_rates(task: str) -> str:
+    """Flags of the paper's setting, at the rates that were searched in it on a task."""
+    return f" --rates benchmarks/results/{task}_paper_tuning.json --settings paper"
 
 
 def paper_read(rows: Sequence[Mapping[str, Any]], chance: float) -> str:
