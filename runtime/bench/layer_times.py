@@ -24,8 +24,9 @@ from ...typing import Array
 
 __all__ = ["layer_times", "owners"]
 
-# Names and ms of the kernels of one call, in the order in which they ran.
-Kernels = Sequence[tuple[str, float]]
+# Names and ms of the kernels of one call, in the order in which they ran. A kernel has several
+# names where a runtime tells which nodes it has fused, the first of them in front.
+Kernels = Sequence[tuple[Sequence[str], float]]
 # Calls before those that count, and how often OpenVINO is loaded.
 _WARMUP, _PROGRAMS = 3, 5
 # What a runtime puts in front of the name of a node that it has fused with others.
@@ -43,8 +44,9 @@ def layer_times(path: Path, x: Array, threads: int = 0, calls: int = 20) -> dict
             it is loaded and called so often several times.
 
     Returns:
-        ms by the ONNX node of the layer. Layers that share a kernel have their time at the last
-        of them. Empty where this kind of engine does not tell (TensorRT).
+        ms by the ONNX node of the layer; 0 of OpenVINO's is less than 1 µs. Layers that share a
+        kernel have their time at the one that the runtime names first. Empty where this kind
+        of engine does not tell (TensorRT).
 
     Raises:
         EngineError: The engine cannot be loaded or run.
@@ -94,7 +96,7 @@ def owners(graph: onnx.GraphProto, layers: Collection[str]) -> dict[str, str]:
 
 def _by_layer(kernels: Kernels, known: Mapping[str, str]) -> dict[str, float]:
     """Sums by layer. What a runtime has put in between counts for the layer before it."""
-    found = [_known_prefix(name, known) for name, _ in kernels]
+    found = [next(filter(None, (_known_prefix(n, known) for n in ns)), "") for ns, _ in kernels]
     owner = next((known[name] for name in found if name), "")
     sums: dict[str, float] = defaultdict(float)
     for name, (_, ms) in zip(found, kernels, strict=True):
@@ -133,7 +135,11 @@ def _on_ort(path: Path, x: Array, threads: int, calls: int) -> list[Kernels]:
     kernels = [e for e in events if e.get("cat") == "Node" and e["name"].endswith(end)]
     kernels.sort(key=lambda event: int(event["ts"]))
     return [
-        [(e["name"].removesuffix(end), e["dur"] / 1000) for e in kernels if first <= e["ts"] < last]
+        [
+            ([e["name"].removesuffix(end)], e["dur"] / 1000)
+            for e in kernels
+            if first <= e["ts"] < last
+        ]
         for first, last in spans[_WARMUP:]
     ]
 
