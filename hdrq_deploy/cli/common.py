@@ -97,18 +97,23 @@ def progress_bar(title: str) -> Iterator[Progress]:
 def progress_lines(title: str) -> Iterator[Progress]:
     """For pieces of minutes: a bar on a terminal, a line for each that ends otherwise.
 
-    A line tells the time since the start, not that of its piece: pieces may run side by side.
+    A line tells the time since the start, not that of its piece: pieces may run side by side. The
+    time left is that of one count; where the next one begins (a search, then the cells), its pieces
+    say nothing of it.
     """
     if sys.stderr.isatty():
         with progress_bar(title) as show:
             yield show
         return
-    started = begun = time.monotonic()
-    kept, worked = 0, False
+    started = begun = last = time.monotonic()
+    kept, counted, worked = 0, 0, False
 
     def line(done: int, total: int, what: str) -> None:
-        nonlocal begun, kept, worked
+        nonlocal begun, last, kept, counted, worked
         now = time.monotonic()
+        if done < counted:
+            begun, kept, worked = last, 0, False
+        last, counted = now, done
         text = f"{title} {done}/{total} {what}: {now - started:.0f} s so far"
         worked = worked or now - begun >= 1
         if not worked:  # what was there already says nothing of what is to come

@@ -438,3 +438,23 @@ def test_lines_of_pieces_tell_the_time_since_the_start(
         "pacs 3/6 second: 602 s so far, 902 s left",
         "pacs 4/6 third: 1202 s so far, 801 s left",
     ]
+
+
+def test_the_time_left_of_cells_is_not_that_of_the_search_before_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cells that are there already end at once behind a search of an hour: none takes an hour."""
+    now = iter([0.0, 1800.0, 3600.0, 3600.5, 3601.0, 3661.0])
+    monkeypatch.setattr(common.time, "monotonic", lambda: next(now))
+    with common.progress_lines("camvid") as report:
+        for done, name in ((1, "lr0.01"), (2, "lr0.1")):
+            report(done, 2, name)
+        for done, name in enumerate(("kept", "kept too", "made"), 1):
+            report(done, 5, name)
+    assert capsys.readouterr().err.splitlines() == [
+        "camvid 1/2 lr0.01: 1800 s so far, 1800 s left",
+        "camvid 2/2 lr0.1: 3600 s so far, 0 s left",
+        "camvid 1/5 kept: 3600 s so far",
+        "camvid 2/5 kept too: 3601 s so far",
+        "camvid 3/5 made: 3661 s so far, 120 s left",
+    ]
