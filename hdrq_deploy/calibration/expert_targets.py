@@ -32,7 +32,7 @@ from torch import Tensor, fx
 
 from ..errors import ModelError, SpecError
 from ..formats.bundle import Bundle
-from ..numerics.guided_layer import GuidedLayer
+from ..numerics.guided_layer import GuidedLayer, RowSums
 from ..numerics.layer_matrix import rows_of, weight_of
 from ..numerics.quantization import along
 from ..typing import Progress
@@ -278,7 +278,7 @@ class _Guided:
         parts = [
             self._seen(module, expert, node, shape, domain) for domain, expert in enumerate(experts)
         ]
-        seen = GuidedLayer(*(np.mean(values, 0) for values in zip(*parts, strict=True)))
+        seen = GuidedLayer.mixed(parts, [1 / len(parts)] * len(parts))
         merged = weight.original.double().cpu().numpy()
         rows = seen.solved(rows_of(merged, shape), self._guide.anchor, bias is not None)
         real = torch.from_numpy(weight_of(rows, shape, merged.shape)).to(weight.original)
@@ -301,14 +301,14 @@ class _Guided:
         node: fx.Node,
         shape: LayerShape,
         domain: int,
-    ) -> tuple[Floats, ...]:
-        """A layer's moments on one domain's images, as :class:`GuidedLayer` has them."""
+    ) -> GuidedLayer:
+        """A layer's moments on one domain's images."""
         twin = _heavy(expert)[_heavy(module).index(node)]
         weight, bias = (_constant(expert, twin, place) for place in (1, 2))
         assert weight is not None
         inputs, outputs = values_of(module, [operand_of(node)]), values_of(expert, [twin])
         start, end = self._spans[domain]
-        sums, count = _Sums(shape), 0
+        sums = RowSums(shape.groups, shape.features, shape.outputs // shape.groups)
         coded = self._batches(module.block, self._coded, domain)
         real = self._batches(module.block, self._real, domain)
         for (first, last, own), (_, _, ideal) in zip(coded, real, strict=True):
@@ -325,9 +325,8 @@ class _Guided:
             # The same rows of both.
             draws = [torch.Generator().manual_seed(first) for _ in range(2)]
             few = some_rows(view, leading, shape, most, draws[0])
-            sums.add(few, some_rows(wanted, leading, wide, most, draws[1]))
-            count += few.shape[1]
-        return sums.means(count)
+            _join(sums, few, some_rows(wanted, leading, wide, most, draws[1]))
+        return sums.layer()
 
 
 def _parts(block: Block) -> tuple[tuple[fx.Node, ...], ...]:
@@ -368,23 +367,11 @@ def _own_bias(node: fx.Node, capture: Capture) -> tuple[bool, str | None]:
     return sum(len(n.users) for n in readers) == 1, name
 
 
-class _Sums:
-    """Sums over rows x and targets y of a layer, batch by batch, in float64."""
-
-    def __init__(self, shape: LayerShape) -> None:
-        groups, features, outputs = shape.groups, shape.features, shape.outputs // shape.groups
-        sizes = ((features, features), (features, outputs), (features,), (outputs,))
-        self._sums = [torch.zeros(groups, *size, dtype=torch.float64) for size in sizes]
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Take rows (groups, n, features) and targets (groups, n, outputs) in."""
-        for first in range(0, x.shape[1], _AT_ONCE):
-            a, b = (part[:, first : first + _AT_ONCE] for part in (x, y))
-            turned = a.transpose(1, 2)
-            found = (turned @ a, turned @ b, a.sum(1), b.sum(1))
-            for total, part in zip(self._sums, found, strict=True):
-                total += part.double().cpu()
-
-    def means(self, count: int) -> tuple[Floats, ...]:
-        """The sums divided by ``count``."""
-        return tuple((total / count).numpy() for total in self._sums)
+def _join(sums: RowSums, x: Tensor, y: Tensor) -> None:
+    """Take in rows (groups, n, features) and targets (groups, n, outputs) where they lie."""
+    for parts in zip(x.split(_AT_ONCE, 1), y.split(_AT_ONCE, 1), strict=True):
+        means = [part.mean(1, dtype=torch.float64) for part in parts]
+        a, b = (part - mean[:, None].to(part) for part, mean in zip(parts, means, strict=True))
+        turned = a.transpose(1, 2)
+        found = (*means, turned @ a, turned @ b)
+        sums.join(a.shape[1], *(part.double().cpu().numpy() for part in found))

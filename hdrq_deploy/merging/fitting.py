@@ -553,12 +553,10 @@ class _Fit:
                 part.add(layer.rows(x, weight, most, draws[0]), layer.targets(y, most, draws[1]))
             whole = sums[0].with_rows_of(sums[1])
             used = [whole] if self.anchor is not None else [whole, *sums]
-            sets.append([[guide.share * value for value in part.means()] for part in used])
+            sets.append([part.layer() for part in used])
+        shares = [guide.share for guide in self._guides]
         return SplitMoments(
-            *(
-                GuidedLayer(*(np.sum(values, 0) for values in zip(*domains, strict=True)))
-                for domains in zip(*sets, strict=True)
-            )
+            *(GuidedLayer.mixed(domains, shares) for domains in zip(*sets, strict=True))
         )
 
 

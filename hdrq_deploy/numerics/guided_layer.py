@@ -42,22 +42,44 @@ Floats = npt.NDArray[np.float64]
 class GuidedLayer:
     """Moments of a layer's inputs x and of the outputs y that it is to give.
 
+    They are those around the means: E[x x^T] less the means' product is no covariance where an
+    input hardly varies, because what is left is what both were rounded by.
+
     Attributes:
-        inputs: E[x x^T], (groups, features, features).
-        products: E[x y^T], (groups, features, outputs of a group).
+        covariance: Of x, (groups, features, features), positive semi-definite.
+        products: Covariance of x and y, (groups, features, outputs of a group).
         mean: E[x], (groups, features).
         target: E[y], (groups, outputs of a group).
     """
 
-    inputs: Floats
+    covariance: Floats
     products: Floats
     mean: Floats
     target: Floats
 
+    @classmethod
+    def mixed(cls, parts: Sequence[GuidedLayer], shares: Sequence[float]) -> GuidedLayer:
+        """Moments of a mixture of rows.
+
+        Args:
+            parts: Moments of its parts.
+            shares: Their shares, which add up to 1.
+        """
+        mean, target = (
+            np.asarray(sum(share * moment for share, moment in zip(shares, moments, strict=True)))
+            for moments in ([part.mean for part in parts], [part.target for part in parts])
+        )
+        covariance, products = np.zeros_like(parts[0].covariance), np.zeros_like(parts[0].products)
+        for share, part in zip(shares, parts, strict=True):
+            away = (part.mean - mean)[:, :, None]
+            covariance += share * (part.covariance + away * away.swapaxes(1, 2))
+            products += share * (part.products + away * (part.target - target)[:, None, :])
+        return cls(covariance, products, mean, target)
+
     @cached_property
-    def covariance(self) -> Floats:
-        """Covariance of the inputs."""
-        result: Floats = self.inputs - self.mean[:, :, None] * self.mean[:, None, :]
+    def inputs(self) -> Floats:
+        """E[x x^T]."""
+        result: Floats = self.covariance + self.mean[:, :, None] * self.mean[:, None, :]
         return result
 
     def solved(self, start: Floats, anchor: float, centred: bool) -> Floats:
@@ -90,9 +112,9 @@ class GuidedLayer:
 
     def _system(self, centred: bool) -> tuple[Floats, Floats]:
         """The matrix and the right side of least squares without an anchor."""
-        if not centred:
-            return self.inputs, self.products
-        return self.covariance, self.products - self.mean[:, :, None] * self.target[:, None, :]
+        if centred:
+            return self.covariance, self.products
+        return self.inputs, self.products + self.mean[:, :, None] * self.target[:, None, :]
 
     def bias(self, rows: Floats) -> Floats:
         """The bias (groups, outputs of a group) that gives ``rows`` the mean of the targets."""
@@ -132,39 +154,67 @@ class SplitMoments:
 
 
 class RowSums:
-    """Sums over rows x and targets y, batch by batch.
+    """Moments over rows x and targets y, batch by batch.
 
     Args:
         groups: Groups of a convolution, else 1.
         features: Length of the rows that one group multiplies.
         outputs: Outputs of one group.
+
+    Source:
+        Chan, Golub and LeVeque, The American Statistician 37(3), 1983, formula 2.1 for products.
     """
 
     def __init__(self, groups: int, features: int, outputs: int) -> None:
-        sizes = ((features, features), (features, outputs), (features,), (outputs,))
-        self._sums = [np.zeros((groups, *size)) for size in sizes]
+        sizes = ((features,), (outputs,), (features, features), (features, outputs))
+        self._sums = tuple(np.zeros((groups, *size)) for size in sizes)
         self._count = 0
 
     def add(self, x: Array, y: Array) -> None:
         """Take rows (groups, n, features) and targets (groups, n, outputs) in, float32."""
-        self._count += x.shape[1]
         for first in range(0, x.shape[1], _AT_ONCE):
-            a, b = (part[:, first : first + _AT_ONCE] for part in (x, y))
-            turned = a.swapaxes(1, 2)
-            found = (turned @ a, turned @ b, a.sum(1), b.sum(1))
-            for total, part in zip(self._sums, found, strict=True):
-                total += part
+            parts = [rows[:, first : first + _AT_ONCE] for rows in (x, y)]
+            means = [part.mean(1, dtype=np.float64) for part in parts]
+            near = [
+                part - mean[:, None].astype(np.float32)
+                for part, mean in zip(parts, means, strict=True)
+            ]
+            turned = near[0].swapaxes(1, 2)
+            self.join(near[0].shape[1], *means, turned @ near[0], turned @ near[1])
+
+    def join(self, count: int, mean: Array, target: Array, squares: Array, products: Array) -> None:
+        """Take in other rows by their moments.
+
+        Args:
+            count: Number of rows.
+            mean, target: Means of x and of y, (groups, features) and (groups, outputs), float64.
+            squares: Sums of (x - mean) (x - mean)^T, (groups, features, features).
+            products: Sums of (x - mean) (y - target)^T, (groups, features, outputs).
+        """
+        if not count:
+            return
+        both = self._count + count
+        own_mean, own_target, own_squares, own_products = self._sums
+        away, off = mean - own_mean, target - own_target
+        scaled = (away * (self._count * count / both))[:, :, None]
+        self._sums = (
+            own_mean + away * (count / both),
+            own_target + off * (count / both),
+            own_squares + squares + scaled * away[:, None, :],
+            own_products + products + scaled * off[:, None, :],
+        )
+        self._count = both
 
     def with_rows_of(self, other: RowSums) -> RowSums:
-        """The sums over the rows of both."""
+        """The moments over the rows of both."""
         both = copy.copy(self)
-        both._sums = [a + b for a, b in zip(self._sums, other._sums, strict=True)]
-        both._count = self._count + other._count
+        both.join(other._count, *other._sums)
         return both
 
-    def means(self) -> tuple[Floats, ...]:
-        """The sums divided by the number of rows, in the order of :class:`GuidedLayer`."""
-        return tuple(total / self._count for total in self._sums)
+    def layer(self) -> GuidedLayer:
+        """The moments of all rows."""
+        mean, target, squares, products = self._sums
+        return GuidedLayer(squares / self._count, products / self._count, mean, target)
 
 
 def convolution_rows(

@@ -18,6 +18,7 @@ from hdrq_deploy.graph.reference_session import session_threads, unfused_session
 from hdrq_deploy.graph.stepwise import Steps, Walk
 from hdrq_deploy.merging import check_guides, fit
 from hdrq_deploy.merging.fitting import ANCHOR
+from hdrq_deploy.numerics.error_compensation import compensated, with_damping
 from hdrq_deploy.numerics.guided_layer import (
     ANCHORS,
     GuidedLayer,
@@ -26,6 +27,7 @@ from hdrq_deploy.numerics.guided_layer import (
     convolution_rows,
     some_rows,
 )
+from hdrq_deploy.numerics.spec import QuantSpec
 
 DOMAINS = ("night", "day")
 KINDS = [
@@ -234,12 +236,66 @@ def test_a_layer_that_can_give_its_targets_gives_them() -> None:
     real, bias = rng.random((1, 6, 3)), rng.random(3)
     sums = RowSums(1, 6, 3)
     sums.add(x, (x @ real + bias).astype(np.float32))
-    seen = GuidedLayer(*sums.means())
+    seen = sums.layer()
     rows = seen.solved(np.zeros((1, 6, 3)), 0.0, centred=True)
     np.testing.assert_allclose(rows, real, atol=1e-3)
     np.testing.assert_allclose(seen.bias(rows)[0], bias, atol=1e-3)
     np.testing.assert_allclose(seen.output_moments(rows)[1], (x @ rows)[0].var(0), rtol=1e-3)
     np.testing.assert_array_equal(seen.solved(real, 1e9, True).round(6), real.round(6))
+
+
+def hardly_varying(rows: int, seed: int = 0) -> Any:
+    """Rows of 8 inputs, (1, rows, 8): four are saturated, as by ReLU6; two of these always are."""
+    rng = np.random.default_rng(seed)
+    x = (0.1 * rng.random((1, rows, 8))).astype(np.float32)
+    x[..., :4] = 3.528
+    x[:, rng.random(rows) < 1e-3, 2:4] = 0
+    return x
+
+
+def test_moments_of_inputs_that_hardly_vary_are_those_of_all_rows() -> None:
+    x, rng = [hardly_varying(rows, rows) for rows in (9000, 5001)], np.random.default_rng(0)
+    y = [part[..., 2:5] @ rng.random((3, 3)).astype(np.float32) for part in x]
+    sums = [RowSums(1, 8, 3) for _ in x]
+    for own, part, wanted in zip(sums, x, y, strict=True):
+        for batch in np.array_split(np.arange(part.shape[1]), 7):
+            own.add(part[:, batch], wanted[:, batch])
+
+    def by_hand(shares: Any) -> GuidedLayer:
+        """From all rows in double precision, each domain's with its share."""
+        a, b = (np.concatenate(parts, 1)[0].astype(np.float64) for parts in (x, y))
+        weights = np.concatenate([np.full(p.shape[1], s) for p, s in zip(x, shares, strict=True)])
+        mean, target = weights @ a, weights @ b
+        near, off = a - mean, b - target
+        return GuidedLayer(
+            ((near.T * weights) @ near)[None],
+            ((near.T * weights) @ off)[None],
+            mean[None],
+            target[None],
+        )
+
+    pooled, shares = [1 / 14001] * 2, [0.7 / 9000, 0.3 / 5001]
+    for found, wanted in (
+        (sums[0].with_rows_of(sums[1]).layer(), by_hand(pooled)),
+        (GuidedLayer.mixed([own.layer() for own in sums], [0.7, 0.3]), by_hand(shares)),
+    ):
+        for name in ("covariance", "products", "mean", "target", "inputs"):
+            got, real = getattr(found, name), getattr(wanted, name)
+            np.testing.assert_allclose(got, real, rtol=1e-5, atol=1e-9, err_msg=name)
+        assert np.linalg.eigvalsh(found.covariance).min() > -1e-12
+        assert np.abs(found.covariance[0, :2]).max() < 1e-20, "what never changes does not vary"
+
+
+def test_inputs_that_hardly_vary_can_be_rounded_for() -> None:
+    """Sums in single precision told a negative variance of them, and no triangle was found."""
+    sums = RowSums(1, 8, 2)
+    x = hardly_varying(20000)
+    sums.add(x, x[..., :2])
+    rows = np.random.default_rng(0).normal(size=(1, 8, 2))
+    codes = compensated(
+        rows, with_damping(sums.layer().covariance), np.ones(1), QuantSpec.weight(4)
+    )
+    assert codes.shape == rows.shape and np.abs(codes - rows).max() < 2
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -249,7 +305,7 @@ def test_the_error_on_images_held_out_is_that_of_every_row(centred: bool) -> Non
     sums = [RowSums(2, 5, 3) for _ in range(2)]
     sums[0].add(x[:, :100], y[:, :100])
     sums[1].add(x[:, 100:], y[:, 100:])
-    seen = GuidedLayer(*sums[0].with_rows_of(sums[1]).means())
+    seen = sums[0].with_rows_of(sums[1]).layer()
 
     def by_hand(rows: Any) -> float:
         off = y - x @ rows
@@ -312,7 +368,7 @@ def test_targets_that_are_noise_leave_a_layer_where_it_is() -> None:
         sums = RowSums(1, 20, 4)
         x = rng.normal(size=(1, 25, 20)).astype(np.float32)
         sums.add(x, rng.normal(size=(1, 25, 4)).astype(np.float32))
-        parts.append(GuidedLayer(*sums.means()))
+        parts.append(sums.layer())
     start = np.zeros((1, 20, 4))
     errors = [parts[1].error(parts[0].solved(start, a, True), True) for a in ANCHORS]
     assert min(errors) > parts[1].error(start, True)
