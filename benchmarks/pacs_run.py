@@ -39,10 +39,11 @@ def arguments(
     return parser
 
 
-def task_of(args: argparse.Namespace) -> Task:
-    """The task of the run."""
-    choice = Choice(args.data.absolute(), args.run.absolute(), imagenet=args.weights)
-    return prepare("pacs", choice).task
+def task_of(args: argparse.Namespace, name: str = "pacs", targets: Sequence[str] = ()) -> Task:
+    """The task of the run, with these targets or its own."""
+    run = args.run.absolute()
+    choice = Choice(args.data.absolute(), run, targets=targets, imagenet=args.weights)
+    return prepare(name, choice).task
 
 
 def figures_of(bundle: Bundle, task: Task, domains: Collection[str]) -> dict[str, Any]:

@@ -6,9 +6,10 @@
 ``DIR`` holds images ``INDEX_ANYTHING.jpg`` (INDEX is the class of ImageNet-1k). Every fourth image
 by class calibrates, the others are tested, and again with fog, snow and frost of ImageNet-C
 (severity 3, ``corrupt-tta``) on them. Each bundle is run as ONNX Runtime's and as OpenVINO's
-engine. Beside them stand ``onnxruntime.quantization.quantize_static`` with its defaults and at its
-best, and NNCF's post-training quantization with its ``mixed`` preset, all calibrated on the same
-images. Finished bundles and rows are kept; a library that is not installed leaves its rows out.
+engine, those with 4-bit weights also with float activations (``--keep-float '*'``). Beside them
+stand ``onnxruntime.quantization.quantize_static`` with its defaults and at its best, and NNCF's
+post-training quantization with its ``mixed`` preset, all calibrated on the same images. Finished
+bundles and rows are kept; a library that is not installed leaves its rows out.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from hdrq_deploy.calibration.recipe import Options
 from hdrq_deploy.calibration_data.camvid import corrupted
 from hdrq_deploy.calibration_data.readers import ImageSet
 from hdrq_deploy.errors import SpecError
-from hdrq_deploy.exporters import export
+from hdrq_deploy.exporters import GraphOptions, export
 from hdrq_deploy.models.lite0 import imagenet_whole
 from hdrq_deploy.runtime import load_engine
 
@@ -53,6 +54,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "W4A8 per channel": {"wbits": 4, "per_channel": True},
     "W4A8 per tensor, BatchNorm in the scales": {"wbits": 4, "fold": "steps"},
 }
+# Schemes whose layers keep the bundle's 4-bit weights and compute in float, and the bundles' own.
+WEIGHTS_ONLY = {"W4 per channel, float activations": "W4A8 per channel"}
 # The rate that `hdrq reproduce pacs --tune` chose for as many iterations of this network.
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {},
@@ -191,17 +194,18 @@ def calls(out: Path, x: Array) -> Iterator[tuple[str, str, str, Callable[[], Any
     yield "float", "FP32", "ort", lambda: in_onnx_runtime(graph)
 
     def engine(method: str, scheme: str, name: str) -> Callable[[Array], Array]:
-        kept = kept_name(method, scheme)
-        made = bundle(kept, out, method, SCHEMES[scheme], x)
-        folder = out / f"{kept}.{name}"
+        own = WEIGHTS_ONLY.get(scheme, scheme)
+        made = bundle(kept_name(method, own), out, method, SCHEMES[own], x)
+        folder = out / f"{kept_name(method, scheme)}.{name}"
         if not folder.exists():
-            export(made, folder, name)
+            in_float = ("*",) if scheme in WEIGHTS_ONLY else ()
+            export(made, folder, name, options=GraphOptions(keep_float=in_float))
         return load_engine(folder)
 
     def peer(name: str) -> Callable[[Array], Array]:
         return in_onnx_runtime(peers(out, graph, x)[name])
 
-    for scheme in SCHEMES:
+    for scheme in (*SCHEMES, *WEIGHTS_ONLY):
         for method in METHODS:
             for name in ENGINES:
                 if name == "ort" or find_spec(name):
@@ -246,7 +250,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("build/real_weights"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--methods", nargs="+", default=["float", *METHODS])
-    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    schemes = [*SCHEMES, *WEIGHTS_ONLY]
+    parser.add_argument("--schemes", nargs="+", choices=schemes, default=schemes)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint(args.weights, args.out)

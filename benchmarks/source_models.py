@@ -1,9 +1,11 @@
-"""What the source model of PACS reaches on the other domains, before it is adapted to them.
+"""What a source model reaches on the other domains, before it is adapted to them.
 
-    python benchmarks/pacs_source.py --data PACS/ --weights efficientnet-lite0.pth \
+    python benchmarks/source_models.py --data PACS/ --weights efficientnet-lite0.pth \
         --run build/pacs --results benchmarks/results
+    python benchmarks/source_models.py --task camvid --targets dusk --data CamVid/ \
+        --weights efficientnet-lite0.pth --run build/camvid
 
-``--run`` is the folder of ``hdrq reproduce pacs``, whose splits and source checkpoint are used. The
+``--run`` is the folder of ``hdrq reproduce``, whose splits and source checkpoint are used. The
 float model's engine is measured on the test images as cells of the run are.
 """
 
@@ -20,6 +22,7 @@ from pacs_run import arguments, figures_of, task_of, write
 
 from hdrq_deploy.calibration.pipeline import run_calibration
 from hdrq_deploy.calibration.request import CalibrationRequest
+from hdrq_deploy.experiments.real_images import PROTOCOLS
 from hdrq_deploy.experiments.tasks import Task
 from hdrq_deploy.formats.staleness import fingerprint
 
@@ -46,11 +49,14 @@ def measured(task: Task) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write JSON."""
-    args = arguments(__doc__, collects=False).parse_args(argv)
+    parser = arguments(__doc__, collects=False)
+    parser.add_argument("--task", default="pacs", choices=PROTOCOLS)
+    parser.add_argument("--targets", nargs="+", default=(), help="domains (all that there are)")
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    task = task_of(args)
+    task = task_of(args, args.task, args.targets)
     about = {"checkpoints_sha256": {"source": fingerprint(Path(task.source))}}
-    write(args.results / "pacs_source.json", [measured_here(measured(task))], about)
+    write(args.results / f"{args.task}_source.json", [measured_here(measured(task))], about)
     return 0
 
 

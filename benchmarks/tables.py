@@ -11,7 +11,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from evidence.batchnorm import IN_FRONT, in_front, regression_batchnorm
-from evidence.camvid import camvid, camvid_paper, camvid_second, camvid_weather
+from evidence.camvid import (
+    camvid,
+    camvid_paper,
+    camvid_searched,
+    camvid_second,
+    camvid_unlabelled,
+    camvid_weather,
+)
 from evidence.claims import aims, claims
 from evidence.costs import calibration_speed, harness, merge_speed, weight_search
 from evidence.digits import digits
@@ -106,11 +113,14 @@ PAGES: dict[str, tuple[str, str, tuple[Section, ...]]] = {
     ),
     "camvid": (
         "CamVid",
-        "Merges and single models on streets by day, at dusk, in fog and in snow.",
+        "Merges and single models on streets by day, at dusk, in fog and in snow, with rates that "
+        "were searched on other images and on these; a model adapted to dusk without labels.",
         (
             Section("camvid", camvid),
             Section("camvid_second", camvid_second),
+            Section("camvid_searched", camvid_searched),
             Section("camvid_paper", camvid_paper),
+            Section("camvid_unlabelled", camvid_unlabelled),
             Section("camvid_weather", camvid_weather),
         ),
     ),

@@ -29,22 +29,26 @@ from evidence.protocol import (
 )
 from evidence.records import listed, needed, table
 
-# Records of the paper's setting, by what their rates were chosen by.
+# Records by what their rates were chosen by: of the paper's setting, and of ours.
 _AVERAGES, _SINGLES, _ELSEWHERE = (
     "averages on CamVid",
     "single models on CamVid",
     "averages on PACS, at W4A4",
 )
-_CHOSEN_BY = {
+_PAPER = {
     _AVERAGES: "camvid_paper",
     _SINGLES: "camvid_paper_singles",
     _ELSEWHERE: "camvid_paper_pacs_rates",
 }
+_OURS = {_AVERAGES: "camvid_searched", _ELSEWHERE: "camvid_searched_pacs_rates"}
+_SEARCHED = " --rates benchmarks/results/camvid_tuning.json"
 
 __all__ = [
     "camvid",
     "camvid_paper",
+    "camvid_searched",
     "camvid_second",
+    "camvid_unlabelled",
     "camvid_weather",
     "streets_as_published",
     "streets_away",
@@ -116,6 +120,68 @@ def camvid_second(record: Mapping[str, Any]) -> str:
     )
 
 
+def camvid_searched(record: Mapping[str, Any]) -> str:
+    """The section on rates that were searched on CamVid in our setting."""
+    own, names = _camvid_rows(record)
+    tuning = needed("camvid_tuning")
+    return "\n".join(
+        [
+            "## CamVid at rates searched on it",
+            "",
+            f"`{_on_camvid(own, names, _SEARCHED)} --ways {' '.join(quantized_ways(record))}`: as "
+            "[the second training](#camvid-on-a-second-training-of-the-checkpoints), on "
+            "checkpoints of a fourth one, at rates that were searched on them. One calibration "
+            "seed. The mean of the float models as an aim of fits was chosen on the second, before "
+            "this one.",
+            "",
+            f"{protocol_rates(tuning, 'these checkpoints')} {_few_held_out(tuning)}",
+            "",
+            *_searched_compared(),
+            "",
+            *_camvid_figures(record, own, names),
+        ]
+    )
+
+
+def camvid_unlabelled(record: Mapping[str, Any]) -> str:
+    """The section on a model that was adapted to dusk without labels."""
+    own, names = _camvid_rows(record)
+    quantized = [row for row in own if row["bits"]]
+    command = reproduce_command(
+        f"camvid --data CamVid --targets {' '.join(names)} --adaptation {record['adaptation']}",
+        quantized,
+    )
+    return "\n".join(
+        [
+            "## CamVid adapted without labels",
+            "",
+            f"`{command} --ways {' '.join(quantized_ways(record))}`: as [at rates searched on it]"
+            "(#camvid-at-rates-searched-on-it), from the same source checkpoint, but `hdrq adapt` "
+            f"sees the images of dusk without labels. {_labels_missed(record, own)}",
+            "",
+            *_camvid_figures(record, own, names),
+        ]
+    )
+
+
+def _labels_missed(record: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -> str:
+    """What the source reaches at dusk, beside models that were adapted without and with labels."""
+    first, labelled = needed("camvid_source"), needed("camvid_searched")
+    (before,) = first["rows"]
+    for other in (first, labelled):
+        trained = (some["checkpoints_sha256"]["source"] for some in (record, other))
+        assert len(set(trained)) == 1, "one source"
+    without, with_labels = (
+        next(row["single"]["dusk"]["mean"] for row in rows if row["method"] == "float")
+        for rows in (own, _camvid_rows(labelled)[0])
+    )
+    return (
+        f"At dusk the source reaches {before['domains']['dusk']:.1f} mIoU "
+        f"(`benchmarks/source_models.py`), the model that was adapted to it {without:.1f}, with "
+        f"labels {with_labels:.1f}."
+    )
+
+
 def camvid_paper(record: Mapping[str, Any]) -> str:
     """The section on the paper's own setting, on the checkpoints of the second training."""
     assert record["checkpoints_sha256"] == needed("camvid_second")["checkpoints_sha256"]
@@ -143,16 +209,15 @@ def camvid_paper(record: Mapping[str, Any]) -> str:
 
 def _rates_compared() -> list[str]:
     """How the rates were searched, and what both methods reach at those of other searches."""
-    tuning, found = needed("camvid_paper_tuning"), _streets_by_rates()
+    tuning, found = needed("camvid_paper_tuning"), _published_by_rates()
     methods = [search["method"] for search in tuning["searches"]]
     lines = [
         [about, *(part for method in methods for part in _at_a_rate(*by_method[method]))]
         for about, by_method in found.items()
     ]
     head = [f"`{m}`: {what}" for m in methods for what in ("rate", "alone", "averaged")]
-    held = listed([f"{n['held_out']} of {d}" for d, n in tuning["searches"][0]["images"].items()])
     return [
-        protocol_rates(tuning, "these checkpoints") + f" So few images judge: {held}.",
+        f"{protocol_rates(tuning, 'these checkpoints')} {_few_held_out(tuning)}",
         "",
         "W4A8 in mIoU (harmonic mean), at rates of this search, of the same trials judged by their "
         "single models (`benchmarks/rates_by_singles.py`), and of the search on PACS:",
@@ -160,6 +225,28 @@ def _rates_compared() -> list[str]:
         table(["rates chosen by", *head], lines),
         "",
         f"{_rates_read(found)} {moved_scales('camvid')}",
+    ]
+
+
+def _few_held_out(tuning: Mapping[str, Any]) -> str:
+    """How many images judge the trials of a search."""
+    held = [f"{n['held_out']} of {name}" for name, n in tuning["searches"][0]["images"].items()]
+    return f"So few images judge: {listed(held)}."
+
+
+def _searched_compared() -> list[str]:
+    """What both methods reach in our setting at rates of this search and of that on PACS."""
+    found, lines = _by_rates(_OURS, "ours", "w4a4"), []
+    ways = [way for way in WAY_LABELS if any(way in of["hdrq"][1] for of in found.values())]
+    for about, of in found.items():
+        for method, (rate, means) in of.items():
+            cells = [f"{means[way]:.1f}" if way in means else "-" for way in ways]
+            lines.append([about, f"`{method}`", f"{rate:g}", *cells])
+    return [
+        f"Rates of PACS lose little in our setting: {_carried_over()}. W4A4 in mIoU (harmonic "
+        "mean) at both:",
+        "",
+        table(["rates chosen by", "parents", "rate", *map(way_in_full, ways)], lines),
     ]
 
 
@@ -176,8 +263,27 @@ def _rates_read(found: Mapping[str, Mapping[str, tuple[float, float, float]]]) -
         f"At rates chosen on CamVid HDRQ's single models lead QDrop's by {alone:.1f} and "
         f"{singly:.1f} mIoU and its averages by {averaged:.1f} and {too:.1f}, all far below float. "
         f"At the rates of PACS they fall {-elsewhere:.1f} behind: in this setting a rate does not "
-        "carry over from one network to another. Our setting takes those of PACS on CamVid, too."
+        "carry over from one network to another. In our setting [little changes]"
+        f"(#camvid-at-rates-searched-on-it): {_carried_over()}."
     )
+
+
+def _carried_over() -> str:
+    """What a search on CamVid changes of the rates of PACS in our setting."""
+    found = _by_rates(_OURS, "ours", "w4a4")
+    same, told = [], []
+    for method, (rate, means) in found[_AVERAGES].items():
+        before, others = found[_ELSEWHERE][method]
+        if rate == before:
+            same.append(f"`{method}`")
+            continue
+        alone, *merged = (means[way] - others[way] for way in WAY_LABELS if way in means)
+        assert max(map(abs, (alone, *merged))) < 2, "the pages say that little changes"
+        told.append(
+            f"for `{method}` {rate:g} in place of {before:g}, which moves its single models by "
+            f"{alone:+.1f} mIoU and its merges by {min(merged):+.1f} to {max(merged):+.1f}"
+        )
+    return f"a search on CamVid chooses the same rate for {listed(same)}, and {listed(told)} (W4A4)"
 
 
 def _at_a_rate(alone: float, averaged: float, rate: float) -> list[str]:
@@ -289,34 +395,53 @@ def _camvid_read(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
 
 def streets_as_published() -> dict[str, tuple[float, float, float]]:
     """QDrop and HDRQ at the rates that are best for averages of CamVid."""
-    return _streets_by_rates()[_AVERAGES]
+    return _published_by_rates()[_AVERAGES]
 
 
 def streets_by_singles() -> dict[str, tuple[float, float, float]]:
     """QDrop and HDRQ at rates that are best for single models of CamVid."""
-    return _streets_by_rates()[_SINGLES]
+    return _published_by_rates()[_SINGLES]
 
 
-def _streets_by_rates() -> dict[str, dict[str, tuple[float, float, float]]]:
+def _published_by_rates() -> dict[str, dict[str, tuple[float, float, float]]]:
     """QDrop and HDRQ at W4A8 in the paper's setting, by what their rates were chosen by.
 
     Returns:
         By choice and method: single models and averages to nearest, in mIoU, and the rate.
     """
-    found, trained = {}, needed("camvid_paper")["checkpoints_sha256"]
-    for about, name in _CHOSEN_BY.items():
+    return {
+        about: {
+            method: (means["single"], means["nearest"], rate)
+            for method, (rate, means) in of.items()
+        }
+        for about, of in _by_rates(_PAPER, "paper", "w4a8").items()
+    }
+
+
+def _by_rates(
+    records: Mapping[str, str], setting: str, bits: str
+) -> dict[str, dict[str, tuple[float, dict[str, float]]]]:
+    """Methods that learn on one training, by what their rates were chosen by.
+
+    Args:
+        records: Names of records by what their rates were chosen by.
+        setting: Of these rows.
+        bits: Of these rows.
+
+    Returns:
+        By choice and method: the rate, and harmonic means in mIoU by way (``single``, alone).
+    """
+    found, trained = {}, needed(next(iter(records.values())))["checkpoints_sha256"]
+    for about, name in records.items():
         record = needed(name)
         assert record["checkpoints_sha256"] == trained, "one training"
+        means = dict[str, dict[str, float]]()
+        for row in protocol_rows(record, setting):
+            if row["bits"] == bits:
+                means.setdefault(row["method"], {})[row["way"]] = row["figure"]["mean"]
         rates = {key.split("-")[1]: rate for key, rate in record["rates"].items()}
         found[about] = {
-            row["method"]: (
-                row["single"]["harmonic mean"]["mean"],
-                row["merged"]["harmonic mean"]["mean"],
-                rates[row["method"]],
-            )
-            for row in record["rows"]
-            if (row["setting"], row["bits"], row["way"]) == ("paper", "w4a8", "nearest")
-            and row["method"] in rates
+            method: (rate, means[method]) for method, rate in rates.items() if method in means
         }
     return found
 

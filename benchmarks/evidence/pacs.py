@@ -467,7 +467,7 @@ def _labels_missed(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]])
     lost = [single - merged for single, merged in zip(alone, best, strict=True)]
     return (
         f"The source reaches {before['harmonic_mean']:.1f}% on the three domains "
-        f"(`benchmarks/pacs_source.py`), models that were adapted to them {alone[0]:.1f}% each, "
+        f"(`benchmarks/source_models.py`), models that were adapted to them {alone[0]:.1f}% each, "
         f"with labels {alone[1]:.1f}%. The best float merge of all domains that is not fitted is "
         f"{lost[0]:.1f} points below its single models, with labels {lost[1]:.1f}."
     )
