@@ -6,7 +6,7 @@
 ``DIR`` holds images ``INDEX_ANYTHING.jpg`` (INDEX is the class of ImageNet-1k). Every fourth image
 by class calibrates, the others are tested, and again with fog, snow and frost of ImageNet-C
 (severity 3, ``corrupt-tta``) on them. Each bundle is run as ONNX Runtime's and as OpenVINO's
-engine, those with 4-bit weights also with float activations (``--keep-float '*'``). Beside them
+engine, W4A8 per channel also with float activations (``--keep-float '*'``). Beside them
 stand ``onnxruntime.quantization.quantize_static`` with its defaults and at its best, and NNCF's
 post-training quantization with its ``mixed`` preset, all calibrated on the same images. Finished
 bundles and rows are kept; a library that is not installed leaves its rows out.
