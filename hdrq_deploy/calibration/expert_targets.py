@@ -369,9 +369,11 @@ def _own_bias(node: fx.Node, capture: Capture) -> tuple[bool, str | None]:
 
 def _join(sums: RowSums, x: Tensor, y: Tensor) -> None:
     """Take in rows (groups, n, features) and targets (groups, n, outputs) where they lie."""
-    for parts in zip(x.split(_AT_ONCE, 1), y.split(_AT_ONCE, 1), strict=True):
+    for parts in zip(*(torch.split(rows, _AT_ONCE, 1) for rows in (x, y)), strict=True):
         means = [part.mean(1, dtype=torch.float64) for part in parts]
         a, b = (part - mean[:, None].to(part) for part, mean in zip(parts, means, strict=True))
         turned = a.transpose(1, 2)
-        found = (*means, turned @ a, turned @ b)
-        sums.join(a.shape[1], *(part.double().cpu().numpy() for part in found))
+        mean, target, squares, products = (
+            part.double().cpu().numpy() for part in (*means, turned @ a, turned @ b)
+        )
+        sums.join(a.shape[1], mean, target, squares, products)

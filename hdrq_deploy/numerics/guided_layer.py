@@ -167,7 +167,7 @@ class RowSums:
 
     def __init__(self, groups: int, features: int, outputs: int) -> None:
         sizes = ((features,), (outputs,), (features, features), (features, outputs))
-        self._sums = tuple(np.zeros((groups, *size)) for size in sizes)
+        self._sums: tuple[Floats, ...] = tuple(np.zeros((groups, *size)) for size in sizes)
         self._count = 0
 
     def add(self, x: Array, y: Array) -> None:
@@ -180,7 +180,7 @@ class RowSums:
                 for part, mean in zip(parts, means, strict=True)
             ]
             turned = near[0].swapaxes(1, 2)
-            self.join(near[0].shape[1], *means, turned @ near[0], turned @ near[1])
+            self.join(near[0].shape[1], means[0], means[1], turned @ near[0], turned @ near[1])
 
     def join(self, count: int, mean: Array, target: Array, squares: Array, products: Array) -> None:
         """Take in other rows by their moments.
@@ -208,7 +208,8 @@ class RowSums:
     def with_rows_of(self, other: RowSums) -> RowSums:
         """The moments over the rows of both."""
         both = copy.copy(self)
-        both.join(other._count, *other._sums)
+        mean, target, squares, products = other._sums
+        both.join(other._count, mean, target, squares, products)
         return both
 
     def layer(self) -> GuidedLayer:
