@@ -1,4 +1,4 @@
-"""What benchmarks on the folder of a run of ``hdrq reproduce pacs`` have in common."""
+"""What benchmarks on the folder of a run of ``hdrq reproduce`` have in common."""
 
 from __future__ import annotations
 

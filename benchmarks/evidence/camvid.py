@@ -21,6 +21,7 @@ from evidence.protocol import (
     quantized_ways,
     reproduce_command,
     tests_told,
+    unadapted,
     way_in_full,
     way_label,
     way_of,
@@ -146,11 +147,7 @@ def camvid_searched(record: Mapping[str, Any]) -> str:
 def camvid_unlabelled(record: Mapping[str, Any]) -> str:
     """The section on a model that was adapted to dusk without labels."""
     own, names = _camvid_rows(record)
-    quantized = [row for row in own if row["bits"]]
-    command = reproduce_command(
-        f"camvid --data CamVid --targets {' '.join(names)} --adaptation {record['adaptation']}",
-        quantized,
-    )
+    command = _on_camvid(own, names, adapted=f" --adaptation {record['adaptation']}")
     return "\n".join(
         [
             "## CamVid adapted without labels",
@@ -166,11 +163,8 @@ def camvid_unlabelled(record: Mapping[str, Any]) -> str:
 
 def _labels_missed(record: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -> str:
     """What the source reaches at dusk, beside models that were adapted without and with labels."""
-    first, labelled = needed("camvid_source"), needed("camvid_searched")
-    (before,) = first["rows"]
-    for other in (first, labelled):
-        trained = (some["checkpoints_sha256"]["source"] for some in (record, other))
-        assert len(set(trained)) == 1, "one source"
+    labelled = needed("camvid_searched")
+    before = unadapted("camvid", record, labelled)
     without, with_labels = (
         next(row["single"]["dusk"]["mean"] for row in rows if row["method"] == "float")
         for rows in (own, _camvid_rows(labelled)[0])
@@ -342,11 +336,13 @@ def _camvid_table(
     return table(["parents", "bits", "merge", *names, "harmonic mean"], lines)
 
 
-def _on_camvid(rows: Sequence[Mapping[str, Any]], names: Sequence[str], rates: str = RATES) -> str:
+def _on_camvid(
+    rows: Sequence[Mapping[str, Any]], names: Sequence[str], rates: str = RATES, adapted: str = ""
+) -> str:
     """The command of the rows; ``rates`` are those of methods that learn."""
     quantized = [row for row in rows if row["bits"]]
     return reproduce_command(
-        f"camvid --data CamVid --targets {' '.join(names)}", quantized, rates=rates
+        f"camvid --data CamVid --targets {' '.join(names)}{adapted}", quantized, rates=rates
     )
 
 

@@ -124,17 +124,23 @@ def _mended() -> list[str]:
     ]
 
 
+def _in_onnx_runtime(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
+    """Top-1 on clean images in ONNX Runtime, by method and scheme."""
+    return {
+        (row["method"], row["scheme"]): row["domains"]["clean"]["top1"]
+        for row in rows
+        if row["engine"] == "ort"
+    }
+
+
 def _weights_alone(rows: Sequence[Mapping[str, Any]]) -> str:
     """What 4-bit weights cost in ONNX Runtime without 8-bit activations."""
-    wide, narrow = (
-        {
-            row["method"]: row["domains"]["clean"]["top1"]
-            for row in rows
-            if (row["scheme"], row["engine"]) == (scheme, "ort")
-        }
-        for scheme in ("W4 per channel, float activations", "W4A8 per channel")
-    )
-    both = [f"`{method}` {top1:.1f} and {narrow[method]:.1f}" for method, top1 in wide.items()]
+    top1 = _in_onnx_runtime(rows)
+    both = [
+        f"`{method}` {value:.1f} and {top1[method, 'W4A8 per channel']:.1f}"
+        for (method, scheme), value in top1.items()
+        if scheme == "W4 per channel, float activations"
+    ]
     return (
         "Rows with float activations are W4A8 bundles exported with `--keep-float '*'`: weights "
         "keep the values of their codes, and are stored as floats. These bundles were calibrated "
@@ -146,11 +152,7 @@ def _weights_alone(rows: Sequence[Mapping[str, Any]]) -> str:
 def _brought_back(rows: Sequence[Mapping[str, Any]], tests: int) -> str:
     """What one scale per tensor costs at W8A8 in ONNX Runtime, and what brings it back."""
     wide = "W8A8 per tensor"
-    top1 = {
-        (row["method"], row["scheme"]): row["domains"]["clean"]["top1"]
-        for row in rows
-        if row["engine"] == "ort"
-    }
+    top1 = _in_onnx_runtime(rows)
     rounded = top1["rtn", wide]
     corrected, learned = (top1[method, wide] - rounded for method in ("rtn-corrected", "hdrq"))
     scales = top1["rtn", f"{wide}, BatchNorm in the scales"] - rounded

@@ -29,6 +29,7 @@ from evidence.protocol import (
     quantized_ways,
     reproduce_command,
     tests_told,
+    unadapted,
 )
 from evidence.records import listed, load, needed, table
 
@@ -453,11 +454,8 @@ def pacs_unlabelled(record: Mapping[str, Any]) -> str:
 
 def _labels_missed(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """What float models reach, alone and in their best merge, beside those adapted with labels."""
-    first, labelled = needed("pacs_source"), needed("pacs")
-    (before,) = first["rows"]
-    for other in (first, labelled):
-        trained = (some["checkpoints_sha256"]["source"] for some in (record, other))
-        assert len(set(trained)) == 1, "one source"
+    labelled = needed("pacs")
+    before = unadapted("pacs", record, labelled)
     alone, best = [], []
     for some in (rows, protocol_rows(labelled)):
         single = protocol_means(some, "float", "", "single")

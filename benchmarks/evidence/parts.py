@@ -10,6 +10,7 @@ from evidence.protocol import (
     WAY_LABELS,
     difference_told,
     learned_options,
+    led,
     protocol_means,
     protocol_rates,
     protocol_rows,
@@ -155,8 +156,7 @@ def _read(rows: Sequence[Mapping[str, Any]]) -> str:
     every, told = added(rows), []
     for adds in _PARTS.values():
         found = [other for (part, *_), other in every.items() if part == adds]
-        above = sum(other["low"] > 0 for other in found)
-        below = sum(other["high"] < 0 for other in found)
+        above, below = led(found)
         if found:
             told.append(f"{adds} {above} and {below} of {len(found)}")
     return f"Beyond its interval each raises and lowers so many merges: {'; '.join(told)}."

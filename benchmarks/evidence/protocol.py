@@ -29,6 +29,7 @@ __all__ = [
     "learned_bits",
     "learned_options",
     "learned_seeds",
+    "led",
     "methods_of",
     "moved_scales",
     "paper_rates",
@@ -41,6 +42,7 @@ __all__ = [
     "quantized_ways",
     "reproduce_command",
     "tests_told",
+    "unadapted",
     "way_in_full",
     "way_label",
     "way_of",
@@ -208,6 +210,21 @@ def hdrq_less_qdrop(
 def groups_of(members: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:
     """Groups of domains, each once, the smallest first."""
     return sorted(set(map(tuple, members)), key=lambda group: (len(group), group))
+
+
+def led(differences: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
+    """How many intervals of differences lie above zero, and how many below it."""
+    limits = [(other["low"], other["high"]) for other in differences]
+    return sum(low > 0 for low, _ in limits), sum(high < 0 for _, high in limits)
+
+
+def unadapted(task: str, *adapted: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the source model of a task reaches, from which the models of these records started."""
+    record = needed(f"{task}_source")
+    sources = {some["checkpoints_sha256"]["source"] for some in (record, *adapted)}
+    assert len(sources) == 1, "one source"
+    (row,) = record["rows"]
+    return dict(row)
 
 
 def difference_told(other: Mapping[str, Any]) -> str:

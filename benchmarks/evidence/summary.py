@@ -30,6 +30,7 @@ from evidence.protocol import (
     best_float_merges,
     by_singles,
     hdrq_less_qdrop,
+    led,
     protocol_means,
     protocol_rows,
 )
@@ -225,8 +226,7 @@ def _led() -> str:
     (plain_ours, plain_theirs, plain), (ours, theirs, rest) = _leads()
     assert plain_ours > plain_theirs and theirs > ours, "the sentence says so"
     searched = [other for _, other in hdrq_less_qdrop("camvid_searched")]
-    above = sum(other["low"] > 0 for other in searched)
-    below = sum(other["high"] < 0 for other in searched)
+    above, below = led(searched)
     assert {other["calibrations"] for other in searched} == {1}, "the sentence says one seed"
     paper = protocol_rows(needed("pacs_paper"), "paper")
     assert {row["figure"].get("calibrations", 1) for row in paper} == {1}, "the sentence says one"
@@ -272,8 +272,7 @@ def _leads() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
 
     def counts(average: bool) -> tuple[int, int, int]:
         own = [other for _, kind, other in every if kind is average]
-        above, below = sum(o["low"] > 0 for o in own), sum(o["high"] < 0 for o in own)
-        return above, below, len(own)
+        return (*led(own), len(own))
 
     return counts(True), counts(False)
 

@@ -26,7 +26,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 
@@ -57,9 +56,8 @@ from .writing import write
 __all__ = ["TARGETS", "ExpertTargets", "calibrate_with_experts"]
 
 TARGETS = ("network", "layer")
-# Rows of a layer and a domain at most, and rows of one product.
-_ROWS, _AT_ONCE = 1 << 16, 1 << 12
-Floats = npt.NDArray[np.float64]
+# Rows of a layer and a domain at most.
+_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -325,7 +323,8 @@ class _Guided:
             # The same rows of both.
             draws = [torch.Generator().manual_seed(first) for _ in range(2)]
             few = some_rows(view, leading, shape, most, draws[0])
-            _join(sums, few, some_rows(wanted, leading, wide, most, draws[1]))
+            ideal_rows = some_rows(wanted, leading, wide, most, draws[1])
+            sums.add(few.cpu().numpy(), ideal_rows.cpu().numpy())
         return sums.layer()
 
 
@@ -365,15 +364,3 @@ def _own_bias(node: fx.Node, capture: Capture) -> tuple[bool, str | None]:
     name = str(source.target)
     readers = [n for n in capture.graph.nodes if n.op == "get_attr" and n.target == name]
     return sum(len(n.users) for n in readers) == 1, name
-
-
-def _join(sums: RowSums, x: Tensor, y: Tensor) -> None:
-    """Take in rows (groups, n, features) and targets (groups, n, outputs) where they lie."""
-    for parts in zip(*(torch.split(rows, _AT_ONCE, 1) for rows in (x, y)), strict=True):
-        means = [part.mean(1, dtype=torch.float64) for part in parts]
-        a, b = (part - mean[:, None].to(part) for part, mean in zip(parts, means, strict=True))
-        turned = a.transpose(1, 2)
-        mean, target, squares, products = (
-            part.double().cpu().numpy() for part in (*means, turned @ a, turned @ b)
-        )
-        sums.join(a.shape[1], mean, target, squares, products)

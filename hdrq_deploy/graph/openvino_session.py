@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -100,14 +100,15 @@ class _Program:
     def give_back(self, request: Any) -> None:
         self._idle.append(request)
 
+    @cached_property
     def kernels(self) -> dict[str, tuple[str, ...]]:
         """By the name of each kernel: it, and the names of the nodes that were fused into it."""
-        nodes = self.compiled.get_runtime_model().get_ops()
-        return {
-            node.get_friendly_name(): (node.get_friendly_name(), *_executed(node).origins)
-            for node in nodes
-            if _fact(node, "layerType") not in _NO_KERNEL
-        }
+        found = {}
+        for node in self.compiled.get_runtime_model().get_ops():
+            name, executed = node.get_friendly_name(), _executed(node)
+            if executed.kind not in _NO_KERNEL:
+                found[name] = (name, *executed.origins)
+        return found
 
 
 class OpenVinoSession:
@@ -238,7 +239,7 @@ class OpenVinoSession:
             request = program.take()
             request.infer(self._fed(feeds), share_inputs=True)
             # Its status says no more than that a mean is 0; only kernels are in the program.
-            names = program.kernels()
+            names = program.kernels
             times = [
                 (names[info.node_name], info.real_time.total_seconds() * 1000)
                 for info in request.get_profiling_info()

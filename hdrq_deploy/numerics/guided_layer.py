@@ -64,11 +64,16 @@ class GuidedLayer:
         Args:
             parts: Moments of its parts.
             shares: Their shares, which add up to 1.
+
+        Source:
+            Chan, Golub and LeVeque, The American Statistician 37(3), 1983, formula 2.1 for
+            products.
         """
-        mean, target = (
-            np.asarray(sum(share * moment for share, moment in zip(shares, moments, strict=True)))
-            for moments in ([part.mean for part in parts], [part.target for part in parts])
-        )
+        # From the first on, so that what all parts agree on stays as it is, to the last bit.
+        mean, target = parts[0].mean.copy(), parts[0].target.copy()
+        for share, part in zip(shares, parts, strict=True):
+            mean += share * (part.mean - parts[0].mean)
+            target += share * (part.target - parts[0].target)
         covariance, products = np.zeros_like(parts[0].covariance), np.zeros_like(parts[0].products)
         for share, part in zip(shares, parts, strict=True):
             away = (part.mean - mean)[:, :, None]
@@ -160,62 +165,47 @@ class RowSums:
         groups: Groups of a convolution, else 1.
         features: Length of the rows that one group multiplies.
         outputs: Outputs of one group.
-
-    Source:
-        Chan, Golub and LeVeque, The American Statistician 37(3), 1983, formula 2.1 for products.
     """
 
     def __init__(self, groups: int, features: int, outputs: int) -> None:
-        sizes = ((features,), (outputs,), (features, features), (features, outputs))
-        self._sums: tuple[Floats, ...] = tuple(np.zeros((groups, *size)) for size in sizes)
+        self._layer = GuidedLayer(
+            covariance=np.zeros((groups, features, features)),
+            products=np.zeros((groups, features, outputs)),
+            mean=np.zeros((groups, features)),
+            target=np.zeros((groups, outputs)),
+        )
         self._count = 0
 
     def add(self, x: Array, y: Array) -> None:
         """Take rows (groups, n, features) and targets (groups, n, outputs) in, float32."""
         for first in range(0, x.shape[1], _AT_ONCE):
             parts = [rows[:, first : first + _AT_ONCE] for rows in (x, y)]
-            means = [part.mean(1, dtype=np.float64) for part in parts]
-            near = [
-                part - mean[:, None].astype(np.float32)
-                for part, mean in zip(parts, means, strict=True)
-            ]
-            turned = near[0].swapaxes(1, 2)
-            self.join(near[0].shape[1], means[0], means[1], turned @ near[0], turned @ near[1])
+            mean, target = (part.mean(1, dtype=np.float64) for part in parts)
+            a, b = (
+                part - centre[:, None].astype(np.float32)
+                for part, centre in zip(parts, (mean, target), strict=True)
+            )
+            turned, count = a.swapaxes(1, 2), a.shape[1]
+            covariance, products = ((turned @ near).astype(np.float64) / count for near in (a, b))
+            self._join(count, GuidedLayer(covariance, products, mean, target))
 
-    def join(self, count: int, mean: Array, target: Array, squares: Array, products: Array) -> None:
-        """Take in other rows by their moments.
-
-        Args:
-            count: Number of rows.
-            mean, target: Means of x and of y, (groups, features) and (groups, outputs), float64.
-            squares: Sums of (x - mean) (x - mean)^T, (groups, features, features).
-            products: Sums of (x - mean) (y - target)^T, (groups, features, outputs).
-        """
-        if not count:
-            return
+    def _join(self, count: int, layer: GuidedLayer) -> None:
+        """Take in the moments of other rows."""
         both = self._count + count
-        own_mean, own_target, own_squares, own_products = self._sums
-        away, off = mean - own_mean, target - own_target
-        scaled = (away * (self._count * count / both))[:, :, None]
-        self._sums = (
-            own_mean + away * (count / both),
-            own_target + off * (count / both),
-            own_squares + squares + scaled * away[:, None, :],
-            own_products + products + scaled * off[:, None, :],
-        )
+        if count:
+            shares = self._count / both, count / both
+            self._layer = GuidedLayer.mixed((self._layer, layer), shares)
         self._count = both
 
     def with_rows_of(self, other: RowSums) -> RowSums:
         """The moments over the rows of both."""
         both = copy.copy(self)
-        mean, target, squares, products = other._sums
-        both.join(other._count, mean, target, squares, products)
+        both._join(other._count, other._layer)
         return both
 
     def layer(self) -> GuidedLayer:
         """The moments of all rows."""
-        mean, target, squares, products = self._sums
-        return GuidedLayer(squares / self._count, products / self._count, mean, target)
+        return self._layer
 
 
 def convolution_rows(
